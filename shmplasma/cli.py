@@ -1,0 +1,271 @@
+"""``shmplasma-store``: the command that runs a store.
+
+Order of a start: claim the socket path, sweep up the segment of a store that died there, make a
+segment, serve.  Each step is undone if a later one fails.  Signals are held back until the server
+can take them, so that none of the steps is interrupted half-way.
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 if the store cannot be had (the path is served, there is
+not enough room), 2 for an error of usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import grp
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Final
+
+from shmplasma import __version__, system
+from shmplasma.endpoint import Endpoint, default_socket_path
+from shmplasma.errors import AttachError, CommitError, EndpointError
+from shmplasma.layout import TOKEN_BYTES
+from shmplasma.segment import Segment, SegmentName, default_capacity
+from shmplasma.server import Server
+from shmplasma.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["main"]
+
+_PROGRAM: Final = "shmplasma-store"
+_ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+_LOG: Final = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a store until it is told to end.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; those of this process if not given.
+
+    Returns
+    -------
+    int
+        Exit code: 0 or 1.
+
+    Raises
+    ------
+    SystemExit
+        With code 2 for an error of usage, with 0 after ``--help`` and ``--version``.
+
+    Notes
+    -----
+    To be called on the main thread, as it handles signals.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.external_store is not None:
+        parser.error(
+            "-e: this release has no external stores; start it without -e (objects that no longer "
+            "fit are then evicted)"
+        )
+    if options.huge_pages and (
+        options.directory is None or system.huge_page_bytes(options.directory) is None
+    ):
+        parser.error(
+            "-h: huge pages need a hugetlbfs; mount one (mount -t hugetlbfs none /mnt/hugepages) "
+            "and name it: -d /mnt/hugepages -h"
+        )
+    logging.basicConfig(
+        format=f"%(asctime)s {_PROGRAM}: %(message)s",
+        level=logging.DEBUG if options.verbose else logging.INFO,
+    )
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        _serve(options)
+    except (AttachError, CommitError, EndpointError) as error:
+        sys.stderr.write(f"{_PROGRAM}: error: {error}\n")
+        return 1
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
+    _raise_file_limit()
+    with ExitStack() as stack:
+        if options.scratch:
+            stack.callback(_remove_directory, os.path.dirname(options.socket))
+        path = options.socket or default_socket_path()
+        endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
+        segment = stack.enter_context(_make_segment(endpoint, options))
+        server = Server(endpoint.listener, segment, socket_path=path, group=options.group)
+
+        def end(*_: object) -> None:
+            for number in _ENDING:  # once is enough, and the rest is not to be interrupted
+                signal.signal(number, signal.SIG_IGN)
+            server.stop()
+
+        for number in _ENDING:
+            signal.signal(number, end)
+        if options.owner is None:
+            stack.callback(system.notify, "STOPPING=1")
+            system.notify("READY=1")
+        else:
+            _follow(options.owner, server, end, stack)
+        _LOG.info(
+            "ready: socket %s, capacity %d bytes, segment %s (%s)",
+            path,
+            segment.layout.capacity,
+            segment.name.path,
+            "POSIX shared memory"
+            if options.directory is None
+            else f"pages of {segment.layout.page_bytes} bytes",
+        )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        server.run()
+
+
+def _make_segment(endpoint: Endpoint, options: argparse.Namespace) -> Segment:
+    """Make the segment, after sweeping up the one of a store that died at this endpoint."""
+    swept = SegmentName.decode(endpoint.read_note())
+    if swept is not None and swept.remove():
+        _LOG.info("removed %s, the segment of a store that has died here", swept.path)
+    token = os.urandom(TOKEN_BYTES)
+    endpoint.write_note(SegmentName.plan(token, options.directory).encode())
+    return Segment.create(
+        options.memory or default_capacity(options.directory),
+        directory=options.directory,
+        huge_pages=options.huge_pages,
+        mode=options.mode,
+        group=options.group,
+        token=token,
+    )
+
+
+def _follow(fd: int, server: Server, end: Callable[[], None], stack: ExitStack) -> None:
+    """Tell the owner that the store is ready, and have it end with its owner.
+
+    The owner's end closes when the owner ends, unless a child that it has forked holds a copy;
+    hence the process is watched as well.  It is the one that made the socket pair, and our parent
+    as long as it lives.
+    """
+    owner = stack.enter_context(socket.socket(fileno=fd))
+    owner.settimeout(0)
+
+    def heard() -> None:
+        if not owner.recv(64):
+            end()
+
+    server.watch(owner.fileno(), heard)
+    parent = system.peer(owner).pid
+    with suppress(ProcessLookupError):
+        exited = system.watch_exit(parent)
+        if exited is not None:
+            stack.callback(os.close, exited)
+            server.watch(exited, end)
+    if os.getppid() != parent:
+        end()
+    with suppress(BrokenPipeError):
+        owner.send(b"R")
+
+
+def _raise_file_limit() -> None:
+    """Allow as many clients as the system lets this process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS states a hard limit that it does not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _remove_directory(path: str) -> None:
+    with suppress(OSError):  # somebody has put a file of his own there
+        os.rmdir(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        _PROGRAM,
+        description="Run an in-memory object store for the processes of this machine.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "-m",
+        dest="memory",
+        metavar="BYTES",
+        type=_size,
+        help="capacity, also as 4GB or 512MiB (default: 30%% of what can be had)",
+    )
+    add(
+        "-s",
+        dest="socket",
+        metavar="SOCKET",
+        help="path of the socket to listen on (default: in a private directory)",
+    )
+    add(
+        "-d",
+        dest="directory",
+        metavar="DIRECTORY",
+        type=_directory,
+        help="keep the objects in a file there (default: POSIX shared memory)",
+    )
+    add(
+        "-h",
+        dest="huge_pages",
+        action="store_true",
+        help="use huge pages; -d names a hugetlbfs",
+    )
+    add("-e", dest="external_store", metavar="URI", help="not in this release")
+    add(
+        "--mode",
+        type=_mode,
+        default=0o600,
+        metavar="OCTAL",
+        help="permissions of the socket and the segment (default: 0600)",
+    )
+    add("--group", type=_group, metavar="NAME", help="group of the socket and the segment")
+    add("-v", dest="verbose", action="store_true", help="log more")
+    add(
+        "--version",
+        action="version",
+        version=f"{_PROGRAM} {__version__}",
+        help="print the version and exit",
+    )
+    add("--help", action="help", help="print this help and exit")
+    # For shmplasma.embedded: the inherited end of a socket pair, and whether the socket's directory
+    # was made for this store.
+    add("--owner", type=int, help=argparse.SUPPRESS)
+    add("--scratch", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _directory(text: str) -> str:
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"there is no directory {text}; make it, or leave -d out")
+    return text
+
+
+def _mode(text: str) -> int:
+    with suppress(ValueError):
+        mode = int(text, 8)
+        if mode & 0o600 == 0o600 and not mode & ~0o666:
+            return mode
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no mode of a socket; write 0600 (this user), 0660 (and a group) or 0666 (all)"
+    )
+
+
+def _group(text: str) -> int:
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"there is no group {text}; see getent group") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

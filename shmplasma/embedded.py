@@ -1,0 +1,191 @@
+"""A store of one's own: a server process that is started here and ends with its owner.
+
+The owner and the server hold the ends of a socket pair.  The server says on it that it is ready,
+and ends when the owner's end closes; as a child that the owner has forked may hold a copy of that
+end, the server watches the owner's process as well.  So it ends however the owner does, and takes
+its socket, its segment and the private directory of the socket with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket as sockets
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from operator import index
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final, Self
+
+from shmplasma.client import PlasmaClient, connect
+from shmplasma.errors import ShmPlasmaError
+from shmplasma.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Store", "start_plasma_store"]
+
+_READY: Final = b"R"
+
+
+class Store:
+    """A running store that belongs to this process.
+
+    Parameters
+    ----------
+    memory : int or str
+        Capacity in bytes, or as a text: ``"2GB"``, ``"512MiB"``.
+    socket : str, optional
+        Path of its socket; one in a private temporary directory if not given.
+    directory : str, optional
+        Directory of the file that holds the objects; POSIX shared memory if not given.
+    huge_pages : bool, optional
+        Use huge pages; `directory` is then a hugetlbfs.
+
+    Attributes
+    ----------
+    store_socket_name : str
+        Path of its socket, for `connect`.
+    process : subprocess.Popen
+        The server.
+
+    Raises
+    ------
+    ShmPlasmaError
+        The server did not start; the message is what it said.
+    ValueError
+        `memory` is no size.
+
+    Notes
+    -----
+    A context manager.  Not bound to a thread.  In a forked child, `close` leaves the parent's store
+    alone.
+    """
+
+    def __init__(
+        self,
+        memory: int | str,
+        *,
+        socket: str | None = None,
+        directory: str | None = None,
+        huge_pages: bool = False,
+    ) -> None:
+        size = parse_size(memory) if isinstance(memory, str) else index(memory)
+        arguments = ["-m", str(size)]
+        scratch = None
+        if socket is None:
+            scratch = Path(tempfile.mkdtemp(prefix="shmplasma-"))
+            socket = str(scratch / "store.sock")
+            arguments.append("--scratch")
+        if directory is not None:
+            arguments += ["-d", directory]
+        if huge_pages:
+            arguments.append("-h")
+        self.store_socket_name = socket
+        self._owner_pid = os.getpid()
+        try:
+            self._start([*arguments, "-s", socket])
+        except BaseException:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def _start(self, arguments: list[str]) -> None:
+        self._alive, theirs = sockets.socketpair()
+        # A file and not a pipe: nobody reads on once the server is ready, and it must not block
+        # then.
+        with tempfile.TemporaryFile() as said:
+            with theirs:
+                self.process = _spawn(arguments, theirs.fileno(), said)
+            try:
+                ready = self._alive.recv(len(_READY)) == _READY
+            except BaseException:
+                self._end()
+                raise
+            if not ready:
+                self._alive.close()
+                code = self.process.wait()
+                said.seek(0)
+                text = said.read().decode(errors="replace").strip()
+                raise ShmPlasmaError(f"the store did not start (exit code {code}): {text}")
+
+    def connect(self) -> PlasmaClient:
+        """Return a new client of this store."""
+        return connect(self.store_socket_name)
+
+    def close(self) -> None:
+        """End the server, and wait for its end.  A second call does nothing."""
+        if self._owner_pid == os.getpid():
+            self._end()
+
+    def _end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self._alive.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _spawn(arguments: list[str], owner: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "shmplasma.cli", "--owner", str(owner), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        pass_fds=[owner],
+        process_group=0,  # Ctrl-C at the terminal is for the owner, who may want to go on
+    )
+
+
+@contextmanager
+def start_plasma_store(
+    plasma_store_memory: int,
+    use_valgrind: bool = False,
+    use_profiler: bool = False,
+    plasma_directory: str | None = None,
+    use_hugepages: bool = False,
+    external_store: str | None = None,
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a store for the duration of a ``with`` block, as Plasma's function of this name did.
+
+    Parameters
+    ----------
+    plasma_store_memory : int
+        Capacity in bytes.
+    use_valgrind, use_profiler : bool, optional
+        Refused: these examined Plasma's C++.
+    plasma_directory : str, optional
+        Directory of the file that holds the objects; POSIX shared memory if not given.
+    use_hugepages : bool, optional
+        Use huge pages; `plasma_directory` is then a hugetlbfs.
+    external_store : str, optional
+        Refused: this release has none.
+
+    Yields
+    ------
+    tuple of str and subprocess.Popen
+        Path of the store's socket, and the server.  SIGTERM ends the server with exit code 0.
+
+    Raises
+    ------
+    ShmPlasmaError
+        The server did not start; the message is what it said.
+    ValueError
+        Something that is refused was asked for.
+    """
+    if use_valgrind or use_profiler:
+        raise ValueError(
+            "use_valgrind and use_profiler examine C++, and this store is Python; run it under a "
+            "Python profiler: python -m cProfile -m shmplasma.cli"
+        )
+    if external_store is not None:
+        raise ValueError("this release has no external stores; leave external_store out")
+    with Store(plasma_store_memory, directory=plasma_directory, huge_pages=use_hugepages) as store:
+        yield store.store_socket_name, store.process

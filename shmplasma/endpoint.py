@@ -1,0 +1,274 @@
+"""The claim on a socket path: at most one store serves it, and nothing of anybody else's is harmed.
+
+Beside a socket ``P`` lies its lock file ``P.lock``.  Whoever holds the lock (``flock``) of the file
+which is at ``P.lock`` owns ``P``: only the owner binds, removes or replaces what is there.  The
+kernel gives the lock up when its holder ends, however that happens, and no program that the holder
+starts inherits it.
+
+Claiming
+    1. Open ``P.lock``, made if need be, and try to lock it.  Held: a store serves here (or is about
+       to, or is just ending), and the claim is refused.
+    2. Is the file at ``P.lock`` still the one that was locked?  If not, its owner removed it in
+       between: begin again.
+    3. Look at ``P``.  A socket of ours on which nobody listens is a dead store's: remove it.
+       Anything else is refused, and stays.  Bind.
+
+Closing
+    Remove ``P`` if it is the socket that was bound, then ``P.lock``, then give up the lock.
+
+Why this holds
+    *Two that start together* lock the same file, and one gets it.  They can only lock two different
+    files if the first was removed from ``P.lock`` in between; whoever removes it holds its lock,
+    and touches ``P`` no more.  So the holder of the removed file either is that closing owner, or
+    has got the lock after him and fails step 2.  As the lock is taken before the check, nobody else
+    can remove what has passed it.
+
+    *A crash* leaves a lock file that nobody holds, and perhaps a socket on which nobody listens;
+    the next claim takes both over, at whatever step it happened.  The note in the lock file says
+    what else there is to sweep up: it is written before what it names is made.
+
+    *A store whose lock file was deleted by hand* still listens, and step 3 sees it.
+
+The argument needs a directory where strangers cannot replace our files: a private one, or one with
+the sticky bit, as ``/tmp`` has.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from contextlib import suppress
+from typing import Final, Self
+
+from shmplasma.errors import EndpointError
+
+__all__ = ["Endpoint", "default_socket_path"]
+
+_MAX_PATH_BYTES: Final = 107
+"""What fits Linux's ``sockaddr_un`` before its zero byte.  macOS takes 103, and says so itself."""
+
+_BACKLOG: Final = 1024
+"""Clients that may wait to be accepted while the store is busy: more than one machine's workers."""
+
+_NOTE_BYTES: Final = 8192
+
+_OTHER_PATH: Final = "name another socket with -s"
+
+
+def default_socket_path() -> str:
+    """Return the socket path of a store whose operator names none; it is private to this user.
+
+    It is ``$XDG_RUNTIME_DIR/shmplasma/store.sock``, or ``$TMPDIR/shmplasma-<uid>/store.sock`` where
+    there is no such directory (``/tmp`` if ``$TMPDIR`` is not set).  The private directory is made
+    if need be.
+
+    Raises
+    ------
+    EndpointError
+        What is there is not a directory of this user's alone.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isdir(runtime):
+        directory = os.path.join(runtime, "shmplasma")
+    else:
+        temporary = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - what is there gets checked
+        directory = os.path.join(temporary, f"shmplasma-{os.geteuid()}")
+    try:
+        os.mkdir(directory, 0o700)
+        os.chmod(directory, 0o700)  # the umask may have taken away more
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise EndpointError(f"cannot make {directory}: {error.strerror}; {_OTHER_PATH}") from error
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise EndpointError(f"{directory} is not a directory of this user's; {_OTHER_PATH}")
+    if status.st_mode & 0o077:
+        raise EndpointError(
+            f"{directory} is open to other users; close it (chmod 700 {directory}), "
+            f"or {_OTHER_PATH}"
+        )
+    return os.path.join(directory, "store.sock")
+
+
+class Endpoint:
+    """A claimed socket path, and the socket that listens there.  Use `Endpoint.claim`.
+
+    Attributes
+    ----------
+    path : str
+        The socket's path.
+    listener : socket.socket
+        Bound, listening, non-blocking.
+    """
+
+    __slots__ = ("_bound", "_lock", "_noted", "listener", "path")
+
+    listener: socket.socket
+    path: str
+
+    def __init__(self, path: str, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self._bound: tuple[int, int] | None = None
+        self._noted = False
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    @classmethod
+    def claim(cls, path: str, mode: int = 0o600, group: int | None = None) -> Endpoint:
+        """Take a socket path and listen there.
+
+        Parameters
+        ----------
+        path : str
+            Where; its directory exists.
+        mode : int, optional
+            Permission bits of the socket, whatever the umask.
+        group : int, optional
+            Group of the socket; that of this process if not given.
+
+        Raises
+        ------
+        EndpointError
+            The path is served, is somebody else's, is no socket, or cannot be used.
+
+        Notes
+        -----
+        Sets the umask for a moment, which is the whole process's: call it before starting threads.
+        """
+        size = len(os.fsencode(path))
+        if not 0 < size <= _MAX_PATH_BYTES:
+            raise EndpointError(
+                f"a socket path has 1 to {_MAX_PATH_BYTES} bytes, and this one has {size}: "
+                f"{path!r}; name another with -s"
+            )
+        parent = os.path.dirname(path) or "."
+        if not os.path.isdir(parent):
+            raise EndpointError(f"there is no directory {parent}; make it, or {_OTHER_PATH}")
+        self = cls(path, _lock(path))
+        try:
+            _clear(path)
+            self._listen(mode, group)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError) and not isinstance(error, EndpointError):
+                raise EndpointError(
+                    f"cannot listen at {path}: {error.strerror or error}; {_OTHER_PATH}"
+                ) from error
+            raise
+        return self
+
+    def _listen(self, mode: int, group: int | None) -> None:
+        umask = os.umask(0o177)
+        try:
+            self.listener.bind(self.path)
+        finally:
+            os.umask(umask)
+        status = os.lstat(self.path)
+        self._bound = status.st_dev, status.st_ino
+        # Nobody connects before `listen`, and by then group and mode are what they are to be.
+        if group is not None:
+            os.chown(self.path, -1, group, follow_symlinks=False)
+        os.chmod(self.path, mode)
+        self.listener.settimeout(0)
+        self.listener.listen(_BACKLOG)
+
+    def write_note(self, note: bytes) -> None:
+        """Leave at most 8192 bytes to whoever claims the path after a crash of this process."""
+        assert len(note) <= _NOTE_BYTES
+        self._noted = True
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, note, 0)
+
+    def read_note(self) -> bytes:
+        """Return the text of a predecessor who did not close, until `write_note`; empty if none."""
+        return os.pread(self._lock, _NOTE_BYTES, 0)
+
+    def close(self) -> None:
+        """Remove the socket and the lock file, and give up the claim.  A second call does nothing.
+
+        Notes
+        -----
+        A lock file whose note nobody has replaced stays, for a successor to read.
+        """
+        if self._lock < 0:
+            return
+        with suppress(FileNotFoundError):
+            # The listener is closed last: while it is open, no other file can get its inode number.
+            if self._bound is not None and _identity(self.path) == self._bound:
+                os.unlink(self.path)
+            if self._noted or not self.read_note():
+                os.unlink(_lock_path(self.path))
+        self.listener.close()
+        os.close(self._lock)
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _lock_path(path: str) -> str:
+    return f"{path}.lock"
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _lock(path: str) -> int:
+    """Return the locked lock file of a socket path: steps 1 and 2."""
+    lock_path = _lock_path(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    while True:
+        try:
+            fd = os.open(lock_path, flags, 0o600)
+        except OSError as error:
+            raise EndpointError(
+                f"cannot open the lock file {lock_path}: {error.strerror}; {_OTHER_PATH}"
+            ) from error
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            os.close(fd)
+            raise EndpointError(f"{lock_path} is not a file of this user's; {_OTHER_PATH}")
+        os.fchmod(fd, 0o600)  # the umask may have taken away more
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise EndpointError(f"a store serves {path} already; {_OTHER_PATH}") from error
+        if _identity(lock_path) == (status.st_dev, status.st_ino):
+            return fd
+        os.close(fd)
+
+
+def _clear(path: str) -> None:
+    """Remove a dead store's socket, or refuse whatever else is at the path: step 3."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise EndpointError(
+            f"{path} exists and is no socket, so it stays; {_OTHER_PATH}, or remove it"
+        )
+    if status.st_uid != os.geteuid():
+        raise EndpointError(f"{path} is another user's socket, so it stays; {_OTHER_PATH}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:  # its queue is full, or it is of another type: somebody listens
+            pass
+    raise EndpointError(f"a program listens at {path} already; {_OTHER_PATH}")

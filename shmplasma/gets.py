@@ -1,0 +1,107 @@
+"""Gets that wait: which client waits for which objects, and what it has so far.
+
+Invariants
+----------
+* Each get is known by client and request id, and is answered once: when nothing is missing any more, or
+  when its client asks for an answer now.
+* What has been found is pinned in its slot at once, so that it cannot go while the get waits for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shmplasma.replies import ABSENT, Found
+from shmplasma.requests import Get
+
+__all__ = ["GetQueue", "PendingGet"]
+
+
+@dataclass(slots=True, eq=False)
+class PendingGet:
+    """A get and its answer so far.
+
+    Attributes
+    ----------
+    client, request_id : int
+        Whom to answer.
+    request : Get
+        What was asked.
+    found : list of Found
+        The answer, `ABSENT` where nothing was found yet.
+    missing : dict
+        Where each missing id stands in the answer; an id may have been asked for more than once.
+    """
+
+    client: int
+    request_id: int
+    request: Get
+    found: list[Found]
+    missing: dict[bytes, list[int]]
+
+    @classmethod
+    def begin(cls, client: int, request_id: int, request: Get) -> PendingGet:
+        """Return a get of which nothing has been found."""
+        missing: dict[bytes, list[int]] = {}
+        for position, object_id in enumerate(request.object_ids):
+            missing.setdefault(object_id, []).append(position)
+        return cls(client, request_id, request, [ABSENT] * len(request.object_ids), missing)
+
+    def fill(self, object_id: bytes, found: Found) -> Iterator[int]:
+        """Enter an object that has been found; yield the slots that are to pin it."""
+        for position in self.missing.pop(object_id):
+            self.found[position] = found
+            yield self.request.slots[position]
+
+
+class GetQueue:
+    """All gets that wait.  O(1) for each id of a get."""
+
+    def __init__(self) -> None:
+        self._of_client: dict[int, dict[int, PendingGet]] = {}
+        self._waiting: dict[bytes, list[PendingGet]] = {}
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        """Tell whether this client has a waiting get with this request id."""
+        client, request_id = key
+        return request_id in self._of_client.get(client, ())
+
+    def add(self, get: PendingGet) -> None:
+        """Let a get wait for what it misses."""
+        self._of_client.setdefault(get.client, {})[get.request_id] = get
+        for object_id in get.missing:
+            self._waiting.setdefault(object_id, []).append(get)
+
+    def waiting_for(self, object_id: bytes) -> list[PendingGet]:
+        """Take the gets which wait for an object that is there now; the caller fills them in."""
+        return self._waiting.pop(object_id, [])
+
+    def remove(self, client: int, request_id: int) -> PendingGet | None:
+        """Take a get out of the queue; None when it is not there (any more)."""
+        gets = self._of_client.get(client, {})
+        get = gets.pop(request_id, None)
+        if get is None:
+            return None
+        if not gets:
+            del self._of_client[client]
+        for object_id in get.missing:
+            others = self._waiting[object_id]
+            others.remove(get)
+            if not others:
+                del self._waiting[object_id]
+        return get
+
+    def forget(self, client: int) -> None:
+        """Drop all gets of a client that has left."""
+        for request_id in list(self._of_client.get(client, ())):
+            self.remove(client, request_id)
+
+    def check(self) -> None:
+        """Prove that both indices agree, and that no complete get is left."""
+        gets = [get for gets in self._of_client.values() for get in gets.values()]
+        assert all(get.missing for get in gets), "a complete get still waits"
+        pending = {(id(get), object_id) for get in gets for object_id in get.missing}
+        waiting = {(id(get), object_id) for object_id, w in self._waiting.items() for get in w}
+        assert pending == waiting, "waiting gets are not where they should be"
+        assert all(self._waiting.values()), "an id without waiting gets is kept"

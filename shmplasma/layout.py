@@ -1,0 +1,301 @@
+"""Where everything lies in the segment: offsets, sizes and word numbers, and nothing that acts on them.
+
+The segment is divided into regions.  Each begins on a boundary of the page size in use, so that each
+can be mapped with a protection of its own::
+
+    header | buckets | entries | visited | control | boards | data
+
+========  ==============  ==============================  =============================================
+region    written by      clients map it                  holds
+========  ==============  ==============================  =============================================
+header    store           read-only                       what this module's `Layout` says, the token
+buckets   store           read-only                       heads of the hash chains: entry index + 1
+entries   store           read-only                       the object table, `ENTRY_BYTES` an entry
+visited   clients, store  read-write                      a byte an entry: "read lately", a hint
+control   store           read-only                       `CONTROL_BYTES` a board: words to its client
+boards    one client each its own boards read-write       pins: 8-byte words, 0 or entry index + 1
+data      the creator     writers rw, readers ro          data, then metadata, 64-byte aligned
+========  ==============  ==============================  =============================================
+
+Invariants
+----------
+* A word that one process writes while another reads is 8 bytes, 8-byte aligned, in native byte order,
+  and written by a single store instruction (``memoryview.cast("Q")``).
+* All offsets are counted from the start of the segment.
+* The capacity is the user's: table, boards and header are not taken out of it.  The data region is the
+  capacity rounded up to `ALIGNMENT`, so that one object of exactly the capacity fits.
+* The file is sparse: a region costs memory only where it has been committed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from struct import Struct
+from typing import Final
+
+from shmplasma.errors import LayoutError
+
+__all__ = [
+    "ALIGNMENT",
+    "BOARD_BYTES",
+    "BOARD_WORDS",
+    "CONTROL_BYTES",
+    "ENTRY_BYTES",
+    "ENTRY_WORDS",
+    "GENERATION_SHIFT",
+    "HEADER_BYTES",
+    "ID_BYTES",
+    "ID_FIELD",
+    "LAYOUT_VERSION",
+    "STATE_MASK",
+    "TOKEN_BYTES",
+    "ControlWord",
+    "EntryState",
+    "EntryWord",
+    "HeaderWord",
+    "Layout",
+    "align_up",
+]
+
+LAYOUT_VERSION: Final = 1
+MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
+TOKEN_BYTES: Final = 16
+
+ID_BYTES: Final = 20
+"""Length of an object id, as in Plasma."""
+
+ALIGNMENT: Final = 64
+"""Objects begin on a cache line, which is also what Arrow recommends and NumPy's SIMD loops like."""
+
+HEADER_BYTES: Final = 4096
+ENTRY_BYTES: Final = 128
+"""Two cache lines: what a reader needs lies in the first, the rest of the record in the second."""
+ENTRY_WORDS: Final = ENTRY_BYTES // 8
+BOARD_BYTES: Final = 4096
+"""The unit in which pins are granted: the smallest that a mapping of its own can have."""
+BOARD_WORDS: Final = BOARD_BYTES // 8
+CONTROL_BYTES: Final = 64
+"""A cache line for each board, so that words to different clients do not share one."""
+
+GENERATION_SHIFT: Final = 8
+STATE_MASK: Final = (1 << GENERATION_SHIFT) - 1
+
+# One entry for each so many bytes of capacity.  The table is sparse, so a generous number costs address
+# space and no memory; huge pages are not sparse in so fine a grain.
+_BYTES_AN_ENTRY: Final = 256
+_BYTES_AN_ENTRY_HUGE: Final = 8192
+_MIN_ENTRIES: Final = 4096
+_MAX_ENTRIES: Final = 1 << 25
+# A bucket costs memory from the start (ids fall anywhere), hence fewer of them than entries: chains reach
+# this length only in a table that is full.
+_ENTRIES_A_BUCKET: Final = 4
+_BOARDS: Final = 4096
+_BOARDS_HUGE: Final = 1024
+
+
+class HeaderWord(IntEnum):
+    """Numbers of the header's words that change while the store lives; `Layout` owns the others."""
+
+    WAKE = 32
+    """Not zero while somebody waits for a release: who clears a pin then wakes the store."""
+
+
+class EntryState(IntEnum):
+    """State of an entry: the low byte of its state word, under the generation."""
+
+    FREE = 0
+    CREATED = 1
+    SEALED = 2
+    EVICTING = 3
+
+
+class EntryWord(IntEnum):
+    """Numbers of an entry's words."""
+
+    STATE = 0
+    """``generation << 8 | EntryState``: read first and again last by a reader (see `shmplasma.pins`)."""
+    ID = 1
+    """Words 1, 2 and the low half of 3: the object id's 20 bytes; the high half of 3 is the codec."""
+    OFFSET = 4
+    DATA_SIZE = 5
+    METADATA_SIZE = 6
+    NEXT = 7
+    """The next entry of the chain, index + 1, or 0."""
+    CREATED_NS = 8
+    """Time of creation in nanoseconds since 1970."""
+    CONSTRUCT_NS = 9
+    """Nanoseconds from creation to seal."""
+
+
+class ControlWord(IntEnum):
+    """Numbers of a control line's words, which the store writes and one client reads."""
+
+    EPOCH = 0
+    ACKNOWLEDGED = 1
+
+
+ID_FIELD: Final = Struct("@20sI")
+"""Object id and codec, as they lie in words 1 to 3 of an entry."""
+
+
+def align_up(number: int, alignment: int) -> int:
+    """Return the smallest multiple of `alignment`, a power of two, that is not below `number`.
+
+    Examples
+    --------
+    >>> align_up(65, 64)
+    128
+    """
+    return (number + alignment - 1) & -alignment
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes and offsets of one segment, as its header states them.  All sizes and offsets are bytes.
+
+    Use `Layout.plan` for a new segment and `Layout.read` for an existing one.
+
+    Attributes
+    ----------
+    page_bytes : int
+        Boundary on which regions begin: 4096, or the huge page size.
+    capacity : int
+        What users can fill.
+    segment_bytes : int
+        Size of the whole file.
+    n_buckets : int
+        A power of two.
+    n_entries, n_boards : int
+        Upper limits on objects and on boards.
+    buckets, entries, visited, control, boards, data : int
+        Offset of each region.
+    """
+
+    page_bytes: int
+    capacity: int
+    segment_bytes: int
+    n_buckets: int
+    n_entries: int
+    n_boards: int
+    buckets: int
+    entries: int
+    visited: int
+    control: int
+    boards: int
+    data: int
+
+    @classmethod
+    def plan(cls, capacity: int, page_bytes: int) -> Layout:
+        """Return the layout of a new segment.
+
+        Parameters
+        ----------
+        capacity : int
+            Bytes that users can fill; at least 1.
+        page_bytes : int
+            Page size of the file that will hold it: a power of two, at least 4096.
+
+        Raises
+        ------
+        ValueError
+            `capacity` is not positive, or `page_bytes` is not a page size.
+
+        Examples
+        --------
+        >>> layout = Layout.plan(1_000_000, 4096)
+        >>> layout.segment_bytes - layout.data >= 1_000_000
+        True
+        """
+        if capacity < 1:
+            raise ValueError(f"a store needs a capacity of at least 1 byte, not {capacity}")
+        if page_bytes < HEADER_BYTES or page_bytes & (page_bytes - 1):
+            raise ValueError(f"{page_bytes} is not a page size")
+        huge = page_bytes > HEADER_BYTES
+        wanted = capacity // (_BYTES_AN_ENTRY_HUGE if huge else _BYTES_AN_ENTRY)
+        n_entries = min(max(wanted, _MIN_ENTRIES), _MAX_ENTRIES)
+        n_buckets = 1 << (n_entries // _ENTRIES_A_BUCKET - 1).bit_length()
+        n_boards = _BOARDS_HUGE if huge else _BOARDS
+        offsets: list[int] = []
+        end = HEADER_BYTES
+        for size in (
+            n_buckets * 8,
+            n_entries * ENTRY_BYTES,
+            n_entries,
+            n_boards * CONTROL_BYTES,
+            n_boards * BOARD_BYTES,
+            capacity,
+        ):
+            start = align_up(end, page_bytes)
+            offsets.append(start)
+            end = start + size
+        return cls(
+            page_bytes,
+            capacity,
+            align_up(end, page_bytes),
+            n_buckets,
+            n_entries,
+            n_boards,
+            *offsets,
+        )
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of the data region that the allocator manages: the capacity in whole cache lines."""
+        return align_up(self.capacity, ALIGNMENT)
+
+    def entry(self, index: int) -> int:
+        """Return the offset of an entry."""
+        return self.entries + index * ENTRY_BYTES
+
+    def write(self, words: memoryview, token: bytes) -> None:
+        """Write the header of a new segment.
+
+        Parameters
+        ----------
+        words : memoryview
+            The segment (or its first page) as native 8-byte words, writable.
+        token : bytes
+            16 random bytes: the identity of this segment.
+
+        Notes
+        -----
+        The magic goes in last: a header that can be recognized is complete.
+        """
+        words[1] = LAYOUT_VERSION
+        words[2:4] = memoryview(token).cast("Q")
+        for number, field in enumerate(fields(self), start=4):
+            words[number] = getattr(self, field.name)
+        words[0] = MAGIC
+
+    @classmethod
+    def read(cls, words: memoryview) -> tuple[Layout, bytes]:
+        """Return the layout and the identity token which a header states.
+
+        Parameters
+        ----------
+        words : memoryview
+            The header page as native 8-byte words.
+
+        Raises
+        ------
+        LayoutError
+            It is no header, is of another version, or describes an impossible segment.
+        """
+        if len(words) * 8 < HEADER_BYTES or words[0] != MAGIC:
+            raise LayoutError("this is not a shmplasma segment (no magic number at its start)")
+        if words[1] != LAYOUT_VERSION:
+            raise LayoutError(
+                f"the segment has layout version {words[1]}, this shmplasma reads version "
+                f"{LAYOUT_VERSION}; run the same release in the store and its clients"
+            )
+        layout = cls(*(words[number] for number in range(4, 4 + len(fields(cls)))))
+        try:
+            planned = cls.plan(layout.capacity, layout.page_bytes)
+        except ValueError as error:
+            raise LayoutError(f"the segment's header is damaged: {error}") from error
+        if layout != planned:
+            raise LayoutError(
+                "the segment's header is damaged: its regions do not fit its capacity"
+            )
+        return layout, bytes(words[2:4])

@@ -1,0 +1,332 @@
+"""The life of an object: create, seal, abort, delete, evict.
+
+::
+
+    create            seal              delete, evict, need of room, and nobody pins it
+    ------> CREATED ------> SEALED ------------------------------------------------------> gone
+               |                \\-- delete while pinned: doomed; goes at its last release
+               \\-- abort, or the creator leaves: unlinked; its extent waits for the writer to let go
+
+Invariants
+----------
+* An unsealed object has exactly one creator, a connected client; only that one may seal or abort it.
+* A doomed object is sealed and was pinned: it can be read, its id is taken, it goes at the last release.
+* A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
+  not free.
+* While anything is doomed or in limbo the header's WAKE word is set, so that the release of a pin wakes the
+  store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
+  barrier is seen by this reading, one after it sees the word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from shmplasma.errors import CommitError
+from shmplasma.layout import EntryState, HeaderWord, Layout
+from shmplasma.pins import Boards
+from shmplasma.replies import Failed, Failure
+from shmplasma.requests import Create
+from shmplasma.room import Memory, Room
+from shmplasma.table import NO_ENTRY, Table
+
+__all__ = ["Lifecycle", "Refused"]
+
+
+class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
+    """A request that cannot be granted; carries the reply."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.text)
+        self.failed = failed
+
+
+class Lifecycle:
+    """What becomes of objects, and why.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    words : memoryview
+        The segment as native 8-byte words, writable.
+    table, boards, room
+        The parts that it joins.
+    memory : Memory
+        Issues barriers.
+    gone : callable
+        ``gone(object_id)`` is told of each sealed object that leaves.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        words: memoryview,
+        table: Table,
+        boards: Boards,
+        room: Room,
+        memory: Memory,
+        gone: Callable[[bytes], None],
+    ) -> None:
+        self._layout = layout
+        self._words = words
+        self._table = table
+        self._boards = boards
+        self._room = room
+        self._memory = memory
+        self._gone = gone
+        self._creators: dict[int, int] = {}
+        self._unsealed: dict[int, set[int]] = {}
+        self._doomed: set[int] = set()
+        self._limbo: set[int] = set()
+        self.evictions = 0
+
+    # -- asking --------------------------------------------------------------------------------
+
+    def find_sealed(self, object_id: bytes) -> int:
+        """Return the entry of a sealed object, or `NO_ENTRY`."""
+        entry = self._table.find(object_id)
+        if entry != NO_ENTRY and self._table.state(entry) == EntryState.SEALED:
+            return entry
+        return NO_ENTRY
+
+    def creator(self, entry: int) -> int | None:
+        """Return the client that is still writing the object."""
+        return self._creators.get(entry)
+
+    def held_by(self, client: int) -> set[int]:
+        """Return the entries that a client pins or has not sealed yet."""
+        return self._boards.held_by(client) | self._unsealed.get(client, set())
+
+    def bytes_of(self, entries: Iterable[int]) -> int:
+        """Return the sum of data and metadata sizes."""
+        return sum(self._table.size(entry) for entry in entries)
+
+    @property
+    def unsealed_bytes(self) -> int:
+        """Bytes of objects that are being written."""
+        return self.bytes_of(self._creators)
+
+    @property
+    def awaits_release(self) -> int:
+        """How many entries wait for somebody to let go of them."""
+        return len(self._doomed) + len(self._limbo)
+
+    # -- create, seal, abort -------------------------------------------------------------------
+
+    def create(self, client: int, request: Create, limit_bytes: int, now_ns: int) -> int:
+        """Make a new object, pinned for its writer in the request's slot, and return its entry.
+
+        Its memory may lie above the room's watermark: the caller waits for it to be committed before the
+        writer is told.
+
+        Raises
+        ------
+        Refused
+            The id exists, the client would exceed `limit_bytes` (0: none), or there is no room.
+        """
+        object_id = request.object_id
+        if self._table.find(object_id) != NO_ENTRY:
+            text = f"object {object_id.hex()} exists already; use another id or delete it first"
+            raise Refused(Failed(Failure.EXISTS, text))
+        size = request.data_size + request.metadata_size
+        if limit_bytes:
+            held = self.bytes_of(self.held_by(client))
+            if held + size > limit_bytes:
+                self._refuse(
+                    size,
+                    f"this client may hold {limit_bytes} bytes, holds {held}, and asks for {size} "
+                    "more; release buffers or raise the limit with set_client_options",
+                    Failure.OVER_QUOTA,
+                )
+        offset, evicted = self._room.allocate(size)
+        self._evicted(evicted)
+        if offset is None:
+            self.refuse_full(size)
+        entry = self._insert(request, offset, size, now_ns)
+        self._creators[entry] = client
+        self._unsealed.setdefault(client, set()).add(entry)
+        self._boards.pin(request.slot, entry)
+        return entry
+
+    def _insert(self, request: Create, offset: int, size: int, now_ns: int) -> int:
+        """Insert the object, evicting one if the table is full; on failure free its extent."""
+        text = (
+            f"the object table is full ({self._layout.n_entries} objects, all of them in use); "
+            "release or delete objects, or start the store with a larger -m"
+        )
+        for _ in range(2):
+            try:
+                entry = self._table.insert(
+                    request.object_id,
+                    request.codec,
+                    offset,
+                    request.data_size,
+                    request.metadata_size,
+                    now_ns,
+                )
+            except CommitError as error:
+                text = str(error)
+                break
+            if entry != NO_ENTRY:
+                return entry
+            self._evicted(self._room.evict(1)[1])
+        self._room.give_back(offset, size)
+        self._refuse(size, text)
+
+    def seal(self, client: int, object_id: bytes, now_ns: int) -> int:
+        """Seal an object of this client and return its entry.
+
+        Raises
+        ------
+        Refused
+            This client is not writing such an object.
+        """
+        entry = self._own(client, object_id)
+        self._forget_creator(client, entry)
+        self._table.seal(entry, now_ns)
+        self._room.sealed(entry)
+        return entry
+
+    def abort(self, client: int, object_id: bytes) -> None:
+        """Remove an object that this client has not sealed.
+
+        Raises
+        ------
+        Refused
+            This client is not writing such an object.
+        """
+        self._abort(client, self._own(client, object_id))
+
+    def abort_all(self, client: int) -> None:
+        """Remove all objects that a client has not sealed."""
+        for entry in list(self._unsealed.get(client, ())):
+            self._abort(client, entry)
+
+    def _own(self, client: int, object_id: bytes) -> int:
+        entry = self._table.find(object_id)
+        if entry != NO_ENTRY and self._creators.get(entry) == client:
+            return entry
+        sealed = self.find_sealed(object_id)
+        if sealed != NO_ENTRY and sealed in self._boards.held_by(client):
+            text = f"object {object_id.hex()} is sealed already"
+            raise Refused(Failed(Failure.SEALED, text))
+        text = f"this client has no unsealed object {object_id.hex()}; create it first"
+        raise Refused(Failed(Failure.NOT_FOUND, text))
+
+    def _abort(self, client: int, entry: int) -> None:
+        self._forget_creator(client, entry)
+        self._table.set_state(entry, EntryState.EVICTING)
+        self._table.unlink(entry)
+        if self._boards.is_pinned(entry):
+            self._limbo.add(entry)
+            self._await_release()
+        else:
+            self._room.free(entry)
+
+    def _forget_creator(self, client: int, entry: int) -> None:
+        del self._creators[entry]
+        unsealed = self._unsealed[client]
+        unsealed.remove(entry)
+        if not unsealed:
+            del self._unsealed[client]
+
+    # -- delete, evict -------------------------------------------------------------------------
+
+    def delete(self, object_ids: Iterable[bytes]) -> None:
+        """Delete sealed objects: at once where nobody pins them, else at their last release."""
+        entries = {self.find_sealed(object_id) for object_id in object_ids} - {NO_ENTRY}
+        self._take(entries)
+        if entries:
+            self._doomed |= entries
+            self._await_release()
+
+    def evict(self, size_bytes: int) -> int:
+        """Evict at least so many bytes if possible; return data plus metadata of what went."""
+        freed, evicted = self._room.evict(size_bytes) if size_bytes > 0 else (0, [])
+        self._evicted(evicted)
+        return freed
+
+    def wake(self) -> None:
+        """Let go what waited for a release and is pinned no more."""
+        if not self.awaits_release:
+            return
+        pinned = self._boards.pinned()
+        self._take(self._doomed - pinned)
+        for entry in self._limbo - pinned:
+            self._limbo.remove(entry)
+            self._room.free(entry)
+        if not self.awaits_release:
+            self._words[HeaderWord.WAKE] = 0
+
+    def _await_release(self) -> None:
+        self._words[HeaderWord.WAKE] = 1
+        self._memory.barrier()
+        self.wake()
+
+    def _take(self, entries: set[int]) -> None:
+        """Remove those of these objects that nobody pins, from the store and from the set."""
+        for entry in self._room.take(list(entries)) if entries else ():
+            entries.discard(entry)
+            self._doomed.discard(entry)
+            self._gone(self._table.object_id(entry))
+
+    def _evicted(self, object_ids: Iterable[bytes]) -> None:
+        for object_id in object_ids:
+            self.evictions += 1
+            self._gone(object_id)
+
+    # -- refusing ------------------------------------------------------------------------------
+
+    def refuse_full(self, requested_bytes: int, text: str = "") -> NoReturn:
+        """Refuse a request for want of room; say how the room is used.
+
+        Raises
+        ------
+        Refused
+            Always.
+        """
+        room = self._room
+        self._refuse(
+            requested_bytes,
+            text
+            or f"the store is full: {requested_bytes} bytes were asked for; of "
+            f"{self._layout.capacity} bytes {room.free_bytes} are free (the largest extent has "
+            f"{room.largest_bytes}), {self.bytes_of(self._boards.pinned())} are pinned by clients, "
+            f"{self.unsealed_bytes} are not sealed yet; release buffers, delete objects, or start "
+            "the store with a larger -m",
+        )
+
+    def _refuse(self, requested_bytes: int, text: str, failure: Failure = Failure.FULL) -> NoReturn:
+        raise Refused(
+            Failed(
+                failure,
+                text,
+                requested_bytes,
+                self._room.free_bytes,
+                self._room.largest_bytes,
+                self.bytes_of(self._boards.pinned()),
+                self.unsealed_bytes,
+            )
+        )
+
+    # -- proof ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Prove the module's invariants, and those of the parts."""
+        self._table.check()
+        self._boards.check()
+        self._room.check()
+        state = self._table.state
+        unsealed = {entry: client for client, own in self._unsealed.items() for entry in own}
+        assert unsealed == self._creators, "creators and their unsealed objects disagree"
+        for entry in range(self._table.end):
+            created = state(entry) == EntryState.CREATED
+            assert created == (entry in unsealed), f"entry {entry} has no creator or is not CREATED"
+            limbo = state(entry) == EntryState.EVICTING
+            assert limbo == (entry in self._limbo), f"entry {entry} is being taken for ever"
+        assert all(state(entry) == EntryState.SEALED for entry in self._doomed)
+        pinned = self._boards.pinned()
+        assert self._words[HeaderWord.WAKE] or not self.awaits_release, "nobody will wake the store"
+        assert all(state(entry) != EntryState.FREE for entry in pinned), "a pin of a free entry"

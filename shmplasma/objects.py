@@ -1,0 +1,83 @@
+"""Object ids: what a user names an object by."""
+
+from __future__ import annotations
+
+from secrets import token_bytes
+from zlib import crc32
+
+from shmplasma.layout import ID_BYTES
+
+__all__ = ["ObjectID"]
+
+
+class ObjectID:
+    """The name of an object: 20 bytes.
+
+    Parameters
+    ----------
+    object_id : bytes
+        Exactly 20 bytes.
+
+    Raises
+    ------
+    ValueError
+        `object_id` is not bytes, or not 20 of them.
+
+    Notes
+    -----
+    Immutable, hashable, picklable, weakly referable; safe to share between threads.
+
+    Examples
+    --------
+    >>> ObjectID(20 * b"a")
+    ObjectID(6161616161616161616161616161616161616161)
+    >>> ObjectID(20 * b"a") == ObjectID(20 * b"a")
+    True
+    >>> ObjectID(b"short")
+    Traceback (most recent call last):
+    ...
+    ValueError: an object id has 20 bytes, not 5; ObjectID.from_random() makes one
+    """
+
+    __slots__ = ("__weakref__", "_bytes", "_crc")
+
+    _bytes: bytes
+    _crc: int
+
+    def __init__(self, object_id: bytes) -> None:
+        if not isinstance(object_id, bytes):
+            raise ValueError(
+                f"an object id is made of {ID_BYTES} bytes, not of {type(object_id).__name__}"
+            )
+        if len(object_id) != ID_BYTES:
+            raise ValueError(
+                f"an object id has {ID_BYTES} bytes, not {len(object_id)}; "
+                "ObjectID.from_random() makes one"
+            )
+        self._bytes = object_id
+        # The table's hash.  Python's own differs between processes; CRC-32 is stable, in C, and
+        # spreads the ids that people choose by hand (repeated letters, counters) over the buckets.
+        self._crc = crc32(object_id)
+
+    @staticmethod
+    def from_random() -> ObjectID:
+        """Return a fresh id from the system's random source; collisions are not to be expected."""
+        return ObjectID(token_bytes(ID_BYTES))
+
+    def binary(self) -> bytes:
+        """Return the 20 bytes."""
+        return self._bytes
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ObjectID):
+            return NotImplemented
+        return self._bytes == other._bytes
+
+    def __hash__(self) -> int:
+        return hash(self._bytes)
+
+    def __reduce__(self) -> tuple[type[ObjectID], tuple[bytes]]:
+        return ObjectID, (self._bytes,)
+
+    def __repr__(self) -> str:
+        return f"ObjectID({self._bytes.hex()})"

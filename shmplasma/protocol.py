@@ -1,0 +1,119 @@
+"""Frames: how messages are told apart in a byte stream.  Pure; no socket is seen here.
+
+A frame is a header and a body::
+
+    length of the body   request id   kind
+    u32                  u32          u16 + 2 bytes of zeros        (little endian)
+
+The request id is chosen by the client and comes back with the one reply that every request gets; 0 marks a
+one-way message.  A reply to a request that was given up is recognized by its id and discarded.
+
+Invariants
+----------
+* What is decoded does not depend on how the stream was cut.
+* Bytes that are no frame raise `ProtocolError`, and nothing else; after that the decoder is of no more use.
+* A decoder never holds more than one incomplete frame beside what it was just fed, hence at most
+  `limit_bytes`.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final, NamedTuple
+
+from shmplasma.errors import ProtocolError
+
+__all__ = [
+    "MAX_REPLY_BYTES",
+    "MAX_REQUEST_BYTES",
+    "ONE_WAY",
+    "PROTOCOL_VERSION",
+    "Frame",
+    "FrameDecoder",
+    "encode_frame",
+]
+
+PROTOCOL_VERSION: Final = 1
+ONE_WAY: Final = 0
+
+MAX_REQUEST_BYTES: Final = 2 << 20
+"""Longest body that a store accepts: a get of 65,536 ids takes 1.6 MB, and nothing else takes as much."""
+MAX_REPLY_BYTES: Final = 8 << 20
+"""Longest body that a client accepts."""
+
+_HEADER: Final = Struct("<IIHH")
+_HEADER_BYTES: Final = _HEADER.size
+
+
+class Frame(NamedTuple):
+    """One message, undecoded."""
+
+    kind: int
+    request_id: int
+    body: bytes
+
+
+def encode_frame(kind: int, request_id: int, body: bytes) -> bytes:
+    """Return the bytes of one frame."""
+    return _HEADER.pack(len(body), request_id, kind, 0) + body
+
+
+class FrameDecoder:
+    """Cuts a byte stream into frames.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        Longest body that is accepted.
+    """
+
+    __slots__ = ("_buffer", "_limit", "_needed")
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._buffer = bytearray()
+        self._needed = _HEADER_BYTES
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Take the next bytes of the stream and return the frames that they complete, in order.
+
+        Raises
+        ------
+        ProtocolError
+            The bytes are no frame.
+
+        Notes
+        -----
+        O(bytes fed), however small the pieces are.
+        """
+        source: bytes | bytearray = data
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._needed:
+                return []
+            source = self._buffer
+        frames: list[Frame] = []
+        start, end = 0, len(source)
+        self._needed = _HEADER_BYTES
+        while end - start >= _HEADER_BYTES:
+            length, request_id, kind, zeros = _HEADER.unpack_from(source, start)
+            if length > self._limit or zeros:
+                raise ProtocolError(
+                    f"not a frame: kind {kind} with {length} bytes (the limit is {self._limit})"
+                )
+            stop = start + _HEADER_BYTES + length
+            if stop > end:
+                self._needed = _HEADER_BYTES + length
+                break
+            frames.append(Frame(kind, request_id, bytes(source[start + _HEADER_BYTES : stop])))
+            start = stop
+        if source is data:
+            self._buffer += data[start:]
+        else:
+            del self._buffer[:start]
+        return frames
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a frame has begun that has not ended: a stream must not end here."""
+        return bool(self._buffer)

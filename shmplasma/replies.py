@@ -1,0 +1,231 @@
+"""What the store sends to a client (see `shmplasma.messages`).  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct, pack, unpack
+from typing import ClassVar, Final, get_args
+
+from shmplasma.messages import Empty, decode_message
+from shmplasma.protocol import Frame
+
+__all__ = [
+    "ABSENT",
+    "NOTIFICATION",
+    "Created",
+    "Done",
+    "Failed",
+    "Failure",
+    "Found",
+    "ListRecord",
+    "Listing",
+    "Number",
+    "Objects",
+    "Reply",
+    "Text",
+    "Welcome",
+    "decode_reply",
+]
+
+
+class Failure(IntEnum):
+    """Why a request was refused."""
+
+    EXISTS = 1
+    NOT_FOUND = 2
+    FULL = 3
+    OVER_QUOTA = 4
+    SEALED = 5
+    VERSION = 6
+    NO_BOARD = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a client needs to attach."""
+
+    KIND: ClassVar[int] = 64
+    token: bytes
+    board: int
+    segment_kind: str
+    segment_path: str
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        text = f"{self.segment_kind}\0{self.segment_path}".encode()
+        return pack("<16sI", self.token, self.board) + text
+
+    @classmethod
+    def decode(cls, body: bytes) -> Welcome:
+        """Return the message of a body."""
+        token, board = unpack("<16sI", body[:20])
+        segment_kind, segment_path = body[20:].decode().split("\0")
+        return cls(token, board, segment_kind, segment_path)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Empty):
+    """It was done."""
+
+    KIND: ClassVar[int] = 65
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It was refused.
+
+    Attributes
+    ----------
+    failure : Failure
+        Why.
+    text : str
+        The fact and the remedy.
+    requested_bytes, free_bytes, largest_bytes, pinned_bytes, unsealed_bytes : int
+        The store's room at that moment, for a failure that is about room; else 0.
+    """
+
+    KIND: ClassVar[int] = 66
+    failure: Failure
+    text: str
+    requested_bytes: int = 0
+    free_bytes: int = 0
+    largest_bytes: int = 0
+    pinned_bytes: int = 0
+    unsealed_bytes: int = 0
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return (
+            pack(
+                "<H5Q",
+                self.failure,
+                self.requested_bytes,
+                self.free_bytes,
+                self.largest_bytes,
+                self.pinned_bytes,
+                self.unsealed_bytes,
+            )
+            + self.text.encode()
+        )
+
+    @classmethod
+    def decode(cls, body: bytes) -> Failed:
+        """Return the message of a body."""
+        failure, *room = unpack("<H5Q", body[:42])
+        return cls(Failure(failure), body[42:].decode(), *room)
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """Where the new object's bytes go."""
+
+    KIND: ClassVar[int] = 67
+    offset: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<Q", self.offset)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Created:
+        """Return the message of a body."""
+        return cls(*unpack("<Q", body))
+
+
+Found = tuple[int, int, int, int]
+"""Offset, data size, metadata size (bytes) and codec of a sealed object."""
+ABSENT: Final[Found] = (0, 0, 0, 0)
+"""Stands for an object that is not there: no object lies at offset 0."""
+_FOUND: Final = Struct("<QQQI")
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """Where the objects of a get are, in its order; those found are pinned in their slots."""
+
+    KIND: ClassVar[int] = 68
+    found: Sequence[Found]
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return b"".join([_FOUND.pack(*found) for found in self.found])
+
+    @classmethod
+    def decode(cls, body: bytes) -> Objects:
+        """Return the message of a body."""
+        return cls(list(_FOUND.iter_unpack(body)))
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A count, a size, a board or a truth value."""
+
+    KIND: ClassVar[int] = 69
+    value: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<q", self.value)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Number:
+        """Return the message of a body."""
+        return cls(*unpack("<q", body))
+
+
+ListRecord = tuple[bytes, int, int, int, int, int, bool]
+"""Id, data size, metadata size, clients that hold it, time of creation (ns since 1970), time from then to
+the seal (ns), whether it is sealed."""
+_RECORD: Final = Struct("<20sQQIQQ?")
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A part of the list; `next_start` is where the next one begins, 0 after the last."""
+
+    KIND: ClassVar[int] = 70
+    next_start: int
+    records: Sequence[ListRecord]
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        records = b"".join([_RECORD.pack(*record) for record in self.records])
+        return pack("<Q", self.next_start) + records
+
+    @classmethod
+    def decode(cls, body: bytes) -> Listing:
+        """Return the message of a body."""
+        return cls(*unpack("<Q", body[:8]), list(_RECORD.iter_unpack(body[8:])))
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text for people."""
+
+    KIND: ClassVar[int] = 71
+    text: str
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return self.text.encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Text:
+        """Return the message of a body."""
+        return cls(body.decode())
+
+
+NOTIFICATION: Final = Struct("<20sqq")
+"""On a subscriber's connection: id, data size, metadata size, both -1 for an object that has gone.  There
+a u64 that counts bytes takes the place of a frame's header, as in Plasma."""
+
+Reply = Welcome | Done | Failed | Created | Objects | Number | Listing | Text
+
+_KINDS: Final[dict[int, type[Reply]]] = {cls.KIND: cls for cls in get_args(Reply)}
+
+
+def decode_reply(frame: Frame) -> Reply:
+    """Return the reply in a frame; raise ProtocolError when it holds none."""
+    return decode_message(_KINDS, frame)

@@ -1,0 +1,286 @@
+"""What a client sends to the store (see `shmplasma.messages`).  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct, pack, unpack
+from typing import ClassVar, Final, get_args
+
+from shmplasma.layout import ID_BYTES
+from shmplasma.messages import Empty, OneId, decode_message
+from shmplasma.protocol import Frame
+
+__all__ = [
+    "Abort",
+    "AnswerNow",
+    "Attach",
+    "Contains",
+    "Create",
+    "Debug",
+    "Delete",
+    "Detach",
+    "Evict",
+    "Get",
+    "Grow",
+    "Hello",
+    "List",
+    "Request",
+    "Role",
+    "Seal",
+    "SetOptions",
+    "decode_request",
+]
+
+
+class Role(IntEnum):
+    """What a connection is for."""
+
+    CLIENT = 0
+    SUBSCRIBER = 1
+
+
+_HELLO: Final = Struct("<HHqQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message: who connects, and for what."""
+
+    KIND: ClassVar[int] = 1
+    version: int
+    role: Role
+    pid: int
+    start_time: int
+    name: str
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        head = _HELLO.pack(self.version, self.role, self.pid, self.start_time)
+        return head + self.name.encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Hello:
+        """Return the message of a body."""
+        version, role, pid, start_time = _HELLO.unpack_from(body)
+        return cls(version, Role(role), pid, start_time, body[_HELLO.size :].decode())
+
+
+@dataclass(frozen=True, slots=True)
+class Attach(Empty):
+    """Ask for the segment's file descriptor, by a client that cannot see its name."""
+
+    KIND: ClassVar[int] = 2
+
+
+_CREATE: Final = Struct("<20sqqII")
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Ask for a new object; `slot` will pin it for the writer."""
+
+    KIND: ClassVar[int] = 3
+    object_id: bytes
+    data_size: int
+    metadata_size: int
+    codec: int
+    slot: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _CREATE.pack(
+            self.object_id, self.data_size, self.metadata_size, self.codec, self.slot
+        )
+
+    @classmethod
+    def decode(cls, body: bytes) -> Create:
+        """Return the message of a body."""
+        return cls(*_CREATE.unpack(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Seal(OneId):
+    """The object is complete."""
+
+    KIND: ClassVar[int] = 4
+    object_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Abort(OneId):
+    """The object will not be completed."""
+
+    KIND: ClassVar[int] = 5
+    object_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """Ask where objects are and pin them, each in a slot of its own, waiting for them or not."""
+
+    KIND: ClassVar[int] = 6
+    wait: bool
+    object_ids: Sequence[bytes]
+    slots: Sequence[int]
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        count = len(self.object_ids)
+        return b"".join((pack(f"<?I{count}I", self.wait, count, *self.slots), *self.object_ids))
+
+    @classmethod
+    def decode(cls, body: bytes) -> Get:
+        """Return the message of a body."""
+        wait, count = body[0], int.from_bytes(body[1:5], "little")
+        ids = 5 + 4 * count
+        if len(body) != ids + ID_BYTES * count or wait > 1:
+            raise ValueError("the lengths of ids and slots differ")
+        slots = unpack(f"<{count}I", body[5:ids])
+        return cls(
+            bool(wait), [body[at : at + ID_BYTES] for at in range(ids, len(body), ID_BYTES)], slots
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerNow:
+    """Answer the get of that request id with what is there."""
+
+    KIND: ClassVar[int] = 7
+    request_id: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<I", self.request_id)
+
+    @classmethod
+    def decode(cls, body: bytes) -> AnswerNow:
+        """Return the message of a body."""
+        return cls(*unpack("<I", body))
+
+
+@dataclass(frozen=True, slots=True)
+class Contains(OneId):
+    """Ask whether a sealed object is there."""
+
+    KIND: ClassVar[int] = 8
+    object_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete sealed objects, those in use at their last release."""
+
+    KIND: ClassVar[int] = 9
+    object_ids: Sequence[bytes]
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return b"".join(self.object_ids)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Delete:
+        """Return the message of a body."""
+        if len(body) % ID_BYTES:
+            raise ValueError("not a whole number of ids")
+        return cls([body[at : at + ID_BYTES] for at in range(0, len(body), ID_BYTES)])
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Evict at least so many bytes, if possible."""
+
+    KIND: ClassVar[int] = 10
+    size_bytes: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<q", self.size_bytes)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Evict:
+        """Return the message of a body."""
+        return cls(*unpack("<q", body))
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Ask for the objects from an entry on."""
+
+    KIND: ClassVar[int] = 11
+    start: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<Q", self.start)
+
+    @classmethod
+    def decode(cls, body: bytes) -> List:
+        """Return the message of a body."""
+        return cls(*unpack("<Q", body))
+
+
+@dataclass(frozen=True, slots=True)
+class SetOptions:
+    """Name this client and limit the bytes that it may hold; a limit of 0 is none."""
+
+    KIND: ClassVar[int] = 12
+    limit_bytes: int
+    name: str
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<Q", self.limit_bytes) + self.name.encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> SetOptions:
+        """Return the message of a body."""
+        return cls(*unpack("<Q", body[:8]), body[8:].decode())
+
+
+@dataclass(frozen=True, slots=True)
+class Debug(Empty):
+    """Ask for a description of the store's state."""
+
+    KIND: ClassVar[int] = 13
+
+
+@dataclass(frozen=True, slots=True)
+class Grow(Empty):
+    """Ask for one more board."""
+
+    KIND: ClassVar[int] = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Detach(Empty):
+    """The client leaves: its unsealed objects go; buffers that it still holds stay pinned."""
+
+    KIND: ClassVar[int] = 15
+
+
+Request = (
+    Hello
+    | Attach
+    | Create
+    | Seal
+    | Abort
+    | Get
+    | AnswerNow
+    | Contains
+    | Delete
+    | Evict
+    | List
+    | SetOptions
+    | Debug
+    | Grow
+    | Detach
+)
+
+_KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}
+
+
+def decode_request(frame: Frame) -> Request:
+    """Return the request in a frame; raise ProtocolError when it holds none."""
+    return decode_message(_KINDS, frame)

@@ -1,0 +1,265 @@
+"""Room: which bytes of the data region an object gets, and who must leave for it.
+
+This module joins the allocator, the watermark below which memory is committed, the eviction queue and the
+take protocol of `shmplasma.pins`.  It knows nothing of clients and messages.
+
+Invariants
+----------
+* Each entry of the table that holds an object of size > 0 owns one extent; free extents and these tile the
+  data region (`Room.check`).
+* Exactly the sealed objects are in the eviction queue.
+* An extent is handed out only when it lies below the watermark, so that no client ever writes to a page
+  which the file system cannot give (that would be a SIGBUS).
+* An object is freed only when no board pins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
+
+from shmplasma.allocator import Allocator
+from shmplasma.eviction import Sieve
+from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
+from shmplasma.pins import Boards
+from shmplasma.table import Table
+
+__all__ = ["COMMIT_STEP", "Memory", "Room"]
+
+COMMIT_STEP: Final = 4 << 20
+"""Bytes that are committed in one go: tmpfs clears them at about 2 GB/s, so others wait 2 ms at most."""
+
+_AHEAD: Final = 64 << 20
+"""How far the watermark runs ahead of what was ever used, while the store is idle."""
+
+
+class Memory(Protocol):
+    """What the room needs of the machine."""
+
+    def commit(self, offset: int, size_bytes: int) -> None:
+        """Put memory behind a part of the segment, or raise `shmplasma.errors.CommitError`."""
+
+    def barrier(self) -> None:
+        """Make every client's CPU pass a full memory barrier."""
+
+
+class Room:
+    """The data region of a segment.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    table : Table
+        The object table.
+    boards : Boards
+        The pin boards.
+    visited : memoryview
+        The visited region: a byte an entry.
+    memory : Memory
+        Commits pages and issues barriers.
+    """
+
+    def __init__(
+        self, layout: Layout, table: Table, boards: Boards, visited: memoryview, memory: Memory
+    ) -> None:
+        self._layout = layout
+        self._table = table
+        self._boards = boards
+        self._memory = memory
+        self._start = layout.data
+        self._end = layout.data + layout.data_bytes
+        self._allocator = Allocator(self._start, self._end)
+        self._queue = Sieve(visited)
+        self._visited = visited
+        self._sealed_bytes = 0
+        self._watermark = self._start
+        self._used_once = self._start
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes in free extents."""
+        return self._allocator.free_bytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest free extent."""
+        return self._allocator.largest_free_bytes
+
+    @property
+    def watermark(self) -> int:
+        """The offset below which memory is committed."""
+        return self._watermark
+
+    # -- extents -------------------------------------------------------------------------------
+
+    def allocate(self, size_bytes: int) -> tuple[int | None, list[bytes]]:
+        """Find an extent, evicting what is needed for it.
+
+        Returns
+        -------
+        offset : int or None
+            Start of the extent, or None when even evicting all that may go would not make room.
+        evicted : list of bytes
+            Ids of the objects that had to go.
+
+        Notes
+        -----
+        The extent may lie above `watermark`; the caller commits it before it is handed out.
+        O(log n) without eviction; with it, O(victims + boards).
+        """
+        evicted: list[bytes] = []
+        if size_bytes == 0:
+            return self._start, evicted
+        offset = self._allocator.allocate(size_bytes)
+        if offset is None:
+            wanted = align_up(size_bytes, ALIGNMENT)
+            if self.free_bytes + self._evictable_bytes() < wanted:
+                return None, evicted
+            step = max(1, wanted - self.free_bytes)
+            while offset is None:
+                _, victims = self.evict(step)
+                evicted += victims
+                offset = self._allocator.allocate(size_bytes)
+                if not victims:
+                    break
+                # There are enough bytes now, but not in one piece.
+                step = max(1, wanted // 16)
+        if offset is not None:
+            self._used_once = max(self._used_once, offset + align_up(size_bytes, ALIGNMENT))
+        return offset, evicted
+
+    def give_back(self, offset: int, size_bytes: int) -> None:
+        """Free an extent that no entry owns."""
+        if size_bytes:
+            self._allocator.free(offset, size_bytes)
+
+    def sealed(self, entry: int) -> None:
+        """Take note that the entry's object was sealed: from now on it may be evicted."""
+        self._visited[entry] = 0
+        self._queue.insert(entry)
+        self._sealed_bytes += align_up(self._table.size(entry), ALIGNMENT)
+
+    def read(self, entry: int) -> None:
+        """Take note that the object was read."""
+        self._visited[entry] = 1
+
+    def free(self, entry: int) -> None:
+        """Give back the extent and the entry of an unlinked object that nobody pins."""
+        offset, data_size, metadata_size = self._table.location(entry)
+        self.give_back(offset, data_size + metadata_size)
+        self._table.free(entry)
+
+    # -- taking --------------------------------------------------------------------------------
+
+    def take(self, entries: Sequence[int]) -> list[int]:
+        """Free those of these sealed objects that nobody pins; return them.
+
+        The returned entries' ids and sizes are still what they were, until the next insertion.
+        """
+        table = self._table
+        for entry in entries:
+            table.set_state(entry, EntryState.EVICTING)
+        self._memory.barrier()
+        pinned = self._pinned(entries)
+        taken: list[int] = []
+        for entry in entries:
+            if entry in pinned:
+                table.set_state(entry, EntryState.SEALED)
+                continue
+            self._queue.remove(entry)
+            self._sealed_bytes -= align_up(table.size(entry), ALIGNMENT)
+            table.unlink(entry)
+            self.free(entry)
+            taken.append(entry)
+        return taken
+
+    def evict(self, size_bytes: int) -> tuple[int, list[bytes]]:
+        """Take objects by the eviction policy until so many bytes are free that were not.
+
+        Returns
+        -------
+        freed_bytes : int
+            Data plus metadata of what went.
+        evicted : list of bytes
+            Their ids.
+        """
+        freed, evicted = 0, list[bytes]()
+        batch: list[int] = []
+        batch_bytes = 0
+        pinned = self._boards.pinned()
+        for entry in self._queue.sweep():
+            if entry in pinned:
+                continue
+            batch.append(entry)
+            batch_bytes += self._table.size(entry)
+            if freed + batch_bytes >= size_bytes:
+                freed += self._take_batch(batch, evicted)
+                batch, batch_bytes = [], 0
+                if freed >= size_bytes:
+                    break
+        if batch:
+            freed += self._take_batch(batch, evicted)
+        return freed, evicted
+
+    def _take_batch(self, batch: Sequence[int], evicted: list[bytes]) -> int:
+        taken = self.take(batch)
+        evicted += [self._table.object_id(entry) for entry in taken]
+        return sum(self._table.size(entry) for entry in taken)
+
+    def _pinned(self, entries: Sequence[int]) -> Iterable[int]:
+        if len(entries) == 1:
+            return entries if self._boards.is_pinned(entries[0]) else ()
+        return self._boards.pinned()
+
+    def _evictable_bytes(self) -> int:
+        pinned = sum(
+            align_up(self._table.size(entry), ALIGNMENT)
+            for entry in self._boards.pinned()
+            if entry in self._queue
+        )
+        return self._sealed_bytes - pinned
+
+    # -- commitment ----------------------------------------------------------------------------
+
+    def commit_step(self, end: int) -> bool:
+        """Raise the watermark towards `end` by one step; tell whether it has arrived.
+
+        Raises
+        ------
+        CommitError
+            The file system cannot give the pages.
+        """
+        if self._watermark < end:
+            stop = min(self._watermark + COMMIT_STEP, self._end)
+            self._memory.commit(self._watermark, stop - self._watermark)
+            self._watermark = stop
+        return self._watermark >= end
+
+    @property
+    def idle_target(self) -> int:
+        """Where the watermark should be while there is nothing else to do."""
+        return min(self._used_once + _AHEAD, self._end)
+
+    # -- proof ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Prove that extents tile the region and that the queue holds the sealed objects."""
+        table = self._table
+        used: list[tuple[int, int]] = []
+        sealed = 0
+        queued = 0
+        for entry in table.entries(0, table.end):
+            offset, data_size, metadata_size = table.location(entry)
+            size = data_size + metadata_size
+            if size:
+                used.append((offset, align_up(size, ALIGNMENT)))
+            is_sealed = table.state(entry) == EntryState.SEALED
+            assert is_sealed == (entry in self._queue), f"entry {entry} and the queue disagree"
+            if is_sealed:
+                sealed += align_up(size, ALIGNMENT)
+                queued += 1
+        self._allocator.check(used)
+        self._queue.check()
+        assert queued == len(self._queue), "the queue holds what is not there"
+        assert sealed == self._sealed_bytes, "the sum of sealed bytes is wrong"

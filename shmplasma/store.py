@@ -1,0 +1,487 @@
+"""The store's state machine: requests in, effects out.  Pure; `shmplasma.server` carries the effects out.
+
+It joins the parts that each own a piece of the state: `shmplasma.lifecycle` (what becomes of objects),
+`shmplasma.gets` (who waits for them), `shmplasma.pins` (who holds them).  What is left here is the
+conversation with each connection.
+
+Invariants
+----------
+* Every request gets exactly one reply, unless its client is dropped.
+* What is no request, or comes at the wrong point of the conversation, costs its sender the connection, and
+  nobody else anything.
+
+Order
+-----
+`Seal` may come one-way, and a client may have sent it before another one even asked.  So an answer that
+depends on something *not* being there (contains false, a get that found too little, and whatever describes
+the store as a whole) is not given at once: the request is left unsettled, the caller drains every socket
+once, and then `ObjectStore.settle` answers.  What was sealed before a question was asked is always found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, assert_never
+
+from shmplasma.errors import CommitError, ProtocolError
+from shmplasma.gets import GetQueue, PendingGet
+from shmplasma.layout import BOARD_BYTES, EntryState, Layout
+from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.pins import Boards
+from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
+from shmplasma.replies import (
+    NOTIFICATION,
+    Created,
+    Done,
+    Failed,
+    Failure,
+    Listing,
+    ListRecord,
+    Number,
+    Objects,
+    Reply,
+    Text,
+    Welcome,
+)
+from shmplasma.requests import (
+    Abort,
+    AnswerNow,
+    Attach,
+    Contains,
+    Create,
+    Debug,
+    Delete,
+    Detach,
+    Evict,
+    Get,
+    Grow,
+    Hello,
+    List,
+    Request,
+    Role,
+    Seal,
+    SetOptions,
+    decode_request,
+)
+from shmplasma.room import Memory, Room
+from shmplasma.table import NO_ENTRY, Table
+
+__all__ = ["Descriptor", "Drop", "Effect", "ObjectStore", "Send"]
+
+_LIST_WINDOW: Final = 4096
+"""Entries that one `Listing` covers: a few milliseconds of the loop's time."""
+
+
+class Descriptor(Enum):
+    """A file descriptor that goes along with a message."""
+
+    SEGMENT = "segment"
+    WAKE = "wake"
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send these bytes to a client, in order, with a descriptor if one is named."""
+
+    client: int
+    data: bytes
+    descriptor: Descriptor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Close the client's connection, once what was sent to it before is out or can't go out."""
+
+    client: int
+    reason: str
+
+
+Effect = Send | Drop
+Unsettled = tuple[int, int, Request]
+"""Client, request id and request that wait for a drain."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """What the store knows of one connection."""
+
+    client: int
+    pid: int
+    name: str = ""
+    role: Role | None = None
+    detached: bool = False
+    limit_bytes: int = 0
+
+
+class ObjectStore:
+    """All of a store but its sockets, clock and memory.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    token : bytes
+        The segment's identity.
+    words, raw : memoryview
+        The segment as native 8-byte words and as bytes, writable.
+    segment_kind, segment_path : str
+        How a client finds the segment; passed on as they are.
+    memory : Memory
+        Commits pages and issues barriers.
+
+    Notes
+    -----
+    Time is an argument, in nanoseconds since 1970.  Not thread-safe: one loop drives it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        token: bytes,
+        words: memoryview,
+        raw: memoryview,
+        segment_kind: str,
+        segment_path: str,
+        memory: Memory,
+    ) -> None:
+        self._layout = layout
+        self._token = token
+        self._segment = (segment_kind, segment_path)
+        self._table = Table(layout, words, raw, memory.commit)
+        self._boards = Boards(layout, words, raw, memory.commit)
+        visited = raw[layout.visited : layout.visited + layout.n_entries]
+        self._room = Room(layout, self._table, self._boards, visited, memory)
+        self._objects = Lifecycle(
+            layout, words, self._table, self._boards, self._room, memory, self._gone
+        )
+        self._gets = GetQueue()
+        self._sessions: dict[int, _Session] = {}
+        self._subscribers: set[int] = set()
+        self._uncommitted: deque[tuple[int, int, int]] = deque()
+        self._unsettled: list[Unsettled] = []
+        self._effects: list[Effect] = []
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def connect(self, client: int, pid: int) -> None:
+        """Take note of a new connection; `client` is a number that was never used before."""
+        self._sessions[client] = _Session(client, pid)
+
+    def disconnect(self, client: int) -> list[Effect]:
+        """Forget a connection: its pins and its unsealed objects go."""
+        del self._sessions[client]
+        self._subscribers.discard(client)
+        self._gets.forget(client)
+        self._boards.revoke(client)
+        self._objects.abort_all(client)
+        return self.wake()
+
+    def handle(self, client: int, frame: Frame, now_ns: int) -> list[Effect]:
+        """Carry out one request and return what is to be done."""
+        session = self._sessions[client]
+        try:
+            request = decode_request(frame)
+            if isinstance(request, Hello):
+                self._hello(session, frame.request_id, request)
+            elif session.role is not Role.CLIENT or session.detached:
+                raise ProtocolError(f"{type(request).__name__} on a connection of no client")
+            else:
+                self._request(session, frame.request_id, request, now_ns)
+        except Refused as refused:
+            self._reply(client, frame.request_id, refused.failed)
+        except ProtocolError as error:
+            self._effects.append(Drop(client, str(error)))
+        return self._take_effects()
+
+    def take_unsettled(self) -> list[Unsettled]:
+        """Return the requests that wait for a drain of all sockets; pass them to `settle` after it."""
+        unsettled, self._unsettled = self._unsettled, []
+        return unsettled
+
+    def settle(self, unsettled: Iterable[Unsettled]) -> list[Effect]:
+        """Answer requests whose answer had to wait until every socket was drained once."""
+        for client, request_id, request in unsettled:
+            session = self._sessions.get(client)
+            if session is not None and not session.detached:
+                self._settle(client, request_id, request)
+        return self._take_effects()
+
+    def wake(self) -> list[Effect]:
+        """Let go what waited for a release and is pinned no more."""
+        self._objects.wake()
+        return self._take_effects()
+
+    # -- memory ahead of need ------------------------------------------------------------------
+
+    @property
+    def has_urgent_work(self) -> bool:
+        """Whether a creator waits for memory to be committed."""
+        return bool(self._uncommitted)
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether memory should be committed ahead of need."""
+        return self._room.watermark < self._room.idle_target
+
+    def advance(self) -> list[Effect]:
+        """Commit one step of memory; answer the creator that waited for it.
+
+        Raises
+        ------
+        CommitError
+            There is no memory, and nobody waits for it.
+        """
+        if not self._uncommitted:
+            self._room.commit_step(self._room.idle_target)
+            return []
+        client, request_id, entry = self._uncommitted[0]
+        if self._objects.creator(entry) != client:
+            self._uncommitted.popleft()  # the creator has left, or has aborted it
+            return []
+        offset, data_size, metadata_size = self._table.location(entry)
+        try:
+            if self._room.commit_step(offset + data_size + metadata_size):
+                self._uncommitted.popleft()
+                self._reply(client, request_id, Created(offset))
+        except CommitError as error:
+            self._uncommitted.popleft()
+            self._boards.unpin_all(client, entry)
+            self._objects.abort(client, self._table.object_id(entry))
+            try:
+                self._objects.refuse_full(data_size + metadata_size, str(error))
+            except Refused as refused:
+                self._reply(client, request_id, refused.failed)
+        return self._take_effects()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _request(self, session: _Session, request_id: int, request: Request, now_ns: int) -> None:
+        client = session.client
+        match request:
+            case Get():
+                self._get(client, request_id, request)
+            case Create():
+                self._create(session, request_id, request, now_ns)
+            case Seal():
+                entry = self._objects.seal(client, request.object_id, now_ns)
+                self._reply(client, request_id, Done())
+                self._announce(entry)
+            case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
+                self._reply(client, request_id, Number(1))
+            case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
+                self._unsettled.append((client, request_id, request))
+            case Abort():
+                self._objects.abort(client, request.object_id)
+                self._reply(client, request_id, Done())
+            case SetOptions():
+                session.name, session.limit_bytes = request.name, request.limit_bytes
+                self._reply(client, request_id, Done())
+            case Grow():
+                self._reply(client, request_id, Number(self._grant(client)))
+            case Attach():
+                self._reply(client, request_id, Done(), Descriptor.SEGMENT)
+            case Detach():
+                session.detached = True
+                self._gets.forget(client)
+                self._objects.abort_all(client)
+                self._reply(client, request_id, Done())
+            case Hello():
+                raise ProtocolError("a second Hello")
+            case _:
+                assert_never(request)
+
+    def _settle(self, client: int, request_id: int, request: Request) -> None:
+        match request:
+            case Contains():
+                found = self._objects.find_sealed(request.object_id) != NO_ENTRY
+                self._reply(client, request_id, Number(found))
+            case Get():
+                self._answer_now(client, request_id)
+            case AnswerNow():
+                self._answer_now(client, request.request_id)
+            case Delete():
+                self._objects.delete(request.object_ids)
+                self._reply(client, request_id, Done())
+            case Evict():
+                self._reply(client, request_id, Number(self._objects.evict(request.size_bytes)))
+            case List():
+                self._reply(client, request_id, self._list(request.start))
+            case Debug():
+                self._reply(client, request_id, Text(self.describe()))
+            case _:
+                raise AssertionError(f"{request} is answered at once")
+
+    def _hello(self, session: _Session, request_id: int, hello: Hello) -> None:
+        client = session.client
+        if session.role is not None:
+            raise ProtocolError("a second Hello")
+        if hello.version != PROTOCOL_VERSION:
+            text = (
+                f"the store speaks protocol version {PROTOCOL_VERSION}, the client version "
+                f"{hello.version}; run the same release of shmplasma on both sides"
+            )
+            self._reply(client, request_id, Failed(Failure.VERSION, text))
+            raise ProtocolError(f"it speaks protocol version {hello.version}")
+        if hello.role is Role.CLIENT:
+            board = self._grant(client)
+            descriptor = Descriptor.WAKE
+        else:
+            board, descriptor = 0, None
+            self._subscribers.add(client)
+        session.role, session.name = hello.role, hello.name
+        welcome = Welcome(self._token, board, *self._segment)
+        self._reply(client, request_id, welcome, descriptor)
+        if hello.role is Role.SUBSCRIBER:
+            self._replay(client)
+
+    def _grant(self, client: int) -> int:
+        try:
+            board = self._boards.grant(client)
+        except CommitError as error:
+            self._objects.refuse_full(BOARD_BYTES, str(error))
+        if board is None:
+            text = (
+                f"all {self._layout.n_boards} pin boards of the store are in use; close clients or "
+                "release buffers"
+            )
+            raise Refused(Failed(Failure.NO_BOARD, text))
+        return board
+
+    def _create(self, session: _Session, request_id: int, request: Create, now_ns: int) -> None:
+        client = session.client
+        if request.data_size < 0 or request.metadata_size < 0:
+            raise ProtocolError(f"an object of {request.data_size}+{request.metadata_size} bytes")
+        if not self._boards.may_lend(client, (request.slot,)):
+            raise ProtocolError(f"slot {request.slot} is not its to lend")
+        entry = self._objects.create(client, request, session.limit_bytes, now_ns)
+        offset, data_size, metadata_size = self._table.location(entry)
+        if data_size + metadata_size and offset + data_size + metadata_size > self._room.watermark:
+            self._uncommitted.append((client, request_id, entry))
+        else:
+            self._reply(client, request_id, Created(offset))
+
+    # -- get -----------------------------------------------------------------------------------
+
+    def _get(self, client: int, request_id: int, request: Get) -> None:
+        if request_id == ONE_WAY or (client, request_id) in self._gets:
+            raise ProtocolError(f"a get under the request id {request_id}")
+        if not self._boards.may_lend(client, request.slots):
+            raise ProtocolError("a get names slots that are not its to lend")
+        get = PendingGet.begin(client, request_id, request)
+        for object_id in list(get.missing):
+            entry = self._objects.find_sealed(object_id)
+            if entry != NO_ENTRY:
+                self._fill(get, object_id, entry)
+        if not get.missing:
+            self._reply(client, request_id, Objects(get.found))
+            return
+        self._gets.add(get)
+        if not request.wait:
+            self._unsettled.append((client, request_id, request))
+
+    def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
+        """Enter a sealed object into a get and pin it for its client."""
+        codec = self._table.id_and_codec(entry)[1]
+        for slot in get.fill(object_id, (*self._table.location(entry), codec)):
+            self._boards.pin(slot, entry)
+        self._room.read(entry)
+
+    def _announce(self, entry: int) -> None:
+        """Tell those who wait for an object, and the subscribers, that it is sealed."""
+        object_id = self._table.object_id(entry)
+        _, data_size, metadata_size = self._table.location(entry)
+        self._notify(object_id, data_size, metadata_size)
+        for get in self._gets.waiting_for(object_id):
+            self._fill(get, object_id, entry)
+            if not get.missing:
+                self._answer_now(get.client, get.request_id)
+
+    def _answer_now(self, client: int, request_id: int) -> None:
+        """Answer a get with what it has; one that was answered meanwhile needs nothing."""
+        get = self._gets.remove(client, request_id)
+        if get is not None:
+            self._reply(client, request_id, Objects(get.found))
+
+    # -- describing ----------------------------------------------------------------------------
+
+    def _list(self, start: int) -> Listing:
+        holders = Counter(e for client in self._sessions for e in self._objects.held_by(client))
+        table = self._table
+        stop = start + _LIST_WINDOW
+        records: list[ListRecord] = []
+        for entry in table.entries(start, stop):
+            state = table.state(entry)
+            if state not in (EntryState.CREATED, EntryState.SEALED):
+                continue
+            _, *sizes = table.location(entry)
+            sealed = state == EntryState.SEALED
+            records.append(
+                (table.object_id(entry), *sizes, holders[entry], *table.times(entry), sealed)
+            )
+        return Listing(stop if stop < table.end else 0, records)
+
+    def describe(self) -> str:
+        """Return the store's figures, one a line."""
+        room, held = self._room, self._boards.pinned()
+        clients = ", ".join(
+            f"{session.name or 'unnamed'} (pid {session.pid})"
+            for session in self._sessions.values()
+            if session.role is Role.CLIENT
+        )
+        return "\n".join(
+            (
+                f"capacity bytes: {self._layout.capacity}",
+                f"free bytes: {room.free_bytes}",
+                f"largest free extent: {room.largest_bytes}",
+                f"committed bytes: {room.watermark - self._layout.data}",
+                f"pinned bytes: {self._objects.bytes_of(held)}",
+                f"unsealed bytes: {self._objects.unsealed_bytes}",
+                f"objects: {len(self._table)}",
+                f"pinned objects: {len(held)}",
+                f"objects that wait for a release: {self._objects.awaits_release}",
+                f"evictions: {self._objects.evictions}",
+                f"clients: {clients}",
+            )
+        )
+
+    def check(self) -> None:
+        """Prove the invariants of all parts."""
+        self._objects.check()
+        self._gets.check()
+
+    # -- effects -------------------------------------------------------------------------------
+
+    def _take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _reply(
+        self, client: int, request_id: int, reply: Reply, descriptor: Descriptor | None = None
+    ) -> None:
+        if request_id != ONE_WAY:
+            data = encode_frame(reply.KIND, request_id, reply.encode())
+            self._effects.append(Send(client, data, descriptor))
+
+    def _gone(self, object_id: bytes) -> None:
+        self._notify(object_id, -1, -1)
+
+    def _notify(self, object_id: bytes, data_size: int, metadata_size: int) -> None:
+        if self._subscribers:
+            data = _notification(object_id, data_size, metadata_size)
+            self._effects += [Send(client, data) for client in self._subscribers]
+
+    def _replay(self, client: int) -> None:
+        """Send a new subscriber all objects that are sealed."""
+        table = self._table
+        for entry in table.entries(0, table.end):
+            if table.state(entry) == EntryState.SEALED:
+                _, *sizes = table.location(entry)
+                self._effects.append(Send(client, _notification(table.object_id(entry), *sizes)))
+
+
+def _notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
+    record = NOTIFICATION.pack(object_id, data_size, metadata_size)
+    return len(record).to_bytes(8, "little") + record

@@ -1,0 +1,322 @@
+"""The client's end of a connection: many threads, one socket, one reply to each request.
+
+Threads that wait for replies share the socket as leader and followers.  Whoever gets the reading lock reads
+frames for all, hands each reply to its request, and passes the lock on when its own has come.  So no thread
+of ours runs beside the user's, one waiter costs no hand-over, and a get that blocks for an hour holds up
+nobody.
+
+Interrupts
+----------
+A signal handler (Ctrl-C) may raise between any two byte codes of the main thread, thus also after a socket
+call has moved bytes and before its result is stored; the stream would be out of step for ever.  Therefore
+each such call is made by a C loop, ``list.extend(map(call, ...))``, which stores the result before the
+interpreter looks for signals again.  Where that does not reach (the decoder), an interrupt ends the
+connection, rather than let it go on wrongly.
+
+A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done
+with it then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from shmplasma.errors import ProtocolError
+from shmplasma.protocol import MAX_REPLY_BYTES, ONE_WAY, Frame, FrameDecoder, encode_frame
+
+__all__ = ["Channel", "Exchange"]
+
+_READ_BYTES: Final = 1 << 18
+_RETRY_SECONDS: Final = 0.1
+_MAX_REQUEST_ID: Final = 0xFFFF_FFFF
+
+
+class Exchange:
+    """The beginning of a conversation: one request at a time, descriptors may come with the replies.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Connected; closed by `close`, or handed on by `detach`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._descriptors: list[int] = []
+
+    @classmethod
+    def connect(cls, path: str, num_retries: int, timeout_seconds: float) -> Exchange:
+        """Connect to a Unix socket, again and again while nobody listens there.
+
+        Parameters
+        ----------
+        path : str
+            The socket's path.
+        num_retries : int
+            How often to try again, 0.1 s apart; the first attempt is not counted.
+        timeout_seconds : float
+            How long to wait for each reply.
+
+        Raises
+        ------
+        OSError
+            Nobody listens, after all attempts.
+        """
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout_seconds)
+            try:
+                sock.connect(path)
+            except OSError:
+                sock.close()
+                if num_retries <= 0:
+                    raise
+            else:
+                return cls(sock)
+            num_retries -= 1
+            time.sleep(_RETRY_SECONDS)
+
+    def call(self, kind: int, body: bytes) -> Frame:
+        """Send a request and return its reply.
+
+        Raises
+        ------
+        OSError
+            The other end closed the connection, or did not answer in time.
+        ProtocolError
+            The other end does not speak the protocol.
+        """
+        self._sock.sendall(encode_frame(kind, 1, body))
+        decoder = FrameDecoder(MAX_REPLY_BYTES)
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, _READ_BYTES, 1)
+            self._descriptors += descriptors
+            if not data:
+                raise ConnectionResetError("the store closed the connection")
+            for frame in decoder.feed(data):
+                return frame
+
+    def take_descriptor(self) -> int:
+        """Return the descriptor that came with the last reply; the caller owns it.
+
+        Raises
+        ------
+        OSError
+            None came: this process has too many open.
+        """
+        if not self._descriptors:
+            raise OSError(errno.EMFILE, "no descriptor arrived; too many files are open here")
+        return self._descriptors.pop()
+
+    def detach(self) -> socket.socket:
+        """Return the socket, blocking, for a `Channel`."""
+        self._sock.settimeout(None)
+        return self._sock
+
+    def close(self) -> None:
+        """Close the socket and the descriptors that nobody took."""
+        self._sock.close()
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+class Channel:
+    """Requests and replies over a connected stream socket.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Connected and blocking; the channel owns it from now on.
+
+    Notes
+    -----
+    Thread-safe.  Sending and waiting raise ConnectionError once the other end has gone.  The socket is
+    closed when the channel is collected.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._decoder = FrameDecoder(MAX_REPLY_BYTES)
+        self._sending = threading.Lock()
+        self._reading = threading.Lock()
+        self._unsent = b""
+        self._received: list[bytes] = []
+        self._next_id = 0
+        self._replies: dict[int, Frame] = {}
+        self._waiters: dict[int, SimpleQueue[None]] = {}
+        self._given_up: dict[int, Callable[[Frame], None]] = {}
+        self._error: BaseException | None = None
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def send(self, kind: int, body: bytes) -> None:
+        """Send a one-way message."""
+        self._send(encode_frame(kind, ONE_WAY, body))
+
+    def request(self, kind: int, body: bytes) -> int:
+        """Send a request and return its id, for `wait`."""
+        with self._sending:
+            self._next_id = request_id = self._next_id % _MAX_REQUEST_ID + 1
+        self._send(encode_frame(kind, request_id, body))
+        return request_id
+
+    def _send(self, data: bytes) -> None:
+        with self._sending:
+            if self._error is not None:
+                raise ConnectionError(str(self._error)) from self._error
+            # What an interrupt kept from being sent goes first.
+            self._unsent += data
+            while self._unsent:
+                sent: list[int] = []
+                try:
+                    sent.extend(map(self._sock.send, (self._unsent,)))
+                except OSError as error:
+                    self._fail(error)
+                    raise ConnectionError(str(error)) from error
+                finally:
+                    self._unsent = self._unsent[sum(sent) :]
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    def wait(self, request_id: int, deadline: float | None) -> Frame | None:
+        """Wait for the reply to a request.
+
+        Parameters
+        ----------
+        request_id : int
+            As `request` returned it.
+        deadline : float or None
+            Time of `time.monotonic` to stop waiting at.
+
+        Returns
+        -------
+        Frame or None
+            The reply, or None when the deadline came first: then wait once more, or `give_up`.
+        """
+        leading, reply = self._try_lead(request_id, deadline)
+        if leading:
+            return reply
+        # The waiter is known before the lead is tried again: a leader who leaves in between wakes it.
+        waiter: SimpleQueue[None] = SimpleQueue()
+        self._waiters[request_id] = waiter
+        try:
+            while True:
+                leading, reply = self._try_lead(request_id, deadline)
+                if leading:
+                    return reply
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                try:
+                    waiter.get(timeout=left)
+                except Empty:
+                    return self._replies.pop(request_id, None)
+                reply = self._replies.pop(request_id, None)
+                if reply is not None:
+                    return reply
+        finally:
+            del self._waiters[request_id]
+            # It may have been woken to take the lead, and be leaving instead.
+            self._pass_on()
+
+    def _try_lead(self, request_id: int, deadline: float | None) -> tuple[bool, Frame | None]:
+        """Read for all, if nobody else does; tell whether that was so, and the reply."""
+        acquired: list[bool] = []
+        try:
+            acquired.extend(map(self._reading.acquire, (False,)))
+            if not acquired[0]:
+                return False, None
+            return True, self._lead(request_id, deadline)
+        finally:
+            if acquired and acquired[0]:
+                self._leave()
+
+    def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
+        """Let `dispose` have the reply of a request for which nobody waits any more, when it comes."""
+        self._given_up[request_id] = dispose
+        reply = self._replies.pop(request_id, None)
+        if reply is not None:
+            self._given_up.pop(request_id)(reply)
+
+    def _lead(self, request_id: int, deadline: float | None) -> Frame | None:
+        """Read for all until the reply is there."""
+        while True:
+            self._deliver()
+            reply = self._replies.pop(request_id, None)
+            if reply is not None:
+                return reply
+            if self._error is not None:
+                raise ConnectionError(str(self._error)) from self._error
+            if deadline is not None and not self._readable(deadline):
+                return None
+            try:
+                self._received.extend(map(self._sock.recv, (_READ_BYTES,)))
+            except OSError as error:
+                self._fail(error)
+
+    def _deliver(self) -> None:
+        """Hand out the replies in what was received."""
+        while self._received:
+            try:
+                if not self._received[0]:
+                    raise ConnectionResetError("the store closed the connection")
+                frames = self._decoder.feed(self._received.pop(0))
+            except BaseException as error:
+                # Also an interrupt: it is not known how far the decoder got.
+                self._fail(error)
+                self._received.clear()
+                if not isinstance(error, (OSError, ProtocolError)):
+                    raise
+                return
+            for frame in frames:
+                dispose = self._given_up.pop(frame.request_id, None)
+                if dispose is not None:
+                    dispose(frame)
+                    continue
+                self._replies[frame.request_id] = frame
+                waiter = self._waiters.get(frame.request_id)
+                if waiter is not None:
+                    waiter.put(None)
+
+    def _readable(self, deadline: float) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+    def _leave(self) -> None:
+        """Give the lead back."""
+        self._reading.release()
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Wake a follower, who takes the lead if nobody else has."""
+        for waiter in tuple(self._waiters.values()):
+            waiter.put(None)
+            return
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def retire(self) -> None:
+        """End all requests, now and later, with a ConnectionError; the other end still sees us."""
+        self._fail(ConnectionAbortedError("the client was disconnected"))
+        with suppress(OSError):  # the other end may have gone before
+            self._sock.shutdown(socket.SHUT_RD)
+
+    def abandon(self) -> None:
+        """Close a forked child's copy of the socket, and leave the parent's connection alone."""
+        self._fail(ConnectionAbortedError("the connection belongs to the parent process"))
+        self._sock.close()
+
+    def __del__(self) -> None:
+        self._sock.close()

@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import grp
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shmplasma import __version__, system
+from shmplasma.segment import SegmentName
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROGRAM = [sys.executable, "-m", "shmplasma.cli"]
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Give a path for a socket, in a directory of its own."""
+    directory = tmp_path / "d"
+    directory.mkdir()
+    return str(directory / "s")
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[str]:
+    """Give a directory that holds 8 MB."""
+    if sys.platform != "linux" or os.geteuid():
+        pytest.skip("mounting a tmpfs needs root on Linux")
+    target = tmp_path / "small"
+    target.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(target)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this machine does not mount a tmpfs: {done.stderr.strip()}")
+    yield str(target)
+    subprocess.run(["umount", str(target)], check=True)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run([*PROGRAM, *arguments], check=False, capture_output=True, text=True)
+
+
+def until_ready(process: subprocess.Popen[str]) -> str:
+    """Return what a store says until it is ready, that line included."""
+    assert process.stderr is not None
+    said = ""
+    while "ready:" not in said:
+        line = process.stderr.readline()
+        assert line, f"the store ended: {said}"
+        said += line
+    return said
+
+
+@contextmanager
+def running(*arguments: str, **options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a store for the duration of a block; give the process and what it said."""
+    with subprocess.Popen(
+        [*PROGRAM, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]  # Popen's overloads know no such dictionary
+    ) as process:
+        try:
+            yield process, until_ready(process)
+        finally:
+            process.terminate()
+
+
+def segment_in(said: str) -> str:
+    """Return the segment that a store says it has."""
+    match = re.search(r"segment (\S+) \(", said)
+    assert match
+    return match[1]
+
+
+def exists(name: str) -> bool:
+    """Return whether there is a POSIX segment of this name, as ``/dev/shm`` shows it."""
+    return Path("/dev/shm", name[1:]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-m", "4XB"], "4GB, 512MiB"),
+        (["-m", "0"], "less than a byte"),
+        (["-m", "-5"], "not a size"),
+        (["-d", "/nowhere"], "no directory /nowhere; make it"),
+        (["-h"], "-d /mnt/hugepages -h"),
+        (["-h", "-d", "/"], "-d /mnt/hugepages -h"),
+        (["-e", "s3://bucket"], "start it without -e"),
+        (["--mode", "0777"], "write 0600"),
+        (["--mode", "0200"], "write 0600"),
+        (["--mode", "rw"], "write 0600"),
+        (["--group", "no such group"], "getent group"),
+        (["extra"], "unrecognized arguments"),
+        (["--mod", "0600"], "unrecognized arguments"),
+    ],
+)
+def test_errors_of_usage(path: str, arguments: list[str], says: str) -> None:
+    """An error of usage exits with 2, says what to write instead, and does nothing."""
+    done = run("-s", path, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not os.listdir(Path(path).parent)
+
+
+def test_help_and_version() -> None:
+    """Both print what they should and exit with 0; ``-h`` is not help, and options of ours are hidden."""
+    done = run("--help")
+    assert done.returncode == 0
+    assert "huge pages" in done.stdout
+    assert "--owner" not in done.stdout
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"shmplasma-store {__version__}\n")
+
+
+def test_the_server_needs_no_arrow() -> None:
+    """What the server imports, it can import fast."""
+    code = "import sys, shmplasma.cli; print(*{'numpy', 'pandas', 'pyarrow'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("directory", [False, True])
+def test_ends_on_a_signal(
+    tmp_path: Path, path: str, number: signal.Signals, directory: bool
+) -> None:
+    """A signal ends a store with 0, clients or not; socket, lock file and segment are gone."""
+    where = ["-d", str(tmp_path)] if directory else []
+    with running("-m", "10MB", "-s", path, *where) as (process, said):
+        assert f"socket {path}, capacity 10000000 bytes" in said
+        segment = segment_in(said)
+        assert Path(segment).exists() if directory else exists(segment)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            process.send_signal(number)
+            assert process.wait() == 0
+    assert not Path(segment).exists() if directory else not exists(segment)
+    assert not os.listdir(Path(path).parent)
+
+
+def test_a_second_signal_changes_nothing(path: str) -> None:
+    """However many signals arrive, a store ends in order."""
+    with running("-m", "10MB", "-s", path) as (process, said):
+        for _ in range(50):
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+    assert not os.listdir(Path(path).parent)
+    assert not exists(segment_in(said))
+
+
+def test_a_live_store_is_left_alone(path: str) -> None:
+    """A second store on a live one's socket exits with 1, and the first serves on."""
+    with running("-m", "10MB", "-s", path) as (process, said):
+        done = run("-m", "10MB", "-s", path)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "serves" in done.stderr
+        assert process.poll() is None
+        assert exists(segment_in(said))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_dead_store_is_succeeded(tmp_path: Path, path: str, directory: bool) -> None:
+    """A killed store's socket is taken over, and its segment is swept up."""
+    where = ["-d", str(tmp_path)] if directory else []
+    with running("-m", "10MB", "-s", path, *where) as (process, said):
+        dead = segment_in(said)
+        process.kill()
+        process.wait()
+    assert Path(dead).exists() if directory else exists(dead)
+    with running("-m", "10MB", "-s", path, *where) as (process, said):
+        assert f"removed {dead}" in said
+        assert not Path(dead).exists() if directory else not exists(dead)
+        assert segment_in(said) != dead
+    assert process.returncode == 0
+    assert not os.listdir(Path(path).parent)
+
+
+def test_only_segments_are_swept_up(tmp_path: Path, path: str) -> None:
+    """A note that names anything but a segment removes nothing."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    Path(f"{path}.lock").write_bytes(SegmentName("file", str(precious)).encode())
+    with running("-m", "10MB", "-s", path) as (_, said):
+        assert "removed" not in said
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", ["file", "symlink", "directory"])
+def test_what_is_no_socket_stays(tmp_path: Path, path: str, what: str) -> None:
+    """Anything but a socket at the path is refused, and stays."""
+    target = tmp_path / "target"
+    if what == "file":
+        Path(path).write_text("precious")
+    elif what == "symlink":
+        Path(path).symlink_to(target)
+    else:
+        Path(path).mkdir()
+    done = run("-m", "10MB", "-s", path)
+    assert done.returncode == 1
+    assert "is no socket" in done.stderr
+    assert "-s" in done.stderr
+    assert os.listdir(Path(path).parent) == ["s"]
+    assert not target.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make others' files")
+def test_somebody_elses_socket_stays(path: str) -> None:
+    """Another user's socket is refused, dead or not."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+    os.chown(path, 12345, -1)
+    done = run("-m", "10MB", "-s", path)
+    assert (done.returncode, os.listdir(Path(path).parent)) == (1, ["s"])
+    assert "another user's socket" in done.stderr
+
+
+def test_impossible_paths(tmp_path: Path) -> None:
+    """Long paths and missing directories are refused in one line."""
+    for path, says in (("/" + 200 * "a", "107 bytes"), (str(tmp_path / "x/s"), "no directory")):
+        done = run("-m", "10MB", "-s", path)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert says in done.stderr
+
+
+@linux
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_mode_and_group(path: str, umask: int) -> None:
+    """Socket and segment have the mode and the group that were asked for, whatever the umask."""
+    group = grp.getgrgid(os.getegid())
+    with running(
+        "-m", "10MB", "-s", path, "--mode", "660", "--group", group.gr_name, umask=umask
+    ) as (_, said):
+        for file in (Path(path), Path("/dev/shm", segment_in(said)[1:])):
+            status = file.stat()
+            assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, group.gr_gid)
+
+
+@linux
+def test_private_by_default(path: str) -> None:
+    """Without a word from the operator, socket and segment are this user's alone."""
+    with running("-m", "10MB", "-s", path, umask=0) as (_, said):
+        for file in (Path(path), Path("/dev/shm", segment_in(said)[1:])):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@linux
+def test_defaults(tmp_path: Path) -> None:
+    """With no arguments at all, a store serves at a private path with a share of what there is."""
+    with running(env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}) as (process, said):
+        assert f"socket {tmp_path}/shmplasma/store.sock" in said
+        match = re.search(r"capacity (\d+) bytes", said)
+        assert match
+        assert 0 < int(match[1]) < 0.4 * system.available_memory()
+    assert process.returncode == 0
+
+
+def test_too_small_a_file_system(path: str, small_tmpfs: str) -> None:
+    """30 MB on a file system of 8 MB exit with 1 and the remedy; nothing stays behind."""
+    done = run("-m", "30MB", "-d", small_tmpfs, "-s", path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"make room in {small_tmpfs}, name another directory with -d" in done.stderr
+    assert not os.listdir(small_tmpfs)
+    assert not os.listdir(Path(path).parent)
+
+
+@linux
+def test_more_than_there_is(path: str) -> None:
+    """A capacity beyond shared memory exits with 1 and names both remedies."""
+    done = run("-m", "1000TB", "-s", path)
+    assert done.returncode == 1
+    assert "--shm-size" in done.stderr
+    assert "-d DIRECTORY" in done.stderr
+    assert not os.listdir(Path(path).parent)
+
+
+def test_systemd(tmp_path: Path, path: str) -> None:
+    """The service manager hears that the store is ready, and that it is stopping."""
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name)
+        with running("-m", "10MB", "-s", path, env={**os.environ, "NOTIFY_SOCKET": name}) as (
+            process,
+            _,
+        ):
+            assert manager.recv(100) == b"READY=1"
+            process.terminate()
+            assert manager.recv(100) == b"STOPPING=1"
+
+
+@linux
+def test_as_many_files_as_allowed(path: str) -> None:
+    """The soft limit of open files is raised to the hard one."""
+    limited = ["sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", *PROGRAM]
+    with subprocess.Popen(
+        [*limited, "-m", "10MB", "-s", path], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            until_ready(process)
+            limits = Path(f"/proc/{process.pid}/limits").read_text()
+        finally:
+            process.terminate()
+    _, _, _, soft, hard, _ = next(
+        line.split() for line in limits.splitlines() if line.startswith("Max open files")
+    )
+    assert soft == hard
+
+
+class TestOwner:
+    """A store that was started by a program of ours."""
+
+    @pytest.fixture
+    def owned(self, path: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+        """Give a store that is ready, and its owner's end."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                process = subprocess.Popen(
+                    [*PROGRAM, "-m", "10MB", "-s", path, "--owner", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stderr=subprocess.DEVNULL,
+                )
+            with process:
+                assert ours.recv(10) == b"R"
+                yield process, ours
+                process.terminate()
+
+    def test_ends_with_the_owners_end(
+        self, owned: tuple[subprocess.Popen[bytes], socket.socket], path: str
+    ) -> None:
+        """When the owner's end closes, the store ends as by a signal."""
+        process, ours = owned
+        ours.close()
+        assert process.wait() == 0
+        assert not os.listdir(Path(path).parent)
+
+    def test_what_the_owner_says(
+        self, owned: tuple[subprocess.Popen[bytes], socket.socket], path: str
+    ) -> None:
+        """Bytes from the owner's end mean nothing, and end nothing."""
+        process, ours = owned
+        ours.send(b"?")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+        assert process.poll() is None
+
+    def test_an_owner_that_is_gone_already(self, tmp_path: Path, path: str) -> None:
+        """A store whose owner ends before it is ready ends at once, and leaves nothing."""
+        code = """if True:
+            import os, socket, subprocess, sys
+            ours, theirs = socket.socketpair()
+            keeps = os.dup(ours.fileno())
+            subprocess.Popen(sys.argv[1:] + ["--owner", str(theirs.fileno())],
+                             pass_fds=[theirs.fileno(), keeps])
+            os._exit(0)
+        """
+        out, into = os.pipe()
+        with open(out, "rb") as reader:  # noqa: PTH123 - a descriptor
+            arguments = ["-m", "10MB", "-s", path, "-d", str(tmp_path)]
+            subprocess.run(
+                [sys.executable, "-c", code, *PROGRAM, *arguments],
+                check=True,
+                stdout=into,
+                stderr=subprocess.DEVNULL,
+            )
+            os.close(into)
+            # The store holds the other end of the pipe until its end.
+            assert select.select([reader], [], [], 60)[0]
+            assert reader.read() == b""
+        assert not os.listdir(Path(path).parent)
+        assert os.listdir(tmp_path) == ["d"]

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import shmplasma
+from shmplasma.embedded import Store, start_plasma_store
+from shmplasma.errors import ShmPlasmaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Keep the private directories in one of ours, and see that none of them stays."""
+    directory = tmp_path / "t"
+    directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield directory
+    assert not list(directory.iterdir())
+
+
+def test_a_store_in_a_block() -> None:
+    """A store serves within its block; after it, server, socket and directory are gone."""
+    with Store(memory="10MB") as store:
+        socket_path = Path(store.store_socket_name)
+        assert socket_path.is_socket()
+        client = store.connect()
+        assert client.store_capacity() == 10**7
+        object_id = client.put("hello")
+        assert client.get(object_id) == "hello"
+        client.disconnect()
+        assert store.process.poll() is None
+    assert store.process.returncode == 0
+    assert not socket_path.parent.exists()
+    store.close()
+
+
+def test_a_store_without_a_block() -> None:
+    """A store runs from its making until `close`."""
+    store = shmplasma.Store(10**7)
+    store.connect().disconnect()
+    store.close()
+    assert store.process.returncode == 0
+
+
+def test_a_socket_of_the_users_own(tmp_path: Path) -> None:
+    """Socket and file are where the user wants them, and their directories stay."""
+    where = tmp_path / "where"
+    where.mkdir()
+    with Store("10MB", socket=str(where / "s"), directory=str(where)) as store:
+        assert store.store_socket_name == str(where / "s")
+        assert len(list(where.iterdir())) == 3
+        store.connect().disconnect()
+    assert not list(where.iterdir())
+
+
+def test_a_private_directory_with_a_file_in_it(temporary: Path) -> None:
+    """A file that the user has put into the private directory survives the store."""
+    with Store("10MB") as store:
+        mine = Path(store.store_socket_name).with_name("mine")
+        mine.write_text("precious")
+    assert store.process.returncode == 0
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    mine.parent.rmdir()
+    assert not list(temporary.iterdir())
+
+
+def test_a_store_that_cannot_start() -> None:
+    """What the server said and its exit code are in the error."""
+    with pytest.raises(ShmPlasmaError, match=r"exit code 1\).*-d DIRECTORY"):
+        Store("1000TB")
+    with pytest.raises(ShmPlasmaError, match=r"(?s)exit code 2\).*no directory /nowhere"):
+        Store("10MB", directory="/nowhere")
+    with pytest.raises(ShmPlasmaError, match=r"(?s)exit code 2\).*huge pages need"):
+        Store("10MB", huge_pages=True)
+    with pytest.raises(ShmPlasmaError, match=r"(?s)exit code 2\).*not a size"):
+        Store(-1)
+
+
+def test_a_store_on_a_live_socket() -> None:
+    """A second store on the same socket is an error, and the first serves on."""
+    with Store("10MB") as store:
+        with pytest.raises(ShmPlasmaError, match="serves .* already"):
+            Store("10MB", socket=store.store_socket_name)
+        store.connect().disconnect()
+
+
+def test_what_is_no_size() -> None:
+    """A memory that is no size is refused before anything starts."""
+    with pytest.raises(ValueError, match="4GB, 512MiB"):
+        Store("much")
+    with pytest.raises(TypeError):
+        Store(1.5)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_an_exception_in_the_block() -> None:
+    """An exception in the block ends the store as well, and is not hidden."""
+    with pytest.raises(KeyError), Store("10MB") as store:
+        raise KeyError
+    assert store.process.returncode == 0
+
+
+def test_a_server_that_was_killed() -> None:
+    """Closing a store whose server is dead is no error, and the next one at its socket sweeps up."""
+    with Store("10MB") as store:
+        store.process.kill()
+        store.process.wait()
+    path = Path(store.store_socket_name)
+    assert path.is_socket()
+    with Store("10MB", socket=str(path)) as successor:
+        successor.connect().disconnect()
+    assert not list(path.parent.iterdir())
+    path.parent.rmdir()
+
+
+def test_not_bound_to_a_thread() -> None:
+    """A store outlives the thread that started it."""
+    made: list[Store] = []
+    thread = threading.Thread(target=lambda: made.append(Store("10MB")))
+    thread.start()
+    thread.join()
+    with made[0] as store:
+        store.connect().disconnect()
+        assert store.process.poll() is None
+
+
+def test_not_in_the_terminals_group() -> None:
+    """Ctrl-C at the owner's terminal does not reach the server."""
+    with Store("10MB") as store:
+        assert os.getpgid(store.process.pid) != os.getpgid(0)
+
+
+def test_a_forked_child_leaves_the_store_alone() -> None:
+    """A child that leaves the block does not end its parent's store."""
+    with Store("10MB") as store:
+        pid = os.fork()
+        if not pid:
+            store.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert store.process.poll() is None
+        store.connect().disconnect()
+
+
+OWNER = """
+    import os, shmplasma, signal, sys
+    store = shmplasma.Store("10MB")
+    if sys.argv[1] == "fork" and not os.fork():
+        # A child that holds a copy of everything and lives on.
+        os.close(0); os.close(1); os.close(2)
+        signal.pause()
+    print(store.process.pid, store.store_socket_name, flush=True)
+    input()
+    if sys.argv[1] == "exit":
+        sys.exit(5)
+    elif sys.argv[1] == "_exit":
+        os._exit(5)
+"""
+
+
+@contextmanager
+def owner(how: str) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
+    """Run an owner; give its process, the server's pid, and the socket."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(OWNER), how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        pid, path = process.stdout.readline().split()
+        try:
+            yield process, int(pid), Path(path)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_exit(pid: int) -> None:
+    """Wait for the end of a process which is not our child."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux lets one wait for others' children")
+    import select
+
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with os.fdopen(fd):
+        assert select.select([fd], [], [], 60)[0]
+
+
+@pytest.mark.parametrize("how", ["exit", "_exit", "kill", "fork"])
+def test_ends_with_its_owner(how: str) -> None:
+    """However the owner ends, the server ends too, and takes everything with it."""
+    with owner(how) as (process, pid, path):
+        assert path.is_socket()
+        if how in {"kill", "fork"}:
+            process.kill()
+        else:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        wait_for_exit(pid)
+        assert not path.parent.exists()
+
+
+def test_start_plasma_store() -> None:
+    """Plasma's context manager gives socket and process, and SIGTERM ends that with 0."""
+    with start_plasma_store(10**7) as (name, process):
+        shmplasma.connect(name).disconnect()
+        process.terminate()
+        assert process.wait() == 0
+    with start_plasma_store(plasma_store_memory=10**7) as (name, process):
+        assert Path(name).is_socket()
+    assert process.returncode == 0
+    assert not Path(name).parent.exists()
+
+
+def test_start_plasma_store_in_a_directory(tmp_path: Path) -> None:
+    """Plasma's name of the directory works."""
+    with start_plasma_store(10**7, plasma_directory=str(tmp_path)):
+        assert list(tmp_path.glob("shmplasma-*"))
+    assert not list(tmp_path.glob("shmplasma-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"use_valgrind": True}, "examine C"),
+        ({"use_profiler": True}, "examine C"),
+        ({"external_store": "s3://bucket"}, "no external stores"),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, object], says: str) -> None:
+    """What this store has not is refused, and never silently ignored."""
+    with (
+        pytest.raises(ValueError, match=says),
+        start_plasma_store(10**7, **arguments),  # type: ignore[arg-type]  # parametrized
+    ):
+        raise AssertionError

@@ -1,0 +1,505 @@
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import stat
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shmplasma import layout as layouts
+from shmplasma import system
+from shmplasma.errors import AttachError, CommitError, LayoutError
+from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, Layout
+from shmplasma.segment import (
+    Attachment,
+    Segment,
+    SegmentName,
+    check_room,
+    default_capacity,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIB = 1 << 20
+SHM = Path("/dev/shm")
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this")
+
+
+def n_descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/dev/fd"))
+
+
+@contextmanager
+def mounted(kind: str, target: Path, options: str) -> Iterator[str]:
+    """Mount a file system for the duration of a block; skip where that is not allowed."""
+    if sys.platform != "linux" or os.geteuid():
+        pytest.skip("mounting a file system needs root on Linux")
+    command = ["mount", "-t", kind, "-o", options, "none", str(target)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this machine does not mount a {kind}: {done.stderr.strip()}")
+    try:
+        yield str(target)
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[str]:
+    """Give a directory that holds 8 MB."""
+    target = tmp_path / "small"
+    target.mkdir()
+    with mounted("tmpfs", target, "size=8m") as directory:
+        yield directory
+
+
+@pytest.fixture
+def huge_directory(tmp_path: Path) -> Iterator[str]:
+    """Give a hugetlbfs with 16 pages more than there were, and put everything back."""
+    target = tmp_path / "huge"
+    target.mkdir()
+    with mounted("hugetlbfs", target, "rw") as directory:
+        page_bytes = system.huge_page_bytes(directory)
+        assert page_bytes is not None
+        before = system.huge_pages(page_bytes)
+        setting = Path(before.setting)
+        setting.write_text(str(before.total + 16))
+        try:
+            if system.huge_pages(page_bytes).available < 16:
+                pytest.skip("this machine has no memory in pieces of a huge page")
+            yield directory
+        finally:
+            setting.write_text(str(before.total))
+
+
+@pytest.fixture(params=["posix", "file"])
+def segment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Segment]:
+    """Give a segment of 1 MB, in POSIX shared memory and in a file."""
+    directory = str(tmp_path) if request.param == "file" else None
+    with Segment.create(10**6, directory=directory) as segment:
+        yield segment
+
+
+def attach(segment: Segment) -> Attachment:
+    """Attach a segment by its name."""
+    return Attachment.open(segment.name, segment.token)
+
+
+def test_header(segment: Segment) -> None:
+    """A new segment is as long as its layout says, and its header can be read back."""
+    assert Layout.read(segment.words) == (segment.layout, segment.token)
+    assert os.fstat(segment.fd).st_size == segment.layout.segment_bytes == len(segment.raw)
+    assert segment.layout.capacity == 10**6
+
+
+@needs_linux
+def test_only_what_is_needed_is_committed(segment: Segment) -> None:
+    """A new segment takes memory for header, buckets and control, and for nothing else."""
+    layout = segment.layout
+    taken = layout.entries + layout.boards - layout.control
+    assert taken <= os.fstat(segment.fd).st_blocks * 512 < taken + 16 * layout.page_bytes
+
+
+@needs_linux
+def test_commit(segment: Segment) -> None:
+    """A commit takes the pages that its range touches, and keeps what is stored there."""
+    layout, before = segment.layout, os.fstat(segment.fd).st_blocks
+    segment.commit(layout.data + 100, 2 * layout.page_bytes)
+    taken = (os.fstat(segment.fd).st_blocks - before) * 512
+    assert 3 * layout.page_bytes <= taken < 10 * layout.page_bytes
+    segment.raw[layout.data + 100] = 7
+    segment.commit(layout.data, layout.segment_bytes - layout.data)
+    assert segment.raw[layout.data + 100] == 7
+    segment.raw[layout.data + layout.capacity - 1] = 8
+
+
+def test_what_the_client_sees(segment: Segment) -> None:
+    """A client reads all and cannot write through what it reads."""
+    attachment = attach(segment)
+    assert (attachment.layout, attachment.token) == (segment.layout, segment.token)
+    segment.words[segment.layout.control // 8] = 42
+    assert attachment.words[segment.layout.control // 8] == 42
+    assert len(attachment.read_map) == segment.layout.segment_bytes
+    assert attachment.words.readonly
+    with pytest.raises(TypeError):
+        attachment.read_map[0] = 1
+    attachment.close()
+
+
+def test_what_the_client_writes(segment: Segment) -> None:
+    """Data, visited bytes and boards arrive where the layout says, and each is mapped once."""
+    layout = segment.layout
+    segment.commit(0, layout.segment_bytes)
+    attachment = attach(segment)
+    attachment.write_map[5:8] = b"abc"
+    attachment.visited[layout.n_entries - 1] = 1
+    last = attachment.board(layout.n_boards - 1)
+    attachment.board(3)[0] = 30
+    last[BOARD_WORDS - 1] = 99
+    assert len(last) == BOARD_WORDS
+    assert len(attachment.visited) == layout.n_entries
+    assert segment.raw[layout.data + 5 : layout.data + 8] == b"abc"
+    assert segment.raw[layout.visited + layout.n_entries - 1] == 1
+    assert segment.words[layout.boards // 8 + 3 * BOARD_WORDS] == 30
+    assert segment.words[layout.boards // 8 + layout.n_boards * BOARD_WORDS - 1] == 99
+    descriptors = n_descriptors()
+    assert attachment.write_map is attachment.write_map
+    assert attachment.visited is attachment.visited
+    assert attachment.board(3)[0] == 30
+    assert n_descriptors() == descriptors
+    attachment.close()
+
+
+@pytest.mark.parametrize("index", [-1, 4096])
+def test_board_that_does_not_exist(segment: Segment, index: int) -> None:
+    """A board beyond the region is refused."""
+    attachment = attach(segment)
+    with pytest.raises(IndexError, match="4096 boards"):
+        attachment.board(index)
+    attachment.close()
+
+
+def test_attach_by_descriptor(segment: Segment) -> None:
+    """A client that cannot see the name attaches by the descriptor, which it takes over."""
+    before = n_descriptors()
+    segment.unlink()
+    with pytest.raises(AttachError, match="cannot attach"):
+        attach(segment)
+    attachment = Attachment.from_fd(os.dup(segment.fd), segment.token)
+    assert attachment.layout == segment.layout
+    attachment.close()
+    assert n_descriptors() == before
+
+
+def test_attach_the_wrong_one(segment: Segment) -> None:
+    """A segment with another token is refused, and nothing stays open."""
+    before = n_descriptors()
+    with pytest.raises(AttachError, match="another store"):
+        Attachment.open(segment.name, bytes(16))
+    assert n_descriptors() == before
+
+
+def test_attach_a_symlink(tmp_path: Path) -> None:
+    """A symbolic link in the segment's place is not followed."""
+    with Segment.create(10**6, directory=str(tmp_path)) as segment:
+        link = tmp_path / "link"
+        link.symlink_to(segment.name.path)
+        with pytest.raises(AttachError, match="cannot attach"):
+            Attachment.open(SegmentName("file", str(link)), segment.token)
+
+
+@pytest.mark.parametrize("change", [-4096, 4096, 4095])
+def test_attach_a_file_of_another_length(segment: Segment, change: int) -> None:
+    """A file that is not as long as its header says is refused, before anything reads it."""
+    os.ftruncate(segment.fd, segment.layout.segment_bytes + change)
+    with pytest.raises(AttachError, match="damaged"):
+        attach(segment)
+
+
+def test_attach_what_is_no_segment(tmp_path: Path) -> None:
+    """Short files and files without a header are refused, and nothing stays open."""
+    before = n_descriptors()
+    path = tmp_path / "file"
+    name = SegmentName("file", str(path))
+    path.write_bytes(b"short")
+    with pytest.raises(AttachError, match="only 5 bytes"):
+        Attachment.open(name, bytes(16))
+    path.write_bytes(bytes(2 * HEADER_BYTES))
+    with pytest.raises(LayoutError, match="no magic"):
+        Attachment.open(name, bytes(16))
+    assert n_descriptors() == before
+
+
+def test_attach_another_version(segment: Segment) -> None:
+    """A segment of another layout version is refused with both versions named."""
+    segment.words[1] = layouts.LAYOUT_VERSION + 1
+    with pytest.raises(LayoutError, match="layout version"):
+        attach(segment)
+
+
+def test_views_outlive_everything(segment: Segment) -> None:
+    """What is held stays readable after the attachment and the segment are closed."""
+    segment.commit(segment.layout.data, 4096)
+    attachment = attach(segment)
+    attachment.write_map[:4] = b"data"
+    data = segment.layout.data
+    view = memoryview(attachment.read_map)[data : data + 4]
+    board = attachment.board(0)
+    attachment.close()
+    attachment.close()
+    segment.unlink()
+    segment.close()
+    segment.close()
+    board[1] = 5
+    assert (bytes(view), board[1]) == (b"data", 5)
+
+
+def test_a_closed_attachment_maps_nothing(segment: Segment) -> None:
+    """After `close` no new mapping is made."""
+    attachment = attach(segment)
+    attachment.close()
+    with pytest.raises(ValueError, match="closed"):
+        attachment.board(0)
+    with pytest.raises(ValueError, match="closed"):
+        _ = attachment.write_map
+
+
+def test_nothing_stays_behind(tmp_path: Path) -> None:
+    """Leaving the segment's block leaves no name and no descriptor."""
+    before = n_descriptors()
+    for directory in (None, str(tmp_path)):
+        with Segment.create(10**6, directory=directory) as segment:
+            attachment = attach(segment)
+            attachment.write_map[0] = attachment.visited[0] = attachment.board(0)[0] = 0
+            name = segment.name
+            attachment.close()
+        with pytest.raises(AttachError):
+            Attachment.open(name, bytes(16))
+        del segment, attachment
+    assert n_descriptors() == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_mode_and_group(tmp_path: Path, umask: int, directory: bool) -> None:
+    """The file has the mode and the group that were asked for, whatever the umask."""
+    group = max(os.getgroups() or [os.getegid()])
+    before = os.umask(umask)
+    try:
+        with Segment.create(
+            10**6, directory=str(tmp_path) if directory else None, mode=0o640, group=group
+        ) as segment:
+            status = os.fstat(segment.fd)
+    finally:
+        os.umask(before)
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o640, group)
+
+
+def test_group_that_is_not_ours(tmp_path: Path) -> None:
+    """A group that this user is not in is refused, and nothing stays behind."""
+    code = """
+        import os, sys
+        from shmplasma.errors import AttachError
+        from shmplasma.segment import Segment
+        if not os.geteuid():
+            os.setgroups([])
+            os.setgid(12345)
+            os.setuid(12345)
+        try:
+            Segment.create(10**6, directory=sys.argv[1], group=0)
+        except AttachError as error:
+            print(error)
+    """
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents[:3]:
+        if parent.stat().st_uid == os.geteuid() and not os.geteuid() and parent != Path("/tmp"):
+            parent.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "not permitted" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_taken(segment: Segment) -> None:
+    """A second segment of the same name is refused, and the first one stays."""
+    path = Path(segment.name.path)
+    directory = None if segment.name.kind == "posix" else str(path.parent)
+    with pytest.raises(AttachError, match="cannot create"):
+        Segment.create(10**6, directory=directory, token=segment.token)
+    attach(segment).close()
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    """A missing directory is an `AttachError`, not a traceback from below."""
+    with pytest.raises(AttachError, match="cannot create"):
+        Segment.create(10**6, directory=str(tmp_path / "missing"))
+
+
+def test_a_file_that_may_not_be_so_long(tmp_path: Path) -> None:
+    """A creation that fails half-way leaves nothing behind."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = n_descriptors()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(AttachError, match="too large"):
+            Segment.create(10**6, directory=str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    assert n_descriptors() == before
+
+
+def test_no_capacity() -> None:
+    """A capacity of less than a byte is refused."""
+    with pytest.raises(ValueError, match="at least 1 byte"):
+        Segment.create(0)
+
+
+@needs_linux
+def test_more_than_shared_memory_has() -> None:
+    """A capacity that cannot be had is refused before anything is made, and the remedy is named."""
+    before = {path.name for path in SHM.iterdir()}
+    with pytest.raises(CommitError, match="--shm-size") as caught:
+        Segment.create(1 << 60)
+    assert caught.value.needed_bytes >= 1 << 60
+    assert 0 < caught.value.free_bytes < 1 << 60
+    with pytest.raises(CommitError):
+        Segment.create(1 << 90)
+    assert {path.name for path in SHM.iterdir()} <= before
+
+
+def test_a_small_file_system(small_tmpfs: str) -> None:
+    """30 MB on 8 MB are refused, and nothing is made."""
+    with pytest.raises(CommitError, match="-d, or a smaller -m") as caught:
+        Segment.create(30 * 10**6, directory=small_tmpfs)
+    assert caught.value.free_bytes == 8 * MIB
+    assert not os.listdir(small_tmpfs)
+
+
+def test_what_fits_a_small_file_system(small_tmpfs: str) -> None:
+    """A capacity that passes the check can be committed whole, with the first object's entry."""
+    capacity = 7 * MIB
+    with Segment.create(capacity, directory=small_tmpfs) as segment:
+        layout = segment.layout
+        for offset in (layout.entries, layout.visited, layout.boards):
+            segment.commit(offset, 1)
+        segment.commit(layout.data, layout.data_bytes)
+        for offset in range(layout.data, layout.data + capacity, mmap.PAGESIZE):
+            segment.raw[offset] = 1
+
+
+def test_a_file_system_that_fills_up(small_tmpfs: str) -> None:
+    """A commit that finds no room says how much there is, and takes none of it."""
+    with Segment.create(6 * MIB, directory=small_tmpfs) as segment:
+        Path(small_tmpfs, "other").write_bytes(bytes(4 * MIB))
+        before = os.fstat(segment.fd).st_blocks
+        with pytest.raises(CommitError, match=f"make room in {small_tmpfs}") as caught:
+            segment.commit(segment.layout.data, 6 * MIB)
+        assert caught.value.needed_bytes == 6 * MIB
+        assert 2 * MIB < caught.value.free_bytes < 4 * MIB
+        assert os.fstat(segment.fd).st_blocks == before
+        segment.commit(segment.layout.data, MIB)
+
+
+def test_a_file_system_that_fills_up_during_creation(
+    small_tmpfs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody takes the room after the check, a creation leaves nothing behind."""
+
+    def fill(layout: Layout, directory: str | None) -> None:
+        check_room(layout, directory)
+        free = os.statvfs(small_tmpfs).f_bavail * mmap.PAGESIZE
+        Path(small_tmpfs, "other").write_bytes(bytes(free - 2 * mmap.PAGESIZE))
+
+    monkeypatch.setattr("shmplasma.segment.check_room", fill)
+    before = n_descriptors()
+    with pytest.raises(CommitError):
+        Segment.create(6 * MIB, directory=small_tmpfs)
+    assert os.listdir(small_tmpfs) == ["other"]
+    assert n_descriptors() == before
+
+
+def test_default_capacity(small_tmpfs: str) -> None:
+    """A store whose operator names no capacity takes 30 % of what can be had."""
+    assert default_capacity(small_tmpfs) == int(0.3 * 8 * MIB)
+    assert 0 < default_capacity() < system.available_memory()
+
+
+def test_huge_pages(huge_directory: str) -> None:
+    """On a hugetlbfs regions are huge pages, taken only by commits, and boards share them."""
+    page_bytes = system.huge_page_bytes(huge_directory)
+    assert page_bytes is not None
+    before = system.huge_pages(page_bytes).available
+    with Segment.create(page_bytes, directory=huge_directory, huge_pages=True) as segment:
+        layout = segment.layout
+        assert layout.page_bytes == page_bytes
+        # Header, buckets, control.
+        assert system.huge_pages(page_bytes).available == before - 3
+        segment.commit(layout.boards, 1)
+        segment.commit(layout.data, 1)
+        assert system.huge_pages(page_bytes).available == before - 5
+        attachment = attach(segment)
+        descriptors = n_descriptors()
+        attachment.board(0)[0] = 1
+        attachment.board(1)[0] = 2
+        assert n_descriptors() <= descriptors + 1
+        assert segment.words[layout.boards // 8] == 1
+        assert segment.words[layout.boards // 8 + BOARD_WORDS] == 2
+        attachment.write_map[page_bytes - 1] = 3
+        assert segment.raw[layout.data + page_bytes - 1] == 3
+        attachment.close()
+        del attachment
+    del segment
+    assert system.huge_pages(page_bytes).available == before
+
+
+def test_too_few_huge_pages(huge_directory: str) -> None:
+    """Too few huge pages are refused with the number that is wanted, and that number is enough."""
+    page_bytes = system.huge_page_bytes(huge_directory)
+    assert page_bytes is not None
+    pool = system.huge_pages(page_bytes)
+    with pytest.raises(CommitError, match="echo") as caught:
+        Segment.create(12 * page_bytes, directory=huge_directory, huge_pages=True)
+    wanted = int(caught.value.remedy.split("echo ")[1].split(" ")[0])
+    assert pool.total < wanted < pool.total + 12
+    assert f"> {pool.setting}" in caught.value.remedy
+    assert not os.listdir(huge_directory)
+    Path(pool.setting).write_text(str(wanted))
+    if system.huge_pages(page_bytes).total < wanted:
+        pytest.skip("this machine has no memory in pieces of a huge page")
+    with Segment.create(12 * page_bytes, directory=huge_directory, huge_pages=True) as segment:
+        segment.commit(0, segment.layout.segment_bytes)
+
+
+def test_huge_pages_elsewhere(tmp_path: Path) -> None:
+    """Huge pages without a hugetlbfs are refused, and the remedy is named."""
+    for directory in (None, str(tmp_path)):
+        with pytest.raises(AttachError, match="mount -t hugetlbfs"):
+            Segment.create(10**6, directory=directory, huge_pages=True)
+
+
+def test_names(tmp_path: Path) -> None:
+    """A name survives being written down; what no store could have written is no name."""
+    token = bytes(range(16))
+    for directory in (None, str(tmp_path), "/", "/a:b\n c"):
+        name = SegmentName.plan(token, directory)
+        assert SegmentName.decode(name.encode()) == name
+    assert len(SegmentName.plan(token, None).path) <= 31
+    for text in (
+        b"",
+        b"file:/etc/passwd",
+        b"posix:/other",
+        b"posix:/tmp/shmplasma-0001020304050607",
+        b"file:shmplasma-0001020304050607",
+        b"file:/tmp/shmplasma-0001020304050607/",
+        b"file:/tmp/shmplasma-0001020304050607\n",
+        b"file:/t\0mp/shmplasma-0001020304050607",
+    ):
+        assert SegmentName.decode(text) is None
+
+
+def test_remove(segment: Segment) -> None:
+    """A name is removed once; after that there is nothing to remove."""
+    assert segment.name.remove()
+    assert not segment.name.remove()
+
+
+def test_a_name_that_the_system_refuses() -> None:
+    """A name that cannot be opened is an `AttachError`."""
+    with pytest.raises(AttachError, match="cannot attach"):
+        Attachment.open(SegmentName("posix", "/" + 300 * "a"), bytes(16))
