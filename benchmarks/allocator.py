@@ -1,8 +1,8 @@
 """Time the allocator in a fragmented region: how long do one free and one allocation take?
 
 A region is filled with N extents of random size (64 bytes to 64 KiB, log-uniform) and aged: random
-ones are freed and others of random size allocated, twice as often as there are extents.  Then pairs of
-free and allocate are timed one by one.  Run it as ``python -m benchmarks.allocator``.
+ones are freed and others of random size allocated, twice as often as there are extents.  Then pairs
+of free and allocate are timed one by one.  Run it as ``python -m benchmarks.allocator``.
 """
 
 from __future__ import annotations
@@ -77,11 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    print(f"{'live extents':>12}  {'free extents':>12}  {'median us':>9}  {'p99 us':>6}")
+    print(f"{'live extents':>12}  {'free extents':>12}  {'median us':>9}  {'p99 us':>9}")
     for row in rows:
-        print(
-            f"{row.live_extents:12,}  {row.free_extents:12,}  {row.median_us:9.2f}  {row.p99_us:6.2f}"
-        )
+        counts = f"{row.live_extents:12,}  {row.free_extents:12,}"
+        print(f"{counts}  {row.median_us:9.2f}  {row.p99_us:9.2f}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def _serve(peer: Peer[Any], pipe: Connection) -> None:
                 pipe.send(_carry_out(client, pipe, *request))
             except UnsupportedError as error:
                 pipe.send(error)
-    except (EOFError, BrokenPipeError):  # dismissed
+    except (EOFError, ConnectionError):  # dismissed, perhaps with an answer on the way
         return
 
 

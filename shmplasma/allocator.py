@@ -11,7 +11,7 @@ the scan of a short list costs less than one more level.
 An extent is kept under its *end*: taking room from its front, or coalescing it with what was freed
 before it, changes a size and no key.  Inside, ends and sizes are counted in lines of `ALIGNMENT`
 bytes: most sizes are then the small ints that CPython shares, which saves memory and cache misses
-(a tenth of the time at 100,000 used extents).
+(measured: 4 % of the time at 100,000 used extents, 16 % at 400,000).
 
 Invariants
 ----------
@@ -76,7 +76,7 @@ class Allocator:
 
     Notes
     -----
-    Sizes are rounded up to `ALIGNMENT`, in all methods alike: free with the size that was allocated.
+    Sizes are rounded up to `ALIGNMENT` in all methods alike: free with the size you allocated.
     An object of size 0 needs no extent, so a size below 1 is an error.
 
     `allocate`, `free` and `reserve` take O(log n) for n free extents, whatever the number of used
@@ -322,8 +322,8 @@ class Allocator:
     def _settle(self, path: _Path, lost: int = 0, gained: int = 0) -> None:
         """Restore fill, ends and sizes above a changed leaf, as far up as anything differs.
 
-        An extent of `lost` lines has shrunk or gone, or one has grown to `gained` lines.  Mostly that
-        tells a node's largest without a look at its items, which would be the costliest step of all.
+        An extent of `lost` lines has shrunk or gone, or one has grown to `gained` lines.  Mostly
+        that tells a node's largest without a look at its items, which would be the costliest step.
         """
         for parent, i in reversed(path):
             node = parent.children[i]

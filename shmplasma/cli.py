@@ -93,7 +93,7 @@ def _serve(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         if options.scratch:
             stack.callback(_remove_directory, os.path.dirname(options.socket))
-        path = options.socket or default_socket_path()
+        path = default_socket_path() if options.socket is None else options.socket
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
         segment = stack.enter_context(_make_segment(endpoint, options))
         server = Server(endpoint.listener, segment, socket_path=path, group=options.group)
@@ -151,7 +151,11 @@ def _follow(fd: int, server: Server, end: Callable[[], None], stack: ExitStack) 
     owner.settimeout(0)
 
     def heard() -> None:
-        if not owner.recv(64):
+        try:
+            said = owner.recv(64)
+        except ConnectionResetError:  # it ended before it read that the store is ready
+            said = b""
+        if not said:
             end()
 
     server.watch(owner.fileno(), heard)

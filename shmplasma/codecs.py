@@ -3,7 +3,7 @@
 An encoder looks at a value and returns a `Payload`: the size that the object needs and the parts it is
 made of.  Nothing is copied before `Payload.write`.  A decoder builds the value over the object's
 buffer again, without a copy.  What is neither an array nor Arrow is the work of
-`shmplasma.serialization`.
+`shmplasma.pickling`.
 
 Formats
 -------
@@ -59,11 +59,11 @@ Source: TypeAlias = "bytes | bytearray | memoryview | pa.Buffer | npt.NDArray[An
 """Whatever has bytes to copy; at run time any object with the buffer protocol will do."""
 
 _PARALLEL_BYTES: Final = 4 << 20
-"""From here on several threads copy.  Measured on 2 cores into warm shared memory, 1 and 2 threads, GB/s:
-1 MiB 25 and 15, 4 MiB 12 and 11, 32 MiB 11 and 20, 64 MiB 7 (just under glibc's non-temporal stores)
-and 20, 512 MiB 11 and 20."""
+"""From here on several threads copy.  Measured on 2 CPUs into warm shared memory, 1 and 2 threads, GB/s:
+1 MiB 14 and 11, 2 MiB 14 and 11, 4 MiB 13 and 17, 8 MiB 13 and 21, 64 MiB 8 (there glibc does not yet
+bypass the cache) and 15.  With the other CPU busy the second thread neither helps nor harms much."""
 _STREAM_BYTES: Final = 1 << 20
-"""Up to here a plain slice assignment copies: 0.4 us instead of 3 us, and at most 80 us with the GIL held."""
+"""Below this a slice assignment copies: it saves 2 us, and holds the GIL for 80 us at most."""
 _BLOCK_BYTES: Final = 4096
 """Threads divide a copy at pages, so that no two of them wait for the same page fault."""
 _CPUS: Final = os.cpu_count() or 1
@@ -93,7 +93,7 @@ class Codec(IntEnum):
     BYTES = 8
     """The contents of a `bytes` value."""
     PICKLE_PARTS = 9
-    """A pickle and the parts that lie beside it (see `shmplasma.serialization`)."""
+    """A pickle and the parts that lie beside it (see `shmplasma.pickling`)."""
 
 
 _NDARRAY: Final = Codec.NDARRAY  # an attribute of an enumeration takes 0.1 us to look up
@@ -262,7 +262,7 @@ def ndarray_head(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = F
     if dtype.hasobject or not dtype.itemsize:
         raise TypeError(f"the elements of an array with the dtype {dtype} are not plain bytes")
     # A dtype string leaves out fields, user metadata, and all of a dtype that is not NumPy's own.
-    if dtype.names is None and dtype.metadata is None and np.dtype(dtype.str) == dtype:
+    if dtype.metadata is None and (dtype.isbuiltin == 1 or np.dtype(dtype.str) == dtype):
         description = dtype.str.encode("ascii")
     else:
         description = pickle.dumps(dtype, 5)

@@ -49,20 +49,21 @@ class Welcome:
     KIND: ClassVar[int] = 64
     token: bytes
     board: int
+    fast_path: bool
     segment_kind: str
     segment_path: str
 
     def encode(self) -> bytes:
         """Return the body."""
         text = f"{self.segment_kind}\0{self.segment_path}".encode()
-        return pack("<16sI", self.token, self.board) + text
+        return pack("<16sI?", self.token, self.board, self.fast_path) + text
 
     @classmethod
     def decode(cls, body: bytes) -> Welcome:
         """Return the message of a body."""
-        token, board = unpack("<16sI", body[:20])
-        segment_kind, segment_path = body[20:].decode().split("\0")
-        return cls(token, board, segment_kind, segment_path)
+        token, board, fast_path = unpack("<16sI?", body[:21])
+        segment_kind, segment_path = body[21:].decode().split("\0")
+        return cls(token, board, fast_path, segment_kind, segment_path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,8 @@ class Listing:
     @classmethod
     def decode(cls, body: bytes) -> Listing:
         """Return the message of a body."""
-        return cls(*unpack("<Q", body[:8]), list(_RECORD.iter_unpack(body[8:])))
+        (next_start,) = unpack("<Q", body[:8])
+        return cls(next_start, list(_RECORD.iter_unpack(body[8:])))
 
 
 @dataclass(frozen=True, slots=True)

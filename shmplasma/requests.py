@@ -236,7 +236,8 @@ class SetOptions:
     @classmethod
     def decode(cls, body: bytes) -> SetOptions:
         """Return the message of a body."""
-        return cls(*unpack("<Q", body[:8]), body[8:].decode())
+        (limit_bytes,) = unpack("<Q", body[:8])
+        return cls(limit_bytes, body[8:].decode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,11 @@ class Memory(Protocol):
         """Put memory behind a part of the segment, or raise `shmplasma.errors.CommitError`."""
 
     def barrier(self) -> None:
-        """Make every client's CPU pass a full memory barrier."""
+        """Make every client's CPU pass a full memory barrier, if there is a way."""
+
+    @property
+    def has_barrier(self) -> bool:
+        """Whether `barrier` does what it says; only then may clients pin without a message."""
 
 
 class Room:

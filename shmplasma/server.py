@@ -51,13 +51,12 @@ class _SegmentMemory:
 
     def __init__(self, segment: Segment) -> None:
         self.commit = segment.commit
-        self.barrier: Callable[[], None] = _no_barrier
-        if system.register_membarrier():
-            self.barrier = system.membarrier
+        self.has_barrier = system.fast_path_available() and system.register_membarrier()
+        self.barrier: Callable[[], None] = system.membarrier if self.has_barrier else _no_barrier
 
 
 def _no_barrier() -> None:
-    """Without membarrier no client pins without a message, so there is nothing to order."""
+    """Nobody pins without a message where there is no barrier, so there is nothing to order."""
 
 
 class _Connection:
@@ -134,6 +133,8 @@ class Server:
 
     def stop(self) -> None:
         """Let `run` return soon; may be called from anywhere, more than once."""
+        if self._stopping:
+            return
         self._stopping = True
         try:
             os.write(self._wake_writer, b"s")

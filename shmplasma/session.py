@@ -1,37 +1,33 @@
-"""A client's session with a store: its connection, its view of the segment, and its pins.
+"""A client's session with a store: its connection, its view of the segment, and its boards.
 
-A session is shared by a `shmplasma.client.PlasmaClient` and by every buffer that the client has handed out:
-each buffer keeps a `Pin`, and each pin keeps the session.  So the mapping and the connection live as long as
-the last buffer, and what a buffer shows cannot be given away before: not when the client is closed, not when
-it is collected.  A client that is closed *detaches*: the store drops what it had not sealed and answers it
-no more, but leaves it its boards; the connection ends when the session is collected.
-
-Releasing is what the finalizer of a pin does: it writes 0 to its slot and puts the slot on the free list; if
-the store has raised its WAKE word it also writes a byte to the store's wake-up pipe, without blocking (a full
-pipe is a wake-up that is pending).  It may run anywhere, inside the collector and in any thread, and takes
-no lock.
+The session answers what needs no message from the segment itself (`shmplasma.reader`) and asks the store for
+the rest.  It belongs to one `shmplasma.client.PlasmaClient`; what must outlast it is in its `Lifeline`, which
+every pin keeps.  So the mapping and the connection live as long as the last buffer, and what a buffer shows
+cannot be given away before: not when the client is closed, not when it is collected.  A client that is
+closed *detaches*: the store drops what it had not sealed and answers it no more, but leaves it its boards;
+the connection ends with the lifeline.
 
 Fork
 ----
 A child has the parent's mappings, hence its boards, and the pins of buffers that it inherited.  Before the
-child runs anything else, each session puts private memory in the place of the boards' mappings
-(`Attachment.isolate`) and closes its copy of the connection: whatever a finalizer of the child writes, the
-parent's pins stay.  The client connects anew at its next use.
+child runs anything else, each lifeline puts private memory in the place of the boards' mappings
+(`Attachment.isolate`), and the child's copy of the connection is closed: whatever a finalizer of the child
+writes, the parent's pins stay.  The client connects anew at its next use.
 
 Interrupts
 ----------
 A request that is interrupted (Ctrl-C) leaves a reply behind, and the slots that it lent are the store's
-until then.  The reply's disposal gives them back, and undoes what the store has done meanwhile.
+until then.  The disposal of the reply gives them back, and undoes what the store has done meanwhile.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final, Literal, TypeVar, assert_never
 
 import numpy as np
@@ -47,9 +43,9 @@ from shmplasma.arrow_errors import (
     PlasmaStoreFull,
 )
 from shmplasma.errors import AttachError, ProtocolError, ShmPlasmaError
-from shmplasma.layout import BOARD_WORDS, HeaderWord
-from shmplasma.pins import slots_of
+from shmplasma.pinning import BoardPool, Lifeline, Pin
 from shmplasma.protocol import PROTOCOL_VERSION, Frame
+from shmplasma.reader import FastReader
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -78,7 +74,7 @@ from shmplasma.requests import (
 from shmplasma.segment import Attachment, SegmentName
 from shmplasma.transport import Channel, Exchange
 
-__all__ = ["Pin", "Session", "Slot", "expect", "greet"]
+__all__ = ["Session", "expect", "greet"]
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _GIVE_UP_SECONDS: Final = 0.1
@@ -88,32 +84,9 @@ _POPULATE_BYTES: Final = 256 << 10
 """Objects from this size on have their pages mapped in one call before they are filled: writing through
 fresh page-table entries runs at 1.2-3.6 GB/s, filling them in advance at 18 GB/s."""
 
-_WAKE: Final = int(HeaderWord.WAKE)
-
-Slot = tuple[memoryview, int, int]
-"""A pin slot: its board, its word on the board, its number in the segment."""
-
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-class Pin:
-    """Keeps an object in place for as long as it lives."""
-
-    __slots__ = ("_session", "_slot")
-
-    def __init__(self, session: Session, slot: Slot) -> None:
-        self._session = session
-        self._slot = slot
-
-    def __del__(self) -> None:
-        board, word, _ = self._slot
-        board[word] = 0
-        session = self._session
-        session.free_slots.append(self._slot)
-        if session.words[_WAKE]:
-            session.wake_store()
 
 
 class _Writable(np.ndarray[tuple[int], np.dtype[np.uint8]]):
@@ -159,27 +132,30 @@ def greet(path: str, num_retries: int, role: Role, name: str) -> tuple[Exchange,
 
 
 class Session:
-    """A connection, the segment, and the slots of the boards that the store has granted.
+    """A connection, the segment, and the boards that the store has granted.
 
     Use `Session.open`.
 
     Notes
     -----
-    Thread-safe.  The list of free slots is changed by single appends and pops only, which need no lock.
+    Thread-safe.
     """
 
-    def __init__(self, channel: Channel, wake_fd: int, attachment: Attachment, board: int) -> None:
+    def __init__(
+        self, channel: Channel, wake_fd: int, attachment: Attachment, board: int, *, fast: bool
+    ) -> None:
         self._channel = channel
-        self._wake_fd = wake_fd
         self.attachment = attachment
         self.layout = attachment.layout
-        self.words = attachment.words
-        self.free_slots: list[Slot] = []
-        self._growing = threading.Lock()
-        self._add_board(board)
+        self._lifeline = Lifeline(attachment, channel, wake_fd)
+        self._boards = BoardPool(self._lifeline, board, partial(_ask_for_board, channel))
         self._mapping = pa.py_buffer(attachment.read_map)
         self._address = self._mapping.address
         self._populated = bytearray(self.layout.data_bytes // _POPULATE_BYTES + 1)
+        self.reader: FastReader | None = None
+        """Answers without a message; None where the platform or the store does not allow it."""
+        if fast:
+            self.reader = FastReader(self.layout, attachment, self._address, self._boards)
         _sessions.add(self)
 
     @classmethod
@@ -207,7 +183,9 @@ class Session:
         except BaseException:
             exchange.close()
             raise
-        return cls(Channel(exchange.detach()), wake_fd, attachment, welcome.board)
+        fast = welcome.fast_path and system.fast_path_available() and system.register_membarrier()
+        channel = Channel(exchange.detach())
+        return cls(channel, wake_fd, attachment, welcome.board, fast=fast)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -221,24 +199,7 @@ class Session:
         ShmPlasmaError
             The store refused; the subclass says why.
         """
-        return expect(expected, self._call(request, _no_disposal))
-
-    def _call(self, request: Request, dispose: Callable[[Frame], None]) -> Frame:
-        """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
-        channel = self._channel
-        try:
-            request_id = channel.request(request.KIND, request.encode())
-            try:
-                reply = channel.wait(request_id, None)
-            except ConnectionError:
-                raise
-            except BaseException:
-                channel.give_up(request_id, dispose)
-                raise
-        except ConnectionError as error:
-            raise _gone(error) from error
-        assert reply is not None
-        return reply
+        return expect(expected, _call(self._channel, request, _no_disposal))
 
     def send(self, message: Request) -> None:
         """Send a one-way message.
@@ -267,17 +228,16 @@ class Session:
         ------
         PlasmaObjectExists, PlasmaStoreFull, NotConnectedError
         """
-        (slot,) = self._take_slots(1)
+        (pin,) = self._boards.take(1)
 
         def undo(frame: Frame) -> None:
-            self._clear((slot,))
+            nonlocal pin
+            del pin
             if frame.kind == Created.KIND:
                 self.send(Abort(object_id))
 
-        request = Create(object_id, data_size, metadata_size, codec, slot[2])
-        frame = self._call(request, undo)
-        pin = Pin(self, slot)
-        offset = expect(Created, frame).offset
+        request = Create(object_id, data_size, metadata_size, codec, pin.slot)
+        offset = expect(Created, _call(self._channel, request, undo)).offset
         size = data_size + metadata_size
         self._populate(offset, size)
         start = offset - self.layout.data
@@ -309,25 +269,21 @@ class Session:
         NotConnectedError, PlasmaStoreFull
             The latter when there is no board for so many pins.
         """
-        slots = self._take_slots(len(object_ids))
-        request = Get(wait, object_ids, [slot[2] for slot in slots])
+        pins = self._boards.take(len(object_ids))
+        request = Get(wait, object_ids, [pin.slot for pin in pins])
         try:
             request_id = self._channel.request(Get.KIND, request.encode())
-            frame = self._wait_for_get(request_id, deadline, slots)
+            frame = self._wait_for_get(request_id, deadline, pins)
         except ConnectionError as error:
             raise _gone(error) from error
-        result: list[tuple[Found, Pin] | None] = []
-        for where, slot in zip(expect(Objects, frame).found, slots, strict=True):
-            if where == ABSENT:
-                self.free_slots.append(slot)
-                result.append(None)
-            else:
-                result.append((where, Pin(self, slot)))
-        return result
+        found = expect(Objects, frame).found
+        # A pin that was not used dies here, which gives its slot back.
+        return [
+            None if where == ABSENT else (where, pin)
+            for where, pin in zip(found, pins, strict=True)
+        ]
 
-    def _wait_for_get(
-        self, request_id: int, deadline: float | None, slots: Sequence[Slot]
-    ) -> Frame:
+    def _wait_for_get(self, request_id: int, deadline: float | None, pins: list[Pin]) -> Frame:
         """Wait for the answer to a get; at the deadline, or an interrupt, ask for it at once."""
         channel = self._channel
         answer_now = AnswerNow(request_id).encode()
@@ -341,47 +297,13 @@ class Session:
         except BaseException:
             with suppress(ConnectionError):  # the interrupt is what the caller is to see
                 channel.send(AnswerNow.KIND, answer_now)
-                reply = channel.wait(request_id, time.monotonic() + _GIVE_UP_SECONDS)
-                if reply is None:
-                    channel.give_up(request_id, lambda _: self._clear(slots))
-                else:
-                    self._clear(slots)
+                if channel.wait(request_id, time.monotonic() + _GIVE_UP_SECONDS) is None:
+                    # The slots are lent until the answer comes; then the last reference goes.
+                    lent = pins.copy()
+                    channel.give_up(request_id, lambda _: lent.clear())
             raise
         assert reply is not None
         return reply
-
-    def _clear(self, slots: Sequence[Slot]) -> None:
-        """Let go of whatever the store has pinned in these slots."""
-        for slot in slots:
-            Pin(self, slot)
-
-    # -- slots ---------------------------------------------------------------------------------
-
-    def _take_slots(self, count: int) -> list[Slot]:
-        """Take slots from the free list, asking for another board when it is empty."""
-        slots: list[Slot] = []
-        free = self.free_slots
-        while len(slots) < count:
-            try:
-                slots.append(free.pop())
-            except IndexError:
-                try:
-                    self._grow()
-                except BaseException:
-                    free.extend(slots)
-                    raise
-        return slots
-
-    def _grow(self) -> None:
-        with self._growing:
-            if not self.free_slots:
-                self._add_board(self.call(Grow(), Number).value)
-
-    def _add_board(self, board: int) -> None:
-        words = self.attachment.board(board)
-        first = board * BOARD_WORDS
-        # Popped from the end: low words first, so that a store looks at few cache lines.
-        self.free_slots.extend([(words, slot - first, slot) for slot in reversed(slots_of(board))])
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -401,11 +323,6 @@ class Session:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def wake_store(self) -> None:
-        """Tell the store that a pin was released; never blocks, never raises."""
-        with suppress(OSError):  # the pipe is full, so a wake-up is pending; or the store has gone
-            os.write(self._wake_fd, b"r")
-
     def detach(self) -> None:
         """Drop what was not sealed and end all requests; buffers stay as they are."""
         with suppress(NotConnectedError):
@@ -414,15 +331,29 @@ class Session:
 
     def isolate(self) -> None:
         """Cut a forked child off from its parent's boards and connection."""
-        self.attachment.isolate()
+        self._lifeline.isolate()
         self._channel.abandon()
-        os.close(self._wake_fd)
-        self._wake_fd = -1
 
-    def __del__(self) -> None:
-        if self._wake_fd >= 0:
-            os.close(self._wake_fd)
-        self.attachment.close()
+
+def _call(channel: Channel, request: Request, dispose: Callable[[Frame], None]) -> Frame:
+    """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
+    try:
+        request_id = channel.request(request.KIND, request.encode())
+        try:
+            reply = channel.wait(request_id, None)
+        except ConnectionError:
+            raise
+        except BaseException:
+            channel.give_up(request_id, dispose)
+            raise
+    except ConnectionError as error:
+        raise _gone(error) from error
+    assert reply is not None
+    return reply
+
+
+def _ask_for_board(channel: Channel) -> int:
+    return expect(Number, _call(channel, Grow(), _no_disposal)).value
 
 
 def _attach(exchange: Exchange, welcome: Welcome) -> Attachment:

@@ -149,6 +149,7 @@ class ObjectStore:
     ) -> None:
         self._layout = layout
         self._token = token
+        self._memory = memory
         self._segment = (segment_kind, segment_path)
         self._table = Table(layout, words, raw, memory.commit)
         self._boards = Boards(layout, words, raw, memory.commit)
@@ -332,7 +333,7 @@ class ObjectStore:
             board, descriptor = 0, None
             self._subscribers.add(client)
         session.role, session.name = hello.role, hello.name
-        welcome = Welcome(self._token, board, *self._segment)
+        welcome = Welcome(self._token, board, self._memory.has_barrier, *self._segment)
         self._reply(client, request_id, welcome, descriptor)
         if hello.role is Role.SUBSCRIBER:
             self._replay(client)
@@ -416,10 +417,18 @@ class ObjectStore:
             state = table.state(entry)
             if state not in (EntryState.CREATED, EntryState.SEALED):
                 continue
-            _, *sizes = table.location(entry)
-            sealed = state == EntryState.SEALED
+            _, data_size, metadata_size = table.location(entry)
+            created_ns, construct_ns = table.times(entry)
             records.append(
-                (table.object_id(entry), *sizes, holders[entry], *table.times(entry), sealed)
+                (
+                    table.object_id(entry),
+                    data_size,
+                    metadata_size,
+                    holders[entry],
+                    created_ns,
+                    construct_ns,
+                    state == EntryState.SEALED,
+                )
             )
         return Listing(stop if stop < table.end else 0, records)
 
@@ -478,8 +487,9 @@ class ObjectStore:
         table = self._table
         for entry in table.entries(0, table.end):
             if table.state(entry) == EntryState.SEALED:
-                _, *sizes = table.location(entry)
-                self._effects.append(Send(client, _notification(table.object_id(entry), *sizes)))
+                _, data_size, metadata_size = table.location(entry)
+                data = _notification(table.object_id(entry), data_size, metadata_size)
+                self._effects.append(Send(client, data))
 
 
 def _notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:

@@ -116,7 +116,8 @@ class ShmPlasma(_PlasmaLike):
         return version("shmplasma")
 
     def half_message(self) -> tuple[str, bytes]:
-        return self._socket, b"\x01"
+        # Its header is 12 bytes: length of the body, request id, kind, zeros.
+        return self._socket, b"\x10\x00\x00\x00\x01\x00"
 
 
 class Plasma11(_PlasmaLike):

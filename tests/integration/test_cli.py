@@ -236,7 +236,11 @@ def test_somebody_elses_socket_stays(path: str) -> None:
 
 def test_impossible_paths(tmp_path: Path) -> None:
     """Long paths and missing directories are refused in one line."""
-    for path, says in (("/" + 200 * "a", "107 bytes"), (str(tmp_path / "x/s"), "no directory")):
+    for path, says in (
+        ("", "107 bytes"),
+        ("/" + 200 * "a", "107 bytes"),
+        (str(tmp_path / "x/s"), "no directory"),
+    ):
         done = run("-m", "10MB", "-s", path)
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
@@ -355,6 +359,21 @@ class TestOwner:
         assert process.wait() == 0
         assert not os.listdir(Path(path).parent)
 
+    def test_an_owner_that_did_not_listen(self, path: str) -> None:
+        """An owner that ends without having read anything ends the store all the same."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [*PROGRAM, "-m", "10MB", "-s", path, "--owner", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stderr=subprocess.DEVNULL,
+            )
+        with process:
+            with ours:
+                assert ours.recv(10, socket.MSG_PEEK) == b"R"
+            assert process.wait() == 0
+        assert not os.listdir(Path(path).parent)
+
     def test_what_the_owner_says(
         self, owned: tuple[subprocess.Popen[bytes], socket.socket], path: str
     ) -> None:
@@ -376,7 +395,7 @@ class TestOwner:
             os._exit(0)
         """
         out, into = os.pipe()
-        with open(out, "rb") as reader:  # noqa: PTH123 - a descriptor
+        with open(out, "rb") as reader:
             arguments = ["-m", "10MB", "-s", path, "-d", str(tmp_path)]
             subprocess.run(
                 [sys.executable, "-c", code, *PROGRAM, *arguments],

@@ -94,7 +94,7 @@ def test_a_store_that_cannot_start() -> None:
 def test_a_store_on_a_live_socket() -> None:
     """A second store on the same socket is an error, and the first serves on."""
     with Store("10MB") as store:
-        with pytest.raises(ShmPlasmaError, match="serves .* already"):
+        with pytest.raises(ShmPlasmaError, match="already"):
             Store("10MB", socket=store.store_socket_name)
         store.connect().disconnect()
 

@@ -92,7 +92,8 @@ def test_many_may_wait(path: str) -> None:
         finally:
             for client in clients:
                 client.close()
-        assert endpoint.listener.accept()[0].close() is None
+        accepted, _ = endpoint.listener.accept()
+        accepted.close()
 
 
 def test_relative_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_a_claimed_path_is_refused(path: str) -> None:
     """A second claim is refused, and the first goes on."""
     with Endpoint.claim(path) as endpoint:
         endpoint.write_note(b"note")
-        with pytest.raises(EndpointError, match="serves .* already"):
+        with pytest.raises(EndpointError, match="already"):
             Endpoint.claim(path)
         connect(path)
         assert endpoint.read_note() == b"note"

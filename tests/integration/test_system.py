@@ -264,6 +264,44 @@ def test_available_memory() -> None:
         assert available <= sizes["MemTotal"] + sizes["SwapTotal"]
 
 
+GIB = 1 << 30
+FILES = {
+    "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 8388608 kB\nSwapFree: 1048576 kB\nPages: 3\n",
+    "/proc/self/cgroup": "1:name=systemd:/x\n0::/a/b\n",
+    "/sys/fs/cgroup/a/memory.max": f"{6 * GIB}\n",
+    "/sys/fs/cgroup/a/memory.current": f"{4 * GIB}\n",
+    "/sys/fs/cgroup/a/memory.stat": f"anon 1\nactive_file {GIB}\ninactive_file {GIB // 2}\n",
+    "/sys/fs/cgroup/a/b/memory.max": "max\n",
+    "/sys/fs/cgroup/a/b/memory.current": "1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "gib"),
+    [
+        ({}, 3.5),
+        ({"/sys/fs/cgroup/a/memory.current": f"{7 * GIB}"}, 0.5),
+        ({"/sys/fs/cgroup/a/memory.current": f"{9 * GIB}"}, 0),
+        ({"/sys/fs/cgroup/a/b/memory.max": f"{GIB}", "/sys/fs/cgroup/a/b/memory.current": "0"}, 1),
+        (
+            {
+                "/proc/self/cgroup": "0::/\n",
+                "/sys/fs/cgroup/memory.max": f"{2 * GIB}",
+                "/sys/fs/cgroup/memory.current": "0",
+            },
+            2,
+        ),
+        ({"/proc/self/cgroup": "2:memory:/a\n"}, 9),
+    ],
+)
+def test_available_memory_in_control_groups(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], gib: float
+) -> None:
+    """The tightest group above the process counts; clean file pages in it are room."""
+    monkeypatch.setattr(system, "_read", (FILES | changes).get)
+    assert system.available_memory() == gib * GIB
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
     """A state arrives at the socket in the environment, which may have an abstract name."""
@@ -292,3 +330,7 @@ def test_portable_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with mmap.mmap(-1, PAGE) as mapping:
         assert not system.populate(address_of(mapping), PAGE)
     assert system.watch_exit(os.getpid()) is None
+    monkeypatch.setattr(system, "_read", lambda _path: None)
+    assert system.start_time(os.getpid()) is None
+    assert system.file_system("/") is None
+    assert system.available_memory() == os.sysconf("SC_PHYS_PAGES") * PAGE

@@ -11,7 +11,7 @@ START = 4096
 
 
 def comb(n_extents: int) -> tuple[Allocator, list[tuple[int, int]]]:
-    """Return an allocator with so many free lines, each between two used ones, and the used ones."""
+    """Return an allocator with so many free lines between used ones, and the used ones."""
     allocator = Allocator(START, START + (2 * n_extents + 1) * ALIGNMENT)
     used = [(START + i * ALIGNMENT, ALIGNMENT) for i in range(2 * n_extents + 1)]
     for _ in used:
@@ -146,7 +146,7 @@ def test_reserve_takes_exactly_the_extent(offset: int, size: int) -> None:
 
 
 def test_reserve_rebuilds_what_was_there() -> None:
-    """A fresh allocator in which each used extent is reserved, in any order, is like the old one."""
+    """Reserving each used extent, in any order, makes a fresh allocator like the old one."""
     rng = random.Random(7)
     old = Allocator(START, START + (1 << 22))
     used: list[tuple[int, int]] = []

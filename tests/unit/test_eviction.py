@@ -48,7 +48,7 @@ class PaperSieve:
 
 
 def filled(n_entries: int, read: tuple[int, ...] = ()) -> tuple[Sieve, memoryview]:
-    """Return a queue of the entries 0 to `n_entries` - 1, of which some were read, and its bytes."""
+    """Return a queue of so many entries, of which some were read, and its visited bytes."""
     visited = memoryview(bytearray(n_entries))
     sieve = Sieve(visited)
     for index in range(n_entries):
@@ -90,7 +90,7 @@ def test_an_entry_can_return_after_its_removal() -> None:
 
 
 def test_an_inserted_entry_is_not_visited() -> None:
-    """What an earlier object in the same entry left in the visited byte does not protect the next."""
+    """What an earlier object left in the entry's visited byte does not protect the next."""
     visited = memoryview(bytearray(b"\xff\xff"))
     sieve = Sieve(visited)
     sieve.insert(1)
@@ -236,7 +236,7 @@ def test_a_queue_that_is_emptied_ends_its_sweep() -> None:
 
 @pytest.mark.parametrize("capacity", [1, 10, 100])
 def test_a_cache_evicts_what_the_paper_evicts(capacity: int) -> None:
-    """On a skewed trace a cache has the same misses and the same victims as the paper's algorithm."""
+    """On a skewed trace a cache has the same misses and victims as the paper's algorithm."""
     rng = random.Random(capacity)
     visited = memoryview(bytearray(1000))
     sieve, paper = Sieve(visited), PaperSieve()

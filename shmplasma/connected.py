@@ -1,0 +1,128 @@
+"""What every part of a client stands on: a session that lasts as long as the client wants it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from typing import Final, Self
+
+from shmplasma.arrow_errors import NotConnectedError
+from shmplasma.notifications import Subscription
+from shmplasma.objects import ObjectID
+from shmplasma.replies import Done
+from shmplasma.requests import SetOptions
+from shmplasma.session import Session
+
+__all__ = ["DEFAULT_RETRIES", "Connected", "checked", "program_name"]
+
+DEFAULT_RETRIES: Final = 80
+"""8 seconds of attempts, as in Plasma."""
+
+_clients: weakref.WeakSet[Connected] = weakref.WeakSet()
+
+
+class Connected:
+    """The connection of a client: made, closed, pickled, and made anew in a forked child.
+
+    Parameters
+    ----------
+    store_socket_name : str
+        Path of the store's socket.
+    num_retries : int
+        How often to try again, 0.1 s apart, while no store answers.
+    """
+
+    def __init__(self, store_socket_name: str, num_retries: int) -> None:
+        self._path = store_socket_name
+        self._session: Session | None = Session.open(store_socket_name, num_retries, program_name())
+        self._capacity = self._session.layout.capacity
+        self._options: SetOptions | None = None
+        self._subscription: Subscription | None = None
+        self._forget()
+        _clients.add(self)
+
+    def _forget(self) -> None:
+        """Begin without anything that belongs to a session."""
+        self._unsealed: set[bytes] = set()
+        self._connecting = threading.Lock()
+        self._forked = False
+
+    @property
+    def store_socket_name(self) -> str:
+        """The path of the store's socket."""
+        return self._path
+
+    def disconnect(self) -> None:
+        """Leave the store: what is not sealed goes; buffers that were got stay valid.
+
+        May be called again.
+        """
+        session, self._session = self._session, None
+        self._forked = False
+        if session is not None:
+            session.detach()
+        if self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disconnect()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
+        return type(self), (self._path, DEFAULT_RETRIES)
+
+    def __repr__(self) -> str:
+        state = "" if self._session or self._forked else ", disconnected"
+        return f"{type(self).__name__}({self._path!r}{state})"
+
+    def _live(self) -> Session:
+        """Return the session, a new one in a forked child; raise when there is none."""
+        session = self._session
+        if session is not None:
+            return session
+        if not self._forked:
+            raise NotConnectedError(
+                "this client is disconnected; shmplasma.connect makes a new one"
+            )
+        with self._connecting:
+            if self._session is None:
+                self._session = session = Session.open(self._path, 0, program_name())
+                if self._options is not None:
+                    session.call(self._options, Done)
+                self._forked = False
+            return self._session
+
+    def _after_fork(self) -> None:
+        """Leave the parent's session and subscription to the parent."""
+        forked = self._session is not None or self._forked
+        self._session = None
+        self._forget()
+        self._forked = forked
+        if self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None
+
+
+def checked(object_id: ObjectID) -> ObjectID:
+    """Return an id that is one; raise TypeError for anything else."""
+    if not isinstance(object_id, ObjectID):
+        raise TypeError(f"an ObjectID is needed here, not {type(object_id).__name__}")
+    return object_id
+
+
+def program_name() -> str:
+    """Return what a store calls a client that has not named itself."""
+    return os.path.basename(sys.argv[0]) if sys.argv else ""
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

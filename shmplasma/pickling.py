@@ -1,0 +1,353 @@
+"""Pickles whose arrays lie beside them.
+
+`dump` pickles a value (protocol 5) and takes out of the pickle what is large: arrays and Arrow values at
+any depth, in the formats of `shmplasma.codecs`, and the buffers that other types offer to protocol 5.  If
+there is nothing of the kind, the object is a plain pickle.  `load` puts it together again, over the
+object's buffer.
+
+What plain pickle refuses (lambdas, local classes), and all that mentions ``__main__``, goes to cloudpickle,
+which stores code by value.  Pickle would store a class of the program's main module as the name
+``__main__.Class``; but in another process that name means that process's main module, so the reader would
+fail, or worse, find another class of the same name.
+
+Layout of PICKLE_PARTS: `_HEAD` (magic, number of parts, bytes of pickle), offset and size of each part in
+8-byte words, the pickle, the parts, each aligned.
+
+Pickles run code when they are read.  All who can write into a store run as the same user or group, and
+could do as much without it; a store must not be opened to those whom one does not trust.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from operator import methodcaller
+from struct import Struct
+from types import FunctionType
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from shmplasma.codecs import (
+    DECODERS,
+    ENCODERS,
+    Codec,
+    DeserializationError,
+    Payload,
+    Source,
+    WriteChunks,
+)
+from shmplasma.layout import ALIGNMENT, align_up
+
+__all__ = [
+    "BUILT_IN",
+    "PROTOCOL",
+    "Deserializers",
+    "Reducer",
+    "dump",
+    "load",
+    "native_reducer",
+    "registered_reducer",
+    "split",
+]
+
+PROTOCOL: Final = 5
+BUILT_IN: Final = frozenset(
+    {int, float, str, bool, type(None), type(...), type(NotImplemented), bytes, bytearray}
+    | {list, tuple, dict, set, frozenset, type, FunctionType, pickle.PickleBuffer}
+)
+"""Types that a pickler writes without asking for a reducer."""
+
+Reducer: TypeAlias = Callable[[Any], Any]
+"""Returns what to pickle in place of a value, as `object.__reduce_ex__` does."""
+Deserializers: TypeAlias = Mapping[object, Callable[[Any], object]]
+"""Deserializers of users' types by type id."""
+
+_MAGIC: Final = b"spPP"
+_HEAD: Final = Struct("<4sIQ")
+_PLACE: Final = Struct("<QQ")
+_INBAND_BYTES: Final = 1024
+"""Smaller buffers and arrays stay in the pickle.  Measured: to put and get one more array of a list takes
+2.2 us there and 11 us beside it, whatever its size up to here; a copy of 1 KiB takes 0.1 us."""
+_FRAME_BYTES: Final = 256 << 10
+"""Pickle ends a frame after 64 KiB and one small value (measured: 131,078 bytes at most); larger chunks
+are single values of the user's and name no classes."""
+
+_plain_reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
+_reading: ContextVar[Deserializers] = ContextVar("_reading", default={})  # noqa: B039  # never changed
+"""What the current thread reads by: unpickling can pass nothing to the functions that it calls."""
+
+
+# --- reducers -----------------------------------------------------------------------------------------
+
+
+class _Placeholder(bytes):
+    """Stands for a payload where the pickler wants a buffer to leave out."""
+
+    payload: Payload
+
+
+def _embedding(encode: Callable[[Any], Payload | None]) -> Reducer:
+    """Return a reducer that stores a value beside the pickle, in its own codec."""
+
+    def reduce(value: Any) -> Any:
+        payload = encode(value)
+        if payload is None:
+            return value.__reduce_ex__(PROTOCOL)
+        placeholder = _Placeholder()
+        placeholder.payload = payload
+        return _embedded, (int(payload.codec), pickle.PickleBuffer(placeholder))
+
+    return reduce
+
+
+_embed_ndarray: Final = _embedding(ENCODERS[np.ndarray])
+
+
+def _reduce_ndarray(array: np.ndarray[Any, Any]) -> Any:
+    if array.nbytes >= _INBAND_BYTES or array.dtype.hasobject or not array.itemsize:
+        return _embed_ndarray(array)
+    return _small_array, (array.tobytes("A"), array.shape, array.dtype, array.flags.fnc)
+
+
+def _arrow_reducer(cls: type) -> Reducer:
+    embed = _embedding(ENCODERS[cls])
+    if cls is pa.Tensor:  # which has no way of its own
+        return embed
+
+    def reduce(value: Any) -> Any:
+        # Arrow's own way takes a tenth of the time, but it stores whole buffers, of a slice too.
+        if value.get_total_buffer_size() - value.nbytes < _INBAND_BYTES:
+            return value.__reduce_ex__(PROTOCOL)
+        return embed(value)
+
+    return reduce
+
+
+def _reduce_subclass(array: np.ndarray[Any, Any]) -> Any:
+    return _as_subclass, (type(array), array.view(np.ndarray))
+
+
+def native_reducer(cls: type, base: type) -> Reducer | None:
+    """Return what reduces values of a class to what an encoder makes of them.
+
+    Parameters
+    ----------
+    cls : type
+        Class of the values.
+    base : type
+        Its nearest base in `ENCODERS`.
+
+    Returns
+    -------
+    callable or None
+        None for a subclass of ndarray that pickles itself in its own way.
+    """
+    if base is not np.ndarray:
+        return _arrow_reducer(base)
+    if base is cls:
+        return _reduce_ndarray
+    inherited = ("__reduce__", "__reduce_ex__", "__setstate__")
+    if all(getattr(cls, name) is getattr(np.ndarray, name) for name in inherited):
+        return _reduce_subclass
+    return None
+
+
+def registered_reducer(type_id: object, serializer: Callable[[Any], object]) -> Reducer:
+    """Return what reduces values of a user's type to the form that its serializer returns."""
+    return lambda value: (_restored, (type_id, serializer(value)))
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+class _Reducers(dict[type, Reducer]):
+    """A pickler's dispatch table for one value, filled as types are met.
+
+    A pickler asks it for each value whose class is not built in; what it finds here costs it nothing, and
+    a table that lives no longer than its pickler neither grows without end nor goes stale.
+
+    Parameters
+    ----------
+    find : callable
+        Takes a class and returns its reducer or None; asked first.
+    fallback : mapping
+        The table that the pickler would have used.
+    """
+
+    __slots__ = ("_fallback", "_find")
+
+    def __init__(
+        self, find: Callable[[type], Reducer | None], fallback: Mapping[type, Reducer]
+    ) -> None:
+        self._find = find
+        self._fallback = fallback
+
+    def __missing__(self, cls: type) -> Reducer:
+        reducer = self._find(cls) or self._fallback.get(cls)
+        if reducer is None:
+            if issubclass(cls, type):  # its instances are classes, which the pickler stores by name
+                raise KeyError(cls)
+            reducer = _plain_reduce
+        self[cls] = reducer
+        return reducer
+
+
+def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
+    """Return what is to be written for any value.
+
+    Parameters
+    ----------
+    value : object
+        What to pickle.
+    find : callable
+        Takes a class that is met in `value` and returns its reducer, or None to leave it to pickle.
+
+    Raises
+    ------
+    Exception
+        Whatever cloudpickle, a class in `value` or a reducer raises.
+    """
+    try:
+        chunks, parts = _dump(value, find, by_value=False)
+        by_value = any(len(chunk) < _FRAME_BYTES and b"__main__" in chunk for chunk in chunks)
+    except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
+        chunks, parts, by_value = WriteChunks(), [], True
+    if by_value:
+        chunks, parts = _dump(value, find, by_value=True)
+    return _join(chunks, parts)
+
+
+def _dump(
+    value: object, find: Callable[[type], Reducer | None], *, by_value: bool
+) -> tuple[WriteChunks, list[Payload | memoryview]]:
+    """Return the pickle, in chunks, and what was left out of it."""
+    chunks = WriteChunks()
+    parts: list[Payload | memoryview] = []
+
+    def leave_out(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if type(view.obj) is _Placeholder:
+            parts.append(view.obj.payload)
+            return False
+        if view.nbytes < _INBAND_BYTES:
+            return True
+        parts.append(view)
+        return False
+
+    if by_value:
+        from cloudpickle import CloudPickler  # noqa: PLC0415  # takes 20 ms, and few values need it
+
+        class ByValue(CloudPickler):  # type: ignore[misc]  # cloudpickle has no types
+            # CloudPickler has a table of its own, and the base looks for one only in its __init__.
+            dispatch_table = _Reducers(find, CloudPickler.dispatch_table)
+
+        ByValue(chunks, PROTOCOL, buffer_callback=leave_out).dump(value)
+    else:
+        pickler = pickle.Pickler(chunks, PROTOCOL, buffer_callback=leave_out)
+        pickler.dispatch_table = _Reducers(find, copyreg.dispatch_table)
+        pickler.dump(value)
+    return chunks, parts
+
+
+def _join(chunks: WriteChunks, parts: list[Payload | memoryview]) -> Payload:
+    places: list[tuple[int, int, Source | Payload]] = []
+    table: list[int] = []
+    end = _HEAD.size + 16 * len(parts) if parts else 0
+    for chunk in chunks:
+        places.append((end, len(chunk), chunk))
+        end += len(chunk)
+    if not parts:
+        return Payload(Codec.PICKLE, end, places)
+    head = _HEAD.pack(_MAGIC, len(parts), end - _HEAD.size - 16 * len(parts))
+    for part in parts:
+        start = align_up(end, ALIGNMENT)
+        size = part.size_bytes if isinstance(part, Payload) else part.nbytes
+        places.append((start, size, part))
+        table += start, size
+        end = start + size
+    head += Struct(f"<{len(table)}Q").pack(*table)
+    return Payload(Codec.PICKLE_PARTS, end, [(0, len(head), head), *places])
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+def split(buffer: pa.Buffer) -> tuple[memoryview, list[pa.Buffer]]:
+    """Return the pickle and the parts of an object in the format PICKLE_PARTS.
+
+    Raises
+    ------
+    ValueError, struct.error
+        The object is damaged.
+    """
+    view = memoryview(buffer).cast("B")
+    magic, n_parts, pickle_bytes = _HEAD.unpack_from(view)
+    start = _HEAD.size + 16 * n_parts
+    if magic != _MAGIC or start + pickle_bytes > len(view):
+        raise ValueError("it has no header of a pickle with parts")
+    parts: list[pa.Buffer] = []
+    for offset, size in _PLACE.iter_unpack(view[_HEAD.size : start]):
+        if offset + size > len(view):
+            raise ValueError(f"a part ends at {offset + size} of {len(view)} bytes")
+        parts.append(buffer.slice(offset, size))
+    return view[start : start + pickle_bytes], parts
+
+
+def load(
+    data: pa.Buffer | memoryview, parts: Sequence[pa.Buffer], deserializers: Deserializers
+) -> object:
+    """Return the value of a pickle.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The pickle.
+    parts : sequence of pyarrow.Buffer
+        What was left out of it.
+    deserializers : mapping
+        Those of users' types.
+
+    Raises
+    ------
+    DeserializationError
+        A deserializer is missing.
+    Exception
+        Whatever pickle, a class or a deserializer raises.
+    """
+    if not (deserializers or _reading.get()):
+        return pickle.loads(data, buffers=parts)
+    token = _reading.set(deserializers)
+    try:
+        return pickle.loads(data, buffers=parts)
+    finally:
+        _reading.reset(token)
+
+
+# Pickles name the functions that follow: to move or rename one makes stored objects unreadable.
+
+
+def _embedded(codec: int, data: pa.Buffer) -> object:
+    return DECODERS[codec](data)
+
+
+def _small_array(
+    data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool
+) -> np.ndarray[Any, Any]:
+    return np.ndarray(shape, dtype, data, 0, None, "F" if fortran else "C")
+
+
+def _as_subclass(cls: type[np.ndarray[Any, Any]], array: np.ndarray[Any, Any]) -> object:
+    return array.view(cls)
+
+
+def _restored(type_id: object, form: object) -> object:
+    deserializer = _reading.get().get(type_id)
+    if deserializer is None:
+        raise DeserializationError(
+            f"no deserializer is registered here for the type {type_id!r}; register it as its writer did"
+        )
+    return deserializer(form)

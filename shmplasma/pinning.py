@@ -1,0 +1,175 @@
+"""The client's side of the pins: slots that buffers hold (`shmplasma.pins` has the argument).
+
+A `PinBoard` is one board that the store has granted; a `Pin` holds one of its slots for as long as it lives.
+The slot's word is 0 until somebody writes an entry to it: the fast reader of this process, or the store, to
+which the slot was lent.  When the pin dies its finalizer writes 0, puts the slot back on the free list and,
+if the store has raised its WAKE word, wakes it.
+
+A finalizer runs anywhere, inside the collector too and in any thread.  This one stores a word and appends to
+a list, which are single steps under the interpreter lock, takes no lock of its own, and writes to the
+wake-up pipe without blocking: a full pipe is a wake-up that is pending.
+
+A pin is made before its word is written, so that an interrupt in between leaves nothing pinned.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from shmplasma.layout import BOARD_WORDS, HeaderWord
+from shmplasma.pins import FIRST_SLOT
+from shmplasma.segment import Attachment
+
+__all__ = ["BoardPool", "Lifeline", "Pin", "PinBoard"]
+
+_WAKE: Final = int(HeaderWord.WAKE)
+
+
+class Lifeline:
+    """What must last as long as the last pin: the segment, the connection, the way to wake the store.
+
+    Parameters
+    ----------
+    attachment : Attachment
+        The segment; closed at the end.
+    connection : object
+        Whatever closes the connection when it is collected.
+    wake_fd : int
+        The writing end of the store's wake-up pipe, not blocking; closed at the end.
+    """
+
+    __slots__ = ("_wake_fd", "attachment", "connection", "header")
+
+    def __init__(self, attachment: Attachment, connection: object, wake_fd: int) -> None:
+        self.attachment = attachment
+        self.connection = connection
+        self.header = attachment.words[: HeaderWord.WAKE + 1]
+        self._wake_fd = wake_fd
+
+    def wake_store(self) -> None:
+        """Tell the store that something was released; never blocks, never raises."""
+        with suppress(OSError):  # the pipe is full, so a wake-up is pending; or the store has gone
+            os.write(self._wake_fd, b"r")
+
+    def isolate(self) -> None:
+        """Cut a forked child off from its parent's boards and from the store."""
+        self.attachment.isolate()
+        os.close(self._wake_fd)
+        self._wake_fd = -1
+
+    def __del__(self) -> None:
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+        self.attachment.close()
+
+
+class PinBoard:
+    """One board of this client.
+
+    Parameters
+    ----------
+    lifeline : Lifeline
+        Kept by every pin of the board.
+    number : int
+        Which board.
+
+    Attributes
+    ----------
+    words : memoryview
+        The board's native 8-byte words.
+    free : list of int
+        The words that are no pin's; popped from the end, low words first, so that a store which looks at
+        the board finds what it seeks in few cache lines.
+    """
+
+    __slots__ = ("first_slot", "free", "header", "lifeline", "words")
+
+    def __init__(self, lifeline: Lifeline, number: int) -> None:
+        self.lifeline = lifeline
+        self.header = lifeline.header
+        self.words = lifeline.attachment.board(number)
+        self.first_slot = number * BOARD_WORDS
+        self.free = list(range(BOARD_WORDS - 1, FIRST_SLOT - 1, -1))
+
+
+class Pin:
+    """Holds one slot of a board; who makes one sets both attributes before anything else.
+
+    Attributes
+    ----------
+    board : PinBoard
+        The board.
+    word : int
+        The slot's number on it, popped from ``board.free``.
+    """
+
+    # Without __init__, which would double the time that it takes to make one.
+    __slots__ = ("board", "word")
+
+    board: PinBoard
+    word: int
+
+    @property
+    def slot(self) -> int:
+        """The slot's number in the segment, by which the store knows it."""
+        return self.board.first_slot + self.word
+
+    def __del__(self) -> None:
+        board, word = self.board, self.word
+        board.words[word] = 0
+        board.free.append(word)
+        if board.header[_WAKE]:
+            board.lifeline.wake_store()
+
+
+class BoardPool:
+    """All boards of a client.
+
+    Parameters
+    ----------
+    lifeline : Lifeline
+        Kept by every pin.
+    number : int
+        The first board.
+    grant : callable
+        Asks the store for one more board and returns its number.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    def __init__(self, lifeline: Lifeline, number: int, grant: Callable[[], int]) -> None:
+        self._lifeline = lifeline
+        self._grant = grant
+        self._growing = threading.Lock()
+        self._boards = [PinBoard(lifeline, number)]
+
+    def with_room(self) -> PinBoard:
+        """Return a board with a free slot, a new one if all are full."""
+        with self._growing:
+            for board in self._boards:
+                if board.free:
+                    return board
+            board = PinBoard(self._lifeline, self._grant())
+            self._boards.append(board)
+            return board
+
+    def take(self, count: int) -> list[Pin]:
+        """Return pins of free slots, to be lent to the store."""
+        pins: list[Pin] = []
+        board = self._boards[-1]
+        while len(pins) < count:
+            try:
+                word = board.free.pop()
+            except IndexError:
+                board = self.with_room()
+                continue
+            pin = Pin()
+            pin.board, pin.word = board, word
+            pins.append(pin)
+        return pins

@@ -1,0 +1,260 @@
+"""The reading half of a client: find, wait, and turn into values.
+
+What is there already is read without a message (`shmplasma.reader`); whatever that does not find is asked of
+the store, all of it in one message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NoReturn, overload
+
+import numpy as np
+import pyarrow as pa
+
+from shmplasma.arrow_errors import PlasmaObjectNotFound
+from shmplasma.connected import Connected, checked
+from shmplasma.hashing import object_hash
+from shmplasma.objects import ObjectID
+from shmplasma.pinning import Pin
+from shmplasma.replies import Found, Number
+from shmplasma.requests import Contains
+from shmplasma.serialization import SerializationContext, deserialize
+from shmplasma.session import Session
+
+__all__ = ["ObjectNotAvailable", "Reading"]
+
+_IDS_A_REQUEST: Final = 1 << 16
+
+_Located = tuple[Found, Pin]
+
+
+class ObjectNotAvailable:
+    """Stands for the value of an object that did not come in time; the class itself, as in Plasma."""
+
+
+class Reading(Connected):
+    """What a client does to get objects."""
+
+    @overload
+    def get_buffers(
+        self, object_ids: ObjectID, timeout_ms: float = -1, with_meta: bool = False
+    ) -> Any: ...
+
+    @overload
+    def get_buffers(
+        self, object_ids: Iterable[ObjectID], timeout_ms: float = -1, with_meta: bool = False
+    ) -> list[Any]: ...
+
+    def get_buffers(
+        self,
+        object_ids: ObjectID | Iterable[ObjectID],
+        timeout_ms: float = -1,
+        with_meta: bool = False,
+    ) -> Any:
+        """Return the data of sealed objects, without copying it.
+
+        Parameters
+        ----------
+        object_ids : iterable of ObjectID, or one ObjectID
+            Which objects; the same one may be named more than once.
+        timeout_ms : float, optional
+            How long to wait for those that are not sealed yet, in milliseconds; 0 not at all, a negative
+            number (the default) without limit.
+        with_meta : bool, optional
+            Whether to return the metadata too.
+
+        Returns
+        -------
+        list of pyarrow.Buffer or None
+            Read-only and 64-byte aligned; None for an object that is not there in time.  With
+            `with_meta` pairs of metadata (bytes) and buffer, or (None, None).  For one id, its item
+            alone.
+
+        Raises
+        ------
+        NotConnectedError
+            The store has gone.
+
+        Notes
+        -----
+        No message for objects that are there, else one round trip.  An object is neither evicted nor changed while its buffer, or anything made of
+        it, lives.  Ctrl-C interrupts a wait at once.
+        """
+        session = self._session or self._live()
+        ids = _ids(object_ids)
+        if session.reader is None or with_meta:
+            located = self._locate(session, ids, timeout_ms)
+            items = [_buffer_and_metadata(session, got, with_meta) for got in located]
+        else:
+            try:
+                items, misses = session.reader.buffers(ids)
+            except AttributeError:
+                _refuse(ids)
+            if misses:
+                missing = [ids[position] for position in misses]
+                for position, got in zip(
+                    misses, self._ask(session, missing, timeout_ms), strict=True
+                ):
+                    items[position] = _buffer_and_metadata(session, got, False)
+        return items[0] if isinstance(object_ids, ObjectID) else items
+
+    @overload
+    def get_metadata(self, object_ids: ObjectID, timeout_ms: float = -1) -> pa.Buffer | None: ...
+
+    @overload
+    def get_metadata(
+        self, object_ids: Iterable[ObjectID], timeout_ms: float = -1
+    ) -> list[pa.Buffer | None]: ...
+
+    def get_metadata(
+        self, object_ids: ObjectID | Iterable[ObjectID], timeout_ms: float = -1
+    ) -> pa.Buffer | None | list[pa.Buffer | None]:
+        """Return the metadata of sealed objects, without copying it.
+
+        Parameters are those of `get_buffers`; the result is a list of read-only buffers, None where absent.
+        """
+        session = self._session or self._live()
+        items = [
+            None if got is None else session.buffer(got[0][0] + got[0][1], got[0][2], got[1])
+            for got in self._locate(session, _ids(object_ids), timeout_ms)
+        ]
+        return items[0] if isinstance(object_ids, ObjectID) else items
+
+    def get(
+        self,
+        object_ids: ObjectID | Sequence[ObjectID],
+        timeout_ms: float = -1,
+        serialization_context: SerializationContext | None = None,
+    ) -> Any:
+        """Return the values of objects.
+
+        Parameters
+        ----------
+        object_ids : ObjectID or sequence of ObjectID
+            Which objects.
+        timeout_ms : float, optional
+            As for `get_buffers`.
+        serialization_context : SerializationContext, optional
+            As for `put`.
+
+        Returns
+        -------
+        object, or list of objects
+            The value, or the list of values for a sequence.  Arrays in them are read-only and lie in the
+            store; they keep it from giving the memory away.  `ObjectNotAvailable` stands for what is not
+            there in time.  An object that was not stored by `put` comes as its buffer.
+
+        Raises
+        ------
+        DeserializationError
+            An object cannot be read in this process.
+        NotConnectedError
+            The store has gone.
+        """
+        if not isinstance(object_ids, (ObjectID, Sequence)):
+            raise TypeError(
+                f"get takes an ObjectID or a sequence of them, not {type(object_ids).__name__}"
+            )
+        session = self._session or self._live()
+        values: list[Any] = []
+        for got in self._locate(session, _ids(object_ids), timeout_ms):
+            if got is None:
+                values.append(ObjectNotAvailable)
+                continue
+            (offset, data_size, _, codec), pin = got
+            buffer = session.buffer(offset, data_size, pin)
+            values.append(deserialize(buffer, codec, serialization_context))
+        return values[0] if isinstance(object_ids, ObjectID) else values
+
+    def contains(self, object_id: ObjectID) -> bool:
+        """Tell whether a sealed object of this id is in the store.
+
+        Notes
+        -----
+        No message if it is; false is the store's own answer, after it has handled all that was sent to
+        it before.
+        """
+        session = self._session or self._live()
+        if session.reader is not None:
+            try:
+                if session.reader.contains(object_id):
+                    return True
+            except AttributeError:
+                _refuse((object_id,))
+        return session.call(Contains(checked(object_id)._bytes), Number).value == 1
+
+    def hash(self, object_id: ObjectID) -> bytes:
+        """Return the object's XXH64 as Plasma computed it: 8 bytes (see `shmplasma.hashing`).
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            There is no such sealed object.
+
+        Notes
+        -----
+        Computed in this process, at about 10 GB/s.
+        """
+        session = self._session or self._live()
+        (got,) = self._locate(session, (checked(object_id),), 0)
+        if got is None:
+            raise PlasmaObjectNotFound(f"there is no sealed object {object_id.binary().hex()}")
+        (offset, data_size, metadata_size, _), pin = got
+        data = memoryview(session.buffer(offset, data_size, pin))
+        return object_hash(data, memoryview(session.buffer(offset + data_size, metadata_size, pin)))
+
+    def _locate(
+        self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
+    ) -> list[_Located | None]:
+        """Find and pin objects, those that are there without a message."""
+        if session.reader is None:
+            return self._ask(session, ids, timeout_ms)
+        try:
+            items, misses = session.reader.find(ids)
+        except AttributeError:
+            _refuse(ids)
+        if misses:
+            missing = [ids[position] for position in misses]
+            for position, got in zip(misses, self._ask(session, missing, timeout_ms), strict=True):
+                items[position] = got
+        return items
+
+    def _ask(
+        self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
+    ) -> list[_Located | None]:
+        """Find and pin objects by the store."""
+        if not isinstance(timeout_ms, (int, float, np.number)):
+            raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
+        deadline = None if timeout_ms < 0 else time.monotonic() + timeout_ms / 1000
+        wait = timeout_ms != 0
+        names = [checked(object_id)._bytes for object_id in ids]
+        result: list[_Located | None] = []
+        for start in range(0, len(names), _IDS_A_REQUEST):
+            result += session.get(names[start : start + _IDS_A_REQUEST], deadline, wait=wait)
+        return result
+
+
+def _ids(object_ids: ObjectID | Iterable[ObjectID]) -> Sequence[ObjectID]:
+    """Return a sequence for whatever a user may give."""
+    if isinstance(object_ids, ObjectID):
+        return (object_ids,)
+    return object_ids if isinstance(object_ids, (list, tuple)) else list(object_ids)
+
+
+def _refuse(object_ids: Iterable[ObjectID]) -> NoReturn:
+    """Say which of these is no id; the fast path only notices that one lacks an attribute."""
+    for object_id in object_ids:
+        checked(object_id)
+    raise AssertionError("an ObjectID lacks its attributes")
+
+
+def _buffer_and_metadata(session: Session, got: _Located | None, with_meta: bool) -> Any:
+    if got is None:
+        return (None, None) if with_meta else None
+    (offset, data_size, metadata_size, _), pin = got
+    data = session.buffer(offset, data_size, pin)
+    if not with_meta:
+        return data
+    return session.buffer(offset + data_size, metadata_size, pin).to_pybytes(), data

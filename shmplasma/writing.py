@@ -1,0 +1,308 @@
+"""The writing half of a client: create, fill, seal, put."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import index
+from typing import Any, Final, Self, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from shmplasma.arrow_errors import PlasmaStoreFull
+from shmplasma.codecs import Codec, Source, copy_into, ndarray_head
+from shmplasma.connected import Connected, checked
+from shmplasma.objects import ObjectID
+from shmplasma.replies import Done
+from shmplasma.requests import Abort, Seal
+from shmplasma.serialization import SerializationContext, serialize
+from shmplasma.session import Session
+
+__all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
+
+MAX_SIZE: Final = 1 << 62
+"""Sizes beyond are refused at once: they do not fit the protocol's numbers, and no machine."""
+
+
+class ObjectArray(np.ndarray[Any, np.dtype[Any]]):
+    """A writable array over a new object; see `PlasmaClient.create_array`.
+
+    As a context manager it seals the object when the block succeeds and aborts it when the block raises.
+    """
+
+    _unsealed: tuple[Writing, ObjectID]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        client, object_id = self._unsealed
+        if error_type is None:
+            client.seal(object_id)
+        else:
+            client.abort(object_id)
+
+
+class Writing(Connected):
+    """What a client does to store objects."""
+
+    def create(
+        self,
+        object_id: ObjectID,
+        data_size: SupportsIndex,
+        metadata: bytes | bytearray = b"",
+    ) -> pa.Buffer:
+        """Make a new object and return its data for writing; `seal` completes it.
+
+        Parameters
+        ----------
+        object_id : ObjectID
+            A name that no object has.
+        data_size : int
+            Bytes of data, 0 or more.
+        metadata : bytes or bytearray, optional
+            Kept beside the data; takes room as well.
+
+        Returns
+        -------
+        pyarrow.Buffer
+            Mutable, 64-byte aligned.  The memory stays reserved while it, or anything made of it, lives.
+
+        Raises
+        ------
+        PlasmaObjectExists
+            The id is taken.
+        PlasmaStoreFull
+            There is no room; its attributes and text say why.
+        ValueError
+            `data_size` is negative.
+
+        Notes
+        -----
+        One round trip.  Until it is sealed the object belongs to this client and is removed when the
+        client leaves or dies.
+        """
+        session = self._live()
+        return pa.py_buffer(
+            self._create(session, object_id, data_size, metadata, Codec.RAW).data
+        )
+
+    def create_array(
+        self, object_id: ObjectID, shape: int | Sequence[int], dtype: npt.DTypeLike = float
+    ) -> ObjectArray:
+        """Make a new object that holds an array, and return the array for writing.
+
+        Parameters
+        ----------
+        object_id : ObjectID
+            A name that no object has.
+        shape : int or sequence of int
+            The array's shape; elements lie in C order.
+        dtype : data-type, optional
+            Of the elements; not one with Python objects.
+
+        Returns
+        -------
+        ObjectArray
+            Uninitialized.  As a context manager it seals on success and aborts on an exception;
+            otherwise call `seal`.  `get` then returns the array.
+
+        Raises
+        ------
+        PlasmaObjectExists, PlasmaStoreFull
+            As `create`.
+        TypeError
+            The dtype has Python objects.
+        """
+        session = self._live()
+        shape = tuple(map(index, shape)) if isinstance(shape, Iterable) else (index(shape),)
+        dtype = np.dtype(dtype)
+        head = ndarray_head(dtype, shape)
+        count = 1
+        for length in shape:
+            if length < 0:
+                raise ValueError(f"an array cannot have the shape {shape}")
+            count *= length
+        target = self._create(
+            session, object_id, len(head) + count * dtype.itemsize, b"", Codec.NDARRAY
+        )
+        target[: len(head)] = np.frombuffer(head, np.uint8)
+        array = ObjectArray(shape, dtype, target.data, len(head))
+        array._unsealed = self, object_id
+        return array
+
+    def create_and_seal(
+        self, object_id: ObjectID, data: Source, metadata: bytes | bytearray = b""
+    ) -> None:
+        """Store bytes under an id of one's own.
+
+        Parameters
+        ----------
+        object_id : ObjectID
+            A name that no object has.
+        data : bytes-like
+            What to store.
+        metadata : bytes or bytearray, optional
+            Kept beside it.
+
+        Raises
+        ------
+        PlasmaObjectExists, PlasmaStoreFull
+            As `create`.
+        """
+        self.put_raw_buffer(data, checked(object_id), metadata)
+
+    def put_raw_buffer(
+        self,
+        value: Source,
+        object_id: ObjectID | None = None,
+        metadata: bytes | bytearray = b"",
+        memcopy_threads: int = 6,
+    ) -> ObjectID:
+        """Store bytes.
+
+        Parameters
+        ----------
+        value : bytes-like
+            What to store: anything with the buffer protocol, of any shape; all its bytes.
+        object_id : ObjectID, optional
+            A name that no object has; a random one if not given.
+        metadata : bytes or bytearray, optional
+            Kept beside it.
+        memcopy_threads : int, optional
+            Upper limit on the threads that copy a large value; there are never more than processors.
+
+        Returns
+        -------
+        ObjectID
+            The object's name.
+
+        Raises
+        ------
+        PlasmaObjectExists, PlasmaStoreFull
+            As `create`.
+        TypeError
+            `value` has no bytes.
+        """
+        session = self._live()
+        target_id = ObjectID.from_random() if object_id is None else checked(object_id)
+        size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
+        target = self._create(session, target_id, size, metadata, Codec.RAW)
+        with self._completing(session, target_id):
+            copy_into(target, value, memcopy_threads)
+        return target_id
+
+    def put(
+        self,
+        value: object,
+        object_id: ObjectID | None = None,
+        memcopy_threads: int = 6,
+        serialization_context: SerializationContext | None = None,
+    ) -> ObjectID:
+        """Store a Python value.
+
+        Parameters
+        ----------
+        value : object
+            Arrays, Arrow data, data frames, and whatever pickle or cloudpickle takes.
+        object_id : ObjectID, optional
+            A name that no object has; a random one if not given.
+        memcopy_threads : int, optional
+            Upper limit on the threads that copy large parts; there are never more than processors.
+        serialization_context : SerializationContext, optional
+            Serializers for types of one's own; the process's default context if not given.
+
+        Returns
+        -------
+        ObjectID
+            The object's name.
+
+        Raises
+        ------
+        PlasmaObjectExists, PlasmaStoreFull
+            As `create`.
+        SerializationError
+            The value cannot be serialized; nothing was stored.
+
+        Notes
+        -----
+        One round trip, and each byte of a large part is copied once.
+        """
+        session = self._live()
+        target_id = ObjectID.from_random() if object_id is None else checked(object_id)
+        payload = serialize(value, serialization_context)
+        target = self._create(session, target_id, payload.size_bytes, b"", payload.codec)
+        with self._completing(session, target_id):
+            payload.write(target, memcopy_threads)
+        return target_id
+
+    def seal(self, object_id: ObjectID) -> None:
+        """Complete an object that this client has created: it becomes readable for all, and immutable.
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            This client is not writing such an object.
+        PlasmaObjectAlreadySealed
+            It is sealed, and this client holds it; a TypeError too, as in Plasma.
+
+        Notes
+        -----
+        One one-way message.
+        """
+        session = self._live()
+        message = Seal(checked(object_id)._bytes)
+        if message.object_id in self._unsealed:
+            self._unsealed.discard(message.object_id)
+            session.send(message)
+        else:
+            session.call(message, Done)
+
+    def abort(self, object_id: ObjectID) -> None:
+        """Remove an object that this client has created and not sealed.
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            This client is not writing such an object.
+        """
+        message = Abort(checked(object_id)._bytes)
+        self._live().call(message, Done)
+        self._unsealed.discard(message.object_id)
+
+    def _create(
+        self,
+        session: Session,
+        object_id: ObjectID,
+        data_size: SupportsIndex,
+        metadata: bytes | bytearray,
+        codec: Codec,
+    ) -> npt.NDArray[np.uint8]:
+        """Create an object, fill in its metadata, and return its data."""
+        if not isinstance(metadata, (bytes, bytearray)):
+            raise TypeError(f"metadata is bytes or a bytearray, not {type(metadata).__name__}")
+        size = index(data_size)
+        if size < 0:
+            raise ValueError(f"an object cannot have {size} bytes")
+        if size > MAX_SIZE:
+            raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
+        id_bytes = checked(object_id)._bytes
+        target = session.create(id_bytes, size, len(metadata), codec)
+        self._unsealed.add(id_bytes)
+        if metadata:
+            target[size:] = np.frombuffer(metadata, np.uint8)
+        return target[:size]
+
+    @contextmanager
+    def _completing(self, session: Session, object_id: ObjectID) -> Iterator[None]:
+        """Seal the object if the block succeeds, and leave nothing of it if not."""
+        try:
+            yield
+        except BaseException:
+            self._unsealed.discard(object_id._bytes)
+            session.send(Abort(object_id._bytes))
+            raise
+        self._unsealed.discard(object_id._bytes)
+        session.send(Seal(object_id._bytes))

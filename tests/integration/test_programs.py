@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+
+
+def test_the_demo_runs_and_its_answers_agree() -> None:
+    """The demo computes the same from the shared table, the shared frame and the pickled frame."""
+    program = [sys.executable, str(PROJECT / "examples" / "flights.py")]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "336,776 flights" in done.stdout
+    assert "All 3 answers of 4 workers equal that of one process" in done.stdout
+
+
+def test_a_benchmark_gives_figures(tmp_path: Path) -> None:
+    """A quick run writes a page with a figure of ours in each row, both free and pinned."""
+    page = tmp_path / "page.md"
+    cases = ["get-raw", "create", "put-array-1", "hand-over", "puts-2", "half-headers", "start"]
+    program = [sys.executable, "-m", "benchmarks", "--quick", "--peers", "shmplasma"]
+    done = subprocess.run(
+        [*program, "--only", *cases, "--output", str(page)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tables = page.read_text().split("\n## ")[1:]
+    assert len(tables) == 2
+    for table in tables:
+        rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][2:]
+        assert len(rows) == len(cases) + 1, "hand-over has two rows"
+        for row in rows:
+            assert float(row[2].replace(",", "")) > 0, row
+
+
+def test_the_benchmarks_name_their_cases() -> None:
+    """An unknown case is a usage error that lists the known ones."""
+    program = [sys.executable, "-m", "benchmarks", "--only", "no-such-case"]
+    done = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "get-raw" in done.stderr
