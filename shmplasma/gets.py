@@ -62,6 +62,10 @@ class GetQueue:
         self._of_client: dict[int, dict[int, PendingGet]] = {}
         self._waiting: dict[bytes, list[PendingGet]] = {}
 
+    def __bool__(self) -> bool:
+        """Tell whether anybody waits."""
+        return bool(self._waiting)
+
     def __contains__(self, key: tuple[int, int]) -> bool:
         """Tell whether this client has a waiting get with this request id."""
         client, request_id = key

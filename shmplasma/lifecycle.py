@@ -13,6 +13,7 @@ Invariants
 * A doomed object is sealed and was pinned: it can be read, its id is taken, it goes at the last release.
 * A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
   not free.
+* What a lease covers beyond its cursor is used space without an object (see `shmplasma.leases`).
 * While anything is doomed or in limbo the header's WAKE word is set, so that the release of a pin wakes the
   store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
   barrier is seen by this reading, one after it sees the word.
@@ -25,9 +26,10 @@ from typing import NoReturn
 
 from shmplasma.errors import CommitError
 from shmplasma.layout import EntryState, HeaderWord, Layout
+from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.pins import Boards
-from shmplasma.replies import Failed, Failure
-from shmplasma.requests import Create
+from shmplasma.replies import Failed, Failure, Leased
+from shmplasma.requests import Create, Publish
 from shmplasma.room import Memory, Room
 from shmplasma.table import NO_ENTRY, Table
 
@@ -76,6 +78,7 @@ class Lifecycle:
         self._room = room
         self._memory = memory
         self._gone = gone
+        self._leases = Leases(layout, words)
         self._creators: dict[int, int] = {}
         self._unsealed: dict[int, set[int]] = {}
         self._doomed: set[int] = set()
@@ -113,7 +116,7 @@ class Lifecycle:
         """How many entries wait for somebody to let go of them."""
         return len(self._doomed) + len(self._limbo)
 
-    # -- create, seal, abort -------------------------------------------------------------------
+    # -- create ------------------------------------------------------------------------
 
     def create(self, client: int, request: Create, limit_bytes: int, now_ns: int) -> int:
         """Make a new object, pinned for its writer in the request's slot, and return its entry.
@@ -157,6 +160,9 @@ class Lifecycle:
             "release or delete objects, or start the store with a larger -m"
         )
         for _ in range(2):
+            if self._table.free_entries <= self._leases.objects_left:
+                self._evicted(self._room.evict(1)[1])
+                continue
             try:
                 entry = self._table.insert(
                     request.object_id,
@@ -169,11 +175,93 @@ class Lifecycle:
             except CommitError as error:
                 text = str(error)
                 break
-            if entry != NO_ENTRY:
-                return entry
-            self._evicted(self._room.evict(1)[1])
+            return entry
         self._room.give_back(offset, size)
         self._refuse(size, text)
+
+    # -- leases --------------------------------------------------------------------------------
+
+    def lease(self, client: int, board: int, needed_bytes: int) -> Leased:
+        """Give back what is left of a client's lease and grant it a new one, of size 0 if none is to be had.
+
+        A lease evicts nothing but what its first object would have evicted as well.
+        """
+        self._room.give_back(*self._leases.end(client))
+        size = self._leases.size_for(client, needed_bytes)
+        none = Leased(0, 0, 0, 0)
+        if not size:
+            return none
+        wanted = self._leases.objects_left + self._leases.objects_for(size)
+        try:
+            if not self._table.prepare(wanted):
+                return none
+            offset = self._room.lease(size)
+            if offset is None:
+                size = MIN_LEASE_BYTES
+                if size < 4 * needed_bytes:
+                    return none
+                self._evicted(self._room.evict(size)[1])
+                offset = self._room.lease(size)
+        except CommitError:
+            return none
+        if offset is None:
+            return none
+        objects, epoch = self._leases.grant(client, board, offset, size)
+        return Leased(offset, size, objects, epoch)
+
+    def publish(self, client: int, message: Publish, now_ns: int) -> int:
+        """Enter an object that a client has written to its lease; return its entry.
+
+        Returns
+        -------
+        int
+            `NO_ENTRY` when the id is there already: ids of published objects are random, so it is the
+            same object, sent again.
+
+        Raises
+        ------
+        ProtocolError
+            It is not in the client's lease.
+        """
+        object_id, offset, data_size, metadata_size, codec = message
+        size = data_size + metadata_size
+        start, skipped = self._leases.publish(client, offset, size)
+        if skipped:
+            self._room.give_back(start, skipped)
+        if self._table.find(object_id) != NO_ENTRY:
+            self._room.give_back(offset, size)
+            return NO_ENTRY
+        entry = self._table.insert(
+            object_id, codec, offset, data_size, metadata_size, now_ns, EntryState.SEALED
+        )
+        self._room.sealed(entry)
+        return entry
+
+    def recall_leases(self) -> bool:
+        """Ask for all leases back; tell whether some may come back soon."""
+        self._leases.recall()
+        self._memory.barrier()
+        return self._leases.worth_waiting
+
+    def note_idle_leases(self) -> None:
+        """See which recalled leases are at rest; all sockets are to be drained after this."""
+        self._leases.note_idle()
+
+    def take_idle_leases(self) -> None:
+        """Take back the recalled leases that were at rest when all sockets were drained."""
+        for start, size in self._leases.take_idle():
+            self._room.give_back(start, size)
+
+    def end_lease(self, client: int) -> None:
+        """Take back the lease of a client that has left."""
+        self._room.give_back(*self._leases.forget(client))
+
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes that are leased and not published."""
+        return self._leases.held_bytes
+
+    # -- seal, abort ---------------------------------------------------------------------------
 
     def seal(self, client: int, object_id: bytes, now_ns: int) -> int:
         """Seal an object of this client and return its entry.
@@ -317,7 +405,9 @@ class Lifecycle:
         """Prove the module's invariants, and those of the parts."""
         self._table.check()
         self._boards.check()
-        self._room.check()
+        self._leases.check()
+        self._room.check(self._leases.extents())
+        assert self._table.free_entries >= self._leases.objects_left, "a lease may find no entry"
         state = self._table.state
         unsealed = {entry: client for client, own in self._unsealed.items() for entry in own}
         assert unsealed == self._creators, "creators and their unsealed objects disagree"

@@ -19,6 +19,7 @@ __all__ = [
     "Failed",
     "Failure",
     "Found",
+    "Leased",
     "ListRecord",
     "Listing",
     "Number",
@@ -135,6 +136,26 @@ class Created:
         return cls(*unpack("<Q", body))
 
 
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """A lease: an extent, how many objects it may publish, and its epoch; none if its size is 0."""
+
+    KIND: ClassVar[int] = 72
+    offset: int
+    size_bytes: int
+    objects: int
+    epoch: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<4Q", self.offset, self.size_bytes, self.objects, self.epoch)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Leased:
+        """Return the message of a body."""
+        return cls(*unpack("<4Q", body))
+
+
 Found = tuple[int, int, int, int]
 """Offset, data size, metadata size (bytes) and codec of a sealed object."""
 ABSENT: Final[Found] = (0, 0, 0, 0)
@@ -223,7 +244,7 @@ NOTIFICATION: Final = Struct("<20sqq")
 """On a subscriber's connection: id, data size, metadata size, both -1 for an object that has gone.  There
 a u64 that counts bytes takes the place of a frame's header, as in Plasma."""
 
-Reply = Welcome | Done | Failed | Created | Objects | Number | Listing | Text
+Reply = Welcome | Done | Failed | Created | Objects | Number | Listing | Text | Leased
 
 _KINDS: Final[dict[int, type[Reply]]] = {cls.KIND: cls for cls in get_args(Reply)}
 

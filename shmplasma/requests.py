@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct, pack, unpack
-from typing import ClassVar, Final, get_args
+from typing import ClassVar, Final, NamedTuple, get_args
 
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Empty, OneId, decode_message
@@ -15,6 +15,7 @@ from shmplasma.protocol import Frame
 __all__ = [
     "Abort",
     "AnswerNow",
+    "AskLease",
     "Attach",
     "Contains",
     "Create",
@@ -22,10 +23,13 @@ __all__ = [
     "Delete",
     "Detach",
     "Evict",
+    "Flush",
     "Get",
     "Grow",
     "Hello",
     "List",
+    "PUBLISH",
+    "Publish",
     "Request",
     "Role",
     "Seal",
@@ -247,6 +251,64 @@ class Debug(Empty):
     KIND: ClassVar[int] = 13
 
 
+_LEASE: Final = Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class AskLease:
+    """Ask for a lease that has room for an object of this size; what is left of the last one goes back."""
+
+    KIND: ClassVar[int] = 16
+    needed_bytes: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _LEASE.pack(self.needed_bytes)
+
+    @classmethod
+    def decode(cls, body: bytes) -> AskLease:
+        """Return the message of a body."""
+        return cls(*_LEASE.unpack(body))
+
+
+PUBLISH: Final = Struct("<20sQQII")
+"""Object id, offset, data size, metadata size, codec."""
+
+
+class _PublishFields(NamedTuple):
+    object_id: bytes
+    offset: int
+    data_size: int
+    metadata_size: int
+    codec: int
+
+
+class Publish(_PublishFields):
+    """An object lies sealed in the client's lease; always one-way.
+
+    A tuple: to make a dataclass would take as long as half of what the store does with it.
+    """
+
+    KIND: ClassVar[int] = 17
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return PUBLISH.pack(*self)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Publish:
+        """Return the message of a body."""
+        return cls._make(PUBLISH.unpack(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Flush(Empty):
+    """Ask for an answer, which comes when all that was sent before has been handled."""
+
+    KIND: ClassVar[int] = 18
+
+
 @dataclass(frozen=True, slots=True)
 class Grow(Empty):
     """Ask for one more board."""
@@ -277,6 +339,9 @@ Request = (
     | Debug
     | Grow
     | Detach
+    | AskLease
+    | Publish
+    | Flush
 )
 
 _KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
+from shmplasma.errors import CommitError
 from shmplasma.eviction import Sieve
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.pins import Boards
@@ -77,6 +78,8 @@ class Room:
         self._queue = Sieve(visited)
         self._visited = visited
         self._sealed_bytes = 0
+        self.takes = 0
+        self.takes_that_met_a_pin = 0
         self._watermark = self._start
         self._used_once = self._start
 
@@ -96,6 +99,33 @@ class Room:
         return self._watermark
 
     # -- extents -------------------------------------------------------------------------------
+
+    def lease(self, size_bytes: int) -> int | None:
+        """Find an extent for a lease without evicting anything; commit it at once.
+
+        Returns
+        -------
+        int or None
+            Its offset; None when there is no such extent, or it lies too far above the watermark.
+
+        Raises
+        ------
+        CommitError
+            The file system cannot give the pages.
+        """
+        offset = self._allocator.allocate(size_bytes)
+        if offset is None:
+            return None
+        end = offset + size_bytes
+        try:
+            if not self.commit_step(end):
+                self.give_back(offset, size_bytes)
+                return None
+        except CommitError:
+            self.give_back(offset, size_bytes)
+            raise
+        self._used_once = max(self._used_once, end)
+        return offset
 
     def allocate(self, size_bytes: int) -> tuple[int | None, list[bytes]]:
         """Find an extent, evicting what is needed for it.
@@ -140,7 +170,6 @@ class Room:
 
     def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted."""
-        self._visited[entry] = 0
         self._queue.insert(entry)
         self._sealed_bytes += align_up(self._table.size(entry), ALIGNMENT)
 
@@ -168,7 +197,9 @@ class Room:
         pinned = self._pinned(entries)
         taken: list[int] = []
         for entry in entries:
+            self.takes += 1
             if entry in pinned:
+                self.takes_that_met_a_pin += 1
                 table.set_state(entry, EntryState.SEALED)
                 continue
             self._queue.remove(entry)
@@ -247,10 +278,10 @@ class Room:
 
     # -- proof ---------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Prove that extents tile the region and that the queue holds the sealed objects."""
+    def check(self, leased: Iterable[tuple[int, int]]) -> None:
+        """Prove that extents, those of leases included, tile the region, and that the queue is right."""
         table = self._table
-        used: list[tuple[int, int]] = []
+        used = list(leased)
         sealed = 0
         queued = 0
         for entry in table.entries(0, table.end):

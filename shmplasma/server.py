@@ -163,7 +163,9 @@ class Server:
 
     def _timeout(self) -> float | None:
         store = self._store
-        if self._backlog or store.has_urgent_work or (self._commit_ahead and store.has_idle_work):
+        if self._backlog or store.has_unsettled or store.has_urgent_work:
+            return 0
+        if self._commit_ahead and store.has_idle_work:
             return 0
         return None if self._accepting else _ACCEPT_AGAIN_SECONDS
 

@@ -43,6 +43,7 @@ from shmplasma.arrow_errors import (
     PlasmaStoreFull,
 )
 from shmplasma.errors import AttachError, ProtocolError, ShmPlasmaError
+from shmplasma.leasing import LeaseWriter
 from shmplasma.pinning import BoardPool, Lifeline, Pin
 from shmplasma.protocol import PROTOCOL_VERSION, Frame
 from shmplasma.reader import FastReader
@@ -53,6 +54,7 @@ from shmplasma.replies import (
     Failed,
     Failure,
     Found,
+    Leased,
     Number,
     Objects,
     Reply,
@@ -62,6 +64,7 @@ from shmplasma.replies import (
 from shmplasma.requests import (
     Abort,
     AnswerNow,
+    AskLease,
     Attach,
     Create,
     Detach,
@@ -74,7 +77,7 @@ from shmplasma.requests import (
 from shmplasma.segment import Attachment, SegmentName
 from shmplasma.transport import Channel, Exchange
 
-__all__ = ["Session", "expect", "greet"]
+__all__ = ["Session", "expect", "gone", "greet"]
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _GIVE_UP_SECONDS: Final = 0.1
@@ -151,11 +154,16 @@ class Session:
         self._boards = BoardPool(self._lifeline, board, partial(_ask_for_board, channel))
         self._mapping = pa.py_buffer(attachment.read_map)
         self._address = self._mapping.address
-        self._populated = bytearray(self.layout.data_bytes // _POPULATE_BYTES + 1)
+        self._pages = _Pages(attachment)
         self.reader: FastReader | None = None
-        """Answers without a message; None where the platform or the store does not allow it."""
+        """Reads without a message; None where the platform or the store does not allow it."""
+        self.leasing: LeaseWriter | None = None
+        """Puts without waiting; None likewise."""
         if fast:
             self.reader = FastReader(self.layout, attachment, self._address, self._boards)
+            self.leasing = LeaseWriter(
+                attachment, board, channel, partial(_ask_for_lease, channel), self._pages.populate
+            )
         _sessions.add(self)
 
     @classmethod
@@ -212,7 +220,7 @@ class Session:
         try:
             self._channel.send(message.KIND, message.encode())
         except ConnectionError as error:
-            raise _gone(error) from error
+            raise gone(error) from error
 
     def create(
         self, object_id: bytes, data_size: int, metadata_size: int, codec: int
@@ -239,7 +247,8 @@ class Session:
         request = Create(object_id, data_size, metadata_size, codec, pin.slot)
         offset = expect(Created, _call(self._channel, request, undo)).offset
         size = data_size + metadata_size
-        self._populate(offset, size)
+        if size >= _POPULATE_BYTES:
+            self._pages.populate(offset, size)
         start = offset - self.layout.data
         writable = _Writable((size,), np.uint8, self.attachment.write_map, start)
         writable.pin = pin
@@ -275,7 +284,7 @@ class Session:
             request_id = self._channel.request(Get.KIND, request.encode())
             frame = self._wait_for_get(request_id, deadline, pins)
         except ConnectionError as error:
-            raise _gone(error) from error
+            raise gone(error) from error
         found = expect(Objects, frame).found
         # A pin that was not used dies here, which gives its slot back.
         return [
@@ -311,16 +320,6 @@ class Session:
         """Return a read-only buffer over a part of the segment, which keeps the pin."""
         return pa.foreign_buffer(self._address + offset, size_bytes, pin)
 
-    def _populate(self, offset: int, size_bytes: int) -> None:
-        """Have the pages of a large object mapped, unless they are already."""
-        start = offset - self.layout.data
-        first, last = start // _POPULATE_BYTES, (start + size_bytes) // _POPULATE_BYTES
-        if size_bytes < _POPULATE_BYTES or 0 not in self._populated[first : last + 1]:
-            return
-        base = np.frombuffer(self.attachment.write_map, np.uint8).ctypes.data
-        if system.populate(base + start, size_bytes):
-            self._populated[first + 1 : last] = b"\1" * (last - first - 1)
-
     # -- the end -------------------------------------------------------------------------------
 
     def detach(self) -> None:
@@ -335,6 +334,28 @@ class Session:
         self._channel.abandon()
 
 
+class _Pages:
+    """Remembers which pages of the data region this process has mapped for writing."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._populated = bytearray(attachment.layout.data_bytes // _POPULATE_BYTES + 1)
+
+    def populate(self, offset: int, size_bytes: int) -> None:
+        """Have pages mapped in one go, unless they are already."""
+        start = offset - self._attachment.layout.data
+        first, last = start // _POPULATE_BYTES, (start + size_bytes) // _POPULATE_BYTES
+        if 0 not in self._populated[first : last + 1]:
+            return
+        base = np.frombuffer(self._attachment.write_map, np.uint8).ctypes.data
+        if system.populate(base + start, size_bytes):
+            self._populated[first + 1 : last] = b"\1" * (last - first - 1)
+
+
+def _ask_for_lease(channel: Channel, needed_bytes: int) -> Leased:
+    return expect(Leased, _call(channel, AskLease(needed_bytes), _no_disposal))
+
+
 def _call(channel: Channel, request: Request, dispose: Callable[[Frame], None]) -> Frame:
     """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
     try:
@@ -347,7 +368,7 @@ def _call(channel: Channel, request: Request, dispose: Callable[[Frame], None]) 
             channel.give_up(request_id, dispose)
             raise
     except ConnectionError as error:
-        raise _gone(error) from error
+        raise gone(error) from error
     assert reply is not None
     return reply
 
@@ -400,7 +421,8 @@ def _refusal(failed: Failed) -> ShmPlasmaError:
             assert_never(failed.failure)
 
 
-def _gone(error: ConnectionError) -> NotConnectedError:
+def gone(error: ConnectionError) -> NotConnectedError:
+    """Return what a user is to see when the connection has ended."""
     return NotConnectedError(f"the connection to the store has ended: {error}")
 
 

@@ -21,14 +21,14 @@ once, and then `ObjectStore.settle` answers.  What was sealed before a question 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, assert_never
 
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
-from shmplasma.layout import BOARD_BYTES, EntryState, Layout
+from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord, EntryState, Layout
 from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
@@ -38,6 +38,7 @@ from shmplasma.replies import (
     Done,
     Failed,
     Failure,
+    Leased,
     Listing,
     ListRecord,
     Number,
@@ -49,6 +50,7 @@ from shmplasma.replies import (
 from shmplasma.requests import (
     Abort,
     AnswerNow,
+    AskLease,
     Attach,
     Contains,
     Create,
@@ -56,10 +58,12 @@ from shmplasma.requests import (
     Delete,
     Detach,
     Evict,
+    Flush,
     Get,
     Grow,
     Hello,
     List,
+    Publish,
     Request,
     Role,
     Seal,
@@ -100,8 +104,9 @@ class Drop:
 
 
 Effect = Send | Drop
-Unsettled = tuple[int, int, Request]
-"""Client, request id and request that wait for a drain."""
+Unsettled = tuple[int, int, Request, int]
+"""Client, request id, request and its time: what waits for a drain."""
+_NOTHING: Final[Sequence[Effect]] = ()
 
 
 @dataclass(slots=True)
@@ -114,6 +119,7 @@ class _Session:
     role: Role | None = None
     detached: bool = False
     limit_bytes: int = 0
+    board: int = 0
 
 
 class ObjectStore:
@@ -150,6 +156,7 @@ class ObjectStore:
         self._layout = layout
         self._token = token
         self._memory = memory
+        self._words = words
         self._segment = (segment_kind, segment_path)
         self._table = Table(layout, words, raw, memory.commit)
         self._boards = Boards(layout, words, raw, memory.commit)
@@ -171,16 +178,17 @@ class ObjectStore:
         """Take note of a new connection; `client` is a number that was never used before."""
         self._sessions[client] = _Session(client, pid)
 
-    def disconnect(self, client: int) -> list[Effect]:
+    def disconnect(self, client: int) -> Sequence[Effect]:
         """Forget a connection: its pins and its unsealed objects go."""
         del self._sessions[client]
         self._subscribers.discard(client)
         self._gets.forget(client)
         self._boards.revoke(client)
         self._objects.abort_all(client)
+        self._objects.end_lease(client)
         return self.wake()
 
-    def handle(self, client: int, frame: Frame, now_ns: int) -> list[Effect]:
+    def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
         """Carry out one request and return what is to be done."""
         session = self._sessions[client]
         try:
@@ -199,18 +207,33 @@ class ObjectStore:
 
     def take_unsettled(self) -> list[Unsettled]:
         """Return the requests that wait for a drain of all sockets; pass them to `settle` after it."""
+        if self._unsettled:
+            self._objects.note_idle_leases()
         unsettled, self._unsettled = self._unsettled, []
         return unsettled
 
-    def settle(self, unsettled: Iterable[Unsettled]) -> list[Effect]:
-        """Answer requests whose answer had to wait until every socket was drained once."""
-        for client, request_id, request in unsettled:
+    def settle(self, unsettled: Iterable[Unsettled]) -> Sequence[Effect]:
+        """Answer requests whose answer had to wait until every socket was drained once.
+
+        Some may have to wait for another drain: see `has_unsettled`.
+        """
+        self._objects.take_idle_leases()
+        for client, request_id, request, now_ns in unsettled:
             session = self._sessions.get(client)
-            if session is not None and not session.detached:
-                self._settle(client, request_id, request)
+            if session is None or session.detached:
+                continue
+            try:
+                self._settle(session, request_id, request, now_ns)
+            except Refused as refused:
+                self._reply(client, request_id, refused.failed)
         return self._take_effects()
 
-    def wake(self) -> list[Effect]:
+    @property
+    def has_unsettled(self) -> bool:
+        """Whether requests wait for a drain of all sockets."""
+        return bool(self._unsettled)
+
+    def wake(self) -> Sequence[Effect]:
         """Let go what waited for a release and is pinned no more."""
         self._objects.wake()
         return self._take_effects()
@@ -227,7 +250,7 @@ class ObjectStore:
         """Whether memory should be committed ahead of need."""
         return self._room.watermark < self._room.idle_target
 
-    def advance(self) -> list[Effect]:
+    def advance(self) -> Sequence[Effect]:
         """Commit one step of memory; answer the creator that waited for it.
 
         Raises
@@ -262,23 +285,39 @@ class ObjectStore:
     def _request(self, session: _Session, request_id: int, request: Request, now_ns: int) -> None:
         client = session.client
         match request:
+            case Publish():
+                self._publish(session, request, now_ns)
             case Get():
                 self._get(client, request_id, request)
             case Create():
+                if not self._boards.may_lend(client, (request.slot,)):
+                    raise ProtocolError(f"slot {request.slot} is not its to lend")
                 self._create(session, request_id, request, now_ns)
             case Seal():
                 entry = self._objects.seal(client, request.object_id, now_ns)
+                if request_id == ONE_WAY:
+                    self._acknowledge(session)
                 self._reply(client, request_id, Done())
                 self._announce(entry)
+            case AskLease():
+                needed = request.needed_bytes
+                # What a client with a limit stores is counted object by object.
+                none = Leased(0, 0, 0, 0)
+                limited = session.limit_bytes > 0
+                lease = none if limited else self._objects.lease(client, session.board, needed)
+                self._reply(client, request_id, lease)
+            case Flush():
+                self._reply(client, request_id, Done())
             case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
                 self._reply(client, request_id, Number(1))
             case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
-                self._unsettled.append((client, request_id, request))
+                self._unsettled.append((client, request_id, request, now_ns))
             case Abort():
                 self._objects.abort(client, request.object_id)
                 self._reply(client, request_id, Done())
             case SetOptions():
                 session.name, session.limit_bytes = request.name, request.limit_bytes
+                self._objects.recall_leases()
                 self._reply(client, request_id, Done())
             case Grow():
                 self._reply(client, request_id, Number(self._grant(client)))
@@ -294,8 +333,11 @@ class ObjectStore:
             case _:
                 assert_never(request)
 
-    def _settle(self, client: int, request_id: int, request: Request) -> None:
+    def _settle(self, session: _Session, request_id: int, request: Request, now_ns: int) -> None:
+        client = session.client
         match request:
+            case Create():
+                self._create(session, request_id, request, now_ns)
             case Contains():
                 found = self._objects.find_sealed(request.object_id) != NO_ENTRY
                 self._reply(client, request_id, Number(found))
@@ -332,7 +374,7 @@ class ObjectStore:
         else:
             board, descriptor = 0, None
             self._subscribers.add(client)
-        session.role, session.name = hello.role, hello.name
+        session.role, session.name, session.board = hello.role, hello.name, board
         welcome = Welcome(self._token, board, self._memory.has_barrier, *self._segment)
         self._reply(client, request_id, welcome, descriptor)
         if hello.role is Role.SUBSCRIBER:
@@ -355,14 +397,31 @@ class ObjectStore:
         client = session.client
         if request.data_size < 0 or request.metadata_size < 0:
             raise ProtocolError(f"an object of {request.data_size}+{request.metadata_size} bytes")
-        if not self._boards.may_lend(client, (request.slot,)):
-            raise ProtocolError(f"slot {request.slot} is not its to lend")
-        entry = self._objects.create(client, request, session.limit_bytes, now_ns)
+        try:
+            entry = self._objects.create(client, request, session.limit_bytes, now_ns)
+        except Refused as refused:
+            # Leases are never the reason: they come back first.
+            if refused.failed.failure is not Failure.FULL or not self._objects.recall_leases():
+                raise
+            self._unsettled.append((client, request_id, request, now_ns))
+            return
         offset, data_size, metadata_size = self._table.location(entry)
         if data_size + metadata_size and offset + data_size + metadata_size > self._room.watermark:
             self._uncommitted.append((client, request_id, entry))
         else:
             self._reply(client, request_id, Created(offset))
+
+    def _publish(self, session: _Session, message: Publish, now_ns: int) -> None:
+        """Enter a published object; the hot path of putting."""
+        entry = self._objects.publish(session.client, message, now_ns)
+        self._acknowledge(session)
+        if entry != NO_ENTRY and (self._subscribers or self._gets):
+            self._announce(entry)
+
+    def _acknowledge(self, session: _Session) -> None:
+        """Count a one-way message that was handled, where its client can see it."""
+        line = (self._layout.control + session.board * CONTROL_BYTES) // 8
+        self._words[line + ControlWord.ACKNOWLEDGED] += 1
 
     # -- get -----------------------------------------------------------------------------------
 
@@ -381,7 +440,7 @@ class ObjectStore:
             return
         self._gets.add(get)
         if not request.wait:
-            self._unsettled.append((client, request_id, request))
+            self._unsettled.append((client, request_id, request, 0))
 
     def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
         """Enter a sealed object into a get and pin it for its client."""
@@ -451,7 +510,10 @@ class ObjectStore:
                 f"objects: {len(self._table)}",
                 f"pinned objects: {len(held)}",
                 f"objects that wait for a release: {self._objects.awaits_release}",
+                f"leased bytes: {self._objects.leased_bytes}",
                 f"evictions: {self._objects.evictions}",
+                f"takes: {room.takes}",
+                f"takes that met a pin: {room.takes_that_met_a_pin}",
                 f"clients: {clients}",
             )
         )
@@ -463,7 +525,9 @@ class ObjectStore:
 
     # -- effects -------------------------------------------------------------------------------
 
-    def _take_effects(self) -> list[Effect]:
+    def _take_effects(self) -> Sequence[Effect]:
+        if not self._effects:
+            return _NOTHING
         effects, self._effects = self._effects, []
         return effects
 

@@ -160,8 +160,9 @@ class Table:
         data_size: int,
         metadata_size: int,
         now_ns: int,
+        state: int = _CREATED,
     ) -> int:
-        """Add an object in state CREATED and return its entry, or `NO_ENTRY` when the table is full.
+        """Add an object, CREATED or SEALED, and return its entry, or `NO_ENTRY` when the table is full.
 
         The caller has made sure that the id is not there.
 
@@ -189,7 +190,7 @@ class Table:
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
         words[at + _NEXT] = words[bucket]
         words[bucket] = entry + 1
-        words[at] = words[at] >> GENERATION_SHIFT << GENERATION_SHIFT | _CREATED
+        words[at] = words[at] >> GENERATION_SHIFT << GENERATION_SHIFT | state
         if self._free:
             self._free.pop()
         else:
@@ -223,6 +224,25 @@ class Table:
         generation = self._words[at] >> GENERATION_SHIFT
         self._words[at] = (generation + 1) << GENERATION_SHIFT | EntryState.FREE
         self._free.append(entry)
+
+    @property
+    def free_entries(self) -> int:
+        """How many more objects the table can take."""
+        return len(self._free) + self._layout.n_entries - self._used_once
+
+    def prepare(self, count: int) -> bool:
+        """Commit memory for so many more entries; tell whether there are as many.
+
+        Raises
+        ------
+        CommitError
+            There is no memory for them.
+        """
+        if self.free_entries < count:
+            return False
+        while len(self._free) + self._committed - self._used_once < count:
+            self._grow()
+        return True
 
     def _grow(self) -> None:
         """Commit the next page of entries, and as much of the visited bytes as belongs to them."""

@@ -12,13 +12,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
-from shmplasma.codecs import Codec, Source, copy_into, ndarray_head
+from shmplasma.codecs import Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked
+from shmplasma.leasing import LeaseWriter
 from shmplasma.objects import ObjectID
 from shmplasma.replies import Done
-from shmplasma.requests import Abort, Seal
+from shmplasma.requests import Abort, Flush, Seal
 from shmplasma.serialization import SerializationContext, serialize
-from shmplasma.session import Session
+from shmplasma.session import Session, gone
 
 __all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
 
@@ -85,9 +86,7 @@ class Writing(Connected):
         client leaves or dies.
         """
         session = self._live()
-        return pa.py_buffer(
-            self._create(session, object_id, data_size, metadata, Codec.RAW).data
-        )
+        return pa.py_buffer(self._create(session, object_id, data_size, metadata, Codec.RAW).data)
 
     def create_array(
         self, object_id: ObjectID, shape: int | Sequence[int], dtype: npt.DTypeLike = float
@@ -186,13 +185,9 @@ class Writing(Connected):
         TypeError
             `value` has no bytes.
         """
-        session = self._live()
-        target_id = ObjectID.from_random() if object_id is None else checked(object_id)
         size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
-        target = self._create(session, target_id, size, metadata, Codec.RAW)
-        with self._completing(session, target_id):
-            copy_into(target, value, memcopy_threads)
-        return target_id
+        payload = Payload(Codec.RAW, size, ((0, size, value),))
+        return self._put(payload, object_id, metadata, memcopy_threads)
 
     def put(
         self,
@@ -230,13 +225,66 @@ class Writing(Connected):
         -----
         One round trip, and each byte of a large part is copied once.
         """
-        session = self._live()
-        target_id = ObjectID.from_random() if object_id is None else checked(object_id)
         payload = serialize(value, serialization_context)
-        target = self._create(session, target_id, payload.size_bytes, b"", payload.codec)
-        with self._completing(session, target_id):
-            payload.write(target, memcopy_threads)
-        return target_id
+        return self._put(payload, object_id, b"", memcopy_threads)
+
+    def _put(
+        self,
+        payload: Payload,
+        object_id: ObjectID | None,
+        metadata: bytes | bytearray,
+        threads: int,
+    ) -> ObjectID:
+        """Store a payload: in the lease if it is small and the id is fresh, else by a round trip."""
+        session = self._session or self._live()
+        if object_id is not None:
+            checked(object_id)
+        else:
+            object_id = ObjectID.from_random()
+            if session.leasing is not None and self._publish(
+                session.leasing, payload, object_id, metadata, threads
+            ):
+                return object_id
+        target = self._create(session, object_id, payload.size_bytes, metadata, payload.codec)
+        with self._completing(session, object_id):
+            payload.write(target, threads)
+        return object_id
+
+    def _publish(
+        self,
+        leasing: LeaseWriter,
+        payload: Payload,
+        object_id: ObjectID,
+        metadata: bytes | bytearray,
+        threads: int,
+    ) -> bool:
+        """Put without waiting; tell whether that was possible."""
+        data_size, metadata_size = payload.size_bytes, len(metadata)
+        size = data_size + metadata_size
+        offset = leasing.take(size)
+        if offset < 0:
+            return False
+        try:
+            room = leasing.room(offset, size)
+            if metadata_size:
+                room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
+                room = room[:data_size]
+            payload.write(room, threads)
+            leasing.publish(object_id._bytes, offset, data_size, metadata_size, payload.codec)
+        except ConnectionError as error:
+            raise gone(error) from error
+        finally:
+            leasing.leave()
+        return True
+
+    def flush(self) -> None:
+        """Wait until the store has handled all that this client has sent.
+
+        Notes
+        -----
+        One round trip.  Seldom needed: whoever asks the store finds what was put before.
+        """
+        self._live().call(Flush(), Done)
 
     def seal(self, object_id: ObjectID) -> None:
         """Complete an object that this client has created: it becomes readable for all, and immutable.
@@ -281,8 +329,7 @@ class Writing(Connected):
         codec: Codec,
     ) -> npt.NDArray[np.uint8]:
         """Create an object, fill in its metadata, and return its data."""
-        if not isinstance(metadata, (bytes, bytearray)):
-            raise TypeError(f"metadata is bytes or a bytearray, not {type(metadata).__name__}")
+        _checked_metadata(metadata)
         size = index(data_size)
         if size < 0:
             raise ValueError(f"an object cannot have {size} bytes")
@@ -306,3 +353,9 @@ class Writing(Connected):
             raise
         self._unsealed.discard(object_id._bytes)
         session.send(Seal(object_id._bytes))
+
+
+def _checked_metadata(metadata: bytes | bytearray) -> bytes | bytearray:
+    if not isinstance(metadata, (bytes, bytearray)):
+        raise TypeError(f"metadata is bytes or a bytearray, not {type(metadata).__name__}")
+    return metadata

@@ -1,0 +1,256 @@
+"""Leases: room that a client fills on its own and announces afterwards.
+
+A lease is one extent of the data region.  Its client takes room from its beginning, object after object,
+and sends one `Publish` for each, one-way.  The store keeps a cursor: what lies before it has been
+published, or was skipped and given back; what lies behind it is the client's.
+
+Theory of operation
+-------------------
+Three words decide who owns what lies behind the cursor.  BUSY is the first word of the client's first
+board; only the client writes it.  EPOCH is in the board's control line; only the store writes it.  Messages
+are handled in the order in which they were sent.
+
+=====================================================  =======================================================
+client, for each object                                store, to recall
+=====================================================  =======================================================
+1. BUSY = 1                                            1. EPOCH = EPOCH + 1
+2. read EPOCH; another than the lease's: BUSY = 0, and  2. membarrier
+   ask for a new lease                                 3. read BUSY; until it is 0 the lease stays as it is
+3. take room, fill it                                  4. drain the client's socket
+4. send `Publish`                                      5. what lies behind the cursor is free
+5. BUSY = 0
+=====================================================  =======================================================
+
+Between the client's store (1) and load (2) its CPU may let the load go first, which the membarrier forbids
+from the other side: a client whose 1 is not seen by the store's 3 sees the new EPOCH in its 2.  So when the
+store reads BUSY = 0 after the barrier, every object that the client took room for has been sent (4 comes
+before 5, and stores are not reordered), and the client takes no more.  Draining its socket brings the cursor
+behind the last of them.  A client that is busy is asked again in the store's next turn; it finds the new
+EPOCH at its next object at the latest.
+
+Invariants
+----------
+* Nothing that was published is refused for want of room: the extent is the lease's, and so many entries of
+  the table are set aside as the lease may publish objects.
+* What a client publishes outside its lease, before the cursor, or too often costs it its connection.
+* Leases take at most an eighth of the capacity, and none is granted where one would be too small to help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from shmplasma.errors import ProtocolError
+from shmplasma.layout import (
+    ALIGNMENT,
+    BOARD_WORDS,
+    CONTROL_BYTES,
+    ControlWord,
+    Layout,
+    align_up,
+)
+
+__all__ = ["BUSY_WORD", "MIN_LEASE_BYTES", "Lease", "Leases"]
+
+BUSY_WORD: Final = 0
+"""The board's word that is not a slot."""
+
+MIN_LEASE_BYTES: Final = 1 << 14
+_MAX_LEASE_BYTES: Final = 1 << 20
+"""A round trip takes as long as filling 20 objects, so from some thousands on it does not matter."""
+_SHARE_OF_ONE: Final = 64
+_SHARE_OF_ALL: Final = 8
+_PATIENCE: Final = 1000
+"""Turns of the store's loop, some 20 ms in all, that a busy client gets to finish an object."""
+_BYTES_AN_OBJECT: Final = 128
+"""A lease may publish so many objects as it has room for at this size, the smallest that objects often have."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """One client's lease.  Offsets are from the start of the segment.
+
+    Attributes
+    ----------
+    board : int
+        The client's first board: where BUSY is.
+    start, end : int
+        The extent.
+    cursor : int
+        Behind the last published object.
+    objects_left : int
+        How many it may still publish.
+    recalled : bool
+        Whether EPOCH was raised.
+    idle : bool
+        Whether BUSY was seen 0 after that.
+    asked : int
+        How often BUSY was looked at.
+    """
+
+    board: int
+    start: int
+    end: int
+    cursor: int
+    objects_left: int
+    recalled: bool = False
+    idle: bool = False
+    asked: int = 0
+
+
+class Leases:
+    """The store's view of all leases.  Pure bookkeeping: extents and entries are its caller's.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    words : memoryview
+        The segment as native 8-byte words, writable.
+
+    Attributes
+    ----------
+    held_bytes : int
+        Bytes that are leased and not published.
+    objects_left : int
+        Entries of the table that must be left to leases.
+
+    Notes
+    -----
+    O(1) for each operation on a lease.
+    """
+
+    def __init__(self, layout: Layout, words: memoryview) -> None:
+        self._layout = layout
+        self._words = words
+        self._of_client: dict[int, Lease] = {}
+        self._last_bytes: dict[int, int] = {}
+        self.held_bytes = 0
+        self.objects_left = 0
+
+    def __contains__(self, client: int) -> bool:
+        return client in self._of_client
+
+    # -- granting ------------------------------------------------------------------------------
+
+    def size_for(self, client: int, needed_bytes: int) -> int:
+        """Return how large a lease this client should get next; 0 for none.
+
+        Each is twice as large as the one before, which was used up, from `MIN_LEASE_BYTES` to 1 MiB.
+        """
+        capacity = self._layout.capacity
+        size = max(2 * self._last_bytes.get(client, 0), MIN_LEASE_BYTES)
+        size = min(size, _MAX_LEASE_BYTES, capacity // _SHARE_OF_ONE)
+        size = min(size, capacity // _SHARE_OF_ALL - self.held_bytes) & -ALIGNMENT
+        return size if size >= MIN_LEASE_BYTES and size >= 4 * needed_bytes else 0
+
+    def grant(self, client: int, board: int, offset: int, size_bytes: int) -> tuple[int, int]:
+        """Take note of a lease; return the number of objects it may publish, and its epoch."""
+        assert client not in self._of_client
+        objects = self.objects_for(size_bytes)
+        self._of_client[client] = Lease(board, offset, offset + size_bytes, offset, objects)
+        self._last_bytes[client] = size_bytes
+        self.held_bytes += size_bytes
+        self.objects_left += objects
+        return objects, self._words[self._epoch_word(board)]
+
+    @staticmethod
+    def objects_for(size_bytes: int) -> int:
+        """Return how many objects a lease of this size may publish."""
+        return size_bytes // _BYTES_AN_OBJECT
+
+    # -- publishing ----------------------------------------------------------------------------
+
+    def publish(self, client: int, offset: int, size_bytes: int) -> tuple[int, int]:
+        """Move the cursor behind an object; return the extent that was skipped before it.
+
+        Returns
+        -------
+        start, size : int
+            What lies between the last object and this one, to be given back; size 0 if nothing.
+
+        Raises
+        ------
+        ProtocolError
+            It does not lie in what is left of this client's lease.
+        """
+        lease = self._of_client.get(client)
+        end = offset + align_up(size_bytes, ALIGNMENT)
+        if (
+            lease is None
+            or offset < lease.cursor
+            or end > lease.end
+            or offset % ALIGNMENT
+            or size_bytes < 0
+            or not lease.objects_left
+        ):
+            raise ProtocolError(f"an object of {size_bytes} bytes at {offset} outside of its lease")
+        skipped = lease.cursor
+        lease.cursor = end
+        lease.objects_left -= 1
+        self.held_bytes -= end - skipped
+        self.objects_left -= 1
+        return skipped, offset - skipped
+
+    # -- taking back ---------------------------------------------------------------------------
+
+    def recall(self) -> None:
+        """Raise the epoch of all leases; a barrier has to follow, then `note_idle`."""
+        for lease in self._of_client.values():
+            if not lease.recalled:
+                lease.recalled = True
+                self._words[self._epoch_word(lease.board)] += 1
+
+    def note_idle(self) -> None:
+        """See which recalled leases are at rest; all sockets have to be drained after that."""
+        first = self._layout.boards // 8
+        for lease in self._of_client.values():
+            if lease.recalled and not lease.idle:
+                lease.asked += 1
+                lease.idle = not self._words[first + lease.board * BOARD_WORDS + BUSY_WORD]
+
+    @property
+    def worth_waiting(self) -> bool:
+        """Whether a recalled lease may still come back soon; a client that was stopped is not waited for."""
+        return any(lease.recalled and lease.asked < _PATIENCE for lease in self._of_client.values())
+
+    def take_idle(self) -> list[tuple[int, int]]:
+        """End the leases that are at rest, and return what is left of them as (start, size)."""
+        idle = [client for client, lease in self._of_client.items() if lease.idle]
+        for client in idle:
+            self._last_bytes[client] = 0  # it begins small again
+        return [self.end(client) for client in idle]
+
+    def check(self) -> None:
+        """Prove that the sums are right."""
+        leases = self._of_client.values()
+        assert self.held_bytes == sum(lease.end - lease.cursor for lease in leases)
+        assert self.objects_left == sum(lease.objects_left for lease in leases)
+        assert all(lease.start <= lease.cursor <= lease.end for lease in leases)
+
+    def end(self, client: int) -> tuple[int, int]:
+        """End a lease whose client has left, or has asked for another; return what is left of it."""
+        lease = self._of_client.pop(client, None)
+        if lease is None:
+            return 0, 0
+        left = lease.end - lease.cursor
+        self.held_bytes -= left
+        self.objects_left -= lease.objects_left
+        return lease.cursor, left
+
+    def forget(self, client: int) -> tuple[int, int]:
+        """End the lease of a client that has left."""
+        self._last_bytes.pop(client, None)
+        return self.end(client)
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Return what is leased and not published, as (start, size)."""
+        return [
+            (lease.cursor, lease.end - lease.cursor)
+            for lease in self._of_client.values()
+            if lease.end > lease.cursor
+        ]
+
+    def _epoch_word(self, board: int) -> int:
+        return (self._layout.control + board * CONTROL_BYTES) // 8 + ControlWord.EPOCH

@@ -1,0 +1,325 @@
+"""Clients and a store that talk without a network: what one says, the other is handed at once.
+
+`RecordedMemory` stands for the machine, an anonymous mapping for the segment, and a `Peer` for a client: it
+sends requests, keeps the replies, and reads and writes its part of the segment as a real client does.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from shmplasma.errors import CommitError
+from shmplasma.layout import HeaderWord, Layout
+from shmplasma.pins import slots_of
+from shmplasma.protocol import (
+    MAX_REPLY_BYTES,
+    ONE_WAY,
+    PROTOCOL_VERSION,
+    Frame,
+    FrameDecoder,
+    encode_frame,
+)
+from shmplasma.replies import (
+    NOTIFICATION,
+    Created,
+    Failed,
+    Failure,
+    Found,
+    Objects,
+    Reply,
+    Welcome,
+    decode_reply,
+)
+from shmplasma.requests import AnswerNow, Create, Get, Hello, List, Request, Role, Seal
+from shmplasma.store import Descriptor, Drop, Effect, ObjectStore, Send
+
+__all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
+
+TOKEN = bytes(range(16))
+PAGE_BYTES = 4096
+
+_T = TypeVar("_T", bound=Reply)
+
+
+def name(number: int) -> bytes:
+    """Return an object id that is easy to tell from others."""
+    return number.to_bytes(20, "big")
+
+
+def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
+    """Return an empty segment as words and as bytes; it costs memory only where it is touched."""
+    raw = memoryview(mmap.mmap(-1, layout.segment_bytes))
+    return raw.cast("Q"), raw
+
+
+class RecordedMemory:
+    """The machine's memory: it notes commits and barriers, and can refuse to commit.
+
+    Attributes
+    ----------
+    commits : list
+        Offset and size of each commit, in bytes.
+    barriers : int
+        How many barriers there were.
+    refuse_from : int or None
+        Offset in the segment from which on nothing can be committed.
+    at_barrier : callable or None
+        What other processes do at the moment of the next barrier.
+    """
+
+    has_barrier = True
+
+    def __init__(self) -> None:
+        self.commits: list[tuple[int, int]] = []
+        self.barriers = 0
+        self.refuse_from: int | None = None
+        self.at_barrier: Callable[[], None] | None = None
+
+    def commit(self, offset: int, size_bytes: int) -> None:
+        """Note a commit, or refuse it."""
+        if self.refuse_from is not None and offset + size_bytes > self.refuse_from:
+            raise CommitError(size_bytes, 123, "free some memory")
+        self.commits.append((offset, size_bytes))
+
+    def barrier(self) -> None:
+        """Note a barrier, and let happen what is to happen at it, once."""
+        self.barriers += 1
+        at_barrier, self.at_barrier = self.at_barrier, None
+        if at_barrier is not None:
+            at_barrier()
+
+
+class Peer:
+    """A connection, seen from its client.
+
+    Attributes
+    ----------
+    replies : dict
+        Replies that were not asked for yet, by request id.
+    descriptors : list of Descriptor
+        Those that came along with replies.
+    dropped : str or None
+        Why the store ended the connection.
+    free_slots : list of int
+        Slots that the client may lend, the next one last.
+    notifications : list of tuple
+        What a subscriber was told: id, data size, metadata size.
+    """
+
+    def __init__(self, conversation: Conversation, number: int) -> None:
+        self._conversation = conversation
+        self.number = number
+        self.replies: dict[int, Reply] = {}
+        self.descriptors: list[Descriptor] = []
+        self.dropped: str | None = None
+        self.free_slots: list[int] = []
+        self.notifications: list[tuple[bytes, int, int]] = []
+        self._subscribed = False
+        self._decoder = FrameDecoder(MAX_REPLY_BYTES)
+        self._last_id = 0
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def receive(self, send: Send) -> None:
+        """Take in what the store has sent."""
+        if send.descriptor is not None:
+            self.descriptors.append(send.descriptor)
+        if self._subscribed:
+            assert int.from_bytes(send.data[:8], "little") == NOTIFICATION.size
+            self.notifications.append(NOTIFICATION.unpack(send.data[8:]))
+            return
+        for frame in self._decoder.feed(send.data):
+            assert frame.request_id not in self.replies, "a request was answered twice"
+            assert 0 < frame.request_id <= self._last_id, "a reply to no request"
+            self.replies[frame.request_id] = decode_reply(frame)
+        assert not self._decoder.incomplete
+
+    def post(self, request: Request) -> int:
+        """Send a request and return its id; the answer may come later."""
+        self._last_id += 1
+        self._conversation.deliver(self, request, self._last_id)
+        return self._last_id
+
+    def tell(self, request: Request) -> None:
+        """Send a one-way message."""
+        self._conversation.deliver(self, request, ONE_WAY)
+
+    def ask(self, request: Request, expected: type[_T]) -> _T:
+        """Send a request, let the store do all that it has to do, and return the reply."""
+        request_id = self.post(request)
+        self._conversation.turn()
+        return self.take(request_id, expected)
+
+    def take(self, request_id: int, expected: type[_T]) -> _T:
+        """Return the reply to a request, which has come."""
+        reply = self.replies.pop(request_id)
+        assert isinstance(reply, expected), reply
+        return reply
+
+    def refused(self, request: Request) -> Failure:
+        """Send a request that is refused, and return why."""
+        return self.ask(request, Failed).failure
+
+    def hello(self, role: Role = Role.CLIENT, text: str = "") -> Welcome:
+        """Introduce this connection."""
+        welcome = self.ask(Hello(PROTOCOL_VERSION, role, 4711, 1, text), Welcome)
+        if role is Role.CLIENT:
+            self.free_slots = list(reversed(slots_of(welcome.board)))
+        else:
+            self._subscribed = True
+        return welcome
+
+    # -- objects -------------------------------------------------------------------------------
+
+    def new(self, object_id: bytes, data_size: int = 64, metadata_size: int = 0) -> Create:
+        """Return a request for a new object, with a slot that is free."""
+        return Create(object_id, data_size, metadata_size, 0, self.free_slots.pop())
+
+    def create(self, object_id: bytes, data_size: int = 64, metadata_size: int = 0) -> int:
+        """Create an object and return the slot that pins it."""
+        request = self.new(object_id, data_size, metadata_size)
+        self.ask(request, Created)
+        return request.slot
+
+    def put(self, object_id: bytes, data_size: int = 64, metadata_size: int = 0) -> None:
+        """Create an object, seal it, and let go of it."""
+        slot = self.create(object_id, data_size, metadata_size)
+        self.tell(Seal(object_id))
+        self.release(slot)
+
+    def wanted(self, object_ids: Sequence[bytes], *, wait: bool = False) -> Get:
+        """Return a request for objects, with slots that are free."""
+        return Get(wait, object_ids, [self.free_slots.pop() for _ in object_ids])
+
+    def get(self, *object_ids: bytes) -> tuple[list[Found], list[int]]:
+        """Get objects without waiting; return where they are, and the slots that were lent."""
+        request = self.wanted(object_ids)
+        return list(self.ask(request, Objects).found), list(request.slots)
+
+    def answer_now(self, request_id: int) -> list[Found]:
+        """End the wait of a get and return its answer."""
+        self.tell(AnswerNow(request_id))
+        self._conversation.turn()
+        return list(self.take(request_id, Objects).found)
+
+    def release(self, slot: int) -> None:
+        """Let go of what a slot pins, as the finalizer of a buffer does."""
+        self._conversation.write_slot(slot, 0)
+        self.free_slots.append(slot)
+
+
+class Conversation:
+    """A store on a segment of its own, and the clients that talk to it.
+
+    Parameters
+    ----------
+    capacity : int
+        The store's capacity in bytes.
+    """
+
+    def __init__(self, capacity: int = 65536) -> None:
+        self.layout = Layout.plan(capacity, PAGE_BYTES)
+        self.words, self.raw = new_segment(self.layout)
+        self.memory = RecordedMemory()
+        self.store = ObjectStore(
+            self.layout, TOKEN, self.words, self.raw, "posix", "/segment", self.memory
+        )
+        self.peers: dict[int, Peer] = {}
+        self.now_ns = 1_000_000_000
+        self._connections = 0
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def connect(self) -> Peer:
+        """Return a new connection that has not said anything."""
+        self._connections += 1
+        peer = self.peers[self._connections] = Peer(self, self._connections)
+        self.store.connect(peer.number, 4711)
+        return peer
+
+    def client(self, text: str = "") -> Peer:
+        """Return a client that has introduced itself."""
+        peer = self.connect()
+        peer.hello(text=text)
+        return peer
+
+    def subscriber(self) -> Peer:
+        """Return a subscriber, which has been told what is there."""
+        peer = self.connect()
+        peer.hello(Role.SUBSCRIBER)
+        return peer
+
+    def disconnect(self, peer: Peer) -> None:
+        """Close a connection from the client's side."""
+        del self.peers[peer.number]
+        self.carry_out(self.store.disconnect(peer.number))
+
+    # -- the store's loop ----------------------------------------------------------------------
+
+    def deliver(self, peer: Peer, request: Request, request_id: int) -> None:
+        """Hand a request to the store."""
+        self.deliver_body(peer, request.KIND, request_id, request.encode())
+
+    def deliver_body(self, peer: Peer, kind: int, request_id: int, body: bytes) -> None:
+        """Hand a message to the store, whatever it is."""
+        (frame,) = FrameDecoder(1 << 30).feed(encode_frame(kind, request_id, body))
+        self.deliver_frame(peer, frame)
+
+    def deliver_frame(self, peer: Peer, frame: Frame) -> None:
+        """Hand a frame to the store."""
+        self.now_ns += 1000
+        self.carry_out(self.store.handle(peer.number, frame, self.now_ns))
+
+    def turn(self) -> None:
+        """Do what a turn of the store's loop does: settle, and commit what somebody waits for."""
+        while self.store.has_unsettled or self.store.has_urgent_work:
+            self.settle()
+            if self.store.has_urgent_work:
+                self.advance()
+
+    def settle(self) -> None:
+        """Answer what had to wait for a drain."""
+        self.carry_out(self.store.settle(self.store.take_unsettled()))
+
+    def advance(self) -> None:
+        """Commit one step of memory."""
+        self.carry_out(self.store.advance())
+
+    def wake(self) -> None:
+        """Have the store look for releases."""
+        self.carry_out(self.store.wake())
+
+    def carry_out(self, effects: Iterable[Effect]) -> None:
+        """Do what the server does with effects."""
+        for effect in effects:
+            peer = self.peers.get(effect.client)
+            if peer is None:
+                continue
+            if isinstance(effect, Drop):
+                peer.dropped = effect.reason
+                self.disconnect(peer)
+            else:
+                peer.receive(effect)
+
+    # -- the segment ---------------------------------------------------------------------------
+
+    def write_slot(self, slot: int, word: int) -> None:
+        """Write a word to a board."""
+        self.words[self.layout.boards // 8 + slot] = word
+
+    def read_slot(self, slot: int) -> int:
+        """Return a word of a board."""
+        return self.words[self.layout.boards // 8 + slot]
+
+    @property
+    def wake_word(self) -> int:
+        """The header's word that asks clients to wake the store."""
+        return self.words[HeaderWord.WAKE]
+
+    def ids(self) -> set[bytes]:
+        """Return the ids of all objects, sealed or not, as a listing has them."""
+        listing = self.store._list(0)
+        assert listing.next_start == 0
+        return {record[0] for record in listing.records}

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from zlib import crc32
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmplasma.objects import ObjectID
+
+IDS = st.binary(min_size=20, max_size=20)
+
+
+@given(IDS)
+def test_an_id_is_its_bytes(data: bytes) -> None:
+    """The bytes come back, the repr shows them in hex, and two ids of the same bytes are equal."""
+    object_id = ObjectID(data)
+    assert object_id.binary() == data
+    assert repr(object_id) == f"ObjectID({data.hex()})"
+    twin = ObjectID(bytes(bytearray(data)))
+    assert object_id == twin
+    assert hash(object_id) == hash(twin)
+    assert len({object_id, twin}) == 1
+
+
+@given(IDS, IDS)
+def test_ids_are_equal_when_their_bytes_are(first: bytes, second: bytes) -> None:
+    """Equality and inequality are those of the bytes."""
+    assert (ObjectID(first) == ObjectID(second)) == (first == second)
+    assert (ObjectID(first) != ObjectID(second)) == (first != second)
+
+
+@given(IDS)
+def test_an_id_carries_the_hash_of_the_table(data: bytes) -> None:
+    """CRC-32 does not differ between processes, as Python's own hash does."""
+    assert ObjectID(data)._crc == crc32(data)
+
+
+def test_an_id_equals_nothing_else() -> None:
+    """Not even its own bytes are an id."""
+    object_id = ObjectID(20 * b"a")
+    assert object_id != 20 * b"a"
+    assert object_id != "a"
+    assert object_id is not None
+    assert object_id.__eq__(20 * b"a") is NotImplemented
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_an_id_survives_pickling(protocol: int) -> None:
+    """An id that comes out of a pickle of any protocol is the one that went in, hash included."""
+    object_id = ObjectID.from_random()
+    back = pickle.loads(pickle.dumps(object_id, protocol))
+    assert back == object_id
+    assert hash(back) == hash(object_id)
+    assert back._crc == object_id._crc
+
+
+def test_an_id_can_be_copied() -> None:
+    """Copies of an id are equal to it, deep ones too."""
+    object_id = ObjectID.from_random()
+    assert copy.copy(object_id) == object_id
+    assert copy.deepcopy([object_id]) == [object_id]
+
+
+def test_an_id_can_be_referred_to_weakly() -> None:
+    """A weak reference to an id works, and dies with it."""
+    object_id = ObjectID.from_random()
+    reference = weakref.ref(object_id)
+    assert reference() is object_id
+    del object_id
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("data", [b"", b"short", 19 * b"a", 21 * b"a"])
+def test_another_length_is_refused(data: bytes) -> None:
+    """An id of other than 20 bytes is an error that names the length and the remedy."""
+    with pytest.raises(ValueError, match=f"20 bytes, not {len(data)}; ObjectID.from_random"):
+        ObjectID(data)
+
+
+@pytest.mark.parametrize("data", [None, 20, 20 * "a", bytearray(20), memoryview(bytes(20))])
+def test_what_is_not_bytes_is_refused(data: object) -> None:
+    """Only bytes make an id: what can change under it, or has to be encoded first, does not."""
+    with pytest.raises(ValueError, match=f"not of {type(data).__name__}"):
+        ObjectID(data)  # type: ignore[arg-type]  # the very mistake that is tested
+
+
+def test_random_ids_differ() -> None:
+    """A thousand random ids are a thousand ids of 20 bytes."""
+    ids = {ObjectID.from_random() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert {len(object_id.binary()) for object_id in ids} == {20}

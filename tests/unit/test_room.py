@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmplasma.errors import CommitError
+from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
+from shmplasma.pins import Boards
+from shmplasma.room import COMMIT_STEP, Room
+from shmplasma.table import NO_ENTRY, Table
+from tests.conversation import RecordedMemory, name, new_segment
+
+CLIENT = 1
+
+
+class Storeroom:
+    """A room with its table and boards, and one client that pins."""
+
+    def __init__(self, capacity: int) -> None:
+        self.layout = layout = Layout.plan(capacity, 4096)
+        self.words, self.raw = new_segment(layout)
+        self.memory = RecordedMemory()
+        self.table = Table(layout, self.words, self.raw, self.memory.commit)
+        self.boards = Boards(layout, self.words, self.raw, self.memory.commit)
+        self.boards.grant(CLIENT)
+        self.visited = self.raw[layout.visited : layout.visited + layout.n_entries]
+        self.room = Room(layout, self.table, self.boards, self.visited, self.memory)
+        self.n_objects = 0
+
+    def put(self, size_bytes: int) -> int:
+        """Store a sealed object of this size and return its entry; what has to go for it goes."""
+        offset, _ = self.room.allocate(size_bytes)
+        assert offset is not None
+        entry = self.table.insert(name(self.n_objects), 0, offset, size_bytes, 0, 1)
+        self.n_objects += 1
+        self.table.seal(entry, 1)
+        self.room.sealed(entry)
+        return entry
+
+    def fill(self, size_bytes: int) -> list[int]:
+        """Store as many objects of this size as there are lines for; return their entries."""
+        count = self.room.free_bytes // align_up(size_bytes, ALIGNMENT)
+        return [self.put(size_bytes) for _ in range(count)]
+
+    def is_there(self, number: int) -> bool:
+        """Tell whether the object that was stored as number so-and-so is still there."""
+        return self.table.find(name(number)) != NO_ENTRY
+
+    def check(self) -> None:
+        """Prove the invariants."""
+        self.table.check()
+        self.boards.check()
+        self.room.check([])
+
+
+# -- extents ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 20_000))
+def test_an_object_of_the_capacity_fits_and_one_byte_more_does_not(capacity: int) -> None:
+    """All of a new store can be had in one piece; at most the rest of a line comes on top."""
+    storeroom = Storeroom(capacity)
+    room = storeroom.room
+    assert room.free_bytes == room.largest_bytes == align_up(capacity, ALIGNMENT)
+    assert room.allocate(align_up(capacity, ALIGNMENT) + 1) == (None, [])
+    assert room.allocate(capacity) == (storeroom.layout.data, [])
+    assert room.allocate(1) == (None, [])
+    room.give_back(storeroom.layout.data, capacity)
+    storeroom.check()
+
+
+def test_an_object_of_no_bytes_takes_no_room() -> None:
+    """It is stored in a full store, and its going frees nothing."""
+    storeroom = Storeroom(64)
+    storeroom.put(64)
+    entries = [storeroom.put(0) for _ in range(3)]
+    assert storeroom.room.free_bytes == 0
+    storeroom.check()
+    assert storeroom.room.take(entries) == entries
+    assert storeroom.room.free_bytes == 0
+    assert storeroom.is_there(0)
+    storeroom.room.give_back(storeroom.layout.data, 0)
+    storeroom.check()
+
+
+def test_room_is_made_in_order_of_age() -> None:
+    """The oldest objects that were not read go first, and no more of them than are needed."""
+    storeroom = Storeroom(640)
+    storeroom.fill(64)
+    assert storeroom.room.allocate(100) == (storeroom.layout.data, [name(0), name(1)])
+    assert [storeroom.is_there(n) for n in range(10)] == [False] * 2 + [True] * 8
+    storeroom.room.give_back(storeroom.layout.data, 100)
+    storeroom.check()
+
+
+def test_a_read_object_is_spared_once() -> None:
+    """An object that was read since the hand last passed stays while another can go."""
+    storeroom = Storeroom(256)
+    entries = storeroom.fill(64)
+    storeroom.room.read(entries[0])
+    storeroom.visited[entries[1]] = 255  # as a client may write it
+    assert storeroom.room.allocate(1)[1] == [name(2)]
+    assert storeroom.room.allocate(1)[1] == [name(3)]
+    assert storeroom.room.allocate(1)[1] == [name(0)]
+
+
+def test_pinned_objects_stay_whatever_is_asked_for() -> None:
+    """What cannot be had without a pinned object is refused, and then nothing at all goes."""
+    storeroom = Storeroom(640)
+    entries = storeroom.fill(64)
+    storeroom.boards.pin(1, entries[4])
+    assert storeroom.room.allocate(640) == (None, [])
+    assert all(storeroom.is_there(n) for n in range(10))
+    offset, evicted = storeroom.room.allocate(320)
+    assert offset == storeroom.layout.data + 5 * 64
+    assert name(4) not in evicted
+    storeroom.room.give_back(offset, 320)
+    storeroom.check()
+
+
+def test_pins_that_split_the_room_make_it_too_small() -> None:
+    """When there are bytes enough, but pins between them, everything else goes and nothing is given."""
+    storeroom = Storeroom(640)
+    entries = storeroom.fill(64)
+    storeroom.boards.pin(1, entries[5])
+    offset, evicted = storeroom.room.allocate(6 * 64)
+    assert offset is None
+    assert evicted == [name(n) for n in range(10) if n != 5]
+    assert (storeroom.room.free_bytes, storeroom.room.largest_bytes) == (576, 320)
+    storeroom.check()
+
+
+def test_a_request_between_fragments_evicts_on_until_one_piece_is_large_enough() -> None:
+    """Enough free bytes in pieces are no reason to refuse while more objects can go."""
+    storeroom = Storeroom(1024)
+    entries = storeroom.fill(64)
+    assert storeroom.room.take(entries[1::2]) == entries[1::2]
+    assert (storeroom.room.free_bytes, storeroom.room.largest_bytes) == (512, 64)
+    offset, evicted = storeroom.room.allocate(192)
+    assert offset == storeroom.layout.data
+    assert evicted == [name(0), name(2)]
+    storeroom.room.give_back(offset, 192)
+    storeroom.check()
+
+
+@pytest.mark.parametrize("size_bytes", [1, 64, 65, 100])
+def test_no_more_objects_go_than_lines_are_needed(size_bytes: int) -> None:
+    """What an object frees is its lines, not its bytes: one that is as large makes room for another."""
+    storeroom = Storeroom(4096)
+    n_objects = len(storeroom.fill(size_bytes))
+    offset, evicted = storeroom.room.allocate(size_bytes)
+    assert offset == storeroom.layout.data
+    assert evicted == [name(0)]
+    assert sum(storeroom.is_there(n) for n in range(n_objects)) == n_objects - 1
+
+
+# -- taking ----------------------------------------------------------------------------------------
+
+
+def test_taking_announces_itself_before_it_looks() -> None:
+    """At the barrier all victims are EVICTING and still linked; a pin from before it saves one."""
+    storeroom = Storeroom(640)
+    entries = storeroom.fill(64)
+    words_before = [storeroom.table.state_word(entry) for entry in entries]
+    seen: list[int] = []
+
+    def at_barrier() -> None:
+        seen.extend(storeroom.table.state(entry) for entry in entries)
+        storeroom.boards.pin(7, entries[3])
+
+    storeroom.memory.at_barrier = at_barrier
+    taken = storeroom.room.take(entries)
+    assert seen == [EntryState.EVICTING] * 10
+    assert storeroom.memory.barriers == 1
+    assert taken == [entry for entry in entries if entry != entries[3]]
+    assert storeroom.is_there(3)
+    assert storeroom.table.state_word(entries[3]) == words_before[3]
+    assert [storeroom.table.object_id(e) for e in taken] == [name(n) for n in range(10) if n != 3]
+    storeroom.check()
+
+
+def test_taking_one_sees_a_pin_of_the_last_moment() -> None:
+    """The cheap way to look for a single entry comes after the barrier as well."""
+    storeroom = Storeroom(64)
+    (entry,) = storeroom.fill(64)
+    storeroom.memory.at_barrier = lambda: storeroom.boards.pin(1, entry)
+    assert storeroom.room.take([entry]) == []
+    assert storeroom.table.state(entry) == EntryState.SEALED
+    storeroom.check()
+    storeroom.boards.unpin_all(CLIENT, entry)
+    assert storeroom.room.take([entry]) == [entry]
+    assert storeroom.room.free_bytes == 64
+
+
+def test_eviction_goes_on_when_a_victim_was_pinned_meanwhile() -> None:
+    """A pin that comes at the barrier costs another object its place, not the request."""
+    storeroom = Storeroom(256)
+    entries = storeroom.fill(64)
+    storeroom.memory.at_barrier = lambda: storeroom.boards.pin(1, entries[0])
+    freed, _ = storeroom.room.evict(64)
+    assert freed == 64
+    assert [storeroom.is_there(n) for n in range(4)] == [True, False, True, True]
+    storeroom.check()
+
+
+def test_eviction_tells_what_it_freed() -> None:
+    """The number is the sum of the sizes, at least what was asked for, or all that may go."""
+    storeroom = Storeroom(4096)
+    entries = [storeroom.put(size) for size in (100, 200, 300, 400)]
+    storeroom.boards.pin(1, entries[3])
+    assert storeroom.room.evict(150)[0] == 300
+    assert storeroom.room.evict(1 << 62)[0] == 300
+    assert storeroom.room.evict(1)[0] == 0
+    assert storeroom.is_there(3)
+    storeroom.check()
+
+
+# -- commitment ------------------------------------------------------------------------------------
+
+
+def test_memory_is_committed_in_steps_up_to_the_end() -> None:
+    """The watermark rises by one step at a time, towards what was asked for, and not beyond the region."""
+    storeroom = Storeroom(2 * COMMIT_STEP + 1000)
+    room, data = storeroom.room, storeroom.layout.data
+    commits = storeroom.memory.commits
+    commits.clear()
+    assert room.watermark == data
+    assert room.commit_step(data)
+    assert commits == []
+    assert not room.commit_step(data + COMMIT_STEP + 1)
+    assert room.commit_step(data + COMMIT_STEP + 1)
+    assert room.watermark == data + 2 * COMMIT_STEP
+    assert room.commit_step(data + 100)
+    end = data + align_up(2 * COMMIT_STEP + 1000, ALIGNMENT)
+    assert room.commit_step(end)
+    assert room.watermark == end
+    assert commits == [
+        (data, COMMIT_STEP),
+        (data + COMMIT_STEP, COMMIT_STEP),
+        (data + 2 * COMMIT_STEP, end - data - 2 * COMMIT_STEP),
+    ]
+
+
+def test_a_refused_commit_leaves_the_watermark() -> None:
+    """What could not be committed is not below the watermark, and can be asked for again."""
+    storeroom = Storeroom(100_000)
+    data = storeroom.layout.data
+    storeroom.memory.refuse_from = data
+    with pytest.raises(CommitError):
+        storeroom.room.commit_step(data + 1)
+    assert storeroom.room.watermark == data
+    storeroom.memory.refuse_from = None
+    assert storeroom.room.commit_step(data + 1)
+
+
+def test_idle_memory_is_bounded() -> None:
+    """While nothing is to do the watermark goes some way ahead of what was ever used, and no further."""
+    storeroom = Storeroom(1 << 30)
+    room, data = storeroom.room, storeroom.layout.data
+    first = room.idle_target
+    assert data < first < data + (1 << 30)
+    storeroom.put(10 << 20)
+    assert room.idle_target == first + (10 << 20)
+    room.take([storeroom.table.find(name(0))])
+    assert room.idle_target == first + (10 << 20)
+    small = Storeroom(1000)
+    assert small.room.idle_target == small.layout.data + 1024
+
+
+# -- proof -----------------------------------------------------------------------------------------
+
+
+DAMAGES: dict[str, Callable[[Storeroom], object]] = {
+    "the queue disagree": lambda s: s.table.set_state(0, EntryState.CREATED),
+    "what is not there": lambda s: s.room._queue.insert(9),
+    "sum of sealed bytes": lambda s: setattr(s.room, "_sealed_bytes", 1),
+    "": lambda s: s.room.give_back(s.layout.data, 64),
+}
+
+
+@pytest.mark.parametrize("complaint", DAMAGES)
+def test_the_proof_fails_for_a_damaged_room(complaint: str) -> None:
+    """Each clause of `check` notices what it is there for."""
+    storeroom = Storeroom(640)
+    storeroom.put(64)
+    storeroom.put(64)
+    storeroom.check()
+    DAMAGES[complaint](storeroom)
+    with pytest.raises(AssertionError, match=complaint):
+        storeroom.room.check([])
