@@ -96,7 +96,8 @@ def _serve(options: argparse.Namespace) -> None:
         path = default_socket_path() if options.socket is None else options.socket
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
         segment = stack.enter_context(_make_segment(endpoint, options))
-        server = Server(endpoint.listener, segment, socket_path=path, group=options.group)
+        shared = options.group is not None or bool(options.mode & 0o066)
+        server = Server(endpoint.listener, segment, socket_path=path, shared=shared)
 
         def end(*_: object) -> None:
             for number in _ENDING:  # once is enough, and the rest is not to be interrupted

@@ -61,7 +61,7 @@ class PlasmaClient(Reading, Writing):
         """
         if isinstance(object_ids, ObjectID):
             object_ids = [object_ids]
-        ids = [checked(object_id)._bytes for object_id in object_ids]
+        ids = [checked(object_id).id_bytes for object_id in object_ids]
         session = self._live()
         for start in range(0, len(ids), _IDS_A_REQUEST):
             session.call(Delete(ids[start : start + _IDS_A_REQUEST]), Done)

@@ -14,13 +14,15 @@ import socket as sockets
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Self
 
 from shmplasma.client import PlasmaClient, connect
-from shmplasma.errors import ShmPlasmaError
+from shmplasma.endpoint import Endpoint
+from shmplasma.errors import EndpointError, ShmPlasmaError
+from shmplasma.segment import SegmentName
 from shmplasma.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Store:
         if huge_pages:
             arguments.append("-h")
         self.store_socket_name = socket
+        self._scratch = scratch
         self._owner_pid = os.getpid()
         try:
             self._start([*arguments, "-s", socket])
@@ -123,8 +126,21 @@ class Store:
 
     def _end(self) -> None:
         self.process.terminate()
-        self.process.wait()
+        killed = self.process.wait() != 0
         self._alive.close()
+        if killed:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a server left behind that was killed."""
+        # Whoever serves there now, if anybody does, has swept it up already.
+        with suppress(EndpointError), Endpoint.claim(self.store_socket_name) as endpoint:
+            segment = SegmentName.decode(endpoint.read_note())
+            if segment is not None:
+                segment.remove()
+            endpoint.write_note(b"")
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

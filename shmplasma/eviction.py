@@ -94,19 +94,25 @@ class Sieve:
         ValueError
             There is no such entry, or it is queued already.
         """
-        if not 0 <= index < len(self._visited):
-            raise ValueError(f"there is no entry {index} among {len(self._visited)}")
-        if index in self:
-            raise ValueError(f"entry {index} is in the queue already")
+        if index < 0:
+            raise ValueError(f"there is no entry {index}")
+        newer, older = self._newer, self._older
         node = index + 1
-        if node >= len(self._newer):
-            missing = array("I", [_NOWHERE]) * (node + 1 - len(self._newer))
-            self._newer.extend(missing)
-            self._older.extend(missing)
-        newest = self._older[0]
-        self._newer[newest] = self._older[0] = node
-        self._older[node], self._newer[node] = newest, 0
-        self._visited[index] = 0
+        try:
+            self._visited[index] = 0
+            if newer[node] != _NOWHERE:
+                raise ValueError(f"entry {index} is in the queue already")
+        except IndexError:
+            if index >= len(self._visited):
+                text = f"there is no entry {index} among {len(self._visited)}"
+                raise ValueError(text) from None
+            missing = array("I", [_NOWHERE]) * (node + 1 - len(newer))
+            newer.extend(missing)
+            older.extend(missing)
+        newest = older[0]
+        newer[newest] = older[0] = node
+        older[node] = newest
+        newer[node] = 0
         self._length += 1
 
     def remove(self, index: int) -> None:

@@ -22,7 +22,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from shmplasma.errors import CommitError
 from shmplasma.layout import EntryState, HeaderWord, Layout
@@ -34,6 +34,8 @@ from shmplasma.room import Memory, Room
 from shmplasma.table import NO_ENTRY, Table
 
 __all__ = ["Lifecycle", "Refused"]
+
+_SEALED: Final = int(EntryState.SEALED)
 
 
 class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
@@ -103,8 +105,8 @@ class Lifecycle:
         return self._boards.held_by(client) | self._unsealed.get(client, set())
 
     def bytes_of(self, entries: Iterable[int]) -> int:
-        """Return the sum of data and metadata sizes."""
-        return sum(self._table.size(entry) for entry in entries)
+        """Return the sum of data and metadata sizes; what clients made up does not count."""
+        return sum(self._table.size(entry) for entry in entries if self._table.holds(entry))
 
     @property
     def unsealed_bytes(self) -> int:
@@ -232,9 +234,9 @@ class Lifecycle:
             self._room.give_back(offset, size)
             return NO_ENTRY
         entry = self._table.insert(
-            object_id, codec, offset, data_size, metadata_size, now_ns, EntryState.SEALED
+            object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
         )
-        self._room.sealed(entry)
+        self._room.sealed(entry, size)
         return entry
 
     def recall_leases(self) -> bool:
@@ -274,7 +276,7 @@ class Lifecycle:
         entry = self._own(client, object_id)
         self._forget_creator(client, entry)
         self._table.seal(entry, now_ns)
-        self._room.sealed(entry)
+        self._room.sealed(entry, self._table.size(entry))
         return entry
 
     def abort(self, client: int, object_id: bytes) -> None:

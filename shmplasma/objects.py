@@ -39,10 +39,10 @@ class ObjectID:
     ValueError: an object id has 20 bytes, not 5; ObjectID.from_random() makes one
     """
 
-    __slots__ = ("__weakref__", "_bytes", "_crc")
+    __slots__ = ("__weakref__", "hash32", "id_bytes")
 
-    _bytes: bytes
-    _crc: int
+    id_bytes: bytes
+    hash32: int
 
     def __init__(self, object_id: bytes) -> None:
         if not isinstance(object_id, bytes):
@@ -54,10 +54,10 @@ class ObjectID:
                 f"an object id has {ID_BYTES} bytes, not {len(object_id)}; "
                 "ObjectID.from_random() makes one"
             )
-        self._bytes = object_id
+        self.id_bytes = object_id
         # The table's hash.  Python's own differs between processes; CRC-32 is stable, in C, and
         # spreads the ids that people choose by hand (repeated letters, counters) over the buckets.
-        self._crc = crc32(object_id)
+        self.hash32 = crc32(object_id)
 
     @staticmethod
     def from_random() -> ObjectID:
@@ -66,18 +66,18 @@ class ObjectID:
 
     def binary(self) -> bytes:
         """Return the 20 bytes."""
-        return self._bytes
+        return self.id_bytes
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ObjectID):
             return NotImplemented
-        return self._bytes == other._bytes
+        return self.id_bytes == other.id_bytes
 
     def __hash__(self) -> int:
-        return hash(self._bytes)
+        return hash(self.id_bytes)
 
     def __reduce__(self) -> tuple[type[ObjectID], tuple[bytes]]:
-        return ObjectID, (self._bytes,)
+        return ObjectID, (self.id_bytes,)
 
     def __repr__(self) -> str:
-        return f"ObjectID({self._bytes.hex()})"
+        return f"ObjectID({self.id_bytes.hex()})"

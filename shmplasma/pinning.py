@@ -18,15 +18,12 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
 
 from shmplasma.layout import BOARD_WORDS, HeaderWord
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.segment import Attachment
 
-__all__ = ["BoardPool", "Lifeline", "Pin", "PinBoard"]
-
-_WAKE: Final = int(HeaderWord.WAKE)
+__all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard"]
 
 
 class Lifeline:
@@ -42,12 +39,12 @@ class Lifeline:
         The writing end of the store's wake-up pipe, not blocking; closed at the end.
     """
 
-    __slots__ = ("_wake_fd", "attachment", "connection", "header")
+    __slots__ = ("_wake_fd", "attachment", "connection", "wake_word")
 
     def __init__(self, attachment: Attachment, connection: object, wake_fd: int) -> None:
         self.attachment = attachment
         self.connection = connection
-        self.header = attachment.words[: HeaderWord.WAKE + 1]
+        self.wake_word = attachment.words[HeaderWord.WAKE : HeaderWord.WAKE + 1]
         self._wake_fd = wake_fd
 
     def wake_store(self) -> None:
@@ -86,11 +83,11 @@ class PinBoard:
         the board finds what it seeks in few cache lines.
     """
 
-    __slots__ = ("first_slot", "free", "header", "lifeline", "words")
+    __slots__ = ("first_slot", "free", "lifeline", "wake_word", "words")
 
     def __init__(self, lifeline: Lifeline, number: int) -> None:
         self.lifeline = lifeline
-        self.header = lifeline.header
+        self.wake_word = lifeline.wake_word
         self.words = lifeline.attachment.board(number)
         self.first_slot = number * BOARD_WORDS
         self.free = list(range(BOARD_WORDS - 1, FIRST_SLOT - 1, -1))
@@ -122,8 +119,12 @@ class Pin:
         board, word = self.board, self.word
         board.words[word] = 0
         board.free.append(word)
-        if board.header[_WAKE]:
+        if board.wake_word[0]:
             board.lifeline.wake_store()
+
+
+Located = tuple[int, int, int, int, Pin]
+"""An object that is pinned: offset, data size, metadata size (bytes), codec, pin."""
 
 
 class BoardPool:

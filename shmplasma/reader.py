@@ -19,8 +19,7 @@ import pyarrow as pa
 
 from shmplasma.layout import ENTRY_BYTES, STATE_MASK, EntryState, Layout
 from shmplasma.objects import ObjectID
-from shmplasma.pinning import BoardPool, Pin
-from shmplasma.replies import Found
+from shmplasma.pinning import BoardPool, Located, Pin
 from shmplasma.segment import Attachment
 
 __all__ = ["FastReader"]
@@ -85,9 +84,9 @@ class FastReader:
 
     def contains(self, object_id: ObjectID) -> bool:
         """Tell whether the object is sealed; False means: ask the store."""
-        wanted = object_id._bytes
+        wanted = object_id.id_bytes
         words, entries = self._words, self._entries
-        entry = words[self._buckets + (object_id._crc & self._mask)]
+        entry = words[self._buckets + (object_id.hash32 & self._mask)]
         steps = self._longest
         while entry:
             at = (entry << _SHIFT) + entries
@@ -116,8 +115,8 @@ class FastReader:
         items: list[Any] = []
         misses: list[int] = []
         for object_id in object_ids:
-            wanted = object_id._bytes
-            entry = words[buckets + (object_id._crc & mask)]
+            wanted = object_id.id_bytes
+            entry = words[buckets + (object_id.hash32 & mask)]
             steps = longest
             while entry:
                 at = (entry << _SHIFT) + entries
@@ -147,18 +146,16 @@ class FastReader:
                 items.append(None)
         return items, misses
 
-    def find(
-        self, object_ids: Iterable[ObjectID]
-    ) -> tuple[list[tuple[Found, Pin] | None], list[int]]:
+    def find(self, object_ids: Iterable[ObjectID]) -> tuple[list[Located | None], list[int]]:
         """Pin objects and return where they are; otherwise as `buffers`."""
         words, map_, mask, longest = self._words, self._map, self._mask, self._longest
         buckets, entries, visited = self._buckets, self._entries, self._visited
         board, unpack = self._board, _ENTRY.unpack_from
-        items: list[tuple[Found, Pin] | None] = []
+        items: list[Located | None] = []
         misses: list[int] = []
         for object_id in object_ids:
-            wanted = object_id._bytes
-            entry = words[buckets + (object_id._crc & mask)]
+            wanted = object_id.id_bytes
+            entry = words[buckets + (object_id.hash32 & mask)]
             steps = longest
             while entry:
                 at = (entry << _SHIFT) + entries
@@ -180,7 +177,7 @@ class FastReader:
                     board.words[slot] = entry
                     if words[at >> 3] == word:
                         visited[entry - 1] = 1
-                        items.append(((offset, data_size, metadata_size, codec), pin))
+                        items.append((offset, data_size, metadata_size, codec, pin))
                         break
                 entry = 0
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, overload
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +17,18 @@ from shmplasma.arrow_errors import PlasmaObjectNotFound
 from shmplasma.connected import Connected, checked
 from shmplasma.hashing import object_hash
 from shmplasma.objects import ObjectID
-from shmplasma.pinning import Pin
-from shmplasma.replies import Found, Number
+from shmplasma.pinning import Located
+from shmplasma.replies import Number
 from shmplasma.requests import Contains
 from shmplasma.serialization import SerializationContext, deserialize
 from shmplasma.session import Session
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 __all__ = ["ObjectNotAvailable", "Reading"]
 
 _IDS_A_REQUEST: Final = 1 << 16
-
-_Located = tuple[Found, Pin]
 
 
 class ObjectNotAvailable:
@@ -83,21 +84,23 @@ class Reading(Connected):
         it, lives.  Ctrl-C interrupts a wait at once.
         """
         session = self._session or self._live()
-        ids = _ids(object_ids)
+        ids = object_ids if type(object_ids) is list else _ids(object_ids)
+        items: list[Any]
         if session.reader is None or with_meta:
             located = self._locate(session, ids, timeout_ms)
-            items = [_buffer_and_metadata(session, got, with_meta) for got in located]
+            if with_meta:
+                items = [_with_metadata(session, got) for got in located]
+            else:
+                items = [None if got is None else session.data(got) for got in located]
         else:
             try:
                 items, misses = session.reader.buffers(ids)
             except AttributeError:
                 _refuse(ids)
             if misses:
-                missing = [ids[position] for position in misses]
-                for position, got in zip(
-                    misses, self._ask(session, missing, timeout_ms), strict=True
-                ):
-                    items[position] = _buffer_and_metadata(session, got, False)
+                asked = self._ask(session, [ids[at] for at in misses], timeout_ms)
+                for at, got in zip(misses, asked, strict=True):
+                    items[at] = None if got is None else session.data(got)
         return items[0] if isinstance(object_ids, ObjectID) else items
 
     @overload
@@ -110,14 +113,14 @@ class Reading(Connected):
 
     def get_metadata(
         self, object_ids: ObjectID | Iterable[ObjectID], timeout_ms: float = -1
-    ) -> pa.Buffer | None | list[pa.Buffer | None]:
+    ) -> pa.Buffer | list[pa.Buffer | None] | None:
         """Return the metadata of sealed objects, without copying it.
 
         Parameters are those of `get_buffers`; the result is a list of read-only buffers, None where absent.
         """
         session = self._session or self._live()
         items = [
-            None if got is None else session.buffer(got[0][0] + got[0][1], got[0][2], got[1])
+            None if got is None else session.metadata(got)
             for got in self._locate(session, _ids(object_ids), timeout_ms)
         ]
         return items[0] if isinstance(object_ids, ObjectID) else items
@@ -153,20 +156,19 @@ class Reading(Connected):
         NotConnectedError
             The store has gone.
         """
-        if not isinstance(object_ids, (ObjectID, Sequence)):
+        session = self._session or self._live()
+        if isinstance(object_ids, ObjectID):
+            return _value(
+                session, self._locate(session, (object_ids,), timeout_ms)[0], serialization_context
+            )
+        if not isinstance(object_ids, Sequence):
             raise TypeError(
                 f"get takes an ObjectID or a sequence of them, not {type(object_ids).__name__}"
             )
-        session = self._session or self._live()
-        values: list[Any] = []
-        for got in self._locate(session, _ids(object_ids), timeout_ms):
-            if got is None:
-                values.append(ObjectNotAvailable)
-                continue
-            (offset, data_size, _, codec), pin = got
-            buffer = session.buffer(offset, data_size, pin)
-            values.append(deserialize(buffer, codec, serialization_context))
-        return values[0] if isinstance(object_ids, ObjectID) else values
+        return [
+            _value(session, got, serialization_context)
+            for got in self._locate(session, object_ids, timeout_ms)
+        ]
 
     def contains(self, object_id: ObjectID) -> bool:
         """Tell whether a sealed object of this id is in the store.
@@ -183,7 +185,7 @@ class Reading(Connected):
                     return True
             except AttributeError:
                 _refuse((object_id,))
-        return session.call(Contains(checked(object_id)._bytes), Number).value == 1
+        return session.call(Contains(checked(object_id).id_bytes), Number).value == 1
 
     def hash(self, object_id: ObjectID) -> bytes:
         """Return the object's XXH64 as Plasma computed it: 8 bytes (see `shmplasma.hashing`).
@@ -201,13 +203,11 @@ class Reading(Connected):
         (got,) = self._locate(session, (checked(object_id),), 0)
         if got is None:
             raise PlasmaObjectNotFound(f"there is no sealed object {object_id.binary().hex()}")
-        (offset, data_size, metadata_size, _), pin = got
-        data = memoryview(session.buffer(offset, data_size, pin))
-        return object_hash(data, memoryview(session.buffer(offset + data_size, metadata_size, pin)))
+        return object_hash(memoryview(session.data(got)), memoryview(session.metadata(got)))
 
     def _locate(
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
-    ) -> list[_Located | None]:
+    ) -> list[Located | None]:
         """Find and pin objects, those that are there without a message."""
         if session.reader is None:
             return self._ask(session, ids, timeout_ms)
@@ -223,14 +223,14 @@ class Reading(Connected):
 
     def _ask(
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
-    ) -> list[_Located | None]:
+    ) -> list[Located | None]:
         """Find and pin objects by the store."""
         if not isinstance(timeout_ms, (int, float, np.number)):
             raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
         deadline = None if timeout_ms < 0 else time.monotonic() + timeout_ms / 1000
         wait = timeout_ms != 0
-        names = [checked(object_id)._bytes for object_id in ids]
-        result: list[_Located | None] = []
+        names = [checked(object_id).id_bytes for object_id in ids]
+        result: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
             result += session.get(names[start : start + _IDS_A_REQUEST], deadline, wait=wait)
         return result
@@ -250,11 +250,18 @@ def _refuse(object_ids: Iterable[ObjectID]) -> NoReturn:
     raise AssertionError("an ObjectID lacks its attributes")
 
 
-def _buffer_and_metadata(session: Session, got: _Located | None, with_meta: bool) -> Any:
+def _with_metadata(
+    session: Session, got: Located | None
+) -> tuple[bytes, pa.Buffer] | tuple[None, None]:
     if got is None:
-        return (None, None) if with_meta else None
-    (offset, data_size, metadata_size, _), pin = got
-    data = session.buffer(offset, data_size, pin)
-    if not with_meta:
-        return data
-    return session.buffer(offset + data_size, metadata_size, pin).to_pybytes(), data
+        return None, None
+    return session.metadata(got).to_pybytes(), session.data(got)
+
+
+def _value(session: Session, got: Located | None, context: SerializationContext | None) -> Any:
+    if got is None:
+        return ObjectNotAvailable
+    offset, data_size, _, codec, pin = got
+    # As `Session.data`, whose call would take as long as making the buffer.
+    buffer = pa.foreign_buffer(session.address + offset, data_size, pin)
+    return deserialize(buffer, codec, context)

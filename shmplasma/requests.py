@@ -13,6 +13,7 @@ from shmplasma.messages import Empty, OneId, decode_message
 from shmplasma.protocol import Frame
 
 __all__ = [
+    "PUBLISH",
     "Abort",
     "AnswerNow",
     "AskLease",
@@ -28,7 +29,6 @@ __all__ = [
     "Grow",
     "Hello",
     "List",
-    "PUBLISH",
     "Publish",
     "Request",
     "Role",

@@ -40,7 +40,8 @@ _DRAIN_BYTES: Final = 1 << 20
 _FRAMES_A_TURN: Final = 64
 _MAX_UNREAD_BYTES: Final = 32 << 20
 """What may wait for a client that does not read: four of the longest replies."""
-_ACCEPT_AGAIN_SECONDS: Final = 0.1
+_LOOK_AGAIN_SECONDS: Final = 0.1
+"""While the listener is shut for want of descriptors, or where a release may not wake the store."""
 
 _READ: Final = selectors.EVENT_READ
 _WRITE: Final = selectors.EVENT_WRITE
@@ -51,12 +52,14 @@ class _SegmentMemory:
 
     def __init__(self, segment: Segment) -> None:
         self.commit = segment.commit
-        self.has_barrier = system.fast_path_available() and system.register_membarrier()
-        self.barrier: Callable[[], None] = system.membarrier if self.has_barrier else _no_barrier
+        # Clients take part in barriers wherever the platform has them, also with the fast path off.
+        ordered = system.register_membarrier()
+        self.has_barrier = ordered and system.fast_path_available()
+        self.barrier: Callable[[], None] = system.membarrier if ordered else _no_barrier
 
 
 def _no_barrier() -> None:
-    """Nobody pins without a message where there is no barrier, so there is nothing to order."""
+    """Without barriers nobody pins without a message; a wake-up may be missed, so the loop looks again."""
 
 
 class _Connection:
@@ -84,9 +87,8 @@ class Server:
         The segment to serve; the caller closes and unlinks it.
     socket_path : str
         For the log.
-    group : int or None
-        Group whose members may connect, besides this user and root; access to the socket file decides who
-        they are.
+    shared : bool
+        Whether others than this user and root may connect; the socket file's mode decides who.
 
     Notes
     -----
@@ -99,12 +101,12 @@ class Server:
         segment: Segment,
         *,
         socket_path: str,
-        group: int | None = None,
+        shared: bool = False,
     ) -> None:
         self._listener = listener
         self._segment = segment
         self._path = socket_path
-        self._group = group
+        self._shared = shared
         self._store = ObjectStore(
             segment.layout,
             segment.token,
@@ -167,7 +169,9 @@ class Server:
             return 0
         if self._commit_ahead and store.has_idle_work:
             return 0
-        return None if self._accepting else _ACCEPT_AGAIN_SECONDS
+        if not self._accepting or store.may_miss_a_release:
+            return _LOOK_AGAIN_SECONDS
+        return None
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -192,7 +196,7 @@ class Server:
             _LOG.info("a client left before it was looked at: %s", error)
             sock.close()
             return
-        if self._group is None and peer.uid not in (None, 0, os.geteuid()):
+        if not self._shared and peer.uid not in (None, 0, os.geteuid()):
             _LOG.warning("refused pid %s of uid %s: not this user", peer.pid, peer.uid)
             sock.close()
             return
@@ -308,6 +312,7 @@ class Server:
                 self._commit_ahead = False
         if idle:
             self._accept_again()
+            self._carry_out(store.wake())
 
     # -- writing -------------------------------------------------------------------------------
 

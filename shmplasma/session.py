@@ -44,7 +44,7 @@ from shmplasma.arrow_errors import (
 )
 from shmplasma.errors import AttachError, ProtocolError, ShmPlasmaError
 from shmplasma.leasing import LeaseWriter
-from shmplasma.pinning import BoardPool, Lifeline, Pin
+from shmplasma.pinning import BoardPool, Lifeline, Located, Pin
 from shmplasma.protocol import PROTOCOL_VERSION, Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import (
@@ -53,7 +53,6 @@ from shmplasma.replies import (
     Done,
     Failed,
     Failure,
-    Found,
     Leased,
     Number,
     Objects,
@@ -153,14 +152,14 @@ class Session:
         self._lifeline = Lifeline(attachment, channel, wake_fd)
         self._boards = BoardPool(self._lifeline, board, partial(_ask_for_board, channel))
         self._mapping = pa.py_buffer(attachment.read_map)
-        self._address = self._mapping.address
+        self.address = self._mapping.address
         self._pages = _Pages(attachment)
         self.reader: FastReader | None = None
         """Reads without a message; None where the platform or the store does not allow it."""
         self.leasing: LeaseWriter | None = None
         """Puts without waiting; None likewise."""
         if fast:
-            self.reader = FastReader(self.layout, attachment, self._address, self._boards)
+            self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self.leasing = LeaseWriter(
                 attachment, board, channel, partial(_ask_for_lease, channel), self._pages.populate
             )
@@ -248,7 +247,11 @@ class Session:
         offset = expect(Created, _call(self._channel, request, undo)).offset
         size = data_size + metadata_size
         if size >= _POPULATE_BYTES:
-            self._pages.populate(offset, size)
+            try:
+                self._pages.populate(offset, size)
+            except OSError:
+                self.send(Abort(object_id))
+                raise
         start = offset - self.layout.data
         writable = _Writable((size,), np.uint8, self.attachment.write_map, start)
         writable.pin = pin
@@ -256,7 +259,7 @@ class Session:
 
     def get(
         self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
-    ) -> list[tuple[Found, Pin] | None]:
+    ) -> list[Located | None]:
         """Find and pin objects.
 
         Parameters
@@ -288,7 +291,7 @@ class Session:
         found = expect(Objects, frame).found
         # A pin that was not used dies here, which gives its slot back.
         return [
-            None if where == ABSENT else (where, pin)
+            None if where == ABSENT else (*where, pin)
             for where, pin in zip(found, pins, strict=True)
         ]
 
@@ -316,9 +319,14 @@ class Session:
 
     # -- memory --------------------------------------------------------------------------------
 
-    def buffer(self, offset: int, size_bytes: int, pin: Pin) -> pa.Buffer:
-        """Return a read-only buffer over a part of the segment, which keeps the pin."""
-        return pa.foreign_buffer(self._address + offset, size_bytes, pin)
+    def data(self, located: Located) -> pa.Buffer:
+        """Return a read-only buffer over an object's data, which keeps its pin."""
+        return pa.foreign_buffer(self.address + located[0], located[1], located[4])
+
+    def metadata(self, located: Located) -> pa.Buffer:
+        """Return a read-only buffer over an object's metadata, which keeps its pin."""
+        offset, data_size, metadata_size, _, pin = located
+        return pa.foreign_buffer(self.address + offset + data_size, metadata_size, pin)
 
     # -- the end -------------------------------------------------------------------------------
 

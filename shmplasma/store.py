@@ -97,7 +97,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Close the client's connection, once what was sent to it before is out or can't go out."""
+    """Close the client's connection; what was sent before is out as far as the socket took it."""
 
     client: int
     reason: str
@@ -239,6 +239,11 @@ class ObjectStore:
         return self._take_effects()
 
     # -- memory ahead of need ------------------------------------------------------------------
+
+    @property
+    def may_miss_a_release(self) -> bool:
+        """Whether something waits for a release which, for want of barriers, may not wake the store."""
+        return not self._memory.has_barrier and self._objects.awaits_release > 0
 
     @property
     def has_urgent_work(self) -> bool:

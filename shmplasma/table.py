@@ -19,6 +19,7 @@ for an object of the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from struct import Struct
 from typing import Final
 from zlib import crc32
 
@@ -47,6 +48,9 @@ _CREATED_NS: Final = int(EntryWord.CREATED_NS)
 _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
 
 _CREATED: Final = int(EntryState.CREATED)
+
+_FIELDS: Final = Struct("@20sIQQQQQQ")
+"""All of an entry but its state, in the order of `EntryWord`."""
 
 
 class Table:
@@ -143,6 +147,10 @@ class Table:
         """The index above all entries that were ever used."""
         return self._used_once
 
+    def holds(self, entry: int) -> bool:
+        """Tell whether this is an entry with an object; false for any number that a client makes up."""
+        return 0 <= entry < self._used_once and self.state(entry) != EntryState.FREE
+
     def entries(self, start: int, stop: int) -> Iterator[int]:
         """Iterate over the entries that hold an object, by index from `start` to below `stop`."""
         words = self._words
@@ -181,14 +189,20 @@ class Table:
                 self._grow()
         at = self._entries_word + entry * ENTRY_WORDS
         words = self._words
-        ID_FIELD.pack_into(self._raw, at * 8 + _ID, object_id, codec)
-        words[at + _OFFSET] = offset
-        words[at + _DATA_SIZE] = data_size
-        words[at + _METADATA_SIZE] = metadata_size
-        words[at + _CREATED_NS] = now_ns
-        words[at + _CONSTRUCT_NS] = 0
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
-        words[at + _NEXT] = words[bucket]
+        following = words[bucket]
+        _FIELDS.pack_into(
+            self._raw,
+            at * 8 + _ID,
+            object_id,
+            codec,
+            offset,
+            data_size,
+            metadata_size,
+            following,
+            now_ns,
+            0,
+        )
         words[bucket] = entry + 1
         words[at] = words[at] >> GENERATION_SHIFT << GENERATION_SHIFT | state
         if self._free:

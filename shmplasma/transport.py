@@ -98,7 +98,8 @@ class Exchange:
         self._sock.sendall(encode_frame(kind, 1, body))
         decoder = FrameDecoder(MAX_REPLY_BYTES)
         while True:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, _READ_BYTES, 1)
+            # Not a byte beyond the reply: what follows may be no frame (see `Role.SUBSCRIBER`).
+            data, descriptors, _, _ = socket.recv_fds(self._sock, decoder.missing_bytes, 1)
             self._descriptors += descriptors
             if not data:
                 raise ConnectionResetError("the store closed the connection")

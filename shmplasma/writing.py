@@ -270,7 +270,7 @@ class Writing(Connected):
                 room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
                 room = room[:data_size]
             payload.write(room, threads)
-            leasing.publish(object_id._bytes, offset, data_size, metadata_size, payload.codec)
+            leasing.publish(object_id.id_bytes, offset, data_size, metadata_size, payload.codec)
         except ConnectionError as error:
             raise gone(error) from error
         finally:
@@ -301,7 +301,7 @@ class Writing(Connected):
         One one-way message.
         """
         session = self._live()
-        message = Seal(checked(object_id)._bytes)
+        message = Seal(checked(object_id).id_bytes)
         if message.object_id in self._unsealed:
             self._unsealed.discard(message.object_id)
             session.send(message)
@@ -316,7 +316,7 @@ class Writing(Connected):
         PlasmaObjectNotFound
             This client is not writing such an object.
         """
-        message = Abort(checked(object_id)._bytes)
+        message = Abort(checked(object_id).id_bytes)
         self._live().call(message, Done)
         self._unsealed.discard(message.object_id)
 
@@ -335,7 +335,7 @@ class Writing(Connected):
             raise ValueError(f"an object cannot have {size} bytes")
         if size > MAX_SIZE:
             raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
-        id_bytes = checked(object_id)._bytes
+        id_bytes = checked(object_id).id_bytes
         target = session.create(id_bytes, size, len(metadata), codec)
         self._unsealed.add(id_bytes)
         if metadata:
@@ -348,11 +348,11 @@ class Writing(Connected):
         try:
             yield
         except BaseException:
-            self._unsealed.discard(object_id._bytes)
-            session.send(Abort(object_id._bytes))
+            self._unsealed.discard(object_id.id_bytes)
+            session.send(Abort(object_id.id_bytes))
             raise
-        self._unsealed.discard(object_id._bytes)
-        session.send(Seal(object_id._bytes))
+        self._unsealed.discard(object_id.id_bytes)
+        session.send(Seal(object_id.id_bytes))
 
 
 def _checked_metadata(metadata: bytes | bytearray) -> bytes | bytearray:

@@ -37,7 +37,7 @@ def test_ids_are_equal_when_their_bytes_are(first: bytes, second: bytes) -> None
 @given(IDS)
 def test_an_id_carries_the_hash_of_the_table(data: bytes) -> None:
     """CRC-32 does not differ between processes, as Python's own hash does."""
-    assert ObjectID(data)._crc == crc32(data)
+    assert ObjectID(data).hash32 == crc32(data)
 
 
 def test_an_id_equals_nothing_else() -> None:
@@ -56,7 +56,7 @@ def test_an_id_survives_pickling(protocol: int) -> None:
     back = pickle.loads(pickle.dumps(object_id, protocol))
     assert back == object_id
     assert hash(back) == hash(object_id)
-    assert back._crc == object_id._crc
+    assert back.hash32 == object_id.hash32
 
 
 def test_an_id_can_be_copied() -> None:

@@ -277,7 +277,7 @@ DAMAGES: dict[str, Callable[[Storeroom], object]] = {
     "the queue disagree": lambda s: s.table.set_state(0, EntryState.CREATED),
     "what is not there": lambda s: s.room._queue.insert(9),
     "sum of sealed bytes": lambda s: setattr(s.room, "_sealed_bytes", 1),
-    "": lambda s: s.room.give_back(s.layout.data, 64),
+    "a gap or an overlap": lambda s: s.room.give_back(s.layout.data, 64),
 }
 
 
