@@ -17,9 +17,7 @@ import numpy.typing as npt
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.replies import Leased
-from shmplasma.requests import PUBLISH, Publish
 from shmplasma.segment import Attachment
-from shmplasma.transport import Channel
 
 __all__ = ["MAX_OBJECT_BYTES", "LeaseWriter"]
 
@@ -39,8 +37,6 @@ class LeaseWriter:
         The segment.
     board : int
         The client's first board.
-    channel : Channel
-        The connection.
     ask : callable
         ``ask(needed_bytes)`` asks the store for a lease.
     populate : callable
@@ -55,7 +51,6 @@ class LeaseWriter:
         self,
         attachment: Attachment,
         board: int,
-        channel: Channel,
         ask: Callable[[int], Leased],
         populate: Callable[[int, int], None],
     ) -> None:
@@ -63,7 +58,6 @@ class LeaseWriter:
         self._board = attachment.board(board)
         self._words = attachment.words
         self._epoch_word = (layout.control + board * CONTROL_BYTES) // 8 + ControlWord.EPOCH
-        self._channel = channel
         self._ask = ask
         self._populate = populate
         self._lock = threading.Lock()
@@ -100,20 +94,6 @@ class LeaseWriter:
         """Return the bytes that `take` has given, for filling."""
         start = offset - self._data
         return self._memory[start : start + size_bytes]
-
-    def publish(
-        self, object_id: bytes, offset: int, data_size: int, metadata_size: int, codec: int
-    ) -> None:
-        """Announce the object that was filled.
-
-        Raises
-        ------
-        ConnectionError
-            The store has gone.
-        """
-        self._channel.send(
-            Publish.KIND, PUBLISH.pack(object_id, offset, data_size, metadata_size, codec)
-        )
 
     def leave(self) -> None:
         """Be busy no more.  What was taken and not published goes back with the next that is."""

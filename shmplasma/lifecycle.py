@@ -133,8 +133,7 @@ class Lifecycle:
         """
         object_id = request.object_id
         if self._table.find(object_id) != NO_ENTRY:
-            text = f"object {object_id.hex()} exists already; use another id or delete it first"
-            raise Refused(Failed(Failure.EXISTS, text))
+            _refuse_existing(object_id)
         size = request.data_size + request.metadata_size
         if limit_bytes:
             held = self.bytes_of(self.held_by(client))
@@ -214,14 +213,10 @@ class Lifecycle:
     def publish(self, client: int, message: Publish, now_ns: int) -> int:
         """Enter an object that a client has written to its lease; return its entry.
 
-        Returns
-        -------
-        int
-            `NO_ENTRY` when the id is there already: ids of published objects are random, so it is the
-            same object, sent again.
-
         Raises
         ------
+        Refused
+            The id exists; the room goes back.
         ProtocolError
             It is not in the client's lease.
         """
@@ -232,7 +227,7 @@ class Lifecycle:
             self._room.give_back(start, skipped)
         if self._table.find(object_id) != NO_ENTRY:
             self._room.give_back(offset, size)
-            return NO_ENTRY
+            _refuse_existing(object_id)
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
         )
@@ -422,3 +417,8 @@ class Lifecycle:
         pinned = self._boards.pinned()
         assert self._words[HeaderWord.WAKE] or not self.awaits_release, "nobody will wake the store"
         assert all(state(entry) != EntryState.FREE for entry in pinned), "a pin of a free entry"
+
+
+def _refuse_existing(object_id: bytes) -> NoReturn:
+    text = f"object {object_id.hex()} exists already; use another id or delete it first"
+    raise Refused(Failed(Failure.EXISTS, text))

@@ -284,7 +284,7 @@ class _PublishFields(NamedTuple):
 
 
 class Publish(_PublishFields):
-    """An object lies sealed in the client's lease; always one-way.
+    """An object lies sealed in the client's lease; one-way, or with `Done` or `Failed` as its reply.
 
     A tuple: to make a dataclass would take as long as half of what the store does with it.
     """

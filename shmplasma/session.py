@@ -70,6 +70,7 @@ from shmplasma.requests import (
     Get,
     Grow,
     Hello,
+    Publish,
     Request,
     Role,
 )
@@ -161,7 +162,7 @@ class Session:
         if fast:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self.leasing = LeaseWriter(
-                attachment, board, channel, partial(_ask_for_lease, channel), self._pages.populate
+                attachment, board, partial(_ask_for_lease, channel), self._pages.populate
             )
         _sessions.add(self)
 
@@ -206,7 +207,7 @@ class Session:
         ShmPlasmaError
             The store refused; the subclass says why.
         """
-        return expect(expected, _call(self._channel, request, _no_disposal))
+        return expect(expected, _call(self._channel, request.KIND, request.encode(), _no_disposal))
 
     def send(self, message: Request) -> None:
         """Send a one-way message.
@@ -220,6 +221,31 @@ class Session:
             self._channel.send(message.KIND, message.encode())
         except ConnectionError as error:
             raise gone(error) from error
+
+    def publish(self, body: bytes) -> None:
+        """Announce an object in the lease under a fresh id; `body` is a `Publish`.
+
+        Raises
+        ------
+        NotConnectedError
+            The store has gone.
+        """
+        try:
+            self._channel.send(Publish.KIND, body)
+        except ConnectionError as error:
+            raise gone(error) from error
+
+    def publish_and_wait(self, body: bytes) -> None:
+        """Announce an object in the lease under an id that somebody may have chosen before.
+
+        Raises
+        ------
+        PlasmaObjectExists
+            Somebody has.
+        NotConnectedError
+            The store has gone.
+        """
+        expect(Done, _call(self._channel, Publish.KIND, body, _no_disposal))
 
     def create(
         self, object_id: bytes, data_size: int, metadata_size: int, codec: int
@@ -244,7 +270,7 @@ class Session:
                 self.send(Abort(object_id))
 
         request = Create(object_id, data_size, metadata_size, codec, pin.slot)
-        offset = expect(Created, _call(self._channel, request, undo)).offset
+        offset = expect(Created, _call(self._channel, request.KIND, request.encode(), undo)).offset
         size = data_size + metadata_size
         if size >= _POPULATE_BYTES:
             try:
@@ -350,24 +376,33 @@ class _Pages:
         self._populated = bytearray(attachment.layout.data_bytes // _POPULATE_BYTES + 1)
 
     def populate(self, offset: int, size_bytes: int) -> None:
-        """Have pages mapped in one go, unless they are already."""
+        """Have the pages of an object mapped in one go, unless they are already.
+
+        Notes
+        -----
+        Goes by whole chunks: memory is committed in multiples of them, so that none has a page which
+        cannot be had.
+        """
         start = offset - self._attachment.layout.data
-        first, last = start // _POPULATE_BYTES, (start + size_bytes) // _POPULATE_BYTES
-        if 0 not in self._populated[first : last + 1]:
+        first, last = start // _POPULATE_BYTES, -(-(start + size_bytes) // _POPULATE_BYTES)
+        if 0 not in self._populated[first:last]:
             return
-        base = np.frombuffer(self._attachment.write_map, np.uint8).ctypes.data
-        if system.populate(base + start, size_bytes):
-            self._populated[first + 1 : last] = b"\1" * (last - first - 1)
+        start, end = first * _POPULATE_BYTES, last * _POPULATE_BYTES
+        mapping = np.frombuffer(self._attachment.write_map, np.uint8)
+        if system.populate(mapping.ctypes.data + start, min(end, mapping.size) - start):
+            self._populated[first:last] = b"\1" * (last - first)
 
 
 def _ask_for_lease(channel: Channel, needed_bytes: int) -> Leased:
-    return expect(Leased, _call(channel, AskLease(needed_bytes), _no_disposal))
+    return expect(
+        Leased, _call(channel, AskLease.KIND, AskLease(needed_bytes).encode(), _no_disposal)
+    )
 
 
-def _call(channel: Channel, request: Request, dispose: Callable[[Frame], None]) -> Frame:
+def _call(channel: Channel, kind: int, body: bytes, dispose: Callable[[Frame], None]) -> Frame:
     """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
     try:
-        request_id = channel.request(request.KIND, request.encode())
+        request_id = channel.request(kind, body)
         try:
             reply = channel.wait(request_id, None)
         except ConnectionError:
@@ -382,7 +417,7 @@ def _call(channel: Channel, request: Request, dispose: Callable[[Frame], None]) 
 
 
 def _ask_for_board(channel: Channel) -> int:
-    return expect(Number, _call(channel, Grow(), _no_disposal)).value
+    return expect(Number, _call(channel, Grow.KIND, b"", _no_disposal)).value
 
 
 def _attach(exchange: Exchange, welcome: Welcome) -> Attachment:

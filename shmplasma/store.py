@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, assert_never
+from typing import Final, NamedTuple, assert_never
 
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
@@ -86,8 +86,7 @@ class Descriptor(Enum):
     WAKE = "wake"
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Send these bytes to a client, in order, with a descriptor if one is named."""
 
     client: int
@@ -95,8 +94,7 @@ class Send:
     descriptor: Descriptor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     """Close the client's connection; what was sent before is out as far as the socket took it."""
 
     client: int
@@ -291,7 +289,7 @@ class ObjectStore:
         client = session.client
         match request:
             case Publish():
-                self._publish(session, request, now_ns)
+                self._publish(session, request_id, request, now_ns)
             case Get():
                 self._get(client, request_id, request)
             case Create():
@@ -416,11 +414,14 @@ class ObjectStore:
         else:
             self._reply(client, request_id, Created(offset))
 
-    def _publish(self, session: _Session, message: Publish, now_ns: int) -> None:
+    def _publish(self, session: _Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""
+        if request_id == ONE_WAY:
+            self._acknowledge(session)
         entry = self._objects.publish(session.client, message, now_ns)
-        self._acknowledge(session)
-        if entry != NO_ENTRY and (self._subscribers or self._gets):
+        if request_id != ONE_WAY:
+            self._effects.append(Send(session.client, encode_frame(Done.KIND, request_id, b"")))
+        if self._subscribers or self._gets:
             self._announce(entry)
 
     def _acknowledge(self, session: _Session) -> None:

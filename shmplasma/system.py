@@ -37,6 +37,7 @@ __all__ = [
     "make_private",
     "membarrier",
     "notify",
+    "processors",
     "peer",
     "populate",
     "register_membarrier",
@@ -249,6 +250,13 @@ def populate(address: int, size: int) -> bool:
     if code == errno.EINVAL:
         return False
     raise OSError(code, os.strerror(code))
+
+
+def processors() -> int:
+    """Return how many processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_private(mapping: memoryview) -> None:

@@ -30,8 +30,16 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
+from shmplasma import system
 from shmplasma.errors import ProtocolError
-from shmplasma.protocol import MAX_REPLY_BYTES, ONE_WAY, Frame, FrameDecoder, encode_frame
+from shmplasma.protocol import (
+    MAX_REPLY_BYTES,
+    ONE_WAY,
+    SPIN_NS,
+    Frame,
+    FrameDecoder,
+    encode_frame,
+)
 
 __all__ = ["Channel", "Exchange"]
 
@@ -147,6 +155,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._decoder = FrameDecoder(MAX_REPLY_BYTES)
+        self._spin_ns = SPIN_NS if system.processors() > 1 else 0
         self._sending = threading.Lock()
         self._reading = threading.Lock()
         self._unsent = b""
@@ -255,12 +264,30 @@ class Channel:
                 return reply
             if self._error is not None:
                 raise ConnectionError(str(self._error)) from self._error
+            if self._look():
+                continue
             if deadline is not None and not self._readable(deadline):
                 return None
-            try:
-                self._received.extend(map(self._sock.recv, (_READ_BYTES,)))
-            except OSError as error:
-                self._fail(error)
+            self._receive(0)
+
+    def _look(self) -> bool:
+        """Look for what comes soon, before going to sleep; tell whether something came (see `SPIN_NS`)."""
+        end = time.monotonic_ns() + self._spin_ns
+        while not self._receive(socket.MSG_DONTWAIT):
+            if time.monotonic_ns() > end:
+                return False
+            os.sched_yield()
+        return True
+
+    def _receive(self, flags: int) -> bool:
+        """Take what the socket has, or its failure; tell whether there was either."""
+        try:
+            self._received.extend(map(self._sock.recv, (_READ_BYTES,), (flags,)))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._fail(error)
+        return True
 
     def _deliver(self) -> None:
         """Hand out the replies in what was received."""

@@ -14,12 +14,11 @@ import pyarrow as pa
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked
-from shmplasma.leasing import LeaseWriter
 from shmplasma.objects import ObjectID
 from shmplasma.replies import Done
-from shmplasma.requests import Abort, Flush, Seal
+from shmplasma.requests import PUBLISH, Abort, Flush, Seal
 from shmplasma.serialization import SerializationContext, serialize
-from shmplasma.session import Session, gone
+from shmplasma.session import Session
 
 __all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
 
@@ -223,7 +222,8 @@ class Writing(Connected):
 
         Notes
         -----
-        One round trip, and each byte of a large part is copied once.
+        A small value under a fresh id takes one one-way message and no waiting; anything else one round
+        trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, serialization_context)
         return self._put(payload, object_id, b"", memcopy_threads)
@@ -235,47 +235,37 @@ class Writing(Connected):
         metadata: bytes | bytearray,
         threads: int,
     ) -> ObjectID:
-        """Store a payload: in the lease if it is small and the id is fresh, else by a round trip."""
+        """Store a payload: in the lease if it is small, else in room that a round trip gets."""
         session = self._session or self._live()
-        if object_id is not None:
-            checked(object_id)
-        else:
-            object_id = ObjectID.from_random()
-            if session.leasing is not None and self._publish(
-                session.leasing, payload, object_id, metadata, threads
-            ):
-                return object_id
-        target = self._create(session, object_id, payload.size_bytes, metadata, payload.codec)
-        with self._completing(session, object_id):
+        fresh = object_id is None
+        target_id = ObjectID.from_random() if object_id is None else checked(object_id)
+        leasing = session.leasing
+        if leasing is not None:
+            data_size, metadata_size = payload.size_bytes, len(metadata)
+            size = data_size + metadata_size
+            offset = leasing.take(size)
+            if offset >= 0:
+                try:
+                    room = leasing.room(offset, size)
+                    if metadata_size:
+                        room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
+                        room = room[:data_size]
+                    payload.write(room, threads)
+                    body = PUBLISH.pack(
+                        target_id.id_bytes, offset, data_size, metadata_size, payload.codec
+                    )
+                    # A fresh id cannot be taken; for another one the store has to decide.
+                    if fresh:
+                        session.publish(body)
+                    else:
+                        session.publish_and_wait(body)
+                finally:
+                    leasing.leave()
+                return target_id
+        target = self._create(session, target_id, payload.size_bytes, metadata, payload.codec)
+        with self._completing(session, target_id):
             payload.write(target, threads)
-        return object_id
-
-    def _publish(
-        self,
-        leasing: LeaseWriter,
-        payload: Payload,
-        object_id: ObjectID,
-        metadata: bytes | bytearray,
-        threads: int,
-    ) -> bool:
-        """Put without waiting; tell whether that was possible."""
-        data_size, metadata_size = payload.size_bytes, len(metadata)
-        size = data_size + metadata_size
-        offset = leasing.take(size)
-        if offset < 0:
-            return False
-        try:
-            room = leasing.room(offset, size)
-            if metadata_size:
-                room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
-                room = room[:data_size]
-            payload.write(room, threads)
-            leasing.publish(object_id.id_bytes, offset, data_size, metadata_size, payload.codec)
-        except ConnectionError as error:
-            raise gone(error) from error
-        finally:
-            leasing.leave()
-        return True
+        return target_id
 
     def flush(self) -> None:
         """Wait until the store has handled all that this client has sent.

@@ -116,9 +116,11 @@ class Peer:
         self.dropped: str | None = None
         self.free_slots: list[int] = []
         self.notifications: list[tuple[bytes, int, int]] = []
-        self._subscribed = False
+        self._awaits_notifications = False
         self._decoder = FrameDecoder(MAX_REPLY_BYTES)
         self._last_id = 0
+        self._answered: set[int] = set()
+        self._role = Role.CLIENT
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -126,15 +128,16 @@ class Peer:
         """Take in what the store has sent."""
         if send.descriptor is not None:
             self.descriptors.append(send.descriptor)
-        if self._subscribed:
+        if self._awaits_notifications:
             assert int.from_bytes(send.data[:8], "little") == NOTIFICATION.size
             self.notifications.append(NOTIFICATION.unpack(send.data[8:]))
             return
-        for frame in self._decoder.feed(send.data):
-            assert frame.request_id not in self.replies, "a request was answered twice"
-            assert 0 < frame.request_id <= self._last_id, "a reply to no request"
-            self.replies[frame.request_id] = decode_reply(frame)
-        assert not self._decoder.incomplete
+        (frame,) = self._decoder.feed(send.data)
+        assert frame.request_id not in self._answered, "a request was answered twice"
+        assert 0 < frame.request_id <= self._last_id, "a reply to no request"
+        self._answered.add(frame.request_id)
+        reply = self.replies[frame.request_id] = decode_reply(frame)
+        self._awaits_notifications = isinstance(reply, Welcome) and self._role is Role.SUBSCRIBER
 
     def post(self, request: Request) -> int:
         """Send a request and return its id; the answer may come later."""
@@ -164,11 +167,10 @@ class Peer:
 
     def hello(self, role: Role = Role.CLIENT, text: str = "") -> Welcome:
         """Introduce this connection."""
+        self._role = role
         welcome = self.ask(Hello(PROTOCOL_VERSION, role, 4711, 1, text), Welcome)
         if role is Role.CLIENT:
             self.free_slots = list(reversed(slots_of(welcome.board)))
-        else:
-            self._subscribed = True
         return welcome
 
     # -- objects -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from shmplasma.replies import (
     Done,
     Failed,
     Failure,
+    Leased,
     Listing,
     Number,
     Objects,
@@ -29,6 +30,7 @@ from shmplasma.replies import (
 from shmplasma.requests import (
     Abort,
     AnswerNow,
+    AskLease,
     Attach,
     Contains,
     Create,
@@ -36,10 +38,12 @@ from shmplasma.requests import (
     Delete,
     Detach,
     Evict,
+    Flush,
     Get,
     Grow,
     Hello,
     List,
+    Publish,
     Request,
     Role,
     Seal,
@@ -75,6 +79,9 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Debug: st.just(Debug()),
     Grow: st.just(Grow()),
     Detach: st.just(Detach()),
+    AskLease: st.builds(AskLease, U64),
+    Publish: st.builds(Publish, IDS, U64, U64, U32, U32),
+    Flush: st.just(Flush()),
 }
 RECORDS = st.tuples(IDS, U64, U64, U32, U64, U64, st.booleans())
 REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
@@ -88,6 +95,7 @@ REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
     Number: st.builds(Number, S64),
     Listing: st.builds(Listing, U64, st.lists(RECORDS, max_size=8)),
     Text: st.builds(Text, TEXTS),
+    Leased: st.builds(Leased, U64, U64, U64, U64),
 }
 STRATEGIES: dict[type[Any], st.SearchStrategy[Any]] = {**REQUESTS, **REPLIES}
 MESSAGES = st.one_of(*STRATEGIES.values())
@@ -165,10 +173,29 @@ def test_a_message_of_the_other_direction_is_refused(message: Message) -> None:
         other(Frame(message.KIND, 1, message.encode()))
 
 
-FIXED = (Attach, Create, Seal, Abort, AnswerNow, Contains, Evict, List, Debug, Grow, Detach)
+FIXED = (
+    Attach,
+    Create,
+    Seal,
+    Abort,
+    AnswerNow,
+    Contains,
+    Evict,
+    List,
+    Debug,
+    Grow,
+    Detach,
+    AskLease,
+    Publish,
+    Flush,
+    Done,
+    Created,
+    Number,
+    Leased,
+)
 
 
-@pytest.mark.parametrize("cls", (*FIXED, Done, Created, Number))
+@pytest.mark.parametrize("cls", FIXED)
 @given(st.data())
 def test_a_body_of_fixed_length_has_no_other(cls: type[Any], data: st.DataObject) -> None:
     """One byte more or less than such a message has is refused."""

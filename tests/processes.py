@@ -1,0 +1,113 @@
+"""Other processes for the tests: programs that talk to us line by line, and forked children."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from textwrap import dedent
+from typing import Self
+
+__all__ = ["Child", "in_forked_child", "run_python", "until"]
+
+_POLL_SECONDS = 0.002
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    """Ask again and again, until `condition` holds; fail when it does not in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it never came true that {what}"
+        time.sleep(_POLL_SECONDS)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Run a program to its end, and return what it wrote; it must end well."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Child:
+    """A Python program that talks over its standard input and output; killed at the end of the block.
+
+    Parameters
+    ----------
+    code : str
+        The program.
+    *arguments : str
+        Its arguments.
+    prefix : sequence of str
+        A command that is to run the interpreter.
+    """
+
+    def __init__(self, code: str, *arguments: str, prefix: Sequence[str] = ()) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-W", "error", "-c", dedent(code), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def hear(self) -> str:
+        """Return the next line that the program writes."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the program ended with {self.process.wait()}"
+        return line.rstrip("\n")
+
+    def say(self, line: str = "") -> None:
+        """Write a line to the program."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """Kill the program and wait for its end."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> int:
+        """Wait for the program's own end, and return its exit code."""
+        return self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        with self.process:  # closes the pipes
+            pass
+
+
+def in_forked_child(task: Callable[[], object]) -> int:
+    """Run a task in a forked child; return 0, 1 if it raises, or minus the signal that killed it."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of Arrow's threads, which have nothing to do with what a child does here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if not pid:
+        code = 1
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            task()
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+                sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,1307 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from shmplasma.errors import CommitError
+from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord
+from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
+from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
+from shmplasma.replies import (
+    ABSENT,
+    Created,
+    Done,
+    Failed,
+    Failure,
+    Leased,
+    Listing,
+    Number,
+    Objects,
+    Text,
+)
+from shmplasma.requests import (
+    Abort,
+    AnswerNow,
+    AskLease,
+    Attach,
+    Contains,
+    Create,
+    Debug,
+    Delete,
+    Detach,
+    Evict,
+    Flush,
+    Get,
+    Grow,
+    Hello,
+    List,
+    Publish,
+    Request,
+    Role,
+    Seal,
+    SetOptions,
+)
+from shmplasma.room import COMMIT_STEP
+from shmplasma.store import Descriptor
+from tests.conversation import TOKEN, Conversation, Peer, name
+
+A, B, C = name(0xA), name(0xB), name(0xC)
+MAX = (1 << 63) - 1
+
+
+@pytest.fixture
+def talk() -> Conversation:
+    """Return a store of 64 KiB that nobody has talked to."""
+    return Conversation()
+
+
+def flags(peer: Peer, *object_ids: bytes) -> list[int]:
+    """Return for each object whether the store says that it is there."""
+    return [peer.ask(Contains(object_id), Number).value for object_id in object_ids]
+
+
+# -- Hello -----------------------------------------------------------------------------------------
+
+
+def test_a_client_learns_what_it_needs(talk: Conversation) -> None:
+    """The welcome names token, board and segment, and brings the descriptor for wake-ups."""
+    peer = talk.connect()
+    welcome = peer.hello()
+    assert (welcome.token, welcome.board) == (TOKEN, 0)
+    assert (welcome.segment_kind, welcome.segment_path) == ("posix", "/segment")
+    assert welcome.fast_path
+    assert peer.descriptors == [Descriptor.WAKE]
+    assert talk.connect().hello().board == 1
+
+
+def test_without_a_barrier_no_client_takes_the_fast_path(talk: Conversation) -> None:
+    """Who pins without a message relies on the store's barrier, so the welcome says what there is."""
+    talk.memory.has_barrier = False
+    assert not talk.connect().hello().fast_path
+
+
+def test_a_subscriber_gets_no_board(talk: Conversation) -> None:
+    """It pins nothing and wakes nobody, so it takes nothing from those who do."""
+    subscriber = talk.connect()
+    subscriber.hello(Role.SUBSCRIBER)
+    assert subscriber.descriptors == []
+    assert talk.connect().hello().board == 0
+
+
+def test_another_protocol_version_is_told_so_and_dropped(talk: Conversation) -> None:
+    """The reply names both versions and the remedy; then the connection ends, and only that."""
+    other = talk.client()
+    peer = talk.connect()
+    request_id = peer.post(Hello(PROTOCOL_VERSION + 1, Role.CLIENT, 1, 1, ""))
+    failed = peer.take(request_id, Failed)
+    assert failed.failure is Failure.VERSION
+    assert f"client version {PROTOCOL_VERSION + 1}; run the same release" in failed.text
+    assert peer.dropped == f"it speaks protocol version {PROTOCOL_VERSION + 1}"
+    assert flags(other, A) == [0]
+
+
+HELLO = Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, "")
+SUBSCRIBE = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, 1, 1, "")
+ANY_REQUESTS: list[Request] = [
+    Attach(),
+    Create(A, 1, 1, 0, 1),
+    Seal(A),
+    Abort(A),
+    Get(False, [], []),
+    AnswerNow(1),
+    Contains(A),
+    Delete([A]),
+    Evict(1),
+    List(0),
+    SetOptions(1, ""),
+    Debug(),
+    Grow(),
+    Detach(),
+    AskLease(1),
+    Publish(A, 4096, 1, 1, 0),
+    Flush(),
+]
+
+
+def of_no_greeting(talk: Conversation) -> Peer:
+    """Return a connection that has not said Hello."""
+    return talk.connect()
+
+
+def of_a_subscriber(talk: Conversation) -> Peer:
+    """Return a subscriber's connection, on which nothing more is to be said."""
+    return talk.subscriber()
+
+
+def of_a_detached_client(talk: Conversation) -> Peer:
+    """Return the connection of a client that has left."""
+    peer = talk.client()
+    peer.ask(Detach(), Done)
+    return peer
+
+
+@pytest.mark.parametrize("connection", [of_no_greeting, of_a_subscriber, of_a_detached_client])
+@pytest.mark.parametrize("request_", ANY_REQUESTS, ids=lambda request: type(request).__name__)
+def test_a_request_at_the_wrong_point_drops_only_the_sender(
+    talk: Conversation, connection: Callable[[Conversation], Peer], request_: Request
+) -> None:
+    """Before Hello, after Detach, and from a subscriber, no request is answered."""
+    other = talk.client()
+    other.put(B)
+    peer = connection(talk)
+    peer.post(request_)
+    talk.turn()
+    assert peer.dropped == f"{type(request_).__name__} on a connection of no client"
+    assert peer.replies == {}
+    assert flags(other, A, B) == [0, 1]
+    talk.store.check()
+
+
+@pytest.mark.parametrize("hello", [HELLO, SUBSCRIBE])
+@pytest.mark.parametrize("connection", [of_a_subscriber, of_a_detached_client, Conversation.client])
+def test_a_second_hello_drops_the_sender(
+    talk: Conversation, connection: Callable[[Conversation], Peer], hello: Hello
+) -> None:
+    """A connection introduces itself once; subscribing twice stalls nobody."""
+    peer = connection(talk)
+    peer.post(hello)
+    assert peer.dropped == "a second Hello"
+    talk.store.check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [(0, b""), (63, b""), (64, b""), (65535, b"x"), (1, b""), (3, b"short")]
+)
+@pytest.mark.parametrize("connection", [of_no_greeting, Conversation.client])
+def test_garbage_drops_only_the_sender(
+    talk: Conversation, connection: Callable[[Conversation], Peer], kind: int, body: bytes
+) -> None:
+    """Unknown kinds and malformed bodies cost the connection, and nobody else anything."""
+    other = talk.client()
+    peer = connection(talk)
+    talk.deliver_frame(peer, Frame(kind, 1, body))
+    assert peer.dropped is not None
+    assert flags(other, A) == [0]
+    talk.store.check()
+
+
+def test_a_client_without_a_board_may_try_again(talk: Conversation) -> None:
+    """When there is no memory for its board a client is refused, and served once there is."""
+    peer = talk.connect()
+    talk.memory.refuse_from = talk.layout.boards
+    failed = peer.ask(HELLO, Failed)
+    assert (failed.failure, failed.requested_bytes) == (Failure.FULL, BOARD_BYTES)
+    assert "free some memory" in failed.text
+    talk.memory.refuse_from = None
+    peer.hello()
+    talk.store.check()
+
+
+# -- boards ----------------------------------------------------------------------------------------
+
+
+def test_a_client_may_have_more_boards(talk: Conversation) -> None:
+    """Slots of a second board can be lent like those of the first."""
+    peer = talk.client()
+    board = peer.ask(Grow(), Number).value
+    assert board == 1
+    peer.ask(Create(A, 1, 0, 0, board * 512 + 511), Created)
+    assert talk.read_slot(1023) == 1
+    talk.store.check()
+
+
+def test_boards_run_out_for_the_one_who_asks(talk: Conversation) -> None:
+    """When all boards are in use, growing and greeting are refused, until a client leaves."""
+    peer = talk.client()
+    for _ in range(talk.layout.n_boards - 1):
+        peer.ask(Grow(), Number)
+    assert peer.refused(Grow()) is Failure.NO_BOARD
+    late = talk.connect()
+    assert late.refused(HELLO) is Failure.NO_BOARD
+    talk.subscriber()
+    talk.disconnect(peer)
+    late.hello()
+    talk.store.check()
+
+
+def test_the_segment_is_passed_on_request(talk: Conversation) -> None:
+    """Who cannot see the segment's name gets its descriptor."""
+    peer = talk.client()
+    peer.ask(Attach(), Done)
+    assert peer.descriptors == [Descriptor.WAKE, Descriptor.SEGMENT]
+
+
+WRONG_SLOTS = {"word 0": 0, "another's": 513, "nobody's": 1025, "no board's": 2**32 - 1, "used": 5}
+
+
+@pytest.mark.parametrize("slot", WRONG_SLOTS.values(), ids=WRONG_SLOTS)
+@pytest.mark.parametrize(
+    "request_for",
+    [
+        lambda slot: Create(B, 1, 0, 0, slot),
+        lambda slot: Get(True, [A, B], [7, slot]),
+        lambda slot: Get(False, [A], [slot]),
+    ],
+    ids=["create", "blocked get", "get"],
+)
+def test_a_slot_that_is_not_free_and_ones_own_drops_the_sender(
+    talk: Conversation, request_for: Callable[[int], Request], slot: int
+) -> None:
+    """Neither creation nor get writes to a slot that the client cannot lend."""
+    peer, other = talk.client(), talk.client()
+    other.put(A)
+    peer.ask(Get(False, [A], [5]), Objects)
+    before = talk.read_slot(slot) if slot < 2048 else 0
+    peer.post(request_for(slot))
+    assert peer.dropped is not None
+    assert "lend" in peer.dropped
+    if slot in {513, 1025}:
+        assert talk.read_slot(slot) == before
+    assert flags(other, A, B) == [1, 0]
+    talk.store.check()
+
+
+def test_a_slot_named_twice_drops_the_sender(talk: Conversation) -> None:
+    """Two objects cannot be pinned by one word."""
+    peer = talk.client()
+    peer.post(Get(True, [A, B], [3, 3]))
+    assert peer.dropped == "a get names slots that are not its to lend"
+    talk.store.check()
+
+
+# -- create, seal, abort ---------------------------------------------------------------------------
+
+
+def test_an_object_lives_from_create_to_delete(talk: Conversation) -> None:
+    """What was created and sealed is found with its place, sizes and codec, until it is deleted."""
+    writer, reader = talk.client(), talk.client()
+    offset = writer.ask(Create(A, 100, 20, 7, writer.free_slots[-1]), Created).offset
+    assert talk.layout.data <= offset < talk.layout.segment_bytes
+    assert reader.get(A)[0] == [ABSENT]
+    assert flags(writer, A) == [0]
+    writer.ask(Seal(A), Done)
+    found, slots = reader.get(A)
+    assert found == [(offset, 100, 20, 7)]
+    assert talk.read_slot(slots[0]) == 1
+    assert flags(reader, A) == [1]
+    talk.write_slot(writer.free_slots[-1], 0)
+    reader.release(slots[0])
+    reader.ask(Delete([A]), Done)
+    assert flags(reader, A) == [0]
+    talk.store.check()
+
+
+def test_refusals_name_their_reason(talk: Conversation) -> None:
+    """Existing and unknown ids, double seals and what does not fit are refused, each with its code."""
+    peer = talk.client()
+    slot = peer.create(A)
+    assert peer.refused(peer.new(A)) is Failure.EXISTS
+    assert peer.refused(Seal(B)) is Failure.NOT_FOUND
+    assert peer.refused(Abort(B)) is Failure.NOT_FOUND
+    peer.ask(Seal(A), Done)
+    assert peer.refused(Seal(A)) is Failure.SEALED
+    peer.release(slot)
+    assert peer.refused(Seal(A)) is Failure.NOT_FOUND
+    assert peer.refused(peer.new(B, 65537)) is Failure.FULL
+    assert flags(peer, B) == [0]
+    assert peer.dropped is None
+    talk.store.check()
+
+
+def test_only_the_creator_may_seal_or_abort(talk: Conversation) -> None:
+    """An unsealed object of another client does not exist for anyone else."""
+    writer, other = talk.client(), talk.client()
+    writer.create(A)
+    assert other.refused(Seal(A)) is Failure.NOT_FOUND
+    assert other.refused(Abort(A)) is Failure.NOT_FOUND
+    assert other.refused(other.new(A)) is Failure.EXISTS
+    writer.ask(Seal(A), Done)
+
+
+def test_one_way_messages_are_not_answered(talk: Conversation) -> None:
+    """A seal or an abort without a request id brings no reply, not even when it is refused."""
+    peer = talk.client()
+    peer.create(A)
+    peer.create(B)
+    for message in (Seal(A), Seal(A), Abort(B), Abort(B), Seal(C)):
+        peer.tell(message)
+    assert peer.replies == {}
+    assert flags(peer, A, B) == [1, 0]
+    assert peer.dropped is None
+
+
+@pytest.mark.parametrize("sizes", [(-1, 0), (0, -1), (-1, 1), (-MAX - 1, MAX), (64, -64)])
+def test_a_negative_size_drops_the_sender(talk: Conversation, sizes: tuple[int, int]) -> None:
+    """Each size is checked, not only their sum."""
+    peer, other = talk.client(), talk.client()
+    peer.post(peer.new(A, *sizes))
+    assert peer.dropped == f"an object of {sizes[0]}+{sizes[1]} bytes"
+    other.put(A)
+    talk.store.check()
+
+
+@pytest.mark.parametrize("sizes", [(MAX, 0), (0, MAX), (MAX, MAX), (MAX - 64, 1), (1 << 62, 0)])
+@pytest.mark.parametrize("limit_bytes", [0, 1 << 62, (1 << 64) - 1])
+def test_a_size_near_the_largest_number_is_just_too_much(
+    talk: Conversation, sizes: tuple[int, int], limit_bytes: int
+) -> None:
+    """No sum of sizes overflows anything: the store is full, or the limit is reached."""
+    peer = talk.client()
+    peer.ask(SetOptions(limit_bytes, ""), Done)
+    failed = peer.ask(peer.new(A, *sizes), Failed)
+    assert failed.failure in {Failure.FULL, Failure.OVER_QUOTA}
+    assert failed.requested_bytes == sum(sizes)
+    peer.put(A)
+    talk.store.check()
+
+
+def test_an_object_of_the_capacity_fits(talk: Conversation) -> None:
+    """All of the store can be one object, metadata included, and one byte more cannot."""
+    peer = talk.client()
+    assert peer.refused(peer.new(A, 65536, 1)) is Failure.FULL
+    slot = peer.create(A, 65500, 36)
+    peer.create(B, 0, 0)
+    assert peer.refused(peer.new(C, 1)) is Failure.FULL
+    peer.tell(Seal(A))
+    peer.release(slot)
+    peer.create(C, 1)
+    assert flags(peer, A) == [0]
+    talk.store.check()
+
+
+def test_an_object_of_no_bytes_is_found(talk: Conversation) -> None:
+    """Size 0 is a size: get tells such an object from one that is not there."""
+    peer = talk.client()
+    peer.put(A, 0)
+    found, _ = peer.get(A, B)
+    assert found[0] != ABSENT
+    assert found[0][1:] == (0, 0, 0)
+    assert found[1] == ABSENT
+
+
+def test_an_aborted_object_leaves_nothing(talk: Conversation) -> None:
+    """Nobody is told of it, its id is free at once, and its room once the writer lets go."""
+    watcher, peer = talk.subscriber(), talk.client()
+    slot = peer.create(A, 65536)
+    peer.ask(Abort(A), Done)
+    assert peer.refused(peer.new(A, 64)) is Failure.FULL
+    assert talk.wake_word == 1
+    peer.release(slot)
+    talk.wake()
+    assert talk.wake_word == 0
+    peer.create(A, 65536)
+    assert watcher.notifications == []
+    talk.store.check()
+
+
+# -- get -------------------------------------------------------------------------------------------
+
+
+def test_a_blocked_get_is_answered_by_the_last_seal(talk: Conversation) -> None:
+    """It waits until all its objects are there, and each is pinned as it comes."""
+    writer, reader = talk.client(), talk.client()
+    writer.put(A)
+    request = reader.wanted([A, B, C], wait=True)
+    request_id = reader.post(request)
+    talk.turn()
+    pins = [talk.read_slot(slot) for slot in request.slots]
+    assert pins == [1, 0, 0]
+    writer.put(C)
+    assert request_id not in reader.replies
+    writer.put(B)
+    found = reader.take(request_id, Objects).found
+    assert ABSENT not in found
+    assert len({talk.read_slot(slot) for slot in request.slots} - {0}) == 3
+    assert writer.ask(Evict(MAX), Number).value == 0
+    talk.store.check()
+
+
+def test_a_get_that_misses_is_answered_after_a_drain(talk: Conversation) -> None:
+    """Without waiting, a get says what is absent only when it has been settled."""
+    peer = talk.client()
+    peer.put(A)
+    request_id = peer.post(peer.wanted([A, B]))
+    assert peer.replies == {}
+    talk.settle()
+    assert [place != ABSENT for place in peer.take(request_id, Objects).found] == [True, False]
+
+
+def test_a_get_that_finds_everything_is_answered_at_once(talk: Conversation) -> None:
+    """No drain is waited for when nothing depends on one, not even for no objects at all."""
+    peer = talk.client()
+    peer.put(A)
+    first, second = peer.post(peer.wanted([A, A])), peer.post(Get(True, [], []))
+    assert ABSENT not in peer.take(first, Objects).found
+    assert peer.take(second, Objects).found == []
+    assert talk.store.take_unsettled() == []
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_an_id_may_be_asked_for_twice_in_a_get(talk: Conversation, wait: bool) -> None:
+    """Each mention has its own answer and its own pin, before and after the seal."""
+    writer, reader = talk.client(), talk.client()
+    request = reader.wanted([A, B, A], wait=wait)
+    if not wait:
+        writer.put(A)
+        writer.put(B)
+    request_id = reader.post(request)
+    if wait:
+        writer.put(A)
+        writer.put(B)
+    found = reader.take(request_id, Objects).found
+    assert found[0] == found[2] != found[1]
+    assert ABSENT not in found
+    pins = [talk.read_slot(slot) for slot in request.slots]
+    assert pins == [1, 2, 1]
+    reader.release(request.slots[0])
+    reader.ask(Delete([A]), Done)
+    assert flags(reader, A) == [1]
+    reader.release(request.slots[2])
+    talk.wake()
+    assert flags(reader, A) == [0]
+    talk.store.check()
+
+
+def test_answer_now_ends_a_wait_with_what_is_there(talk: Conversation) -> None:
+    """The part that was found is pinned and told; the slots of the rest are the client's again."""
+    writer, reader = talk.client(), talk.client()
+    request = reader.wanted([A, B, A], wait=True)
+    request_id = reader.post(request)
+    writer.put(A)
+    found = reader.answer_now(request_id)
+    assert [place != ABSENT for place in found] == [True, False, True]
+    pins = [talk.read_slot(slot) for slot in request.slots]
+    assert pins == [1, 0, 1]
+    writer.put(B)
+    assert talk.read_slot(request.slots[1]) == 0
+    assert reader.replies == {}
+    talk.store.check()
+
+
+def test_answer_now_comes_after_a_drain(talk: Conversation) -> None:
+    """A seal that was sent before the wait ended is found, and the get is answered once."""
+    writer, reader = talk.client(), talk.client()
+    writer.create(A)
+    request_id = reader.post(reader.wanted([A], wait=True))
+    reader.tell(AnswerNow(request_id))
+    assert reader.replies == {}
+    writer.tell(Seal(A))
+    assert ABSENT not in reader.take(request_id, Objects).found
+    talk.settle()
+    assert reader.replies == {}
+
+
+def test_answer_now_for_no_get_does_nothing(talk: Conversation) -> None:
+    """A get that was answered, one that never was, and that of another client are not affected."""
+    reader, other = talk.client(), talk.client()
+    request_id = other.post(other.wanted([A], wait=True))
+    reader.tell(AnswerNow(request_id))
+    reader.tell(AnswerNow(12345))
+    talk.settle()
+    assert reader.dropped is None
+    assert other.replies == {}
+    other.put(A)
+    assert other.replies.keys() == {request_id}
+
+
+def test_a_get_without_a_request_id_of_its_own_drops_the_sender(talk: Conversation) -> None:
+    """A one-way get, or one under the id of a get that waits, could never be answered properly."""
+    first, second = talk.client(), talk.client()
+    first.tell(first.wanted([A], wait=True))
+    assert first.dropped == "a get under the request id 0"
+    request_id = second.post(second.wanted([A], wait=True))
+    talk.deliver(second, second.wanted([B], wait=True), request_id)
+    assert second.dropped == f"a get under the request id {request_id}"
+    talk.store.check()
+
+
+def test_many_wait_for_one_object(talk: Conversation) -> None:
+    """One seal answers all who wait for it, in the order in which they came."""
+    writer, *readers = (talk.client() for _ in range(5))
+    for reader in readers:
+        reader.post(reader.wanted([A], wait=True))
+    writer.put(A)
+    assert [list(reader.replies) for reader in readers] == [[2]] * 4
+    assert writer.ask(List(0), Listing).records[0][3] == 4
+    talk.store.check()
+
+
+# -- delete, evict ---------------------------------------------------------------------------------
+
+
+def test_a_delete_waits_for_the_last_release(talk: Conversation) -> None:
+    """Until then the object is there for everybody, new gets included, and its id is taken."""
+    watcher, first, second = talk.subscriber(), talk.client(), talk.client()
+    first.put(A)
+    (slot,) = first.get(A)[1]
+    second.ask(Delete([A, B]), Done)
+    assert flags(second, A) == [1]
+    assert second.refused(second.new(A)) is Failure.EXISTS
+    (later,) = second.get(A)[1]
+    first.release(slot)
+    talk.wake()
+    assert flags(first, A) == [1]
+    assert talk.wake_word == 1
+    second.release(later)
+    assert flags(first, A) == [1]
+    talk.wake()
+    assert flags(first, A) == [0]
+    assert talk.wake_word == 0
+    assert watcher.notifications == [(A, 64, 0), (A, -1, -1)]
+    talk.store.check()
+
+
+def test_deleting_what_is_not_sealed_does_nothing(talk: Conversation) -> None:
+    """Missing and unsealed objects are passed over; the answer is the same."""
+    peer = talk.client()
+    peer.create(A)
+    peer.ask(Delete([A, B, A]), Done)
+    peer.ask(Delete([]), Done)
+    peer.ask(Seal(A), Done)
+    assert flags(peer, A) == [1]
+
+
+def test_evict_tells_how_much_went(talk: Conversation) -> None:
+    """Data and metadata count, pinned objects stay, and nothing or less frees nothing."""
+    watcher, peer = talk.subscriber(), talk.client()
+    peer.put(A, 100, 10)
+    peer.put(B, 200)
+    (slot,) = peer.get(A)[1]
+    assert [peer.ask(Evict(n), Number).value for n in (0, -1, -MAX, 1, 1)] == [0, 0, 0, 200, 0]
+    peer.release(slot)
+    assert peer.ask(Evict(MAX), Number).value == 110
+    assert watcher.notifications[2:] == [(B, -1, -1), (A, -1, -1)]
+    talk.store.check()
+
+
+def test_an_eviction_of_a_doomed_object_is_its_end(talk: Conversation) -> None:
+    """A creation may take the room of a deleted object before its release was noticed, and nobody dies of it."""
+    watcher, peer = talk.subscriber(), talk.client()
+    peer.put(A, 65536)
+    (slot,) = peer.get(A)[1]
+    peer.ask(Delete([A]), Done)
+    peer.release(slot)
+    peer.put(B, 65536)
+    talk.wake()
+    assert flags(peer, A, B) == [0, 1]
+    assert watcher.notifications == [(A, 65536, 0), (A, -1, -1), (B, 65536, 0)]
+    assert talk.wake_word == 0
+    talk.store.check()
+
+
+def test_room_is_made_for_a_creation(talk: Conversation) -> None:
+    """Objects that nobody uses go, those that were read later than others, those in use never."""
+    peer = talk.client()
+    for n in range(16):
+        peer.put(name(n), 4096)
+    peer.release(peer.get(name(0))[1][0])
+    held = peer.get(name(1))[1]
+    peer.put(A, 8192)
+    assert flags(peer, *map(name, range(6))) == [1, 1, 0, 0, 1, 1]
+    assert peer.refused(peer.new(B, 65536)) is Failure.FULL
+    peer.release(held[0])
+    peer.put(B, 65536)
+    talk.store.check()
+
+
+# -- order -----------------------------------------------------------------------------------------
+
+
+def test_what_was_sealed_before_a_question_is_found(talk: Conversation) -> None:
+    """Negative answers wait for a drain: a seal that comes with it changes them all."""
+    writer, reader = talk.client(), talk.client()
+    writer.create(A)
+    questions: list[Request] = [Contains(A), reader.wanted([A]), List(0), Delete([A])]
+    ids = [reader.post(question) for question in questions]
+    unsettled = talk.store.take_unsettled()
+    assert reader.replies == {}
+    writer.tell(Seal(A))
+    assert list(reader.replies) == [ids[1]], "the get is answered by the seal"
+    talk.carry_out(talk.store.settle(unsettled))
+    assert reader.take(ids[0], Number).value == 1
+    assert ABSENT not in reader.take(ids[1], Objects).found
+    assert reader.take(ids[2], Listing).records[0][-1] is True
+    reader.take(ids[3], Done)
+    assert reader.replies == {}
+    assert talk.wake_word == 1, "the delete has found the object, which is pinned"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Contains(A), Get(False, [A], [9]), Delete([A]), Evict(1), List(0), Debug()],
+    ids=lambda request: type(request).__name__,
+)
+def test_unsettled_requests_are_answered_by_settle_alone_and_once(
+    talk: Conversation, request_: Request
+) -> None:
+    """Nothing but the drain answers them: no other request, no wake-up, no commit of memory."""
+    peer, other = talk.client(), talk.client()
+    request_id = peer.post(request_)
+    assert talk.store.has_unsettled
+    other.post(other.new(B))
+    talk.advance()
+    other.tell(Seal(B))
+    other.post(Flush())
+    talk.wake()
+    assert len(other.replies) == 2
+    assert peer.replies == {}
+    unsettled = talk.store.take_unsettled()
+    assert not talk.store.has_unsettled
+    talk.carry_out(talk.store.settle([]))
+    assert peer.replies == {}
+    talk.carry_out(talk.store.settle(unsettled))
+    assert list(peer.replies) == [request_id]
+    talk.settle()
+    talk.store.check()
+
+
+def test_unsettled_requests_are_settled_in_order(talk: Conversation) -> None:
+    """What a client asks one after the other is done one after the other."""
+    peer = talk.client()
+    peer.put(A)
+    ids = [peer.post(request) for request in (List(0), Delete([A]), List(0), Evict(MAX))]
+    talk.settle()
+    assert len(peer.take(ids[0], Listing).records) == 1
+    assert len(peer.take(ids[2], Listing).records) == 0
+    assert peer.take(ids[3], Number).value == 0
+
+
+def test_each_request_gets_one_reply(talk: Conversation) -> None:
+    """Whatever is asked, refused or not, brings one reply under its id; `Peer` refuses a second."""
+    peer = talk.client()
+    slots = iter(range(100, 200))
+    requests: list[Request] = [
+        Attach(),
+        Create(A, 1, 1, 0, next(slots)),
+        Create(A, 1, 1, 0, next(slots)),
+        Create(B, 1 << 40, 1, 0, next(slots)),
+        Create(B, 64, 0, 0, next(slots)),
+        Seal(A),
+        Seal(A),
+        Seal(C),
+        Get(False, [A, C], [next(slots), next(slots)]),
+        Get(True, [A], [next(slots)]),
+        Contains(A),
+        Contains(C),
+        Abort(B),
+        Abort(B),
+        Delete([A]),
+        Evict(1),
+        List(0),
+        List((1 << 64) - 1),
+        SetOptions(1, "me"),
+        Create(C, 2, 0, 0, next(slots)),
+        Debug(),
+        Grow(),
+        AskLease(1),
+        Flush(),
+        Detach(),
+    ]
+    ids = []
+    for request in requests:
+        ids.append(peer.post(request))
+        talk.turn()
+    assert sorted(peer.replies) == ids
+    assert peer.dropped is None
+    talk.store.check()
+
+
+# -- list, describe, options -----------------------------------------------------------------------
+
+
+def test_the_list_tells_all_about_objects(talk: Conversation) -> None:
+    """Sizes, holders, times and state, of unsealed objects too; what is in limbo is not there."""
+    writer, reader = talk.client(), talk.client()
+    writer.create(A, 10, 2)
+    created = talk.now_ns
+    writer.create(B, 3)
+    writer.tell(Seal(A))
+    sealed = talk.now_ns
+    reader.get(A, A)
+    writer.create(C)
+    writer.ask(Abort(C), Done)
+    listing = writer.ask(List(0), Listing)
+    assert listing.next_start == 0
+    by_id = {record[0]: record[1:] for record in listing.records}
+    assert by_id.keys() == {A, B}
+    assert by_id[A] == (10, 2, 2, created, sealed - created, True)
+    assert by_id[B][:3] == (3, 0, 1)
+    assert by_id[B][4:] == (0, False)
+
+
+def test_a_long_list_comes_in_parts() -> None:
+    """Beyond 4096 entries each part says where the next begins; together they have everything once."""
+    talk = Conversation(2 << 20)
+    peer = talk.client()
+    for n in range(4200):
+        peer.put(name(n), 0)
+    deleted = [name(n) for n in range(100, 4150)]
+    peer.ask(Delete(deleted), Done)
+    starts, ids, start = [], [], 0
+    while True:
+        listing = peer.ask(List(start), Listing)
+        starts.append(start)
+        ids += [record[0] for record in listing.records]
+        start = listing.next_start
+        if not start:
+            break
+    assert starts == [0, 4096]
+    assert ids == [name(n) for n in (*range(100), *range(4150, 4200))]
+    assert peer.ask(List(4200), Listing) == Listing(0, [])
+
+
+def test_a_description_has_the_stores_figures(talk: Conversation) -> None:
+    """What is used, pinned and awaited, and who is there, can be read from the text."""
+    peer, _, _ = talk.client("writer"), talk.client(), talk.subscriber()
+    peer.create(A, 1000)
+    peer.put(B, 24)
+    peer.get(B)
+    peer.ask(Delete([B]), Done)
+    lines = peer.ask(Debug(), Text).text.split("\n")
+    assert lines[0] == "capacity bytes: 65536"
+    figures = dict(line.split(": ", 1) for line in lines)
+    assert figures["free bytes"] == figures["largest free extent"] == str(65536 - 1024 - 64)
+    assert figures["committed bytes"] == "65536"
+    assert (figures["pinned bytes"], figures["unsealed bytes"]) == ("1024", "1000")
+    assert (figures["objects"], figures["pinned objects"]) == ("2", "2")
+    assert figures["objects that wait for a release"] == "1"
+    assert figures["evictions"] == "0"
+    assert figures["clients"] == "writer (pid 4711), unnamed (pid 4711)"
+
+
+def test_a_long_name_makes_no_description_that_cannot_be_sent(talk: Conversation) -> None:
+    """Names are a client's own words: however long, they do not cost another client its connection."""
+    for _ in range(5):
+        talk.connect().post(Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, "x" * ((2 << 20) - 100)))
+    other = talk.connect()
+    other.hello()
+    assert len(talk.store.describe()) < MAX_REPLY_BYTES
+    assert "capacity bytes" in other.ask(Debug(), Text).text
+
+
+def test_a_limit_is_on_what_is_held(talk: Conversation) -> None:
+    """A client over its limit is refused, as long as it holds so much; a limit of 0 is none."""
+    peer = talk.client()
+    peer.ask(SetOptions(200, "me"), Done)
+    slot = peer.create(A, 150, 50)
+    failed = peer.ask(peer.new(B, 1), Failed)
+    assert (failed.failure, failed.requested_bytes) == (Failure.OVER_QUOTA, 1)
+    peer.tell(Seal(A))
+    assert peer.refused(peer.new(B, 1)) is Failure.OVER_QUOTA
+    peer.release(slot)
+    peer.create(B, 200)
+    peer.ask(SetOptions(0, "me"), Done)
+    peer.create(C, 1000)
+    assert "me (pid 4711)" in peer.ask(Debug(), Text).text
+    talk.store.check()
+
+
+# -- subscribers -----------------------------------------------------------------------------------
+
+
+def test_a_subscriber_is_told_of_seals_and_of_what_goes(talk: Conversation) -> None:
+    """Creation and abort are nobody's business; each seal and each end is told once to everyone."""
+    first, second, peer = talk.subscriber(), talk.subscriber(), talk.client()
+    peer.create(A, 10, 5)
+    peer.ask(Seal(A), Done)
+    peer.create(B)
+    peer.ask(Abort(B), Done)
+    peer.put(C, 0)
+    peer.ask(Delete([C]), Done)
+    talk.disconnect(first)
+    peer.put(B)
+    assert second.notifications == [(A, 10, 5), (C, 0, 0), (C, -1, -1), (B, 64, 0)]
+    assert first.notifications == second.notifications[:-1]
+
+
+def test_a_new_subscriber_is_told_what_is_there(talk: Conversation) -> None:
+    """All sealed objects are replayed, those in use and those that are doomed included."""
+    peer = talk.client()
+    peer.put(A, 1, 2)
+    peer.create(B)
+    peer.put(C, 3)
+    peer.get(C)
+    peer.ask(Delete([C]), Done)
+    assert talk.subscriber().notifications == [(A, 1, 2), (C, 3, 0)]
+    assert talk.subscriber().dropped is None
+
+
+# -- leaving ---------------------------------------------------------------------------------------
+
+
+def test_a_client_that_dies_loses_pins_and_unsealed_objects(talk: Conversation) -> None:
+    """Nothing else goes with it, and its board is another's afterwards."""
+    peer, other = talk.client(), talk.client()
+    peer.put(A)
+    peer.get(A)
+    peer.create(B, 60000)
+    talk.disconnect(peer)
+    assert flags(other, A, B) == [1, 0]
+    other.create(B, 60000)
+    assert other.ask(Evict(1), Number).value == 64
+    assert talk.connect().hello().board == 0
+    talk.store.check()
+
+
+def test_a_death_is_the_last_release(talk: Conversation) -> None:
+    """Doomed objects that only the dead client held go at once."""
+    watcher, peer, other = talk.subscriber(), talk.client(), talk.client()
+    other.put(A)
+    peer.get(A)
+    other.ask(Delete([A]), Done)
+    talk.disconnect(peer)
+    assert watcher.notifications[-1] == (A, -1, -1)
+    assert talk.wake_word == 0
+    talk.store.check()
+
+
+def waits_for_an_answer(talk: Conversation, peer: Peer) -> None:
+    """Block in a get of which a part was found."""
+    talk.client().put(A)
+    peer.post(peer.wanted([A, B], wait=True))
+
+
+def waits_for_a_drain(talk: Conversation, peer: Peer) -> None:
+    """Have requests of each kind unsettled."""
+    assert talk
+    for request in (Contains(A), peer.wanted([A]), Delete([A]), Evict(1), List(0), Debug()):
+        peer.post(request)
+
+
+def waits_for_memory(talk: Conversation, peer: Peer) -> None:
+    """Have a creation wait for its memory."""
+    assert talk
+    peer.post(peer.new(B, 5000))
+
+
+def holds_what_was_deleted(talk: Conversation, peer: Peer) -> None:
+    """Hold a doomed object, and one in limbo."""
+    assert talk
+    peer.put(A)
+    peer.get(A)
+    peer.ask(Delete([A]), Done)
+    peer.create(B)
+    peer.ask(Abort(B), Done)
+
+
+def has_seen_nothing(talk: Conversation, peer: Peer) -> None:
+    """Just be there."""
+    assert talk
+    assert peer
+
+
+def has_scribbled(talk: Conversation, peer: Peer) -> None:
+    """Have pins that are none on the board."""
+    peer.put(A)
+    for slot, word in ((1, 1), (2, 2), (3, 1 << 63), (4, talk.layout.n_entries)):
+        talk.write_slot(slot, word)
+
+
+STATES = [
+    has_seen_nothing,
+    waits_for_an_answer,
+    waits_for_a_drain,
+    waits_for_memory,
+    holds_what_was_deleted,
+    has_scribbled,
+]
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("state", STATES)
+def test_a_connection_may_end_in_any_state(
+    talk: Conversation, state: Callable[[Conversation, Peer], None], detached: bool
+) -> None:
+    """Nothing of it is left: all room can be had again, and nothing waits for anything."""
+    peer = talk.client()
+    state(talk, peer)
+    if detached:
+        peer.ask(Detach(), Done)
+    talk.disconnect(peer)
+    talk.turn()
+    assert not talk.store.has_urgent_work
+    assert talk.wake_word == 0
+    other = talk.client()
+    assert other.free_slots[-1] == 1, "the board is granted anew"
+    other.put(B, 65536)
+    assert flags(other, A, B) == [0, 1]
+    talk.store.check()
+
+
+@pytest.mark.parametrize("role", [None, Role.SUBSCRIBER])
+def test_a_connection_may_end_before_it_does_anything(
+    talk: Conversation, role: Role | None
+) -> None:
+    """A connection without Hello, and a subscriber, leave nothing either."""
+    peer = talk.connect()
+    if role is not None:
+        peer.hello(role)
+    talk.disconnect(peer)
+    talk.client().put(A)
+    talk.store.check()
+
+
+def test_a_detached_client_keeps_its_pins(talk: Conversation) -> None:
+    """Buffers stay valid after the client was closed: nothing takes their memory away."""
+    peer, other = talk.client(), talk.client()
+    peer.put(A, 60000)
+    (slot,) = peer.get(A)[1]
+    created = peer.create(B, 1000)
+    peer.ask(Detach(), Done)
+    other.ask(Delete([A]), Done)
+    assert flags(other, A, B) == [1, 0]
+    assert other.refused(other.new(C, 60000)) is Failure.FULL
+    assert other.refused(other.new(C, 5000)) is Failure.FULL
+    talk.write_slot(created, 0)
+    talk.write_slot(slot, 0)
+    talk.wake()
+    other.create(C, 65536)
+    talk.store.check()
+
+
+def test_a_detached_client_is_answered_no_more(talk: Conversation) -> None:
+    """Gets that waited and requests that were unsettled end with the detachment, without a word."""
+    peer, other = talk.client(), talk.client()
+    peer.post(peer.wanted([A], wait=True))
+    waits_for_a_drain(talk, peer)
+    request_id = peer.post(Detach())
+    other.put(A)
+    talk.turn()
+    assert list(peer.replies) == [request_id]
+    assert peer.dropped is None
+    talk.store.check()
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_no_writer_is_told_of_memory_that_is_not_there() -> None:
+    """A creation above the watermark is answered once it is committed, a step at a time."""
+    talk = Conversation(3 * COMMIT_STEP)
+    peer = talk.client()
+    assert not talk.store.has_urgent_work
+    request_id = peer.post(peer.new(A, 2 * COMMIT_STEP + 1))
+    assert talk.store.has_urgent_work
+    for _ in range(2):
+        talk.advance()
+        assert peer.replies == {}
+    talk.advance()
+    offset = peer.take(request_id, Created).offset
+    data_commits = [commit for commit in talk.memory.commits if commit[0] >= talk.layout.data]
+    assert data_commits == [(talk.layout.data + n * COMMIT_STEP, COMMIT_STEP) for n in range(3)]
+    assert offset == talk.layout.data
+    assert not talk.store.has_urgent_work
+    assert not talk.store.has_idle_work
+    talk.store.check()
+
+
+def test_memory_is_committed_while_nothing_is_to_do() -> None:
+    """Ahead of need the store works towards a target, and nobody hears of it."""
+    talk = Conversation(3 * COMMIT_STEP)
+    steps = 0
+    while talk.store.has_idle_work:
+        talk.advance()
+        steps += 1
+    assert steps == 3
+    peer = talk.client()
+    request_id = peer.post(peer.new(A, 3 * COMMIT_STEP))
+    assert not talk.store.has_urgent_work
+    peer.take(request_id, Created)
+
+
+def test_a_refused_commit_ahead_of_need_is_the_callers_affair(talk: Conversation) -> None:
+    """Nobody waits for it, so it is raised and not told to a client."""
+    talk.memory.refuse_from = talk.layout.data
+    assert talk.store.has_idle_work
+    with pytest.raises(CommitError):
+        talk.store.advance()
+    talk.store.check()
+
+
+def test_a_refused_commit_is_a_full_store() -> None:
+    """The creator learns what the file system said; its id, its slot and its room are free again."""
+    talk = Conversation(3 * COMMIT_STEP)
+    peer, other = talk.client(), talk.client()
+    talk.memory.refuse_from = talk.layout.data + 2 * COMMIT_STEP
+    request = peer.new(A, 3 * COMMIT_STEP - 100, 50)
+    failed = peer.ask(request, Failed)
+    assert failed.failure is Failure.FULL
+    assert failed.requested_bytes == 3 * COMMIT_STEP - 50
+    assert failed.free_bytes == 3 * COMMIT_STEP
+    assert "free some memory" in failed.text
+    assert talk.read_slot(request.slot) == 0
+    other.create(A, 2 * COMMIT_STEP)
+    assert not talk.store.has_urgent_work
+    talk.store.check()
+    talk.memory.refuse_from = None
+    peer.create(B, COMMIT_STEP)
+    talk.store.check()
+
+
+def test_creators_wait_for_memory_in_order() -> None:
+    """Each is answered when its own object is committed, and a refusal of one is not the next one's."""
+    talk = Conversation(3 * COMMIT_STEP)
+    first, second = talk.client(), talk.client()
+    one = first.post(first.new(A, 2 * COMMIT_STEP))
+    two = second.post(second.new(B, COMMIT_STEP))
+    talk.memory.refuse_from = talk.layout.data + COMMIT_STEP
+    talk.turn()
+    assert first.take(one, Failed).failure is Failure.FULL
+    assert second.take(two, Failed).failure is Failure.FULL
+    talk.memory.refuse_from = None
+    second.create(A, 3 * COMMIT_STEP)
+    talk.store.check()
+
+
+def test_a_creator_that_leaves_does_not_hold_up_the_next(talk: Conversation) -> None:
+    """Its turn passes, and the next one's memory is committed."""
+    peer, other = talk.client(), talk.client()
+    peer.post(peer.new(A, 1000))
+    request_id = other.post(other.new(B, 1000))
+    talk.disconnect(peer)
+    talk.turn()
+    other.take(request_id, Created)
+    talk.store.check()
+
+
+def test_what_waits_for_memory_cannot_be_sealed(talk: Conversation) -> None:
+    """A client that seals before it was told where to write makes no object that others read without memory."""
+    peer, reader = talk.client(), talk.client()
+    peer.post(peer.new(A, 1000))
+    talk.memory.refuse_from = talk.layout.data
+    peer.post(Seal(A))
+    found, _ = reader.get(A)
+    assert found == [ABSENT], "an object above the watermark was handed out"
+    talk.turn()
+    talk.store.check()
+
+
+def test_a_creation_that_is_aborted_while_it_waits_gets_its_reply(talk: Conversation) -> None:
+    """Each request is answered, also the one that its client has taken back meanwhile."""
+    peer = talk.client()
+    create = peer.post(peer.new(A, 1000))
+    abort = peer.post(Abort(A))
+    talk.turn()
+    assert set(peer.replies) == {create, abort}
+    talk.store.check()
+
+
+def test_a_creation_that_was_aborted_is_not_taken_for_a_later_one(talk: Conversation) -> None:
+    """The place of a creation that waits may be used again by the same client: each gets its own reply."""
+    peer = talk.client()
+    first = peer.new(A, 1000)
+    one = peer.post(first)
+    peer.release(first.slot)
+    peer.tell(Abort(A))
+    two = peer.post(peer.new(B, 2000))
+    talk.turn()
+    assert isinstance(peer.replies.pop(two), Created)
+    assert isinstance(peer.replies.pop(one, None), Failed)
+    talk.store.check()
+
+
+def test_an_object_of_no_bytes_waits_for_no_memory(talk: Conversation) -> None:
+    """It is answered at once, with a place that nothing is written to."""
+    talk.memory.refuse_from = None
+    peer = talk.client()
+    request_id = peer.post(peer.new(A, 0))
+    assert not talk.store.has_urgent_work
+    peer.take(request_id, Created)
+
+
+def test_a_full_table_refuses_and_the_client_goes_on() -> None:
+    """With all entries in use a creation is refused; with one that may go it goes."""
+    talk = Conversation(4096)
+    peer = talk.client()
+    for n in range(talk.layout.n_entries):
+        if not peer.free_slots:
+            board = peer.ask(Grow(), Number).value
+            peer.free_slots = list(range(board * 512 + 1, board * 512 + 512))
+        peer.post(peer.new(name(n), 0))
+    board = peer.ask(Grow(), Number).value
+    new = name(5000)
+    failed = peer.ask(Create(new, 64, 0, 0, board * 512 + 1), Failed)
+    assert failed.failure is Failure.FULL
+    assert "4096 objects, all of them in use" in failed.text
+    peer.tell(Seal(name(7)))
+    for slot in range(1, 512):
+        talk.write_slot(slot, 0)
+    peer.ask(Create(new, 64, 0, 0, board * 512 + 1), Created)
+    assert flags(peer, name(7)) == [0]
+    talk.store.check()
+
+
+# -- leases ----------------------------------------------------------------------------------------
+
+
+class Tenant:
+    """A client with a lease, in a store that is large enough for one."""
+
+    def __init__(self, talk: Conversation) -> None:
+        self.talk = talk
+        self.peer = talk.client()
+        self.board_word = talk.layout.boards // 8 + self.peer.free_slots[-1] - 1
+        self.lease = self.peer.ask(AskLease(100), Leased)
+        self.next = self.lease.offset
+
+    def publish(self, object_id: bytes, size_bytes: int = 64) -> None:
+        """Publish an object behind the last one."""
+        self.peer.tell(Publish(object_id, self.next, size_bytes, 0, 3))
+        self.next += (size_bytes + 63) & -64
+
+    def control(self, word: ControlWord) -> int:
+        """Return a word of the board's control line."""
+        board = (self.board_word - self.talk.layout.boards // 8) // 512
+        return self.talk.words[(self.talk.layout.control + board * CONTROL_BYTES) // 8 + word]
+
+    def set_busy(self, busy: bool) -> None:
+        """Write the board's word that says whether an object is being made."""
+        self.talk.words[self.board_word + BUSY_WORD] = busy
+
+
+@pytest.fixture
+def tenant() -> Tenant:
+    """Return a client with a lease in a store of 1 MiB."""
+    return Tenant(Conversation(1 << 20))
+
+
+def test_a_lease_lies_in_committed_memory(tenant: Tenant) -> None:
+    """Its client may write at once, and it does not count as free."""
+    assert tenant.lease.size_bytes == MIN_LEASE_BYTES
+    assert tenant.lease.objects > 0
+    committed = [offset + size for offset, size in tenant.talk.memory.commits]
+    assert max(committed) >= tenant.lease.offset + tenant.lease.size_bytes
+    assert f"leased bytes: {MIN_LEASE_BYTES}" in tenant.talk.store.describe()
+    tenant.talk.store.check()
+
+
+def test_a_published_object_is_there_and_acknowledged(tenant: Tenant) -> None:
+    """Who waits for it is answered, who subscribed is told, and its client can see that it was handled."""
+    reader, watcher = tenant.talk.client(), tenant.talk.subscriber()
+    request_id = reader.post(reader.wanted([A], wait=True))
+    before = tenant.control(ControlWord.ACKNOWLEDGED)
+    tenant.publish(A, 100)
+    assert reader.take(request_id, Objects).found == [(tenant.lease.offset, 100, 0, 3)]
+    assert watcher.notifications == [(A, 100, 0)]
+    tenant.publish(B)
+    assert tenant.control(ControlWord.ACKNOWLEDGED) == before + 2
+    assert tenant.peer.replies == {}
+    assert flags(reader, A, B) == [1, 1]
+    tenant.peer.ask(Flush(), Done)
+    tenant.talk.store.check()
+
+
+def test_an_object_that_is_published_again_is_the_same(tenant: Tenant) -> None:
+    """A message that is sent twice makes one object, and its second room goes back."""
+    tenant.publish(A)
+    tenant.publish(A)
+    tenant.publish(B)
+    assert flags(tenant.peer, A, B) == [1, 1]
+    assert tenant.peer.dropped is None
+    tenant.talk.store.check()
+
+
+@pytest.mark.parametrize(
+    ("shift", "sizes"),
+    [(-64, (64, 0)), (32, (64, 0)), (0, (MAX, 1 << 31)), (MIN_LEASE_BYTES, (1, 0)), (1 << 40, (0, 0))],
+)
+def test_publishing_outside_of_the_lease_drops_the_sender(
+    tenant: Tenant, shift: int, sizes: tuple[int, int]
+) -> None:
+    """What lies before it, behind it or across a line is nobody's to publish."""
+    other = tenant.talk.client()
+    tenant.peer.tell(Publish(A, tenant.lease.offset + shift, *sizes, 0))
+    assert tenant.peer.dropped is not None
+    assert "outside of its lease" in tenant.peer.dropped
+    assert flags(other, A) == [0]
+    tenant.talk.store.check()
+
+
+def test_publishing_without_a_lease_drops_the_sender(talk: Conversation) -> None:
+    """A small store grants none, and says so with a size of 0."""
+    peer = talk.client()
+    assert peer.ask(AskLease(1), Leased) == Leased(0, 0, 0, 0)
+    peer.tell(Publish(A, talk.layout.data, 1, 0, 0))
+    assert peer.dropped is not None
+    talk.store.check()
+
+
+def test_a_lease_is_never_the_reason_for_a_full_store(tenant: Tenant) -> None:
+    """A creation that needs its room gets it, once all sockets were drained; the epoch says that it has gone."""
+    tenant.publish(A)
+    epoch = tenant.control(ControlWord.EPOCH)
+    assert epoch == tenant.lease.epoch
+    other = tenant.talk.client()
+    request_id = other.post(other.new(B, 1 << 20))
+    assert other.replies == {}
+    assert tenant.control(ControlWord.EPOCH) != epoch
+    tenant.talk.turn()
+    other.take(request_id, Created)
+    assert flags(other, A) == [0]
+    tenant.talk.store.check()
+
+
+def test_a_busy_client_keeps_its_lease_until_it_rests(tenant: Tenant) -> None:
+    """Who is making an object is waited for, and what it publishes meanwhile is taken."""
+    other = tenant.talk.client()
+    tenant.set_busy(True)
+    request_id = other.post(other.new(B, (1 << 20) - 64))
+    for _ in range(3):
+        tenant.talk.settle()
+        assert other.replies == {}
+        assert tenant.talk.store.has_unsettled
+    tenant.publish(A)
+    tenant.set_busy(False)
+    tenant.talk.turn()
+    other.take(request_id, Created)
+    assert tenant.peer.dropped is None
+    tenant.talk.store.check()
+
+
+def test_a_client_that_stays_busy_is_not_waited_for_for_ever(tenant: Tenant) -> None:
+    """A stopped client costs the other one its room, with an answer."""
+    other = tenant.talk.client()
+    tenant.set_busy(True)
+    assert other.refused(other.new(B, 1 << 20)) is Failure.FULL
+    tenant.publish(A)
+    assert flags(other, A) == [1]
+    tenant.talk.store.check()
+
+
+def test_a_lease_ends_with_its_client(tenant: Tenant) -> None:
+    """What it has not used is free again, what it has published stays."""
+    tenant.publish(A)
+    tenant.talk.disconnect(tenant.peer)
+    tenant.talk.store.check()
+    other = tenant.talk.client()
+    assert flags(other, A) == [1]
+    request_id = other.post(other.new(B, (1 << 20) - 64))
+    assert not tenant.talk.store.has_unsettled
+    tenant.talk.turn()
+    other.take(request_id, Created)
+
+
+def test_who_has_a_limit_gets_no_lease(tenant: Tenant) -> None:
+    """What such a client stores is counted object by object."""
+    tenant.peer.ask(SetOptions(1000, ""), Done)
+    assert tenant.peer.ask(AskLease(1), Leased).size_bytes == 0
+    tenant.talk.store.check()
+
+
+def test_a_new_lease_ends_the_last_one(tenant: Tenant) -> None:
+    """Asking again gives back what is left, and the next lease is not smaller."""
+    tenant.publish(A)
+    lease = tenant.peer.ask(AskLease(10), Leased)
+    assert lease.size_bytes >= MIN_LEASE_BYTES
+    assert f"leased bytes: {lease.size_bytes}" in tenant.talk.store.describe()
+    tenant.talk.store.check()
+
+
+def test_a_lease_without_memory_is_none() -> None:
+    """Where the file system cannot give the pages the client puts by round trip instead."""
+    talk = Conversation(1 << 20)
+    peer = talk.client()
+    talk.memory.refuse_from = talk.layout.data
+    assert peer.ask(AskLease(1), Leased).size_bytes == 0
+    talk.store.check()
