@@ -97,8 +97,8 @@ class Connected:
                 self._forked = False
             return self._session
 
-    def _after_fork(self) -> None:
-        """Leave the parent's session and subscription to the parent."""
+    def leave_to_parent(self) -> None:
+        """Leave, in a forked child, the parent's session and subscription to the parent."""
         forked = self._session is not None or self._forked
         self._session = None
         self._forget()
@@ -122,7 +122,7 @@ def program_name() -> str:
 
 def _after_fork_in_child() -> None:
     for client in list(_clients):
-        client._after_fork()
+        client.leave_to_parent()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

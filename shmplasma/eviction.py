@@ -95,7 +95,7 @@ class Sieve:
             There is no such entry, or it is queued already.
         """
         if index < 0:
-            raise ValueError(f"there is no entry {index}")
+            raise ValueError(f"there is no entry {index} below 0")
         newer, older = self._newer, self._older
         node = index + 1
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 import xxhash
@@ -43,7 +44,7 @@ def object_hash(data: memoryview, metadata: memoryview) -> bytes:
     else:
         chunk = len(data) // _BLOCK_BYTES // _CHUNKS * _BLOCK_BYTES
         ends = [*range(0, _CHUNKS * chunk + 1, chunk), len(data)]
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             digest.update(xxhash.xxh64_intdigest(data[start:end]).to_bytes(8, "little"))
     digest.update(metadata)
     return digest.intdigest().to_bytes(8, "little")

@@ -1,11 +1,11 @@
-"""The life of an object: create, seal, abort, delete, evict.
+r"""The life of an object: create, seal, abort, delete, evict.
 
 ::
 
     create            seal              delete, evict, need of room, and nobody pins it
     ------> CREATED ------> SEALED ------------------------------------------------------> gone
-               |                \\-- delete while pinned: doomed; goes at its last release
-               \\-- abort, or the creator leaves: unlinked; its extent waits for the writer to let go
+               |                \-- delete while pinned: doomed; goes at its last release
+               \-- abort, or the creator leaves: unlinked; its extent waits for the writer to let go
 
 Invariants
 ----------
@@ -22,7 +22,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, NoReturn
+from typing import Final
 
 from shmplasma.errors import CommitError
 from shmplasma.layout import EntryState, HeaderWord, Layout
@@ -133,12 +133,12 @@ class Lifecycle:
         """
         object_id = request.object_id
         if self._table.find(object_id) != NO_ENTRY:
-            _refuse_existing(object_id)
+            raise _existing(object_id)
         size = request.data_size + request.metadata_size
         if limit_bytes:
             held = self.bytes_of(self.held_by(client))
             if held + size > limit_bytes:
-                self._refuse(
+                raise self._refused(
                     size,
                     f"this client may hold {limit_bytes} bytes, holds {held}, and asks for {size} "
                     "more; release buffers or raise the limit with set_client_options",
@@ -147,7 +147,7 @@ class Lifecycle:
         offset, evicted = self._room.allocate(size)
         self._evicted(evicted)
         if offset is None:
-            self.refuse_full(size)
+            raise self.full(size)
         entry = self._insert(request, offset, size, now_ns)
         self._creators[entry] = client
         self._unsealed.setdefault(client, set()).add(entry)
@@ -178,7 +178,7 @@ class Lifecycle:
                 break
             return entry
         self._room.give_back(offset, size)
-        self._refuse(size, text)
+        raise self._refused(size, text)
 
     # -- leases --------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ class Lifecycle:
             self._room.give_back(start, skipped)
         if self._table.find(object_id) != NO_ENTRY:
             self._room.give_back(offset, size)
-            _refuse_existing(object_id)
+            raise _existing(object_id)
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
         )
@@ -364,16 +364,10 @@ class Lifecycle:
 
     # -- refusing ------------------------------------------------------------------------------
 
-    def refuse_full(self, requested_bytes: int, text: str = "") -> NoReturn:
-        """Refuse a request for want of room; say how the room is used.
-
-        Raises
-        ------
-        Refused
-            Always.
-        """
+    def full(self, requested_bytes: int, text: str = "") -> Refused:
+        """Return the refusal of a request for want of room, which says how the room is used."""
         room = self._room
-        self._refuse(
+        return self._refused(
             requested_bytes,
             text
             or f"the store is full: {requested_bytes} bytes were asked for; of "
@@ -383,8 +377,8 @@ class Lifecycle:
             "the store with a larger -m",
         )
 
-    def _refuse(self, requested_bytes: int, text: str, failure: Failure = Failure.FULL) -> NoReturn:
-        raise Refused(
+    def _refused(self, requested_bytes: int, text: str, failure: Failure = Failure.FULL) -> Refused:
+        return Refused(
             Failed(
                 failure,
                 text,
@@ -419,6 +413,6 @@ class Lifecycle:
         assert all(state(entry) != EntryState.FREE for entry in pinned), "a pin of a free entry"
 
 
-def _refuse_existing(object_id: bytes) -> NoReturn:
+def _existing(object_id: bytes) -> Refused:
     text = f"object {object_id.hex()} exists already; use another id or delete it first"
-    raise Refused(Failed(Failure.EXISTS, text))
+    return Refused(Failed(Failure.EXISTS, text))

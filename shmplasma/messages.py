@@ -24,7 +24,7 @@ from shmplasma.protocol import Frame
 
 __all__ = ["Empty", "Message", "OneId", "decode_message"]
 
-MessageT = TypeVar("MessageT", bound="Message", covariant=True)
+MessageT_co = TypeVar("MessageT_co", bound="Message", covariant=True)
 
 
 class Message(Protocol):
@@ -46,10 +46,12 @@ class Empty:
     __slots__ = ()
 
     def encode(self) -> bytes:
+        """Return the body."""
         return b""
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
+        """Return the message of a body."""
         if body:
             raise ValueError("this message has no body")
         return cls()
@@ -62,10 +64,12 @@ class OneId:
     object_id: bytes
 
     def encode(self) -> bytes:
+        """Return the body."""
         return self.object_id
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
+        """Return the message of a body."""
         if len(body) != ID_BYTES:
             raise ValueError("an object id has 20 bytes")
         message = cls.__new__(cls)
@@ -73,7 +77,7 @@ class OneId:
         return message
 
 
-def decode_message(kinds: dict[int, type[MessageT]], frame: Frame) -> MessageT:
+def decode_message(kinds: dict[int, type[MessageT_co]], frame: Frame) -> MessageT_co:
     """Return the message in a frame.
 
     Parameters

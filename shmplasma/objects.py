@@ -46,7 +46,7 @@ class ObjectID:
 
     def __init__(self, object_id: bytes) -> None:
         if not isinstance(object_id, bytes):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004 - as Plasma does
                 f"an object id is made of {ID_BYTES} bytes, not of {type(object_id).__name__}"
             )
         if len(object_id) != ID_BYTES:

@@ -128,14 +128,15 @@ class Boards:
 
     def may_lend(self, client: int, slots: Iterable[int]) -> bool:
         """Tell whether these are slots of the client's own boards, each named once and not in use."""
-        seen: set[int] = set()
+        slots = tuple(slots)
+        if len(set(slots)) < len(slots):
+            return False
         for slot in slots:
             board, word = divmod(slot, BOARD_WORDS)
-            if self._owner.get(board) != client or word < FIRST_SLOT or slot in seen:
+            if self._owner.get(board) != client or word < FIRST_SLOT:
                 return False
             if self._words[self._first_word + slot]:
                 return False
-            seen.add(slot)
         return True
 
     def pin(self, slot: int, entry: int) -> None:

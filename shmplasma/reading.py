@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn, overload
+from typing import Any, Final, NoReturn, overload
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,6 @@ from shmplasma.requests import Contains
 from shmplasma.serialization import SerializationContext, deserialize
 from shmplasma.session import Session
 
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 __all__ = ["ObjectNotAvailable", "Reading"]
 

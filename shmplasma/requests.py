@@ -81,27 +81,31 @@ class Attach(Empty):
 _CREATE: Final = Struct("<20sqqII")
 
 
-@dataclass(frozen=True, slots=True)
-class Create:
-    """Ask for a new object; `slot` will pin it for the writer."""
-
-    KIND: ClassVar[int] = 3
+class _CreateFields(NamedTuple):
     object_id: bytes
     data_size: int
     metadata_size: int
     codec: int
     slot: int
 
+
+class Create(_CreateFields):
+    """Ask for a new object; `slot` will pin it for the writer.
+
+    A tuple, like `Publish`, for the same reason.
+    """
+
+    KIND: ClassVar[int] = 3
+    __slots__ = ()
+
     def encode(self) -> bytes:
         """Return the body."""
-        return _CREATE.pack(
-            self.object_id, self.data_size, self.metadata_size, self.codec, self.slot
-        )
+        return _CREATE.pack(*self)
 
     @classmethod
     def decode(cls, body: bytes) -> Create:
         """Return the message of a body."""
-        return cls(*_CREATE.unpack(body))
+        return cls._make(_CREATE.unpack(body))
 
 
 @dataclass(frozen=True, slots=True)

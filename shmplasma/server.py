@@ -317,7 +317,7 @@ class Server:
         self._carry_out(self._store.settle(unsettled))
 
     def _wake(self) -> None:
-        """A client let go of something that somebody waits for."""
+        """See what a release, of which a client has told, lets go."""
         os.read(self._wake_reader, _READ_BYTES)
         self._carry_out(self._store.wake())
 

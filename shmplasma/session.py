@@ -269,8 +269,8 @@ class Session:
             if frame.kind == Created.KIND:
                 self.send(Abort(object_id))
 
-        request = Create(object_id, data_size, metadata_size, codec, pin.slot)
-        offset = expect(Created, _call(self._channel, request.KIND, request.encode(), undo)).offset
+        body = Create(object_id, data_size, metadata_size, codec, pin.slot).encode()
+        offset = expect(Created, _call(self._channel, Create.KIND, body, undo)).offset
         size = data_size + metadata_size
         if size >= _POPULATE_BYTES:
             try:
@@ -470,7 +470,7 @@ def gone(error: ConnectionError) -> NotConnectedError:
 
 
 def _no_disposal(_: Frame) -> None:
-    """A reply that nobody waits for, and that holds nothing."""
+    """Drop a reply that nobody waits for and that holds nothing."""
 
 
 def _after_fork_in_child() -> None:

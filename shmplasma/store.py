@@ -104,6 +104,7 @@ class Drop(NamedTuple):
 Effect = Send | Drop
 Unsettled = tuple[int, int, Request, int]
 """Client, request id, request and its time: what waits for a drain."""
+_DONE: Final = Done()
 _NOTHING: Final[Sequence[Effect]] = ()
 
 
@@ -277,31 +278,32 @@ class ObjectStore:
             self._uncommitted.popleft()
             self._boards.unpin_all(client, entry)
             self._objects.abort(client, self._table.object_id(entry))
-            try:
-                self._objects.refuse_full(data_size + metadata_size, str(error))
-            except Refused as refused:
-                self._reply(client, request_id, refused.failed)
+            refused = self._objects.full(data_size + metadata_size, str(error))
+            self._reply(client, request_id, refused.failed)
         return self._take_effects()
 
     # -- requests ------------------------------------------------------------------------------
 
-    def _request(self, session: _Session, request_id: int, request: Request, now_ns: int) -> None:
+    def _request(  # noqa: PLR0912 - a branch for each kind of request, most of them one line
+        self, session: _Session, request_id: int, request: Request, now_ns: int
+    ) -> None:
         client = session.client
         match request:
             case Publish():
                 self._publish(session, request_id, request, now_ns)
-            case Get():
-                self._get(client, request_id, request)
             case Create():
                 if not self._boards.may_lend(client, (request.slot,)):
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
                 self._create(session, request_id, request, now_ns)
             case Seal():
-                entry = self._objects.seal(client, request.object_id, now_ns)
                 if request_id == ONE_WAY:
                     self._acknowledge(session)
-                self._reply(client, request_id, Done())
-                self._announce(entry)
+                entry = self._objects.seal(client, request.object_id, now_ns)
+                if self._subscribers or self._gets:
+                    self._announce(entry)
+                self._reply(client, request_id, _DONE)
+            case Get():
+                self._get(client, request_id, request)
             case AskLease():
                 needed = request.needed_bytes
                 # What a client with a limit stores is counted object by object.
@@ -387,7 +389,7 @@ class ObjectStore:
         try:
             board = self._boards.grant(client)
         except CommitError as error:
-            self._objects.refuse_full(BOARD_BYTES, str(error))
+            raise self._objects.full(BOARD_BYTES, str(error)) from error
         if board is None:
             text = (
                 f"all {self._layout.n_boards} pin boards of the store are in use; close clients or "
@@ -419,10 +421,9 @@ class ObjectStore:
         if request_id == ONE_WAY:
             self._acknowledge(session)
         entry = self._objects.publish(session.client, message, now_ns)
-        if request_id != ONE_WAY:
-            self._effects.append(Send(session.client, encode_frame(Done.KIND, request_id, b"")))
         if self._subscribers or self._gets:
-            self._announce(entry)
+            self._announce(entry)  # whoever has waited is told before the writer is
+        self._reply(session.client, request_id, _DONE)
 
     def _acknowledge(self, session: _Session) -> None:
         """Count a one-way message that was handled, where its client can see it."""

@@ -278,7 +278,8 @@ class Table:
             while entry >= 0:
                 assert entry not in reachable, f"entry {entry} is in two chains or in a loop"
                 reachable.add(entry)
-                assert entry not in free and entry < self._used_once, f"entry {entry} is free"
+                assert entry not in free, f"entry {entry} is free"
+                assert entry < self._used_once, f"entry {entry} was never used"
                 assert crc32(self.object_id(entry)) & self._mask == bucket, "a wrong chain"
                 assert self.state(entry) != EntryState.FREE, f"entry {entry} is linked but free"
                 entry = self._words[self._entries_word + entry * ENTRY_WORDS + _NEXT] - 1

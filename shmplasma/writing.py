@@ -32,13 +32,13 @@ class ObjectArray(np.ndarray[Any, np.dtype[Any]]):
     As a context manager it seals the object when the block succeeds and aborts it when the block raises.
     """
 
-    _unsealed: tuple[Writing, ObjectID]
+    unsealed: tuple[Writing, ObjectID]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        client, object_id = self._unsealed
+        client, object_id = self.unsealed
         if error_type is None:
             client.seal(object_id)
         else:
@@ -128,7 +128,7 @@ class Writing(Connected):
         )
         target[: len(head)] = np.frombuffer(head, np.uint8)
         array = ObjectArray(shape, dtype, target.data, len(head))
-        array._unsealed = self, object_id
+        array.unsealed = self, object_id
         return array
 
     def create_and_seal(
@@ -328,8 +328,9 @@ class Writing(Connected):
         id_bytes = checked(object_id).id_bytes
         target = session.create(id_bytes, size, len(metadata), codec)
         self._unsealed.add(id_bytes)
-        if metadata:
-            target[size:] = np.frombuffer(metadata, np.uint8)
+        if not metadata:
+            return target
+        target[size:] = np.frombuffer(metadata, np.uint8)
         return target[:size]
 
     @contextmanager

@@ -118,7 +118,7 @@ class Peer:
         self.notifications: list[tuple[bytes, int, int]] = []
         self._awaits_notifications = False
         self._decoder = FrameDecoder(MAX_REPLY_BYTES)
-        self._last_id = 0
+        self.last_id = 0
         self._answered: set[int] = set()
         self._role = Role.CLIENT
 
@@ -134,16 +134,16 @@ class Peer:
             return
         (frame,) = self._decoder.feed(send.data)
         assert frame.request_id not in self._answered, "a request was answered twice"
-        assert 0 < frame.request_id <= self._last_id, "a reply to no request"
+        assert 0 < frame.request_id <= self.last_id, "a reply to no request"
         self._answered.add(frame.request_id)
         reply = self.replies[frame.request_id] = decode_reply(frame)
         self._awaits_notifications = isinstance(reply, Welcome) and self._role is Role.SUBSCRIBER
 
     def post(self, request: Request) -> int:
         """Send a request and return its id; the answer may come later."""
-        self._last_id += 1
-        self._conversation.deliver(self, request, self._last_id)
-        return self._last_id
+        self.last_id += 1
+        self._conversation.deliver(self, request, self.last_id)
+        return self.last_id
 
     def tell(self, request: Request) -> None:
         """Send a one-way message."""

@@ -59,7 +59,7 @@ def _descriptors() -> Iterator[str]:
 def _processes() -> Iterator[str]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            yield f"process {process.pid} {process.name()} ({process.status()})"
+            yield f"process {process.pid} ({process.name()})"
 
 
 def _names_of_shared_memory() -> Iterator[str]:

@@ -128,7 +128,7 @@ def membarrier(cpus: Sequence[int]) -> Program:
 class _Point:
     """One point of a program: what it does next, and where it gets from here."""
 
-    __slots__ = ("error", "after", "received", "result", "stage", "step")
+    __slots__ = ("after", "error", "received", "result", "stage", "step")
 
     def __init__(self, stage: Stage, received: tuple[int, ...]) -> None:
         self.stage = stage

@@ -46,7 +46,7 @@ from shmplasma.room import COMMIT_STEP
 from shmplasma.store import Descriptor
 from tests.conversation import TOKEN, Conversation, Peer, name
 
-A, B, C = name(0xA), name(0xB), name(0xC)
+A, B, C = (bytes([letter]) * 20 for letter in (0xA, 0xB, 0xC))
 MAX = (1 << 63) - 1
 
 
@@ -544,11 +544,39 @@ def test_a_delete_waits_for_the_last_release(talk: Conversation) -> None:
     assert flags(first, A) == [1]
     assert talk.wake_word == 1
     second.release(later)
-    assert flags(first, A) == [1]
     talk.wake()
     assert flags(first, A) == [0]
     assert talk.wake_word == 0
     assert watcher.notifications == [(A, 64, 0), (A, -1, -1)]
+    talk.store.check()
+
+
+def test_a_release_is_seen_by_the_next_request(talk: Conversation) -> None:
+    """A client that deletes, lets go and asks again is not told of the old object.
+
+    The wake-up goes another way than the messages, so it may come after them.
+    """
+    peer = talk.client()
+    peer.put(A)
+    (slot,) = peer.get(A)[1]
+    peer.ask(Delete([A]), Done)
+    peer.release(slot)
+    assert flags(peer, A) == [0]
+    peer.put(A)
+    (slot,) = peer.get(A)[1]
+    peer.ask(Delete([A]), Done)
+    peer.release(slot)
+    peer.create(A)
+    talk.store.check()
+
+
+def test_released_room_can_be_had_before_the_wake_up(talk: Conversation) -> None:
+    """A client that aborts, lets go and creates again does not meet a full store."""
+    peer = talk.client()
+    slot = peer.create(A, 65536)
+    peer.ask(Abort(A), Done)
+    peer.release(slot)
+    peer.create(B, 65536)
     talk.store.check()
 
 

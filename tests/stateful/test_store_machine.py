@@ -1,0 +1,737 @@
+"""The store's state machine beside Plasma's semantics on plain dicts.
+
+Several clients do anything in any order.  The model knows what each object holds and who holds it.  Which
+objects are evicted it learns from a subscriber, and judges: nothing that anybody uses may go, and nothing
+while there is room.  Effects are judged one by one in the order in which the store gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeVar
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, align_up
+from shmplasma.leases import BUSY_WORD
+from shmplasma.replies import (
+    ABSENT,
+    Created,
+    Done,
+    Failed,
+    Failure,
+    Found,
+    Leased,
+    Listing,
+    Number,
+    Objects,
+    Reply,
+)
+from shmplasma.requests import (
+    Abort,
+    AnswerNow,
+    AskLease,
+    Contains,
+    Create,
+    Delete,
+    Detach,
+    Evict,
+    Get,
+    List,
+    Publish,
+    Request,
+    Seal,
+    SetOptions,
+)
+from shmplasma.store import Drop, Effect
+from tests.conversation import Conversation, Peer, name
+
+N_IDS = 8
+MAX_CLIENTS = 5
+CODEC = 5
+
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class Thing:
+    """An object as its users know it."""
+
+    object_id: bytes
+    data_size: int
+    metadata_size: int
+    content: bytes
+    creator: Peer | None
+    offset: int = 0
+    is_sealed: bool = False
+    is_doomed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Data and metadata in bytes."""
+        return self.data_size + self.metadata_size
+
+    @property
+    def found(self) -> Found:
+        """What a get says of it."""
+        return self.offset, self.data_size, self.metadata_size, CODEC
+
+
+@dataclass(eq=False)
+class Wait:
+    """A get that was asked and not yet answered."""
+
+    peer: Peer
+    request: Get
+    filled: dict[int, Thing]
+    is_handled: bool = False
+    may_be_partial: bool = False
+
+    def missing(self, object_id: bytes) -> list[int]:
+        """Return where the answer still lacks this object."""
+        return [
+            position
+            for position, wanted in enumerate(self.request.object_ids)
+            if wanted == object_id and position not in self.filled
+        ]
+
+
+@dataclass(eq=False)
+class Rent:
+    """A lease, and the object that its client is making in it."""
+
+    start: int
+    end: int
+    objects: int
+    epoch: int
+    making: Thing | None = None
+
+
+class Watched(Conversation):
+    """A conversation in which each effect is judged as soon as it was carried out."""
+
+    def __init__(self, capacity: int, judge: Callable[[Effect], None]) -> None:
+        self._judge = judge
+        super().__init__(capacity)
+
+    def carry_out(self, effects: Iterable[Effect]) -> None:
+        """Carry out and judge one effect after the other."""
+        for effect in effects:
+            super().carry_out([effect])
+            self._judge(effect)
+
+
+@dataclass
+class Model:
+    """What is true of the store, as far as its users can know."""
+
+    things: dict[bytes, Thing] = field(default_factory=dict)
+    """All objects that can be found, sealed or not."""
+    limbo: set[Thing] = field(default_factory=set)
+    """Aborted ones whose release the store may not have seen."""
+    pins: dict[int, Thing] = field(default_factory=dict)
+    """What each slot holds."""
+    waits: dict[tuple[int, int], Wait] = field(default_factory=dict)
+    """Gets without an answer, by client and request id."""
+    rents: dict[int, Rent] = field(default_factory=dict)
+    """Leases, by client."""
+    limits: dict[int, int] = field(default_factory=dict)
+
+    def is_pinned(self, thing: Thing) -> bool:
+        """Tell whether anybody holds the object."""
+        return thing in self.pins.values()
+
+    def held_by(self, peer: Peer, slots: Callable[[Peer, int], bool]) -> set[Thing]:
+        """Return what a client pins or writes."""
+        held = {thing for slot, thing in self.pins.items() if slots(peer, slot)}
+        return held | {t for t in self.things.values() if not t.is_sealed and t.creator is peer}
+
+    def sealed(self) -> dict[bytes, Thing]:
+        """Return all objects that can be read."""
+        return {object_id: t for object_id, t in self.things.items() if t.is_sealed}
+
+    def note_wake(self) -> None:
+        """Take note that the store has looked for releases."""
+        self.limbo = {thing for thing in self.limbo if self.is_pinned(thing)}
+        left = [t for t in self.things.values() if t.is_doomed and not self.is_pinned(t)]
+        assert not left, "a doomed object outlived its last release"
+
+
+def pick(items: Sequence[_T], number: int) -> _T:
+    """Choose one of these by a number, whatever it is."""
+    return items[number % len(items)]
+
+
+IDS = st.integers(0, N_IDS - 1).map(name)
+NUMBERS = st.integers(0, 1000)
+SHARES = st.one_of(st.just(0), st.integers(1, 300), st.integers(300, 1024))
+"""Sizes in 1024ths of the capacity."""
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Several clients of one store, doing anything in any order."""
+
+    # -- setting up --------------------------------------------------------------------------------
+
+    @initialize(capacity=st.sampled_from([4096, 5000, 16384, 65536, 1 << 20]))
+    def start(self, capacity: int) -> None:
+        """Begin with an empty store, its subscriber and a client."""
+        self.capacity = capacity
+        self.model = Model()
+        self.expected: dict[tuple[int, int], Callable[[Reply], None]] = {}
+        self.gone_since_reply: list[Thing] = []
+        self.gone = 0
+        self.incarnations = 0
+        self.seen = 0
+        self.witness: Peer | None = None
+        self.talk = Watched(capacity, self.judge)
+        while self.talk.store.has_idle_work:
+            self.talk.advance()
+        self.boards: dict[int, Peer] = {}
+        self.active: list[Peer] = []
+        self.detached: list[Peer] = []
+        self.witness = self.talk.subscriber()
+        self.join()
+
+    def join(self) -> None:
+        """Have one more client."""
+        peer = self.talk.client()
+        self.boards[peer.free_slots[-1] // BOARD_WORDS] = peer
+        self.active.append(peer)
+
+    def is_of(self, peer: Peer, slot: int) -> bool:
+        """Tell whether a slot lies on this client's board."""
+        return self.boards.get(slot // BOARD_WORDS) is peer
+
+    # -- judging -----------------------------------------------------------------------------------
+
+    def judge(self, effect: Effect) -> None:
+        """Compare an effect with the model, and bring the model up to date."""
+        assert not isinstance(effect, Drop), effect.reason
+        if self.witness is not None and effect.client == self.witness.number:
+            for object_id, data_size, metadata_size in self.witness.notifications[self.seen :]:
+                self.seen += 1
+                if data_size < 0:
+                    assert metadata_size == -1
+                    self.judge_end(object_id)
+                else:
+                    self.judge_seal(object_id, data_size, metadata_size)
+            return
+        peer = self.talk.peers.get(effect.client)
+        if peer is None:
+            return
+        for request_id in list(peer.replies):
+            judge_reply = self.expected.pop((peer.number, request_id), None)
+            if judge_reply is not None:
+                judge_reply(peer.replies.pop(request_id))
+                self.gone_since_reply.clear()
+
+    def judge_end(self, object_id: bytes) -> None:
+        """See an object go: it was sealed, and nobody used it."""
+        thing = self.model.things.pop(object_id)
+        assert thing.is_sealed
+        assert not self.model.is_pinned(thing), "an object in use has gone"
+        for wait in self.model.waits.values():
+            if not wait.is_handled:
+                wait.filled = {at: t for at, t in wait.filled.items() if t is not thing}
+        self.gone_since_reply.append(thing)
+        self.gone += not thing.is_doomed
+
+    def judge_seal(self, object_id: bytes, data_size: int, metadata_size: int) -> None:
+        """See an object come: it is pinned for all who wait for it."""
+        thing = self.model.things[object_id]
+        assert not thing.is_sealed
+        assert (thing.data_size, thing.metadata_size) == (data_size, metadata_size)
+        thing.is_sealed = True
+        for wait in self.model.waits.values():
+            for position in wait.missing(object_id):
+                wait.filled[position] = thing
+                self.model.pins[wait.request.slots[position]] = thing
+
+    def send(
+        self, peer: Peer, request: Request, judge_reply: Callable[[Reply], None]
+    ) -> tuple[int, int]:
+        """Post a request whose reply will be judged; return its key."""
+        key = peer.number, peer.last_id + 1
+        self.expected[key] = judge_reply
+        peer.post(request)
+        return key
+
+    def largest_gap(self, occupied: Iterable[tuple[int, int]]) -> int:
+        """Return the size of the largest stretch of the data region that is not occupied."""
+        start = self.talk.layout.data
+        extents = sorted((offset, align_up(size, 64)) for offset, size in occupied if size)
+        ends = [start, *(offset + size for offset, size in extents)]
+        starts = [*(offset for offset, _ in extents), start + self.talk.layout.data_bytes]
+        return max(follow - end for end, follow in zip(ends, starts, strict=True))
+
+    def unmovable(self) -> list[tuple[int, int]]:
+        """Return all extents that no eviction can free."""
+        model = self.model
+        things = model.limbo | {
+            t for t in model.things.values() if not t.is_sealed or model.is_pinned(t)
+        }
+        rents = [(r.start, r.end - r.start) for r in model.rents.values() if r.making]
+        return [(thing.offset, thing.size) for thing in things] + rents
+
+    def used(self) -> list[tuple[int, int]]:
+        """Return all extents that may be in use."""
+        model = self.model
+        things = [(t.offset, t.size) for t in (*model.limbo, *model.things.values())]
+        return things + [(r.start, r.end - r.start) for r in model.rents.values()]
+
+    # -- connections -------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.boards) < MAX_CLIENTS)
+    @rule()
+    def connect(self) -> None:
+        """One more client comes."""
+        self.join()
+
+    @precondition(lambda self: len(self.boards) > 1)
+    @rule(which=NUMBERS)
+    def disconnect(self, which: int) -> None:
+        """A client dies: its pins and its unsealed objects go, nothing else."""
+        peer = pick([*self.active, *self.detached], which)
+        slots = [slot for slot in self.model.pins if self.is_of(peer, slot)]
+        for slot in slots:
+            del self.model.pins[slot]
+        self.forget(peer)
+        del self.boards[next(board for board, owner in self.boards.items() if owner is peer)]
+        for clients in (self.active, self.detached):
+            if peer in clients:
+                clients.remove(peer)
+        self.talk.disconnect(peer)
+        self.model.note_wake()
+        if not self.active:
+            self.join()
+
+    @rule(which=NUMBERS)
+    def detach(self, which: int) -> None:
+        """A client is closed: its unsealed objects and its requests end, its pins stay."""
+        peer = pick(self.active, which)
+        self.forget(peer)
+        self.active.remove(peer)
+        self.detached.append(peer)
+
+        def judge_reply(reply: Reply) -> None:
+            assert reply == Done()
+
+        self.send(peer, Detach(), judge_reply)
+        if not self.active:
+            self.join()
+
+    def forget(self, peer: Peer) -> None:
+        """Remove a client's unsealed objects and requests from the model."""
+        for thing in [t for t in self.model.things.values() if t.creator is peer]:
+            if not thing.is_sealed:
+                self.drop_unsealed(thing)
+        for key in [key for key in self.model.waits if key[0] == peer.number]:
+            wait = self.model.waits.pop(key)
+            slots = wait.request.slots
+            peer.free_slots += [slots[at] for at in range(len(slots)) if at not in wait.filled]
+        for key in [key for key in self.expected if key[0] == peer.number]:
+            del self.expected[key]
+        self.model.rents.pop(peer.number, None)
+        self.set_busy(peer, False)
+
+    def drop_unsealed(self, thing: Thing) -> None:
+        """Take an aborted object out of the model, into limbo if its writer still has it."""
+        del self.model.things[thing.object_id]
+        if self.model.is_pinned(thing):
+            self.model.limbo.add(thing)
+
+    @rule()
+    def subscribe(self) -> None:
+        """A new subscriber is told exactly what is sealed."""
+        late = self.talk.subscriber()
+        told = {object_id: sizes for object_id, *sizes in late.notifications}
+        assert len(told) == len(late.notifications)
+        sealed = self.model.sealed().items()
+        assert told == {object_id: [t.data_size, t.metadata_size] for object_id, t in sealed}
+        self.talk.disconnect(late)
+        self.model.note_wake()
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def new_thing(self, peer: Peer, object_id: bytes, data_size: int, metadata_size: int) -> Thing:
+        """Return an object whose content nobody else's looks like."""
+        self.incarnations += 1
+        size = data_size + metadata_size
+        mark = f"{object_id[-1]}:{self.incarnations};".encode()
+        content = (mark * (size // len(mark) + 1))[:size]
+        return Thing(object_id, data_size, metadata_size, content, peer)
+
+    def fill(self, thing: Thing) -> None:
+        """Write an object's content to its place."""
+        self.talk.raw[thing.offset : thing.offset + thing.size] = thing.content
+
+    @rule(which=NUMBERS, object_id=IDS, share=SHARES, metadata_size=st.integers(0, 99))
+    def create(self, which: int, object_id: bytes, share: int, metadata_size: int) -> None:
+        """A client asks for an object, and writes to it as soon as it is told where."""
+        peer, model = pick(self.active, which), self.model
+        thing = self.new_thing(peer, object_id, share * self.capacity // 1024, metadata_size)
+        wanted = align_up(thing.size, 64)
+        request = Create(object_id, thing.data_size, metadata_size, CODEC, peer.free_slots.pop())
+        fits = self.largest_gap(self.used()) >= wanted
+        gone_before = self.gone
+
+        def judge_reply(reply: Reply) -> None:
+            held = sum(t.size for t in model.held_by(peer, self.is_of))
+            limit = model.limits.get(peer.number, 0)
+            is_over = limit > 0 and held + thing.size > limit
+            if isinstance(reply, Created):
+                assert object_id not in model.things
+                assert not is_over
+                thing.offset = reply.offset
+                self.fill(thing)
+                model.things[object_id] = thing
+                model.pins[request.slot] = thing
+                return
+            assert isinstance(reply, Failed)
+            assert self.talk.read_slot(request.slot) == 0
+            peer.free_slots.append(request.slot)
+            if reply.failure is Failure.EXISTS:
+                assert object_id in model.things
+                return
+            assert object_id not in model.things
+            if reply.failure is Failure.OVER_QUOTA:
+                assert is_over
+                return
+            assert reply.failure is Failure.FULL
+            assert not fits
+            assert self.largest_gap(self.unmovable()) < wanted, "the store was not full"
+
+        self.send(peer, request, judge_reply)
+        self.talk.turn()
+        if fits:
+            assert self.gone == gone_before, "an object was evicted while there was room"
+
+    @rule(which=NUMBERS, number=NUMBERS, any_id=IDS, is_own=st.booleans(), one_way=st.booleans())
+    def seal(self, which: int, number: int, any_id: bytes, is_own: bool, one_way: bool) -> None:
+        """A client seals its object, or one that it cannot."""
+        peer, thing = self.choose(which, number, any_id, is_own)
+        if one_way:
+            peer.tell(Seal(any_id if thing is None else thing.object_id))
+        else:
+            judge_reply = self.judge_of_writer(peer, thing, any_id, lambda _: None)
+            self.send(peer, Seal(any_id if thing is None else thing.object_id), judge_reply)
+        assert thing is None or thing.is_sealed
+
+    @rule(which=NUMBERS, number=NUMBERS, any_id=IDS, is_own=st.booleans())
+    def abort(self, which: int, number: int, any_id: bytes, is_own: bool) -> None:
+        """A client aborts its object, or one that it cannot."""
+        peer, thing = self.choose(which, number, any_id, is_own)
+        judge_reply = self.judge_of_writer(peer, thing, any_id, self.drop_unsealed)
+        self.send(peer, Abort(any_id if thing is None else thing.object_id), judge_reply)
+        assert thing is None or self.model.things.get(thing.object_id) is not thing
+
+    def choose(
+        self, which: int, number: int, any_id: bytes, is_own: bool
+    ) -> tuple[Peer, Thing | None]:
+        """Choose a client, and an unsealed object of its own if there is one."""
+        peer = pick(self.active, which)
+        own = [t for t in self.model.things.values() if t.creator is peer and not t.is_sealed]
+        if is_own and own:
+            return peer, pick(own, number)
+        return peer, next((t for t in own if t.object_id == any_id), None)
+
+    def judge_of_writer(
+        self, peer: Peer, thing: Thing | None, any_id: bytes, on_done: Callable[[Thing], None]
+    ) -> Callable[[Reply], None]:
+        """Return what judges the reply to a seal or an abort."""
+
+        def judge_reply(reply: Reply) -> None:
+            if thing is not None:
+                assert reply == Done()
+                on_done(thing)
+                return
+            assert isinstance(reply, Failed)
+            other = self.model.things.get(any_id)
+            holds = other in self.model.held_by(peer, self.is_of)
+            is_again = other is not None and other.is_sealed and holds
+            assert reply.failure is (Failure.SEALED if is_again else Failure.NOT_FOUND)
+
+        return judge_reply
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4), wait=st.booleans())
+    def get(self, which: int, object_ids: list[bytes], wait: bool) -> None:
+        """A client gets objects, waiting for them or not."""
+        peer, model = pick(self.active, which), self.model
+        request = peer.wanted(object_ids, wait=wait)
+        key = peer.number, peer.last_id + 1
+        sealed = model.sealed()
+        filled = {at: sealed[i] for at, i in enumerate(object_ids) if i in sealed}
+        pending = model.waits[key] = Wait(peer, request, filled, may_be_partial=not wait)
+
+        def take_note() -> None:
+            if not pending.is_handled:
+                pending.is_handled = True
+                for position, thing in pending.filled.items():
+                    model.pins[request.slots[position]] = thing
+
+        def judge_reply(reply: Reply) -> None:
+            take_note()
+            assert isinstance(reply, Objects)
+            del model.waits[key]
+            assert len(reply.found) == len(object_ids)
+            for position, found in enumerate(reply.found):
+                there = pending.filled.get(position)
+                assert found == (ABSENT if there is None else there.found)
+                if there is None:
+                    assert pending.may_be_partial
+                    peer.free_slots.append(request.slots[position])
+
+        self.send(peer, request, judge_reply)
+        take_note()
+
+    @precondition(lambda self: self.model.waits)
+    @rule(which=NUMBERS)
+    def answer_now(self, which: int) -> None:
+        """A client's patience ends, or it is interrupted."""
+        key = pick(sorted(self.model.waits), which)
+        wait = self.model.waits[key]
+        wait.may_be_partial = True
+        wait.peer.tell(AnswerNow(key[1]))
+
+    @precondition(lambda self: self.model.sealed())
+    @rule(which=NUMBERS, number=NUMBERS)
+    def pin_without_a_message(self, which: int, number: int) -> None:
+        """A client finds an object in the table and pins it by itself."""
+        peer, thing = pick(self.active, which), pick(list(self.model.sealed().values()), number)
+        slot = peer.free_slots.pop()
+        self.talk.write_slot(slot, self.talk.store._table.find(thing.object_id) + 1)
+        self.model.pins[slot] = thing
+
+    @precondition(lambda self: self.model.pins)
+    @rule(which=NUMBERS, count=st.integers(1, 4), wakes=st.booleans())
+    def release(self, which: int, count: int, wakes: bool) -> None:
+        """Buffers die; if the store asked for it they wake it, sooner or later."""
+        for _ in range(min(count, len(self.model.pins))):
+            slot = pick(sorted(self.model.pins), which)
+            del self.model.pins[slot]
+            self.boards[slot // BOARD_WORDS].release(slot)
+        if wakes and self.talk.wake_word:
+            self.wake()
+
+    @rule()
+    def wake(self) -> None:
+        """The store looks for releases; then nothing waits for one that has happened."""
+        self.talk.wake()
+        self.model.note_wake()
+        waits = bool(self.model.limbo) or any(t.is_doomed for t in self.model.things.values())
+        assert self.talk.wake_word == waits
+
+    @rule(which=NUMBERS, object_id=IDS)
+    def contains(self, which: int, object_id: bytes) -> None:
+        """A client asks for an object; only sealed ones are there."""
+
+        def judge_reply(reply: Reply) -> None:
+            assert reply == Number(object_id in self.model.sealed())
+
+        self.send(pick(self.active, which), Contains(object_id), judge_reply)
+
+    @rule(which=NUMBERS)
+    def list_all(self, which: int) -> None:
+        """A client lists the objects: what is there, how large, and how many hold it."""
+
+        def judge_reply(reply: Reply) -> None:
+            assert isinstance(reply, Listing)
+            assert reply.next_start == 0
+            listed = {record[0]: (*record[1:4], record[6]) for record in reply.records}
+            assert len(listed) == len(reply.records)
+            held = [self.model.held_by(p, self.is_of) for p in self.active + self.detached]
+            assert listed == {
+                object_id: (
+                    thing.data_size,
+                    thing.metadata_size,
+                    sum(thing in things for things in held),
+                    thing.is_sealed,
+                )
+                for object_id, thing in self.model.things.items()
+            }
+
+        self.send(pick(self.active, which), List(0), judge_reply)
+
+    # -- removing ----------------------------------------------------------------------------------
+
+    @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4))
+    def delete(self, which: int, object_ids: list[bytes]) -> None:
+        """A client deletes objects; those in use go at their last release."""
+
+        def judge_reply(reply: Reply) -> None:
+            assert reply == Done()
+            for object_id in object_ids:
+                thing = self.model.sealed().get(object_id)
+                if thing is not None:
+                    assert self.model.is_pinned(thing), "a deleted object stayed"
+                    thing.is_doomed = True
+
+        self.send(pick(self.active, which), Delete(object_ids), judge_reply)
+
+    @rule(which=NUMBERS, size_bytes=st.integers(-5, 70000) | st.integers(1, 300))
+    def evict(self, which: int, size_bytes: int) -> None:
+        """A client has objects evicted; the store says how many bytes went."""
+
+        def judge_reply(reply: Reply) -> None:
+            freed = sum(thing.size for thing in self.gone_since_reply)
+            assert reply == Number(freed)
+            if size_bytes <= 0:
+                assert freed == 0
+            elif freed < size_bytes:
+                left = [t for t in self.model.sealed().values() if not self.model.is_pinned(t)]
+                assert not left, "there was more to evict"
+
+        self.send(pick(self.active, which), Evict(size_bytes), judge_reply)
+
+    @rule(which=NUMBERS, share=SHARES)
+    def set_limit(self, which: int, share: int) -> None:
+        """A client limits itself, or lifts its limit."""
+        peer, limit = pick(self.active, which), share * self.capacity // 1024
+
+        def judge_reply(reply: Reply) -> None:
+            assert reply == Done()
+            self.model.limits[peer.number] = limit
+
+        self.send(peer, SetOptions(limit, ""), judge_reply)
+
+    @rule()
+    def settle(self) -> None:
+        """All sockets are drained: now everything is answered but gets that wait."""
+        self.talk.turn()
+        for key in self.expected:
+            wait = self.model.waits[key]
+            assert not wait.may_be_partial
+            assert len(wait.filled) < len(wait.request.object_ids)
+
+    # -- leases ------------------------------------------------------------------------------------
+
+    def set_busy(self, peer: Peer, busy: bool) -> None:
+        """Write the word that tells whether a client is making an object in its lease."""
+        self.talk.write_slot(self.first_word(peer) + BUSY_WORD, busy)
+
+    def first_word(self, peer: Peer) -> int:
+        """Return the number of the first word on a client's board."""
+        return next(board for board, owner in self.boards.items() if owner is peer) * BOARD_WORDS
+
+    def epoch(self, peer: Peer) -> int:
+        """Return the epoch that the store shows a client."""
+        board = self.first_word(peer) // BOARD_WORDS
+        line = (self.talk.layout.control + board * CONTROL_BYTES) // 8
+        return self.talk.words[line + ControlWord.EPOCH]
+
+    @precondition(lambda self: self.capacity >= 1 << 20)
+    @rule(which=NUMBERS, needed_bytes=st.integers(0, 5000))
+    def ask_lease(self, which: int, needed_bytes: int) -> None:
+        """A client asks for a lease, if it is not about to publish in one."""
+        peer, rents = pick(self.active, which), self.model.rents
+        rent = rents.get(peer.number)
+        if rent is not None and rent.making is not None:
+            return
+
+        def judge_reply(reply: Reply) -> None:
+            assert isinstance(reply, Leased)
+            rents.pop(peer.number, None)
+            if reply.size_bytes:
+                assert not self.model.limits.get(peer.number)
+                assert reply.size_bytes >= 4 * needed_bytes
+                end = reply.offset + reply.size_bytes
+                assert reply.offset >= self.talk.layout.data
+                assert end <= self.talk.layout.data + self.talk.layout.data_bytes
+                rents[peer.number] = Rent(reply.offset, end, reply.objects, reply.epoch)
+
+        self.send(peer, AskLease(needed_bytes), judge_reply)
+
+    @precondition(lambda self: self.model.rents)
+    @rule(which=NUMBERS, gap=st.integers(0, 2), size_bytes=st.integers(0, 5000))
+    def begin_to_publish(self, which: int, gap: int, size_bytes: int) -> None:
+        """A client takes room from its lease, unless that was recalled, and writes to it."""
+        number = pick(sorted(self.model.rents), which)
+        peer, rent = self.talk.peers[number], self.model.rents[number]
+        if rent.making is not None:
+            return
+        self.set_busy(peer, True)
+        offset = rent.start + 64 * gap
+        is_recalled = self.epoch(peer) != rent.epoch
+        if is_recalled or offset + align_up(size_bytes, 64) > rent.end or not rent.objects:
+            self.set_busy(peer, False)
+            del self.model.rents[number]
+            if not is_recalled:
+                self.send(peer, AskLease(1 << 40), self.judge_no_lease)
+            return
+        thing = self.new_thing(peer, name(1000 + self.incarnations), size_bytes, 0)
+        thing.offset = offset
+        self.fill(thing)
+        rent.making = thing
+        rent.objects -= 1
+
+    def judge_no_lease(self, reply: Reply) -> None:
+        """See that nothing is leased for an object that no lease has room for."""
+        assert reply == Leased(0, 0, 0, 0)
+
+    @precondition(lambda self: any(rent.making for rent in self.model.rents.values()))
+    @rule(which=NUMBERS)
+    def publish(self, which: int) -> None:
+        """A client publishes what it has written: whatever happened meanwhile, it is there."""
+        making = sorted(n for n, rent in self.model.rents.items() if rent.making)
+        peer = self.talk.peers[pick(making, which)]
+        rent = self.model.rents[peer.number]
+        thing = rent.making
+        assert thing is not None
+        rent.making = None
+        rent.start = thing.offset + align_up(thing.size, 64)
+        self.model.things[thing.object_id] = thing
+        peer.tell(Publish(thing.object_id, thing.offset, thing.data_size, 0, CODEC))
+        self.set_busy(peer, False)
+        assert thing.is_sealed
+
+    # -- what always holds -------------------------------------------------------------------------
+
+    @invariant()
+    def proves_itself(self) -> None:
+        """The store's own proof of its invariants succeeds."""
+        self.talk.store.check()
+
+    @invariant()
+    def keeps_every_byte(self) -> None:
+        """What is there, and what anybody holds, has the content that was written."""
+        for thing in {*self.model.things.values(), *self.model.pins.values()}:
+            content = self.talk.raw[thing.offset : thing.offset + thing.size]
+            assert content == thing.content, "an object holds what was not written to it"
+
+    @invariant()
+    def shows_every_pin(self) -> None:
+        """The boards say what the clients believe."""
+        for slot, thing in self.model.pins.items():
+            entry = self.talk.read_slot(slot) - 1
+            assert entry >= 0
+            assert self.talk.store._table.object_id(entry) == thing.object_id
+
+    @invariant()
+    def asks_to_be_woken(self) -> None:
+        """While anything waits for a release that is to come, the header says so."""
+        waits = any(self.model.is_pinned(thing) for thing in self.model.limbo)
+        if waits or any(thing.is_doomed for thing in self.model.things.values()):
+            assert self.talk.wake_word == 1
+
+    @invariant()
+    def answers_no_complete_get_late(self) -> None:
+        """A get that has everything is not waiting."""
+        for wait in self.model.waits.values():
+            assert len(wait.filled) < len(wait.request.object_ids)
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(deadline=None, stateful_step_count=50)
