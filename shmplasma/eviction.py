@@ -99,13 +99,14 @@ class Sieve:
         newer, older = self._newer, self._older
         node = index + 1
         try:
-            self._visited[index] = 0
             if newer[node] != _NOWHERE:
                 raise ValueError(f"entry {index} is in the queue already")
+            self._visited[index] = 0
         except IndexError:
             if index >= len(self._visited):
                 text = f"there is no entry {index} among {len(self._visited)}"
                 raise ValueError(text) from None
+            self._visited[index] = 0
             missing = array("I", [_NOWHERE]) * (node + 1 - len(newer))
             newer.extend(missing)
             older.extend(missing)

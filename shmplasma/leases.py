@@ -137,13 +137,14 @@ class Leases:
     def size_for(self, client: int, needed_bytes: int) -> int:
         """Return how large a lease this client should get next; 0 for none.
 
-        Each is twice as large as the one before, which was used up, from `MIN_LEASE_BYTES` to 1 MiB.
+        Each is twice as large as the one before, which was used up, from `MIN_LEASE_BYTES` to 1 MiB, and
+        has room for four objects of the size that is needed now.
         """
         capacity = self._layout.capacity
-        size = max(2 * self._last_bytes.get(client, 0), MIN_LEASE_BYTES)
+        size = max(2 * self._last_bytes.get(client, 0), MIN_LEASE_BYTES, 4 * needed_bytes)
         size = min(size, _MAX_LEASE_BYTES, capacity // _SHARE_OF_ONE)
         size = min(size, capacity // _SHARE_OF_ALL - self.held_bytes) & -ALIGNMENT
-        return size if size >= MIN_LEASE_BYTES and size >= 4 * needed_bytes else 0
+        return size if size >= max(MIN_LEASE_BYTES, 4 * needed_bytes) else 0
 
     def grant(self, client: int, board: int, offset: int, size_bytes: int) -> tuple[int, int]:
         """Take note of a lease; return the number of objects it may publish, and its epoch."""

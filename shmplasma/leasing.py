@@ -109,11 +109,12 @@ class LeaseWriter:
                 self._pause -= 1
             else:
                 lease = self._ask(size_bytes)
-                if not lease.size_bytes:
+                if lease.size_bytes:
+                    self._populate(lease.offset, lease.size_bytes)
+                else:
                     self._pause = _PUTS_AFTER_REFUSAL
                 self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
                 self._objects, self._epoch = lease.objects, lease.epoch
-                self._populate(lease.offset, lease.size_bytes)
             self._board[BUSY_WORD] = 1
             if self._end and self._words[self._epoch_word] == self._epoch:
                 return True

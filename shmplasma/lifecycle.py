@@ -231,7 +231,7 @@ class Lifecycle:
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
         )
-        self._room.sealed(entry, size)
+        self._room.sealed(entry)
         return entry
 
     def recall_leases(self) -> bool:
@@ -271,7 +271,7 @@ class Lifecycle:
         entry = self._own(client, object_id)
         self._forget_creator(client, entry)
         self._table.seal(entry, now_ns)
-        self._room.sealed(entry, self._table.size(entry))
+        self._room.sealed(entry)
         return entry
 
     def abort(self, client: int, object_id: bytes) -> None:

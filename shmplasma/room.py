@@ -168,10 +168,10 @@ class Room:
         if size_bytes:
             self._allocator.free(offset, size_bytes)
 
-    def sealed(self, entry: int, size_bytes: int) -> None:
+    def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted."""
         self._queue.insert(entry)
-        self._sealed_bytes += align_up(size_bytes, ALIGNMENT)
+        self._sealed_bytes += align_up(self._table.size(entry), ALIGNMENT)
 
     def read(self, entry: int) -> None:
         """Take note that the object was read."""

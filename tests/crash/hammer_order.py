@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
@@ -39,11 +38,11 @@ class Misses:
 
 
 def keep_busy(path: str, stop: Event, ready: Connection) -> None:
-    """Put small objects until told to stop."""
+    """Put small objects, and delete them by the hundred, until told to stop."""
     with ready, shmplasma.connect(path) as client:
         ready.send("ready")
         while not stop.is_set():
-            client.put(b"busy")
+            client.delete([client.put(b"busy") for _ in range(500)])
 
 
 def answer(path: str, count: int, questions: Connection, result: Connection) -> None:
@@ -73,37 +72,33 @@ def run(count: int, n_writers: int) -> Misses:
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    with ExitStack() as stack:
-        store = stack.enter_context(shmplasma.Store(CAPACITY))
+    questions, asked = context.Pipe()
+    result, ours = context.Pipe(duplex=False)
+    ready, is_ready = context.Pipe(duplex=False)
+    with shmplasma.Store(CAPACITY) as store, questions, result, ready:
         path = store.store_socket_name
-        readiness = []
+        processes = [context.Process(target=answer, args=(path, count, asked, ours))]
         for _ in range(n_writers):
-            ours, theirs = context.Pipe(duplex=False)
-            stack.enter_context(ours)
-            writer = context.Process(target=keep_busy, args=(path, stop, theirs))
-            writer.start()
-            stack.callback(writer.join)
-            theirs.close()
-            readiness.append(ours)
-        stack.callback(stop.set)
-        questions, theirs_of_questions = context.Pipe()
-        result, theirs_of_result = context.Pipe(duplex=False)
-        asker = context.Process(
-            target=answer, args=(path, count, theirs_of_questions, theirs_of_result)
-        )
-        asker.start()
-        stack.callback(asker.join)
-        theirs_of_questions.close()
-        theirs_of_result.close()
-        stack.enter_context(questions)
-        stack.enter_context(result)
-        for ours in readiness:
-            assert ours.recv() == "ready"
-        client = stack.enter_context(store.connect())
-        for number in range(count):
-            questions.send_bytes(client.put(number).binary())
-            assert questions.recv_bytes() == b"next"
-        return Misses(*result.recv())
+            processes.append(context.Process(target=keep_busy, args=(path, stop, is_ready)))
+        for process in processes:
+            process.start()
+        for end in (asked, ours, is_ready):
+            end.close()
+        try:
+            for _ in range(n_writers):
+                assert ready.recv() == "ready"
+            with store.connect() as client:
+                for number in range(count):
+                    questions.send_bytes(client.put(number).binary())
+                    assert questions.recv_bytes() == b"next"
+            misses = Misses(*result.recv())
+        finally:
+            stop.set()
+            questions.close()
+            for process in processes:
+                process.join()
+        assert all(process.exitcode == 0 for process in processes), "a process has failed"
+        return misses
 
 
 def main() -> int:
