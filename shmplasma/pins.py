@@ -1,40 +1,66 @@
-"""Pins: how a reader keeps an object in place, and how the store finds out.
+"""Pins: how a reader keeps an object in place without a message, and how the store takes one away.
 
-Theory of operation
--------------------
-A board is a page of 8-byte words in the segment.  It belongs to one client.  Word 0 is reserved for the
-client's announcements; each of the others is a *slot*: 0, or entry index + 1 while a buffer over that
-entry's object is alive.  A slot is named by a number that is unique in the segment: board *
-`BOARD_WORDS` + word.
-
-Who may write a slot changes by message, never by chance:
+Boards and slots
+----------------
+A board is a page of 8-byte words in the segment and belongs to one client.  Word 0 is the client's BUSY word
+(`shmplasma.leases`); each of the others is a *slot*: 0, or entry index + 1 while a buffer over that entry's
+object is alive.  A slot is named by a number that is unique in the segment: board * `BOARD_WORDS` + word.
+Who may write a slot changes by agreement, never by chance:
 
 =========  ====================================================  ==============================================
 slot is    writer                                                leaves this state by
 =========  ====================================================  ==============================================
-unused     nobody; its number lies in the client's free list     the client sends it along with a create or get
-lent       the store, which may write entry index + 1 to it      the reply
-held       the client: the finalizer of the buffer clears it     the finalizer, which puts it on the free list
+free       nobody; its number lies in the client's free list     being popped from the list
+held       the client: a reader pins, a finalizer clears         the finalizer, which puts it on the free list
+lent       the store, which may write entry index + 1 to it      the reply to the request that named it: held
 =========  ====================================================  ==============================================
 
-So every word has one writer at a time, a client clears only what it holds, and a buffer is released by one
-8-byte store without any message.  The store reads the boards when it wants to know who holds what: a word
-that is not a valid pin counts as none, which harms only the client that wrote it.
+So every word has one writer at a time, and a buffer is released by one 8-byte store.  The store reads the
+boards when it wants to know who holds what; a word that names no object counts for nothing and harms only
+the client that wrote it.  A client that leaves loses its boards: the store clears them and grants them anew.
 
-A client that leaves loses its boards: the store clears them and grants them anew.
+Reading without a message, and taking
+-------------------------------------
+::
 
-A finalizer runs anywhere, inside the collector too and in any thread.  It stores one word and appends to a
-list; both are single steps under the interpreter lock, and neither takes a lock of its own.  Where the
-machine is not of total store order (not x86-64), the reads of the data that came before must not be
-overtaken by that word; the take protocol's second barrier answers for this on the store's side.
+    reader (shmplasma.reader)                       store: take (shmplasma.room)
+    R1  w = state[e]; not SEALED: ask the store     T1  state[e] = EVICTING
+    R2  id, offset, sizes of e                      T2  membarrier
+    R3  slot = e + 1                                T3  read all boards
+    R4  state[e] == w?  no: slot = 0, ask the store T4a somebody pins e: state[e] = w again
+    R5  the buffer is good until slot = 0           T4b nobody: unlink, free the extent, state[e] = FREE, g + 1
 
-Taking an object (evict, delete) is, for the store::
+``state[e]`` is one word, generation << 8 | state.  x86-64 keeps the order of loads and that of stores, but a
+load may overtake an earlier store to another word: R4 may run while R3 still waits in the store buffer of
+its processor.
 
-    state = EVICTING; barrier; scan the boards
-    pinned: state as before      not pinned: unlink, free the extent, generation + 1, FREE
+*A reader that passes R4 holds what it looked up.*  The word that R4 read is w.  If R4 read it before T1 was
+visible, then the membarrier of T2, which passes a full barrier on every processor that runs a registered
+process, at some point between T1 and T3, came after R4 (a load that follows this point sees EVICTING); so
+R3, which precedes R4 in program order, left the store buffer at that point, and T3 sees the pin: the take
+is given up.  If R4 read w after T1, then w was written again: by T4a, and the object is where it was, or not
+at all, because after T4b the generation has changed and w never returns.
 
-While every pin is written by the store itself nothing can come between scan and free; the state and the
-barrier are there for readers who pin without a message.
+*What it looked up is of one incarnation.*  Fields change only while the entry is free or being created
+(`shmplasma.table`).  R1 and R4 read the same w, and a (generation, state) pair returns only when a take was
+given up; so no change lies between them, and what R2 read belongs to w.  Read R2 before R1, and an entry that
+was freed and reused in between hands out another object's bytes under this id.
+
+*A pin that fails R4 is harmless.*  It may make a take give up, or a deletion wait; its release wakes the
+store like any other (see `shmplasma.lifecycle` for the WAKE word, whose argument is the same: the releaser's
+slot = 0 and its reading of WAKE against the store's WAKE = 1, membarrier, reading of the boards).
+
+*Data.*  The creator's writes are visible before SEALED is: it sent its message after them, and a system call
+on each side lies in between.  The reader's loads of the data precede its slot = 0, as x86-64 lets no store
+overtake an earlier load; so memory is reused only when it was read.
+
+Interruptions: a signal handler or the collector may run between any two steps of a reader, and even read or
+release by the same board: it uses other slots.  A pin object exists before R3, so an exception after it
+clears the slot.  A forked child works on private copies of the boards (`shmplasma.session`).  A client that
+is killed between R3 and R4 leaves a pin that goes with its board.
+
+Where there is no membarrier, or the machine is not x86-64, nobody reads like this: the store itself writes
+the pin to a lent slot before it replies, and being one thread it takes nothing in between.
 """
 
 from __future__ import annotations

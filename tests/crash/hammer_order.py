@@ -21,6 +21,8 @@ import shmplasma
 __all__ = ["Misses", "run"]
 
 CAPACITY: Final = "64MB"
+_DELETE_EACH: Final = 500
+"""So many objects of each process at a time; the store never evicts."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,17 @@ class Misses:
 
 
 def keep_busy(path: str, stop: Event, ready: Connection) -> None:
-    """Put small objects, and delete them by the hundred, until told to stop."""
+    """Put small objects, and delete them again, until told to stop."""
     with ready, shmplasma.connect(path) as client:
         ready.send("ready")
         while not stop.is_set():
-            client.delete([client.put(b"busy") for _ in range(500)])
+            client.delete([client.put(b"busy") for _ in range(_DELETE_EACH)])
 
 
 def answer(path: str, count: int, questions: Connection, result: Connection) -> None:
     """Look for each object that the other side says it has put; every other one is asked for by `get` first."""
     missed_by_contains = missed_by_get = 0
+    asked: list[shmplasma.ObjectID] = []
     with questions, result, shmplasma.connect(path) as client:
         for number in range(count):
             object_id = shmplasma.ObjectID(questions.recv_bytes())
@@ -55,7 +58,10 @@ def answer(path: str, count: int, questions: Connection, result: Connection) -> 
                 missed_by_contains += not client.contains(object_id)
             missed_by_get += client.get(object_id, timeout_ms=0) != number
             missed_by_contains += not client.contains(object_id)
-            client.delete(object_id)
+            asked.append(object_id)
+            if len(asked) == _DELETE_EACH:
+                client.delete(asked)
+                asked.clear()
             questions.send_bytes(b"next")
         result.send((missed_by_contains, missed_by_get))
 
