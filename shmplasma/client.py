@@ -17,7 +17,7 @@ from shmplasma.notifications import Subscription, decode
 from shmplasma.objects import ObjectID
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
-from shmplasma.requests import Debug, Delete, Evict, List, SetOptions
+from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, List, SetOptions
 from shmplasma.writing import MAX_SIZE, ObjectArray, Writing
 
 __all__ = ["ObjectArray", "ObjectInfo", "ObjectNotAvailable", "PlasmaClient", "connect"]
@@ -128,13 +128,15 @@ class PlasmaClient(Reading, Writing):
         Raises
         ------
         ValueError
-            The limit is negative or beyond 2**62.
+            The limit is negative or beyond 2**62, or the name is longer than 255 bytes.
         """
         limit = index(limit_output_memory)
         if not 0 <= limit <= MAX_SIZE:
             raise ValueError(f"a limit of {limit} bytes makes no sense; 0 is no limit")
         if not isinstance(client_name, str):
             raise TypeError(f"a client's name is a str, not {type(client_name).__name__}")
+        if len(client_name.encode()) > MAX_NAME_BYTES:
+            raise ValueError(f"a client's name has at most {MAX_NAME_BYTES} bytes")
         options = SetOptions(limit, client_name)
         self._live().call(options, Done)
         self._options = options

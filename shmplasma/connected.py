@@ -12,7 +12,7 @@ from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.notifications import Subscription
 from shmplasma.objects import ObjectID
 from shmplasma.replies import Done
-from shmplasma.requests import SetOptions
+from shmplasma.requests import MAX_NAME_BYTES, SetOptions
 from shmplasma.session import Session
 
 __all__ = ["DEFAULT_RETRIES", "Connected", "checked", "program_name"]
@@ -117,7 +117,8 @@ def checked(object_id: ObjectID) -> ObjectID:
 
 def program_name() -> str:
     """Return what a store calls a client that has not named itself."""
-    return os.path.basename(sys.argv[0]) if sys.argv else ""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name.encode(errors="replace")[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _after_fork_in_child() -> None:

@@ -108,6 +108,8 @@ class EntryState(IntEnum):
     CREATED = 1
     SEALED = 2
     EVICTING = 3
+    DOOMED = 4
+    """Sealed, and deleted while it was pinned: to be had from the store only, and gone at the last release."""
 
 
 class EntryWord(IntEnum):

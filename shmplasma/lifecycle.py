@@ -10,7 +10,9 @@ r"""The life of an object: create, seal, abort, delete, evict.
 Invariants
 ----------
 * An unsealed object has exactly one creator, a connected client; only that one may seal or abort it.
-* A doomed object is sealed and was pinned: it can be read, its id is taken, it goes at the last release.
+* A doomed object is sealed and was pinned: the store still gives it to readers, its id is taken, and it goes
+  at the last release.  Its state is one that readers do not know, so that they ask the store, which looks
+  first whether the last release has come.
 * A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
   not free.
 * What a lease covers beyond its cursor is used space without an object (see `shmplasma.leases`).
@@ -92,9 +94,13 @@ class Lifecycle:
     def find_sealed(self, object_id: bytes) -> int:
         """Return the entry of a sealed object, or `NO_ENTRY`."""
         entry = self._table.find(object_id)
-        if entry != NO_ENTRY and self._table.state(entry) == EntryState.SEALED:
-            return entry
-        return NO_ENTRY
+        if entry == NO_ENTRY:
+            return NO_ENTRY
+        state = self._table.state(entry)
+        if state == EntryState.DOOMED:
+            self.wake()  # what comes by message may be faster than the wake-up
+            return entry if self._table.find(object_id) == entry else NO_ENTRY
+        return entry if state == EntryState.SEALED else NO_ENTRY
 
     def creator(self, entry: int) -> int | None:
         """Return the client that is still writing the object."""
@@ -132,7 +138,7 @@ class Lifecycle:
             The id exists, the client would exceed `limit_bytes` (0: none), or there is no room.
         """
         object_id = request.object_id
-        if self._table.find(object_id) != NO_ENTRY:
+        if self._exists(object_id):
             raise _existing(object_id)
         size = request.data_size + request.metadata_size
         if limit_bytes:
@@ -144,8 +150,7 @@ class Lifecycle:
                     "more; release buffers or raise the limit with set_client_options",
                     Failure.OVER_QUOTA,
                 )
-        offset, evicted = self._room.allocate(size)
-        self._evicted(evicted)
+        offset = self._allocate(size)
         if offset is None:
             raise self.full(size)
         entry = self._insert(request, offset, size, now_ns)
@@ -153,6 +158,22 @@ class Lifecycle:
         self._unsealed.setdefault(client, set()).add(entry)
         self._boards.pin(request.slot, entry)
         return entry
+
+    def _exists(self, object_id: bytes) -> bool:
+        """Tell whether an id is taken, sealed or not."""
+        if self._doomed:
+            self.find_sealed(object_id)  # which lets go of it, if it has waited for that
+        return self._table.find(object_id) != NO_ENTRY
+
+    def _allocate(self, size_bytes: int) -> int | None:
+        """Find an extent, evicting what is needed, and letting go what was released meanwhile."""
+        offset, evicted = self._room.allocate(size_bytes)
+        self._evicted(evicted)
+        if offset is None and self.awaits_release:
+            self.wake()
+            offset, evicted = self._room.allocate(size_bytes)
+            self._evicted(evicted)
+        return offset
 
     def _insert(self, request: Create, offset: int, size: int, now_ns: int) -> int:
         """Insert the object, evicting one if the table is full; on failure free its extent."""
@@ -162,7 +183,7 @@ class Lifecycle:
         )
         for _ in range(2):
             if self._table.free_entries <= self._leases.objects_left:
-                self._evicted(self._room.evict(1)[1])
+                self._evicted(self._room.evict(0, objects=1)[1])
                 continue
             try:
                 entry = self._table.insert(
@@ -225,7 +246,7 @@ class Lifecycle:
         start, skipped = self._leases.publish(client, offset, size)
         if skipped:
             self._room.give_back(start, skipped)
-        if self._table.find(object_id) != NO_ENTRY:
+        if self._exists(object_id):
             self._room.give_back(offset, size)
             raise _existing(object_id)
         entry = self._table.insert(
@@ -324,6 +345,8 @@ class Lifecycle:
         entries = {self.find_sealed(object_id) for object_id in object_ids} - {NO_ENTRY}
         self._take(entries)
         if entries:
+            for entry in entries:
+                self._table.set_state(entry, EntryState.DOOMED)
             self._doomed |= entries
             self._await_release()
 
@@ -342,25 +365,36 @@ class Lifecycle:
         for entry in self._limbo - pinned:
             self._limbo.remove(entry)
             self._room.free(entry)
-        if not self.awaits_release:
-            self._words[HeaderWord.WAKE] = 0
+        self._lower_wake_word()
 
     def _await_release(self) -> None:
         self._words[HeaderWord.WAKE] = 1
         self._memory.barrier()
         self.wake()
 
+    def _lower_wake_word(self) -> None:
+        if not self.awaits_release:
+            self._words[HeaderWord.WAKE] = 0
+
     def _take(self, entries: set[int]) -> None:
         """Remove those of these objects that nobody pins, from the store and from the set."""
         for entry in self._room.take(list(entries)) if entries else ():
             entries.discard(entry)
-            self._doomed.discard(entry)
             self._gone(self._table.object_id(entry))
+        self._forget_doomed()
 
     def _evicted(self, object_ids: Iterable[bytes]) -> None:
         for object_id in object_ids:
             self.evictions += 1
             self._gone(object_id)
+        self._forget_doomed()
+
+    def _forget_doomed(self) -> None:
+        """Take note of doomed objects that have gone, by whatever way; before their entries are used again."""
+        if self._doomed:
+            state = self._table.state
+            self._doomed = {entry for entry in self._doomed if state(entry) == EntryState.DOOMED}
+            self._lower_wake_word()
 
     # -- refusing ------------------------------------------------------------------------------
 
@@ -407,10 +441,11 @@ class Lifecycle:
             assert created == (entry in unsealed), f"entry {entry} has no creator or is not CREATED"
             limbo = state(entry) == EntryState.EVICTING
             assert limbo == (entry in self._limbo), f"entry {entry} is being taken for ever"
-        assert all(state(entry) == EntryState.SEALED for entry in self._doomed)
-        pinned = self._boards.pinned()
-        assert self._words[HeaderWord.WAKE] or not self.awaits_release, "nobody will wake the store"
-        assert all(state(entry) != EntryState.FREE for entry in pinned), "a pin of a free entry"
+        for entry in range(self._table.end):
+            doomed = state(entry) == EntryState.DOOMED
+            assert doomed == (entry in self._doomed), f"entry {entry} is doomed for ever"
+        waits = self.awaits_release > 0
+        assert self._words[HeaderWord.WAKE] == waits, "nobody will wake the store, or for nothing"
 
 
 def _existing(object_id: bytes) -> Refused:

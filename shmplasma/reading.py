@@ -23,7 +23,6 @@ from shmplasma.requests import Contains
 from shmplasma.serialization import SerializationContext, deserialize
 from shmplasma.session import Session
 
-
 __all__ = ["ObjectNotAvailable", "Reading"]
 
 _IDS_A_REQUEST: Final = 1 << 16

@@ -13,6 +13,7 @@ from shmplasma.messages import Empty, OneId, decode_message
 from shmplasma.protocol import Frame
 
 __all__ = [
+    "MAX_NAME_BYTES",
     "PUBLISH",
     "Abort",
     "AnswerNow",
@@ -48,6 +49,16 @@ class Role(IntEnum):
 _HELLO: Final = Struct("<HHqQ")
 
 
+MAX_NAME_BYTES: Final = 255
+"""Of a client, in UTF-8: it stands in the descriptions that others read."""
+
+
+def _name(text: bytes) -> str:
+    if len(text) > MAX_NAME_BYTES:
+        raise ValueError(f"a name has at most {MAX_NAME_BYTES} bytes")
+    return text.decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     """The first message: who connects, and for what."""
@@ -68,7 +79,7 @@ class Hello:
     def decode(cls, body: bytes) -> Hello:
         """Return the message of a body."""
         version, role, pid, start_time = _HELLO.unpack_from(body)
-        return cls(version, Role(role), pid, start_time, body[_HELLO.size :].decode())
+        return cls(version, Role(role), pid, start_time, _name(body[_HELLO.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +256,7 @@ class SetOptions:
     def decode(cls, body: bytes) -> SetOptions:
         """Return the message of a body."""
         (limit_bytes,) = unpack("<Q", body[:8])
-        return cls(limit_bytes, body[8:].decode())
+        return cls(limit_bytes, _name(body[8:]))
 
 
 @dataclass(frozen=True, slots=True)

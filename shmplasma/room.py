@@ -15,7 +15,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
@@ -152,7 +152,7 @@ class Room:
                 return None, evicted
             step = max(1, wanted - self.free_bytes)
             while offset is None:
-                _, victims = self.evict(step)
+                _, victims = self._evict(self._extent_bytes, step)
                 evicted += victims
                 offset = self._allocator.allocate(size_bytes)
                 if not victims:
@@ -171,7 +171,7 @@ class Room:
     def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted."""
         self._queue.insert(entry)
-        self._sealed_bytes += align_up(self._table.size(entry), ALIGNMENT)
+        self._sealed_bytes += self._extent_bytes(entry)
 
     def read(self, entry: int) -> None:
         """Take note that the object was read."""
@@ -191,26 +191,27 @@ class Room:
         The returned entries' ids and sizes are still what they were, until the next insertion.
         """
         table = self._table
+        states = [table.state(entry) for entry in entries]
         for entry in entries:
             table.set_state(entry, EntryState.EVICTING)
         self._memory.barrier()
         pinned = self._pinned(entries)
         taken: list[int] = []
-        for entry in entries:
+        for entry, state in zip(entries, states, strict=True):
             self.takes += 1
             if entry in pinned:
                 self.takes_that_met_a_pin += 1
-                table.set_state(entry, EntryState.SEALED)
+                table.set_state(entry, state)
                 continue
             self._queue.remove(entry)
-            self._sealed_bytes -= align_up(table.size(entry), ALIGNMENT)
+            self._sealed_bytes -= self._extent_bytes(entry)
             table.unlink(entry)
             self.free(entry)
             taken.append(entry)
         return taken
 
-    def evict(self, size_bytes: int) -> tuple[int, list[bytes]]:
-        """Take objects by the eviction policy until so many bytes are free that were not.
+    def evict(self, size_bytes: int, objects: int = 0) -> tuple[int, list[bytes]]:
+        """Take objects by the eviction policy until so many bytes, and so many objects, are gone.
 
         Returns
         -------
@@ -219,28 +220,39 @@ class Room:
         evicted : list of bytes
             Their ids.
         """
+        return self._evict(self._table.size, size_bytes, objects)
+
+    def _evict(
+        self, measure: Callable[[int], int], size_bytes: int, objects: int = 0
+    ) -> tuple[int, list[bytes]]:
+        """Evict until the sum of what `measure` says of each entry, and the count, are reached."""
         freed, evicted = 0, list[bytes]()
         batch: list[int] = []
         batch_bytes = 0
         pinned = self._boards.pinned()
+
+        def take_batch() -> int:
+            taken = self.take(batch)
+            evicted.extend([self._table.object_id(entry) for entry in taken])
+            batch.clear()
+            return sum(map(measure, taken))
+
         for entry in self._queue.sweep():
             if entry in pinned:
                 continue
             batch.append(entry)
-            batch_bytes += self._table.size(entry)
-            if freed + batch_bytes >= size_bytes:
-                freed += self._take_batch(batch, evicted)
-                batch, batch_bytes = [], 0
-                if freed >= size_bytes:
+            batch_bytes += measure(entry)
+            if freed + batch_bytes >= size_bytes and len(evicted) + len(batch) >= objects:
+                freed += take_batch()
+                batch_bytes = 0
+                if freed >= size_bytes and len(evicted) >= objects:
                     break
         if batch:
-            freed += self._take_batch(batch, evicted)
+            freed += take_batch()
         return freed, evicted
 
-    def _take_batch(self, batch: Sequence[int], evicted: list[bytes]) -> int:
-        taken = self.take(batch)
-        evicted += [self._table.object_id(entry) for entry in taken]
-        return sum(self._table.size(entry) for entry in taken)
+    def _extent_bytes(self, entry: int) -> int:
+        return align_up(self._table.size(entry), ALIGNMENT)
 
     def _pinned(self, entries: Sequence[int]) -> Iterable[int]:
         if len(entries) == 1:
@@ -249,9 +261,7 @@ class Room:
 
     def _evictable_bytes(self) -> int:
         pinned = sum(
-            align_up(self._table.size(entry), ALIGNMENT)
-            for entry in self._boards.pinned()
-            if entry in self._queue
+            self._extent_bytes(entry) for entry in self._boards.pinned() if entry in self._queue
         )
         return self._sealed_bytes - pinned
 
@@ -289,7 +299,7 @@ class Room:
             size = data_size + metadata_size
             if size:
                 used.append((offset, align_up(size, ALIGNMENT)))
-            is_sealed = table.state(entry) == EntryState.SEALED
+            is_sealed = table.state(entry) in (EntryState.SEALED, EntryState.DOOMED)
             assert is_sealed == (entry in self._queue), f"entry {entry} and the queue disagree"
             if is_sealed:
                 sealed += align_up(size, ALIGNMENT)

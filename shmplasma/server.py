@@ -26,10 +26,11 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shmplasma import system
+from shmplasma.effects import Descriptor, Drop, Effect, Send
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.protocol import MAX_REQUEST_BYTES, SPIN_NS, Frame, FrameDecoder
 from shmplasma.segment import Segment
-from shmplasma.store import Descriptor, Drop, Effect, ObjectStore, Send
+from shmplasma.store import ObjectStore
 
 __all__ = ["Server"]
 

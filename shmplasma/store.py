@@ -20,33 +20,32 @@ once, and then `ObjectStore.settle` answers.  What was sealed before a question 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final, NamedTuple, assert_never
+from typing import Final, assert_never
 
+from shmplasma.effects import Descriptor, Drop, Effect, Send
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
-from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord, EntryState, Layout
+from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord, Layout
 from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import (
-    NOTIFICATION,
     Created,
     Done,
     Failed,
     Failure,
     Leased,
     Listing,
-    ListRecord,
     Number,
     Objects,
     Reply,
     Text,
     Welcome,
 )
+from shmplasma.reports import describe, list_objects, notification, sealed_notifications
 from shmplasma.requests import (
     Abort,
     AnswerNow,
@@ -73,35 +72,9 @@ from shmplasma.requests import (
 from shmplasma.room import Memory, Room
 from shmplasma.table import NO_ENTRY, Table
 
-__all__ = ["Descriptor", "Drop", "Effect", "ObjectStore", "Send"]
-
-_LIST_WINDOW: Final = 4096
-"""Entries that one `Listing` covers: a few milliseconds of the loop's time."""
+__all__ = ["ObjectStore"]
 
 
-class Descriptor(Enum):
-    """A file descriptor that goes along with a message."""
-
-    SEGMENT = "segment"
-    WAKE = "wake"
-
-
-class Send(NamedTuple):
-    """Send these bytes to a client, in order, with a descriptor if one is named."""
-
-    client: int
-    data: bytes
-    descriptor: Descriptor | None = None
-
-
-class Drop(NamedTuple):
-    """Close the client's connection; what was sent before is out as far as the socket took it."""
-
-    client: int
-    reason: str
-
-
-Effect = Send | Drop
 Unsettled = tuple[int, int, Request, int]
 """Client, request id, request and its time: what waits for a drain."""
 _DONE: Final = Done()
@@ -167,7 +140,7 @@ class ObjectStore:
         self._gets = GetQueue()
         self._sessions: dict[int, _Session] = {}
         self._subscribers: set[int] = set()
-        self._uncommitted: deque[tuple[int, int, int]] = deque()
+        self._uncommitted: dict[int, tuple[int, int]] = {}
         self._unsettled: list[Unsettled] = []
         self._effects: list[Effect] = []
 
@@ -181,11 +154,18 @@ class ObjectStore:
         """Forget a connection: its pins and its unsealed objects go."""
         del self._sessions[client]
         self._subscribers.discard(client)
-        self._gets.forget(client)
         self._boards.revoke(client)
-        self._objects.abort_all(client)
+        self._forget(client)
         self._objects.end_lease(client)
         return self.wake()
+
+    def _forget(self, client: int) -> None:
+        """Drop what a client waits for and what it has not sealed."""
+        self._gets.forget(client)
+        for entry, (creator, _) in list(self._uncommitted.items()):
+            if creator == client:
+                self._refuse_uncommitted(client, entry)
+        self._objects.abort_all(client)
 
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
         """Carry out one request and return what is to be done."""
@@ -265,17 +245,14 @@ class ObjectStore:
         if not self._uncommitted:
             self._room.commit_step(self._room.idle_target)
             return []
-        client, request_id, entry = self._uncommitted[0]
-        if self._objects.creator(entry) != client:
-            self._uncommitted.popleft()  # the creator has left, or has aborted it
-            return []
+        entry, (client, request_id) = next(iter(self._uncommitted.items()))
         offset, data_size, metadata_size = self._table.location(entry)
         try:
             if self._room.commit_step(offset + data_size + metadata_size):
-                self._uncommitted.popleft()
+                del self._uncommitted[entry]
                 self._reply(client, request_id, Created(offset))
         except CommitError as error:
-            self._uncommitted.popleft()
+            del self._uncommitted[entry]
             self._boards.unpin_all(client, entry)
             self._objects.abort(client, self._table.object_id(entry))
             refused = self._objects.full(data_size + metadata_size, str(error))
@@ -284,7 +261,7 @@ class ObjectStore:
 
     # -- requests ------------------------------------------------------------------------------
 
-    def _request(  # noqa: PLR0912 - a branch for each kind of request, most of them one line
+    def _request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
         self, session: _Session, request_id: int, request: Request, now_ns: int
     ) -> None:
         client = session.client
@@ -298,6 +275,8 @@ class ObjectStore:
             case Seal():
                 if request_id == ONE_WAY:
                     self._acknowledge(session)
+                if self._table.find(request.object_id) in self._uncommitted:
+                    raise ProtocolError("it seals what it was not told the place of")
                 entry = self._objects.seal(client, request.object_id, now_ns)
                 if self._subscribers or self._gets:
                     self._announce(entry)
@@ -312,27 +291,28 @@ class ObjectStore:
                 lease = none if limited else self._objects.lease(client, session.board, needed)
                 self._reply(client, request_id, lease)
             case Flush():
-                self._reply(client, request_id, Done())
+                self._reply(client, request_id, _DONE)
             case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
                 self._reply(client, request_id, Number(1))
             case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
                 self._unsettled.append((client, request_id, request, now_ns))
             case Abort():
+                self._refuse_uncommitted(client, self._table.find(request.object_id))
                 self._objects.abort(client, request.object_id)
-                self._reply(client, request_id, Done())
+                self._reply(client, request_id, _DONE)
             case SetOptions():
                 session.name, session.limit_bytes = request.name, request.limit_bytes
                 self._objects.recall_leases()
-                self._reply(client, request_id, Done())
+                self._reply(client, request_id, _DONE)
             case Grow():
                 self._reply(client, request_id, Number(self._grant(client)))
             case Attach():
                 self._reply(client, request_id, Done(), Descriptor.SEGMENT)
             case Detach():
                 session.detached = True
-                self._gets.forget(client)
-                self._objects.abort_all(client)
-                self._reply(client, request_id, Done())
+                self._forget(client)
+                self._objects.end_lease(client)
+                self._reply(client, request_id, _DONE)
             case Hello():
                 raise ProtocolError("a second Hello")
             case _:
@@ -352,7 +332,7 @@ class ObjectStore:
                 self._answer_now(client, request.request_id)
             case Delete():
                 self._objects.delete(request.object_ids)
-                self._reply(client, request_id, Done())
+                self._reply(client, request_id, _DONE)
             case Evict():
                 self._reply(client, request_id, Number(self._objects.evict(request.size_bytes)))
             case List():
@@ -412,9 +392,18 @@ class ObjectStore:
             return
         offset, data_size, metadata_size = self._table.location(entry)
         if data_size + metadata_size and offset + data_size + metadata_size > self._room.watermark:
-            self._uncommitted.append((client, request_id, entry))
+            self._uncommitted[entry] = (client, request_id)
         else:
             self._reply(client, request_id, Created(offset))
+
+    def _refuse_uncommitted(self, client: int, entry: int) -> None:
+        """Answer a creation that waits for memory, if this is one, because it is taken back."""
+        creator, request_id = self._uncommitted.get(entry, (None, ONE_WAY))
+        if creator == client:
+            del self._uncommitted[entry]
+            self._boards.unpin_all(client, entry)
+            failed = Failed(Failure.NOT_FOUND, "the object was aborted before it had its memory")
+            self._reply(client, request_id, failed)
 
     def _publish(self, session: _Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""
@@ -476,54 +465,16 @@ class ObjectStore:
 
     def _list(self, start: int) -> Listing:
         holders = Counter(e for client in self._sessions for e in self._objects.held_by(client))
-        table = self._table
-        stop = start + _LIST_WINDOW
-        records: list[ListRecord] = []
-        for entry in table.entries(start, stop):
-            state = table.state(entry)
-            if state not in (EntryState.CREATED, EntryState.SEALED):
-                continue
-            _, data_size, metadata_size = table.location(entry)
-            created_ns, construct_ns = table.times(entry)
-            records.append(
-                (
-                    table.object_id(entry),
-                    data_size,
-                    metadata_size,
-                    holders[entry],
-                    created_ns,
-                    construct_ns,
-                    state == EntryState.SEALED,
-                )
-            )
-        return Listing(stop if stop < table.end else 0, records)
+        return list_objects(self._table, holders, start)
 
     def describe(self) -> str:
         """Return the store's figures, one a line."""
-        room, held = self._room, self._boards.pinned()
-        clients = ", ".join(
+        clients = [
             f"{session.name or 'unnamed'} (pid {session.pid})"
             for session in self._sessions.values()
             if session.role is Role.CLIENT
-        )
-        return "\n".join(
-            (
-                f"capacity bytes: {self._layout.capacity}",
-                f"free bytes: {room.free_bytes}",
-                f"largest free extent: {room.largest_bytes}",
-                f"committed bytes: {room.watermark - self._layout.data}",
-                f"pinned bytes: {self._objects.bytes_of(held)}",
-                f"unsealed bytes: {self._objects.unsealed_bytes}",
-                f"objects: {len(self._table)}",
-                f"pinned objects: {len(held)}",
-                f"objects that wait for a release: {self._objects.awaits_release}",
-                f"leased bytes: {self._objects.leased_bytes}",
-                f"evictions: {self._objects.evictions}",
-                f"takes: {room.takes}",
-                f"takes that met a pin: {room.takes_that_met_a_pin}",
-                f"clients: {clients}",
-            )
-        )
+        ]
+        return describe(self._layout, self._table, self._boards, self._room, self._objects, clients)
 
     def check(self) -> None:
         """Prove the invariants of all parts."""
@@ -550,19 +501,9 @@ class ObjectStore:
 
     def _notify(self, object_id: bytes, data_size: int, metadata_size: int) -> None:
         if self._subscribers:
-            data = _notification(object_id, data_size, metadata_size)
+            data = notification(object_id, data_size, metadata_size)
             self._effects += [Send(client, data) for client in self._subscribers]
 
     def _replay(self, client: int) -> None:
         """Send a new subscriber all objects that are sealed."""
-        table = self._table
-        for entry in table.entries(0, table.end):
-            if table.state(entry) == EntryState.SEALED:
-                _, data_size, metadata_size = table.location(entry)
-                data = _notification(table.object_id(entry), data_size, metadata_size)
-                self._effects.append(Send(client, data))
-
-
-def _notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
-    record = NOTIFICATION.pack(object_id, data_size, metadata_size)
-    return len(record).to_bytes(8, "little") + record
+        self._effects += [Send(client, data) for data in sealed_notifications(self._table)]

@@ -212,7 +212,7 @@ class Table:
         self._linked += 1
         return entry
 
-    def set_state(self, entry: int, state: EntryState) -> None:
+    def set_state(self, entry: int, state: int) -> None:
         """Change the state and keep the generation."""
         at = self._entries_word + entry * ENTRY_WORDS
         self._words[at] = self._words[at] >> GENERATION_SHIFT << GENERATION_SHIFT | state

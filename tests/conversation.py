@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from shmplasma.effects import Descriptor, Drop, Effect, Send
 from shmplasma.errors import CommitError
 from shmplasma.layout import HeaderWord, Layout
 from shmplasma.pins import slots_of
@@ -32,8 +33,8 @@ from shmplasma.replies import (
     Welcome,
     decode_reply,
 )
-from shmplasma.requests import AnswerNow, Create, Get, Hello, List, Request, Role, Seal
-from shmplasma.store import Descriptor, Drop, Effect, ObjectStore, Send
+from shmplasma.requests import AnswerNow, Create, Get, Hello, Request, Role, Seal
+from shmplasma.store import ObjectStore
 
 __all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
 

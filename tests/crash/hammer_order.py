@@ -84,8 +84,9 @@ def run(count: int, n_writers: int) -> Misses:
     with shmplasma.Store(CAPACITY) as store, questions, result, ready:
         path = store.store_socket_name
         processes = [context.Process(target=answer, args=(path, count, asked, ours))]
-        for _ in range(n_writers):
-            processes.append(context.Process(target=keep_busy, args=(path, stop, is_ready)))
+        processes += [
+            context.Process(target=keep_busy, args=(path, stop, is_ready)) for _ in range(n_writers)
+        ]
         for process in processes:
             process.start()
         for end in (asked, ours, is_ready):

@@ -14,7 +14,6 @@ import random
 import sys
 import time
 from collections import Counter, deque
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
@@ -33,8 +32,8 @@ CAPACITY: Final = 1 << 20
 N_KEYS: Final = 300
 """Ids that are put, deleted and put again; at 5 KB on average they would fill the store half as much again."""
 SIZES: Final = (8, 504, 4096, 16 << 10)
-_HELD: Final = 24
-"""How many buffers the readers hold for a while, all together: at most 3/8 of the store."""
+_HELD: Final = 8
+"""How many buffers each reader holds for a while: at most an eighth of the store."""
 _FRESH: Final = 0xFFFF
 """Stands for the key of an object that has a random id."""
 
@@ -85,7 +84,7 @@ def wrong_words(buffer: Any, key: int) -> int:
 # -- the processes -----------------------------------------------------------------------------
 
 
-def write(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int) -> Counter[str]:
+def write(client: shmplasma.PlasmaClient, stop: Event, seed: int) -> Counter[str]:
     """Put known ids anew, by create and seal or in one go, and put under fresh ids."""
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
@@ -105,7 +104,7 @@ def write(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int
                 case 2:
                     client.delete(key_id(key))
                 case _:
-                    data = client.create(key_id(key), size)
+                    data = memoryview(client.create(key_id(key), size))
                     np.frombuffer(data, np.uint64)[:] = mark(key, generation)
                     client.seal(key_id(key))
             counts["puts and deletes"] += 1
@@ -122,7 +121,7 @@ def read_own(client: shmplasma.PlasmaClient, object_id: shmplasma.ObjectID) -> i
     return 0 if buffer is None else wrong_words(buffer, _FRESH)
 
 
-def read(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int) -> Counter[str]:
+def read(client: shmplasma.PlasmaClient, stop: Event, seed: int) -> Counter[str]:
     """Get known ids, one or several at once, and look at each again and again while it is held."""
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
@@ -147,7 +146,7 @@ def read(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int)
                 held.append((key, int(np.frombuffer(buffer, np.uint64)[0]), buffer))
         del buffers
         buffer = None
-        while len(held) > _HELD // n_readers:
+        while len(held) > _HELD:
             key, first, buffer = held.popleft()
             counts["looked at again"] += 1
             counts["wrong words"] += wrong_words(buffer, key)
@@ -155,7 +154,7 @@ def read(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int)
     return counts
 
 
-def press(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int) -> Counter[str]:
+def press(client: shmplasma.PlasmaClient, stop: Event, seed: int) -> Counter[str]:
     """Evict, and delete several known ids at once."""
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
@@ -173,13 +172,11 @@ def press(client: shmplasma.PlasmaClient, stop: Event, seed: int, n_readers: int
 JOBS: Final = {"read": read, "write": write, "press": press}
 
 
-def work(
-    path: str, job: str, stop: Event, seed: int, n_readers: int, result: Connection
-) -> None:
+def work(path: str, job: str, stop: Event, seed: int, result: Connection) -> None:
     """Be one of the processes: connect, say so, work until the end, and hand over what was counted."""
     with result, shmplasma.connect(path) as client:
         result.send("ready")
-        result.send(JOBS[job](client, stop, seed, n_readers))
+        result.send(JOBS[job](client, stop, seed))
 
 
 # -- the run -----------------------------------------------------------------------------------
@@ -209,7 +206,7 @@ def run(seconds: float, n_readers: int, n_writers: int) -> Summary:
         try:
             for seed, job in enumerate(jobs, start=1):
                 ours, theirs = context.Pipe(duplex=False)
-                arguments = (store.store_socket_name, job, stop, seed, n_readers, theirs)
+                arguments = (store.store_socket_name, job, stop, seed, theirs)
                 process = context.Process(target=work, args=arguments)
                 process.start()
                 theirs.close()
@@ -228,9 +225,7 @@ def run(seconds: float, n_readers: int, n_writers: int) -> Summary:
                 ours.close()
         assert all(process.exitcode == 0 for process, _ in processes), "a process has failed"
         prove_in_order(client)
-    return Summary(
-        counts, figures["takes"], figures["takes that met a pin"], figures["evictions"]
-    )
+    return Summary(counts, figures["takes"], figures["takes that met a pin"], figures["evictions"])
 
 
 def parse(description: str) -> dict[str, int]:

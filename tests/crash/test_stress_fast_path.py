@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
+
 from tests.crash.stress_fast_path import run
 
 
+@pytest.mark.usefixtures("spawning")
 def test_no_wrong_byte_under_eviction_and_reuse() -> None:
     """Readers beside writers, deletes and evictions see no byte of another object, and all room comes back."""
     summary = run(seconds=3, n_readers=2, n_writers=2)

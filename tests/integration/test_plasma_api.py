@@ -30,6 +30,11 @@ def new_id() -> plasma.ObjectID:
     return plasma.ObjectID.from_random()
 
 
+def fill(buffer: pa.Buffer, data: bytes) -> None:
+    """Write bytes to a new object."""
+    memoryview(buffer).cast("B")[:] = data
+
+
 def figure(client: plasma.PlasmaClient, name: str) -> int:
     """Return one of the store's figures."""
     (line,) = (line for line in client.debug_string().splitlines() if line.startswith(f"{name}: "))
@@ -170,7 +175,7 @@ def test_create_gives_a_mutable_buffer(client: plasma.PlasmaClient) -> None:
 def test_create_with_metadata(client: plasma.PlasmaClient, metadata: bytes | bytearray) -> None:
     """Metadata may be bytes or a bytearray, and is kept as it is."""
     object_id = new_id()
-    memoryview(client.create(object_id, 3, metadata)).cast("B")[:] = b"abc"
+    fill(client.create(object_id, 3, metadata), b"abc")
     client.seal(object_id=object_id)
     assert client.get_buffers([object_id], with_meta=True)[0][0] == metadata
     assert client.get_metadata([object_id])[0].to_pybytes() == metadata
@@ -285,10 +290,10 @@ def test_with_meta_gives_pairs(client: plasma.PlasmaClient) -> None:
 def test_a_get_waits_for_the_seal(client: plasma.PlasmaClient, client2: plasma.PlasmaClient) -> None:
     """Without a timeout a get waits until the object is sealed, be it created before or after."""
     first, second = new_id(), new_id()
-    target = memoryview(client.create(first, 5))
+    target = client.create(first, 5)
 
     def complete() -> None:
-        target[:] = b"first"
+        fill(target, b"first")
         client.seal(first)
         client.create_and_seal(second, b"second")
 
@@ -824,8 +829,8 @@ def test_an_id_that_exists(
 ) -> None:
     """Whoever stores under a taken id is refused, sealed or not, and the first object stays as it was."""
     object_id = new_id()
-    target = memoryview(client.create(object_id, 5))
-    target[:] = b"first"
+    target = client.create(object_id, 5)
+    fill(target, b"first")
     if sealed:
         client.seal(object_id)
     for each in (client, client2):

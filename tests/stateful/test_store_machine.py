@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TypeVar
 
 from hypothesis import settings
@@ -22,6 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from shmplasma.effects import Drop, Effect
 from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD
 from shmplasma.replies import (
@@ -53,7 +53,6 @@ from shmplasma.requests import (
     Seal,
     SetOptions,
 )
-from shmplasma.store import Drop, Effect
 from tests.conversation import Conversation, Peer, name
 
 N_IDS = 8
@@ -295,13 +294,13 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.boards) < MAX_CLIENTS)
     @rule()
     def connect(self) -> None:
-        """One more client comes."""
+        """Let one more client come."""
         self.join()
 
     @precondition(lambda self: len(self.boards) > 1)
     @rule(which=NUMBERS)
     def disconnect(self, which: int) -> None:
-        """A client dies: its pins and its unsealed objects go, nothing else."""
+        """Let a client die: its pins and its unsealed objects go, nothing else."""
         peer = pick([*self.active, *self.detached], which)
         slots = [slot for slot in self.model.pins if self.is_of(peer, slot)]
         for slot in slots:
@@ -318,7 +317,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS)
     def detach(self, which: int) -> None:
-        """A client is closed: its unsealed objects and its requests end, its pins stay."""
+        """Close a client: its unsealed objects and its requests end, its pins stay."""
         peer = pick(self.active, which)
         self.forget(peer)
         self.active.remove(peer)
@@ -353,7 +352,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def subscribe(self) -> None:
-        """A new subscriber is told exactly what is sealed."""
+        """Subscribe, and be told exactly what is sealed."""
+        self.talk.turn()
         late = self.talk.subscriber()
         told = {object_id: sizes for object_id, *sizes in late.notifications}
         assert len(told) == len(late.notifications)
@@ -378,7 +378,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, object_id=IDS, share=SHARES, metadata_size=st.integers(0, 99))
     def create(self, which: int, object_id: bytes, share: int, metadata_size: int) -> None:
-        """A client asks for an object, and writes to it as soon as it is told where."""
+        """Ask for a new object, and write to it as soon as the store says where."""
         peer, model = pick(self.active, which), self.model
         thing = self.new_thing(peer, object_id, share * self.capacity // 1024, metadata_size)
         wanted = align_up(thing.size, 64)
@@ -413,13 +413,12 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.largest_gap(self.unmovable()) < wanted, "the store was not full"
 
         self.send(peer, request, judge_reply)
+        assert not fits or self.gone == gone_before, "an object was evicted while there was room"
         self.talk.turn()
-        if fits:
-            assert self.gone == gone_before, "an object was evicted while there was room"
 
     @rule(which=NUMBERS, number=NUMBERS, any_id=IDS, is_own=st.booleans(), one_way=st.booleans())
     def seal(self, which: int, number: int, any_id: bytes, is_own: bool, one_way: bool) -> None:
-        """A client seals its object, or one that it cannot."""
+        """Seal one's own object, or try to seal another."""
         peer, thing = self.choose(which, number, any_id, is_own)
         if one_way:
             peer.tell(Seal(any_id if thing is None else thing.object_id))
@@ -430,7 +429,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, number=NUMBERS, any_id=IDS, is_own=st.booleans())
     def abort(self, which: int, number: int, any_id: bytes, is_own: bool) -> None:
-        """A client aborts its object, or one that it cannot."""
+        """Abort one's own object, or try to abort another."""
         peer, thing = self.choose(which, number, any_id, is_own)
         judge_reply = self.judge_of_writer(peer, thing, any_id, self.drop_unsealed)
         self.send(peer, Abort(any_id if thing is None else thing.object_id), judge_reply)
@@ -468,7 +467,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4), wait=st.booleans())
     def get(self, which: int, object_ids: list[bytes], wait: bool) -> None:
-        """A client gets objects, waiting for them or not."""
+        """Get objects, waiting for them or not."""
         peer, model = pick(self.active, which), self.model
         request = peer.wanted(object_ids, wait=wait)
         key = peer.number, peer.last_id + 1
@@ -500,7 +499,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.waits)
     @rule(which=NUMBERS)
     def answer_now(self, which: int) -> None:
-        """A client's patience ends, or it is interrupted."""
+        """End the wait of a get: its time is over, or it was interrupted."""
         key = pick(sorted(self.model.waits), which)
         wait = self.model.waits[key]
         wait.may_be_partial = True
@@ -509,7 +508,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.sealed())
     @rule(which=NUMBERS, number=NUMBERS)
     def pin_without_a_message(self, which: int, number: int) -> None:
-        """A client finds an object in the table and pins it by itself."""
+        """Find an object in the table and pin it without the store."""
         peer, thing = pick(self.active, which), pick(list(self.model.sealed().values()), number)
         slot = peer.free_slots.pop()
         self.talk.write_slot(slot, self.talk.store._table.find(thing.object_id) + 1)
@@ -518,7 +517,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.pins)
     @rule(which=NUMBERS, count=st.integers(1, 4), wakes=st.booleans())
     def release(self, which: int, count: int, wakes: bool) -> None:
-        """Buffers die; if the store asked for it they wake it, sooner or later."""
+        """Let buffers die; if the store asked for it they wake it, sooner or later."""
         for _ in range(min(count, len(self.model.pins))):
             slot = pick(sorted(self.model.pins), which)
             del self.model.pins[slot]
@@ -528,7 +527,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def wake(self) -> None:
-        """The store looks for releases; then nothing waits for one that has happened."""
+        """Look for releases; then nothing waits for one that has happened."""
         self.talk.wake()
         self.model.note_wake()
         waits = bool(self.model.limbo) or any(t.is_doomed for t in self.model.things.values())
@@ -536,7 +535,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, object_id=IDS)
     def contains(self, which: int, object_id: bytes) -> None:
-        """A client asks for an object; only sealed ones are there."""
+        """Ask whether an object is there, which only sealed ones are."""
 
         def judge_reply(reply: Reply) -> None:
             assert reply == Number(object_id in self.model.sealed())
@@ -545,7 +544,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS)
     def list_all(self, which: int) -> None:
-        """A client lists the objects: what is there, how large, and how many hold it."""
+        """List the objects: what is there, how large, and how many hold it."""
 
         def judge_reply(reply: Reply) -> None:
             assert isinstance(reply, Listing)
@@ -569,7 +568,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4))
     def delete(self, which: int, object_ids: list[bytes]) -> None:
-        """A client deletes objects; those in use go at their last release."""
+        """Delete objects; those in use go at their last release."""
 
         def judge_reply(reply: Reply) -> None:
             assert reply == Done()
@@ -583,7 +582,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, size_bytes=st.integers(-5, 70000) | st.integers(1, 300))
     def evict(self, which: int, size_bytes: int) -> None:
-        """A client has objects evicted; the store says how many bytes went."""
+        """Evict objects, and be told how many bytes went."""
 
         def judge_reply(reply: Reply) -> None:
             freed = sum(thing.size for thing in self.gone_since_reply)
@@ -591,14 +590,15 @@ class StoreMachine(RuleBasedStateMachine):
             if size_bytes <= 0:
                 assert freed == 0
             elif freed < size_bytes:
-                left = [t for t in self.model.sealed().values() if not self.model.is_pinned(t)]
+                things = self.model.sealed().values()
+                left = [t for t in things if t.size and not self.model.is_pinned(t)]
                 assert not left, "there was more to evict"
 
         self.send(pick(self.active, which), Evict(size_bytes), judge_reply)
 
     @rule(which=NUMBERS, share=SHARES)
     def set_limit(self, which: int, share: int) -> None:
-        """A client limits itself, or lifts its limit."""
+        """Limit what a client may hold, or lift its limit."""
         peer, limit = pick(self.active, which), share * self.capacity // 1024
 
         def judge_reply(reply: Reply) -> None:
@@ -609,7 +609,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
-        """All sockets are drained: now everything is answered but gets that wait."""
+        """Drain all sockets: then everything is answered but gets that wait."""
         self.talk.turn()
         for key in self.expected:
             wait = self.model.waits[key]
@@ -635,7 +635,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.capacity >= 1 << 20)
     @rule(which=NUMBERS, needed_bytes=st.integers(0, 5000))
     def ask_lease(self, which: int, needed_bytes: int) -> None:
-        """A client asks for a lease, if it is not about to publish in one."""
+        """Ask for a lease, unless the client is about to publish in one."""
         peer, rents = pick(self.active, which), self.model.rents
         rent = rents.get(peer.number)
         if rent is not None and rent.making is not None:
@@ -657,7 +657,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.rents)
     @rule(which=NUMBERS, gap=st.integers(0, 2), size_bytes=st.integers(0, 5000))
     def begin_to_publish(self, which: int, gap: int, size_bytes: int) -> None:
-        """A client takes room from its lease, unless that was recalled, and writes to it."""
+        """Take room from a lease, unless that was recalled, and write to it."""
         number = pick(sorted(self.model.rents), which)
         peer, rent = self.talk.peers[number], self.model.rents[number]
         if rent.making is not None:
@@ -684,7 +684,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(rent.making for rent in self.model.rents.values()))
     @rule(which=NUMBERS)
     def publish(self, which: int) -> None:
-        """A client publishes what it has written: whatever happened meanwhile, it is there."""
+        """Publish what was written: whatever happened meanwhile, it is there."""
         making = sorted(n for n, rent in self.model.rents.items() if rent.making)
         peer = self.talk.peers[pick(making, which)]
         rent = self.model.rents[peer.number]
@@ -701,19 +701,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def proves_itself(self) -> None:
-        """The store's own proof of its invariants succeeds."""
+        """Let the store prove its invariants."""
         self.talk.store.check()
 
     @invariant()
     def keeps_every_byte(self) -> None:
-        """What is there, and what anybody holds, has the content that was written."""
+        """Find in what is there, and in what anybody holds, the content that was written."""
         for thing in {*self.model.things.values(), *self.model.pins.values()}:
             content = self.talk.raw[thing.offset : thing.offset + thing.size]
             assert content == thing.content, "an object holds what was not written to it"
 
     @invariant()
     def shows_every_pin(self) -> None:
-        """The boards say what the clients believe."""
+        """Find on the boards what the clients believe."""
         for slot, thing in self.model.pins.items():
             entry = self.talk.read_slot(slot) - 1
             assert entry >= 0
@@ -721,14 +721,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def asks_to_be_woken(self) -> None:
-        """While anything waits for a release that is to come, the header says so."""
+        """Find the header's word set while anything waits for a release that is to come."""
         waits = any(self.model.is_pinned(thing) for thing in self.model.limbo)
         if waits or any(thing.is_doomed for thing in self.model.things.values()):
             assert self.talk.wake_word == 1
 
     @invariant()
     def answers_no_complete_get_late(self) -> None:
-        """A get that has everything is not waiting."""
+        """Keep no get waiting that has everything."""
         for wait in self.model.waits.values():
             assert len(wait.filled) < len(wait.request.object_ids)
 

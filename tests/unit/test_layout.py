@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -64,7 +65,7 @@ def test_regions_follow_each_other_on_page_boundaries(capacity: int, page_bytes:
         (layout.data, layout.data_bytes),
         (layout.segment_bytes, 0),
     ]
-    for (start, size), (following, _) in zip(regions, regions[1:], strict=False):
+    for (start, size), (following, _) in pairwise(regions):
         assert start % page_bytes == 0
         assert start + size <= following
     assert layout.segment_bytes % page_bytes == 0

@@ -115,15 +115,18 @@ def test_the_writer_pins_its_object(house: Household) -> None:
 
 def test_an_id_is_taken_as_long_as_its_object_can_be_found(house: Household) -> None:
     """Unsealed, sealed and doomed objects keep their id; aborted and deleted ones do not."""
-    exists = lambda: house.refused(lambda: house.create(1, client=BOB))  # noqa: E731
+
+    def refusal() -> Failure:
+        return house.refused(lambda: house.create(1, client=BOB))
+
     house.create(1)
-    assert exists() is Failure.EXISTS
+    assert refusal() is Failure.EXISTS
     house.objects.abort(ALICE, name(1))
     slot = house.create(1)
     house.objects.seal(ALICE, name(1), 1)
-    assert exists() is Failure.EXISTS
+    assert refusal() is Failure.EXISTS
     house.objects.delete([name(1)])
-    assert exists() is Failure.EXISTS
+    assert refusal() is Failure.EXISTS
     house.release(slot)
     house.objects.wake()
     house.create(1, client=BOB)
@@ -447,9 +450,15 @@ def test_pins_of_what_is_not_there_are_no_invariant_of_ours(house: Household) ->
 # -- proof -----------------------------------------------------------------------------------------
 
 
+def forget_creators(house: Household) -> None:
+    """Leave unsealed objects to nobody."""
+    house.objects._creators.clear()
+    house.objects._unsealed.clear()
+
+
 DAMAGES: dict[str, Callable[[Household], object]] = {
     "creators and their unsealed": lambda h: h.objects._creators.clear(),
-    "has no creator": lambda h: (h.objects._creators.clear(), h.objects._unsealed.clear()),
+    "has no creator": forget_creators,
     "being taken for ever": lambda h: h.objects._limbo.clear(),
     "nobody will wake": lambda h: h.words.__setitem__(HeaderWord.WAKE, 0),
 }

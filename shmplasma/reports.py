@@ -1,0 +1,96 @@
+"""What the store says of its objects: lists, notifications, and a text for people.  Pure; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from shmplasma.layout import EntryState, Layout
+from shmplasma.lifecycle import Lifecycle
+from shmplasma.pins import Boards
+from shmplasma.replies import NOTIFICATION, Listing, ListRecord
+from shmplasma.room import Room
+from shmplasma.table import Table
+
+__all__ = ["describe", "list_objects", "notification", "sealed_notifications"]
+
+_LIST_WINDOW: Final = 4096
+"""Entries that one `Listing` covers: a few milliseconds of the loop's time."""
+
+
+def list_objects(table: Table, holders: Mapping[int, int], start: int) -> Listing:
+    """Return what there is from an entry on, sealed or not.
+
+    Parameters
+    ----------
+    table : Table
+        The object table.
+    holders : mapping of int to int
+        How many clients hold each entry; 0 for those that are missing.
+    start : int
+        The first entry.
+    """
+    stop = start + _LIST_WINDOW
+    records: list[ListRecord] = []
+    for entry in table.entries(start, stop):
+        state = table.state(entry)
+        if state == EntryState.EVICTING:
+            continue
+        _, data_size, metadata_size = table.location(entry)
+        created_ns, construct_ns = table.times(entry)
+        records.append(
+            (
+                table.object_id(entry),
+                data_size,
+                metadata_size,
+                holders.get(entry, 0),
+                created_ns,
+                construct_ns,
+                state != EntryState.CREATED,
+            )
+        )
+    return Listing(stop if stop < table.end else 0, records)
+
+
+def notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
+    """Return what a subscriber gets for one object; sizes are -1 for one that has gone."""
+    record = NOTIFICATION.pack(object_id, data_size, metadata_size)
+    return len(record).to_bytes(8, "little") + record
+
+
+def sealed_notifications(table: Table) -> Iterator[bytes]:
+    """Yield a notification for each object that is sealed."""
+    for entry in table.entries(0, table.end):
+        if table.state(entry) in (EntryState.SEALED, EntryState.DOOMED):
+            _, data_size, metadata_size = table.location(entry)
+            yield notification(table.object_id(entry), data_size, metadata_size)
+
+
+def describe(
+    layout: Layout,
+    table: Table,
+    boards: Boards,
+    room: Room,
+    objects: Lifecycle,
+    clients: Sequence[str],
+) -> str:
+    """Return the store's figures, one a line."""
+    held = boards.pinned()
+    return "\n".join(
+        (
+            f"capacity bytes: {layout.capacity}",
+            f"free bytes: {room.free_bytes}",
+            f"largest free extent: {room.largest_bytes}",
+            f"committed bytes: {room.watermark - layout.data}",
+            f"pinned bytes: {objects.bytes_of(held)}",
+            f"unsealed bytes: {objects.unsealed_bytes}",
+            f"leased bytes: {objects.leased_bytes}",
+            f"objects: {len(table)}",
+            f"pinned objects: {len(held)}",
+            f"objects that wait for a release: {objects.awaits_release}",
+            f"evictions: {objects.evictions}",
+            f"takes: {room.takes}",
+            f"takes that met a pin: {room.takes_that_met_a_pin}",
+            f"clients: {', '.join(clients)}",
+        )
+    )

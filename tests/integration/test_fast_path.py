@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import random
+import signal
+import struct
+import sys
+import termios
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shmplasma import ObjectID, PlasmaClient, Store, system
+from shmplasma.layout import HeaderWord
+from shmplasma.pins import slots_of
+from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
+from shmplasma.requests import Get, Grow, Publish, Seal
+from shmplasma.session import Session
+from shmplasma.transport import Channel
+from tests.crash import hammer_order
+from tests.processes import until
+
+needs_fast_path = pytest.mark.skipif(
+    not system.fast_path_available(),
+    reason="the fast path is off: not x86-64 Linux, no membarrier, or SHMPLASMA_FAST_PATH=0",
+)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
+    """Note every message that any client of this process sends."""
+    frames: list[Frame] = []
+    send = Channel._send
+
+    def note_and_send(channel: Channel, data: bytes) -> None:
+        frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(data))
+        send(channel, data)
+
+    monkeypatch.setattr(Channel, "_send", note_and_send)
+    return frames
+
+
+def kinds(frames: list[Frame]) -> list[int]:
+    """Return what kinds of messages these are."""
+    return [frame.kind for frame in frames]
+
+
+def session_of(client: PlasmaClient) -> Session:
+    """Return the client's session."""
+    session = client._session
+    assert session is not None
+    return session
+
+
+def unread_bytes(client: PlasmaClient) -> int:
+    """Return how much of what the client has sent the store has not received."""
+    answer = fcntl.ioctl(session_of(client)._channel._sock, termios.TIOCOUTQ, bytes(4))
+    return int(struct.unpack("i", answer)[0])
+
+
+def lost_slots(client: PlasmaClient) -> Counter[int]:
+    """Return the slots that are not exactly once among those that are free."""
+    free: Counter[int] = Counter()
+    for board in session_of(client)._boards._boards:
+        free.update(board.first_slot + word for word in board.free)
+        free.subtract(slots_of(board.first_slot // len(board.words)))
+    return Counter({slot: count for slot, count in free.items() if count})
+
+
+@contextmanager
+def stopped(store: Store) -> Iterator[None]:
+    """Keep the store from running."""
+    os.kill(store.process.pid, signal.SIGSTOP)
+    try:
+        _, status = os.waitpid(store.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        yield
+    finally:
+        os.kill(store.process.pid, signal.SIGCONT)
+
+
+def put_numbers(client: PlasmaClient, count: int) -> list[ObjectID]:
+    """Put 0, 1, ... as 8 bytes each with themselves as metadata; return their ids."""
+    words = [number.to_bytes(8, "little") for number in range(count)]
+    ids = [client.put_raw_buffer(word, metadata=word) for word in words]
+    client.flush()
+    return ids
+
+
+def number_in(buffer: Any) -> int:
+    """Return the number that such an object holds."""
+    return int.from_bytes(buffer, "little")
+
+
+def ref_counts(client: PlasmaClient) -> Counter[int]:
+    """Return how many objects are held by how many clients."""
+    return Counter(info["ref_count"] for info in client.list().values())
+
+
+# -- what sends nothing --------------------------------------------------------------------------
+
+
+@needs_fast_path
+@pytest.mark.parametrize("count", [1, 1000])
+def test_reading_sends_nothing(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame], count: int
+) -> None:
+    """While the store is stopped everything sealed can be read, and nothing is on its way to it."""
+    ids, numbers = put_numbers(client2, count), list(range(count))
+    values = [client2.put({"number": number, "array": np.arange(9)}) for number in numbers]
+    client2.flush()
+    client.get_buffers(ids)  # grows the boards
+    with stopped(store):
+        sent.clear()
+        assert [number_in(buffer) for buffer in client.get_buffers(ids)] == numbers
+        assert [number_in(buffer) for buffer in client.get_metadata(ids)] == numbers
+        pairs = client.get_buffers(ids, with_meta=True)
+        assert [(number_in(data), number_in(meta)) for meta, data in pairs] == [
+            (number, number) for number in numbers
+        ]
+        del pairs
+        assert [value["number"] for value in client.get(values)] == numbers
+        assert all(client.contains(object_id) for object_id in ids)
+        assert number_in(client.get_buffers(ids[-1])) == count - 1
+        assert number_in(client.get_metadata(ids[-1])) == count - 1
+        array = client.get(values[-1], timeout_ms=0)["array"]
+        assert array.tolist() == list(range(9))
+        assert not array.flags.writeable
+        del array
+        assert sent == []
+        assert unread_bytes(client) == 0
+    assert lost_slots(client) == {}
+
+
+@needs_fast_path
+def test_writing_waits_for_nothing(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """While the store is stopped puts and seals return after one message each, and are found later."""
+    client.put("the first one gets a lease")
+    chosen = ObjectID.from_random()
+    client.create(chosen, 100)
+    with stopped(store):
+        sent.clear()
+        ids = [client.put(number) for number in range(20)]
+        client.seal(chosen)
+        assert kinds(sent) == [Publish.KIND] * 20 + [Seal.KIND]
+        assert unread_bytes(client) > 0
+    assert client2.get(ids, timeout_ms=0) == list(range(20))
+    assert client2.contains(chosen)
+
+
+@pytest.mark.parametrize("where", ["client", "store"])
+def test_turned_off(monkeypatch: pytest.MonkeyPatch, sent: list[Frame], where: str) -> None:
+    """SHMPLASMA_FAST_PATH=0 at either end leaves the same API, all of it by messages."""
+    if where == "store":
+        monkeypatch.setenv("SHMPLASMA_FAST_PATH", "0")
+    with Store("10MB") as store:
+        monkeypatch.setenv("SHMPLASMA_FAST_PATH", "0" if where == "client" else "1")
+        with store.connect() as client:
+            assert session_of(client).reader is None
+            assert session_of(client).leasing is None
+            ids = put_numbers(client, 10)
+            assert Publish.KIND not in kinds(sent)
+            sent.clear()
+            buffers = client.get_buffers(ids)
+            assert [number_in(buffer) for buffer in buffers] == list(range(10))
+            assert kinds(sent) == [Get.KIND]
+            assert ref_counts(client) == {1: 10}
+            client.delete(ids)
+            assert all(client.contains(object_id) for object_id in ids)
+            del buffers
+            until(lambda: not client.list(), "what was deleted is released")
+
+
+# -- boards --------------------------------------------------------------------------------------
+
+
+def test_a_full_board_grows(client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]) -> None:
+    """One client holds 3,000 buffers at once; it asks for boards one by one, and uses them again."""
+    ids = put_numbers(client2, 3000)
+    for _ in range(2):
+        sent.clear()
+        buffers = [client.get_buffers(object_id) for object_id in ids]
+        assert [number_in(buffer) for buffer in buffers] == list(range(3000))
+        assert ref_counts(client2) == {1: 3000}
+        random.Random(1).shuffle(buffers)
+        del buffers[1000:]
+        assert ref_counts(client2) == {1: 1000, 0: 2000}
+        del buffers
+        assert ref_counts(client2) == {0: 3000}
+        assert lost_slots(client) == {}
+    assert Grow.KIND not in kinds(sent), "a board that is empty again was not used"
+    assert len(session_of(client)._boards._boards) == 6
+
+
+def test_ref_counts_are_exact(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """A client counts once however often it holds an object, and no more once it has let go."""
+    one, other = put_numbers(client, 2)
+
+    def holders() -> list[int]:
+        infos = client.list()
+        return [infos[one]["ref_count"], infos[other]["ref_count"]]
+
+    assert holders() == [0, 0]
+    first, second = client.get_buffers([one, one])
+    metadata = client2.get_metadata(one)
+    assert holders() == [2, 0]
+    value = client2.get_buffers(other)
+    view = memoryview(value)
+    del value, first
+    assert holders() == [2, 1]
+    del second
+    assert holders() == [1, 1]
+    del metadata, view
+    assert holders() == [0, 0]
+
+
+@needs_fast_path
+def test_misses_go_in_one_message(client: PlasmaClient, sent: list[Frame]) -> None:
+    """Of a batch only what is not there is asked for, all of it at once, and all comes in order."""
+    ids = put_numbers(client, 200)
+    absent = [ObjectID.from_random() for _ in range(100)]
+    mixed = [*ids, *absent]
+    random.Random(2).shuffle(mixed)
+    sent.clear()
+    buffers = client.get_buffers(mixed, timeout_ms=0)
+    assert kinds(sent) == [Get.KIND]
+    asked = Get.decode(sent[0].body).object_ids
+    assert list(asked) == [object_id.binary() for object_id in mixed if object_id in absent]
+    for object_id, buffer in zip(mixed, buffers, strict=True):
+        if object_id in absent:
+            assert buffer is None
+        else:
+            assert number_in(buffer) == ids.index(object_id)
+    sent.clear()
+    assert not client.contains(absent[0])
+    assert len(sent) == 1
+
+
+# -- threads and the collector -------------------------------------------------------------------
+
+
+def test_threads_share_a_client(client: PlasmaClient) -> None:
+    """Threads that read through one client all get what they asked for, and lose no slot."""
+    ids = put_numbers(client, 300)
+    n_threads = 4
+    together = threading.Barrier(n_threads)
+
+    def read(seed: int) -> int:
+        rng = random.Random(seed)
+        together.wait()
+        wrong = 0
+        for _ in range(300):
+            numbers = rng.sample(range(300), 5)
+            buffers = client.get_buffers([ids[number] for number in numbers])
+            wrong += [number_in(buffer) for buffer in buffers] != numbers
+            wrong += not client.contains(ids[numbers[0]])
+        return wrong
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            assert list(pool.map(read, range(n_threads))) == [0] * n_threads
+    finally:
+        sys.setswitchinterval(interval)
+    assert lost_slots(client) == {}
+    assert ref_counts(client) == {0: 300}
+
+
+class Cycle:
+    """Keeps something until the collector comes."""
+
+    def __init__(self, kept: object) -> None:
+        self.kept = kept
+        self.me = self
+
+
+def test_the_collector_releases_inside_a_get(client: PlasmaClient) -> None:
+    """Buffers that the collector finds in the middle of a get are released, and no slot is lost."""
+    ids = put_numbers(client, 50)
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(7, 2, 2)
+    try:
+        for turn in range(100):
+            for number, buffer in enumerate(client.get_buffers(ids)):
+                assert number_in(buffer) == number, turn
+                Cycle(buffer)
+            del buffer
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert lost_slots(client) == {}
+    assert ref_counts(client) == {0: 50}
+
+
+def test_the_collector_releases_in_any_thread(client: PlasmaClient) -> None:
+    """Garbage that one thread leaves is released by another one that collects it."""
+    ids = put_numbers(client, 50)
+    gc.disable()
+    try:
+        for buffer in client.get_buffers(ids):
+            Cycle(buffer)
+        del buffer
+        assert ref_counts(client) == {1: 50}
+        thread = threading.Thread(target=gc.collect)
+        thread.start()
+        thread.join()
+    finally:
+        gc.enable()
+    assert lost_slots(client) == {}
+    assert ref_counts(client) == {0: 50}
+
+
+# -- releases that somebody waits for ------------------------------------------------------------
+
+
+@needs_fast_path
+@pytest.mark.parametrize("holders", [1, 2])
+def test_a_release_wakes_the_store(
+    client: PlasmaClient, client2: PlasmaClient, sent: list[Frame], holders: int
+) -> None:
+    """What was deleted while it was held goes at the last release, without a message from anybody."""
+    (object_id,) = put_numbers(client, 1)
+    buffers = [holder.get_buffers(object_id) for holder in (client, client2)[:holders]]
+    words = session_of(client).attachment.words
+
+    def store_waits() -> bool:
+        return bool(words[HeaderWord.WAKE])
+
+    assert not store_waits()
+    client2.delete(object_id)
+    assert client.contains(object_id)
+    sent.clear()
+    while buffers:
+        assert store_waits(), "it went while it was held"
+        assert number_in(buffers[-1]) == 0
+        del buffers[-1]
+    until(lambda: not store_waits(), "the store waits no more")
+    assert sent == []
+    assert not client.contains(object_id)
+
+
+# -- order ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("spawning")
+@pytest.mark.parametrize("count", [2000])
+def test_a_negative_answer_comes_last(count: int) -> None:
+    """What one process has put before it tells another one is found by that one, every time."""
+    assert hammer_order.run(count, n_writers=1) == hammer_order.Misses(contains=0, get=0)
