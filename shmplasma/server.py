@@ -295,11 +295,13 @@ class Server:
     def _process(self, connection: _Connection, limit: int | None) -> None:
         """Handle at most `limit` messages of a connection; remember whether there are more."""
         frames, client = connection.frames, connection.client
-        handle = self._store.handle
+        handle, now_ns = self._store.handle, time.time_ns()
         for _ in range(len(frames) if limit is None else min(limit, len(frames))):
-            if client not in self._connections:
-                return
-            self._carry_out(handle(client, frames.popleft(), time.time_ns()))
+            effects = handle(client, frames.popleft(), now_ns)
+            if effects:
+                self._carry_out(effects)
+                if client not in self._connections:
+                    return
         if frames and client in self._connections:
             self._backlog.add(client)
         else:
