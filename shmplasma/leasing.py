@@ -44,7 +44,7 @@ class LeaseWriter:
 
     Notes
     -----
-    Thread-safe: `take` refuses while another thread is between `take` and `leave`.
+    Thread-safe: `put` refuses while another thread is in it.
     """
 
     def __init__(
@@ -66,60 +66,68 @@ class LeaseWriter:
         self._epoch = -1
         self._cursor = self._end = self._objects = self._pause = 0
 
-    def take(self, size_bytes: int) -> int:
-        """Take room for an object, and stay busy until `leave`.
+    def put(self, size_bytes: int, fill: Callable[[npt.NDArray[np.uint8], int], None]) -> bool:
+        """Take room for an object and have it filled and announced.
+
+        Parameters
+        ----------
+        size_bytes : int
+            Data and metadata.
+        fill : callable
+            ``fill(room, offset)`` writes the object to `room` and sends its `Publish`.
 
         Returns
         -------
-        int
-            The object's offset; -1 when it must go by the store, and then nothing is to be left.
+        bool
+            False when the object must go by the store; `fill` was not called.
+
+        Notes
+        -----
+        An interrupt ends the put and leaves neither the lock nor BUSY behind (the lock is taken in a way
+        that `shmplasma.transport` explains).  Room that was taken and not published goes back with the
+        next object that is.
         """
-        if size_bytes > MAX_OBJECT_BYTES or not self._lock.acquire(blocking=False):
-            return -1
-        self._board[BUSY_WORD] = 1
-        offset = self._cursor
-        if (
-            self._words[self._epoch_word] != self._epoch
-            or offset + size_bytes > self._end
-            or not self._objects
-        ):
-            if not self._renew(size_bytes):
-                return -1
+        if size_bytes > MAX_OBJECT_BYTES:
+            return False
+        acquired: list[bool] = []
+        try:
+            acquired.extend(map(self._lock.acquire, (False,)))
+            if not acquired[0]:
+                return False
+            self._board[BUSY_WORD] = 1
             offset = self._cursor
-        self._cursor = (offset + size_bytes + ALIGNMENT - 1) & -ALIGNMENT
-        self._objects -= 1
-        return offset
-
-    def room(self, offset: int, size_bytes: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes that `take` has given, for filling."""
-        start = offset - self._data
-        return self._memory[start : start + size_bytes]
-
-    def leave(self) -> None:
-        """Be busy no more.  What was taken and not published goes back with the next that is."""
-        self._board[BUSY_WORD] = 0
-        self._lock.release()
+            if (
+                self._words[self._epoch_word] != self._epoch
+                or offset + size_bytes > self._end
+                or not self._objects
+            ):
+                if not self._renew(size_bytes):
+                    return False
+                offset = self._cursor
+            self._cursor = (offset + size_bytes + ALIGNMENT - 1) & -ALIGNMENT
+            self._objects -= 1
+            start = offset - self._data
+            fill(self._memory[start : start + size_bytes], offset)
+            return True
+        finally:
+            if acquired and acquired[0]:
+                self._board[BUSY_WORD] = 0
+                self._lock.release()
 
     def _renew(self, size_bytes: int) -> bool:
-        """Get a lease with room for an object; if there is none, leave and return False."""
-        try:
-            self._board[BUSY_WORD] = 0  # nothing was taken, and the store may have to wait for it
-            self._cursor = self._end = 0
-            if self._pause:
-                self._pause -= 1
-            else:
-                lease = self._ask(size_bytes)
-                if lease.size_bytes:
-                    self._populate(lease.offset, lease.size_bytes)
-                else:
-                    self._pause = _PUTS_AFTER_REFUSAL
-                self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
-                self._objects, self._epoch = lease.objects, lease.epoch
-            self._board[BUSY_WORD] = 1
-            if self._end and self._words[self._epoch_word] == self._epoch:
-                return True
-        except BaseException:
-            self.leave()
-            raise
-        self.leave()
-        return False
+        """Get a lease with room for an object, and be busy with it; tell whether there is one."""
+        self._board[BUSY_WORD] = 0  # nothing was taken, and the store may have to wait for it
+        self._cursor = self._end = 0
+        if self._pause:
+            self._pause -= 1
+            return False
+        lease = self._ask(size_bytes)
+        if not lease.size_bytes:
+            self._pause = _PUTS_AFTER_REFUSAL
+            return False
+        self._populate(lease.offset, lease.size_bytes)
+        self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
+        self._objects, self._epoch = lease.objects, lease.epoch
+        self._board[BUSY_WORD] = 1
+        # It may have been recalled since it was granted.
+        return bool(self._words[self._epoch_word] == self._epoch)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shmplasma.errors import CommitError
-from shmplasma.layout import EntryState, HeaderWord, Layout
+from shmplasma.layout import ALIGNMENT, EntryState, HeaderWord, Layout
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.pins import Boards
 from shmplasma.replies import Failed, Failure, Leased
@@ -186,6 +186,8 @@ class Lifecycle:
                 self._evicted(self._room.evict(0, objects=1)[1])
                 continue
             try:
+                # What is committed for the objects of leases stays theirs.
+                self._table.prepare(self._leases.objects_left + 1)
                 entry = self._table.insert(
                     request.object_id,
                     request.codec,
@@ -206,23 +208,24 @@ class Lifecycle:
     def lease(self, client: int, board: int, needed_bytes: int) -> Leased:
         """Give back what is left of a client's lease and grant it a new one, of size 0 if none is to be had.
 
-        A lease evicts nothing but what its first object would have evicted as well.
+        In a full store a lease is as small as can be, and evicts what lies in its way.
         """
         self._room.give_back(*self._leases.end(client))
         size = self._leases.size_for(client, needed_bytes)
         none = Leased(0, 0, 0, 0)
         if not size:
             return none
+        smallest = max(MIN_LEASE_BYTES, 4 * needed_bytes)
         wanted = self._leases.objects_left + self._leases.objects_for(size)
         try:
             if not self._table.prepare(wanted):
                 return none
             offset = self._room.lease(size)
+            while offset is None and size // 2 >= smallest:
+                size = size // 2 & -ALIGNMENT
+                offset = self._room.lease(size)
             if offset is None:
-                size = MIN_LEASE_BYTES
-                if size < 4 * needed_bytes:
-                    return none
-                self._evicted(self._room.evict(size)[1])
+                self._evicted(self._room.make_room(size))
                 offset = self._room.lease(size)
         except CommitError:
             return none

@@ -32,6 +32,7 @@ __all__ = [
     "Frame",
     "FrameDecoder",
     "encode_frame",
+    "split_frames",
 ]
 
 PROTOCOL_VERSION: Final = 1
@@ -68,6 +69,47 @@ def encode_frame(kind: int, request_id: int, body: bytes) -> bytes:
     return _HEADER.pack(len(body), request_id, kind, 0) + body
 
 
+def split_frames(data: bytes | bytearray, limit_bytes: int) -> tuple[list[Frame], int, int]:
+    """Return the frames that some bytes begin with.
+
+    Parameters
+    ----------
+    data : bytes-like
+        A stream from the beginning of a frame on.
+    limit_bytes : int
+        Longest body that is accepted.
+
+    Returns
+    -------
+    frames : list of Frame
+        In order.
+    consumed : int
+        How many bytes they take.
+    needed : int
+        How many bytes must be there from there on before there can be another frame.
+
+    Raises
+    ------
+    ProtocolError
+        The bytes are no frames.
+    """
+    frames: list[Frame] = []
+    start, end = 0, len(data)
+    while end - start >= _HEADER_BYTES:
+        length, request_id, kind, zeros = _HEADER.unpack_from(data, start)
+        if length > limit_bytes or zeros:
+            raise ProtocolError(
+                f"not a frame: kind {kind} with {length} bytes (the limit is {limit_bytes})"
+            )
+        stop = start + _HEADER_BYTES + length
+        if stop > end:
+            return frames, start, _HEADER_BYTES + length
+        body = bytes(data[start + _HEADER_BYTES : stop])
+        frames.append(_new_tuple(Frame, (kind, request_id, body)))
+        start = stop
+    return frames, start, _HEADER_BYTES
+
+
 class FrameDecoder:
     """Cuts a byte stream into frames.
 
@@ -96,32 +138,16 @@ class FrameDecoder:
         -----
         O(bytes fed), however small the pieces are.
         """
-        source: bytes | bytearray = data
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._needed:
-                return []
-            source = self._buffer
-        frames: list[Frame] = []
-        start, end = 0, len(source)
-        self._needed = _HEADER_BYTES
-        while end - start >= _HEADER_BYTES:
-            length, request_id, kind, zeros = _HEADER.unpack_from(source, start)
-            if length > self._limit or zeros:
-                raise ProtocolError(
-                    f"not a frame: kind {kind} with {length} bytes (the limit is {self._limit})"
-                )
-            stop = start + _HEADER_BYTES + length
-            if stop > end:
-                self._needed = _HEADER_BYTES + length
-                break
-            body = bytes(source[start + _HEADER_BYTES : stop])
-            frames.append(_new_tuple(Frame, (kind, request_id, body)))
-            start = stop
-        if source is data:
-            self._buffer += data[start:]
-        else:
-            del self._buffer[:start]
+        if not self._buffer:
+            frames, consumed, self._needed = split_frames(data, self._limit)
+            if consumed < len(data):
+                self._buffer += data[consumed:]
+            return frames
+        self._buffer += data
+        if len(self._buffer) < self._needed:
+            return []
+        frames, consumed, self._needed = split_frames(self._buffer, self._limit)
+        del self._buffer[:consumed]
         return frames
 
     @property

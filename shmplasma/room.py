@@ -152,7 +152,7 @@ class Room:
                 return None, evicted
             step = max(1, wanted - self.free_bytes)
             while offset is None:
-                _, victims = self._evict(self._extent_bytes, step)
+                victims = self.make_room(step)
                 evicted += victims
                 offset = self._allocator.allocate(size_bytes)
                 if not victims:
@@ -221,6 +221,10 @@ class Room:
             Their ids.
         """
         return self._evict(self._table.size, size_bytes, objects)
+
+    def make_room(self, size_bytes: int) -> list[bytes]:
+        """Evict objects whose extents make up so many bytes; return their ids."""
+        return self._evict(self._extent_bytes, size_bytes)[1]
 
     def _evict(
         self, measure: Callable[[int], int], size_bytes: int, objects: int = 0

@@ -69,10 +69,11 @@ def _no_barrier() -> None:
 class _Connection:
     """A client's socket and what is on its way through it."""
 
-    __slots__ = ("client", "decoder", "frames", "out", "out_bytes", "sock")
+    __slots__ = ("client", "decoder", "frames", "out", "out_bytes", "pid", "sock")
 
-    def __init__(self, client: int, sock: socket.socket) -> None:
+    def __init__(self, client: int, pid: int | None, sock: socket.socket) -> None:
         self.client = client
+        self.pid = pid
         self.sock = sock
         self.decoder = FrameDecoder(MAX_REQUEST_BYTES)
         self.frames: deque[Frame] = deque()
@@ -122,6 +123,7 @@ class Server:
         )
         self._connections: dict[int, _Connection] = {}
         self._backlog: set[int] = set()
+        self._watched: set[int] = set()
         self._clients = 0
         self._accepting = True
         self._commit_ahead = True
@@ -167,6 +169,8 @@ class Server:
         finally:
             for client in tuple(self._connections):
                 self._close(client)
+            for fd in self._watched:
+                os.close(fd)
             self._selector.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
@@ -227,7 +231,7 @@ class Server:
             return
         sock.setblocking(False)
         self._clients += 1
-        connection = _Connection(self._clients, sock)
+        connection = _Connection(self._clients, peer.pid, sock)
         self._connections[connection.client] = connection
         self._selector.register(sock, _READ, connection)
         self._store.connect(connection.client, peer.pid or 0)
@@ -238,17 +242,44 @@ class Server:
             self._selector.register(self._listener, _READ, self._accept)
 
     def _close(self, client: int) -> None:
-        """End a connection; its objects and pins go, and whoever waited for them is told."""
+        """End a connection that its client has ended: its objects and pins go."""
+        self._hang_up(client)
+        self._carry_out(self._store.disconnect(client))
+
+    def _hang_up(self, client: int) -> None:
         connection = self._connections.pop(client)
         self._backlog.discard(client)
         self._selector.unregister(connection.sock)
         connection.sock.close()
-        self._carry_out(self._store.disconnect(client))
         self._accept_again()
 
     def _drop(self, client: int, reason: str) -> None:
-        _LOG.warning("dropped client %d: %s", client, reason)
-        self._close(client)
+        """End a connection that its client has not ended.
+
+        Its process may still read and write by the boards, the lease and the unsealed objects that it
+        was given; so they stay its own until it has gone.  Where that cannot be seen they stay for good.
+        """
+        connection = self._connections[client]
+        _LOG.warning("dropped client %d (pid %s): %s", client, connection.pid, reason)
+        self._hang_up(client)
+        if not self._store.expel(client):
+            self._carry_out(self._store.disconnect(client))
+            return
+        try:
+            exited = system.watch_exit(connection.pid) if connection.pid else None
+        except ProcessLookupError:
+            self._carry_out(self._store.disconnect(client))
+            return
+        if exited is not None:
+
+            def gone() -> None:
+                self._selector.unregister(exited)
+                os.close(exited)
+                self._watched.discard(exited)
+                self._carry_out(self._store.disconnect(client))
+
+            self._watched.add(exited)
+            self._selector.register(exited, _READ, gone)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -270,7 +301,8 @@ class Server:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            self._drop(connection.client, str(error))
+            _LOG.info("client %d: %s", connection.client, error)
+            self._close(connection.client)
             return False
         if not data:
             if connection.decoder.incomplete:
@@ -365,7 +397,8 @@ class Server:
             except (BlockingIOError, InterruptedError):
                 sent = 0
             except OSError as error:
-                self._drop(connection.client, str(error))
+                _LOG.info("client %d: %s", connection.client, error)
+                self._close(connection.client)
                 return
             if sent == len(data):
                 return
@@ -393,7 +426,8 @@ class Server:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                self._drop(connection.client, str(error))
+                _LOG.info("client %d: %s", connection.client, error)
+                self._close(connection.client)
                 return
             connection.out_bytes -= sent
             if sent < len(out[0]):

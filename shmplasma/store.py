@@ -159,6 +159,20 @@ class ObjectStore:
         self._objects.end_lease(client)
         return self.wake()
 
+    def expel(self, client: int) -> bool:
+        """Answer a client no more; what it was given stays its own until `disconnect`.
+
+        Returns
+        -------
+        bool
+            Whether it was given anything that it may still use.
+        """
+        session = self._sessions[client]
+        session.detached = True
+        self._subscribers.discard(client)
+        self._gets.forget(client)
+        return session.role is Role.CLIENT
+
     def _forget(self, client: int) -> None:
         """Drop what a client waits for and what it has not sealed."""
         self._gets.forget(client)

@@ -10,8 +10,7 @@ Interrupts
 A signal handler (Ctrl-C) may raise between any two byte codes of the main thread, thus also after a socket
 call has moved bytes and before its result is stored; the stream would be out of step for ever.  Therefore
 each such call is made by a C loop, ``list.extend(map(call, ...))``, which stores the result before the
-interpreter looks for signals again.  Where that does not reach (the decoder), an interrupt ends the
-connection, rather than let it go on wrongly.
+interpreter looks for signals again.
 
 A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done
 with it then.
@@ -39,11 +38,15 @@ from shmplasma.protocol import (
     Frame,
     FrameDecoder,
     encode_frame,
+    split_frames,
 )
 
 __all__ = ["Channel", "Exchange"]
 
 _READ_BYTES: Final = 1 << 18
+_SEND_BYTES: Final = 32 << 10
+"""What may wait unread at the store: some 80 small messages instead of 270.  An answer that needs a drain
+waits for all that others have sent."""
 _RETRY_SECONDS: Final = 0.1
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
@@ -81,6 +84,7 @@ class Exchange:
         """
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
             sock.settimeout(timeout_seconds)
             try:
                 sock.connect(path)
@@ -154,7 +158,6 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._decoder = FrameDecoder(MAX_REPLY_BYTES)
         self._spin_ns = SPIN_NS if system.processors() > 1 else 0
         self._sending = threading.Lock()
         self._reading = threading.Lock()
@@ -290,28 +293,33 @@ class Channel:
         return True
 
     def _deliver(self) -> None:
-        """Hand out the replies in what was received."""
-        while self._received:
-            try:
-                if not self._received[0]:
-                    raise ConnectionResetError("the store closed the connection")
-                frames = self._decoder.feed(self._received.pop(0))
-            except BaseException as error:
-                # Also an interrupt: it is not known how far the decoder got.
-                self._fail(error)
-                self._received.clear()
-                if not isinstance(error, (OSError, ProtocolError)):
-                    raise
-                return
-            for frame in frames:
-                dispose = self._given_up.pop(frame.request_id, None)
-                if dispose is not None:
-                    dispose(frame)
-                    continue
-                self._replies[frame.request_id] = frame
-                waiter = self._waiters.get(frame.request_id)
-                if waiter is not None:
-                    waiter.put(None)
+        """Hand out the replies in what was received.
+
+        What was received is dropped by one assignment at the end; an interrupt before that has the same
+        replies handed out once more, which changes nothing.
+        """
+        received = self._received
+        if not received:
+            return
+        if not received[-1]:
+            self._fail(ConnectionResetError("the store closed the connection"))
+            return
+        data = received[0] if len(received) == 1 else b"".join(received)
+        try:
+            frames, consumed, _ = split_frames(data, MAX_REPLY_BYTES)
+        except ProtocolError as error:
+            self._fail(error)
+            return
+        for frame in frames:
+            dispose = self._given_up.pop(frame.request_id, None)
+            if dispose is not None:
+                dispose(frame)
+                continue
+            self._replies[frame.request_id] = frame
+            waiter = self._waiters.get(frame.request_id)
+            if waiter is not None:
+                waiter.put(None)
+        received[:] = [data[consumed:]] if consumed < len(data) else []
 
     def _readable(self, deadline: float) -> bool:
         poll = select.poll()

@@ -237,30 +237,25 @@ class Writing(Connected):
     ) -> ObjectID:
         """Store a payload: in the lease if it is small, else in room that a round trip gets."""
         session = self._session or self._live()
-        fresh = object_id is None
         target_id = ObjectID.from_random() if object_id is None else checked(object_id)
-        leasing = session.leasing
-        if leasing is not None:
+        if session.leasing is not None:
             data_size, metadata_size = payload.size_bytes, len(metadata)
-            size = data_size + metadata_size
-            offset = leasing.take(size)
-            if offset >= 0:
-                try:
-                    room = leasing.room(offset, size)
-                    if metadata_size:
-                        room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
-                        room = room[:data_size]
-                    payload.write(room, threads)
-                    body = PUBLISH.pack(
-                        target_id.id_bytes, offset, data_size, metadata_size, payload.codec
-                    )
-                    # A fresh id cannot be taken; for another one the store has to decide.
-                    if fresh:
-                        session.publish(body)
-                    else:
-                        session.publish_and_wait(body)
-                finally:
-                    leasing.leave()
+
+            def fill(room: npt.NDArray[np.uint8], offset: int) -> None:
+                if metadata_size:
+                    room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
+                    room = room[:data_size]
+                payload.write(room, threads)
+                body = PUBLISH.pack(
+                    target_id.id_bytes, offset, data_size, metadata_size, payload.codec
+                )
+                # A fresh id cannot be taken; for another one the store has to decide.
+                if object_id is None:
+                    session.publish(body)
+                else:
+                    session.publish_and_wait(body)
+
+            if session.leasing.put(data_size + metadata_size, fill):
                 return target_id
         target = self._create(session, target_id, payload.size_bytes, metadata, payload.codec)
         with self._completing(session, target_id):

@@ -255,8 +255,8 @@ class Conversation:
         return peer
 
     def disconnect(self, peer: Peer) -> None:
-        """Close a connection from the client's side."""
-        del self.peers[peer.number]
+        """Close a connection from the client's side, or end the process of one that was dropped."""
+        self.peers.pop(peer.number, None)
         self.carry_out(self.store.disconnect(peer.number))
 
     # -- the store's loop ----------------------------------------------------------------------
@@ -302,7 +302,9 @@ class Conversation:
                 continue
             if isinstance(effect, Drop):
                 peer.dropped = effect.reason
-                self.disconnect(peer)
+                del self.peers[peer.number]
+                if not self.store.expel(peer.number):
+                    self.carry_out(self.store.disconnect(peer.number))
             else:
                 peer.receive(effect)
 

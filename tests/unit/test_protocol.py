@@ -164,3 +164,21 @@ def test_the_buffer_holds_one_incomplete_frame_at_most() -> None:
         at = end
         assert len(decoder._buffer) < LIMIT + HEADER_BYTES
     assert not decoder.incomplete
+
+
+@given(st.lists(FRAMES))
+def test_the_decoder_knows_how_much_it_lacks(frames: list[Frame]) -> None:
+    """Who feeds as many bytes as are missing reads no byte of the frame after."""
+    decoder = FrameDecoder(LIMIT)
+    stream = b"".join(encode_frame(*frame) for frame in frames)
+    at = 0
+    for frame in frames:
+        decoded: list[Frame] = []
+        while not decoded:
+            missing = decoder.missing_bytes
+            assert 1 <= missing <= LIMIT + HEADER_BYTES
+            decoded = decoder.feed(stream[at : at + missing])
+            at += missing
+        assert decoded == [frame]
+        assert not decoder.incomplete
+    assert at == len(stream)

@@ -995,6 +995,50 @@ def test_a_detached_client_is_answered_no_more(talk: Conversation) -> None:
     talk.store.check()
 
 
+def test_a_dropped_client_keeps_what_it_was_given(talk: Conversation) -> None:
+    """Its process may still read and write there, so all that stays its own until it has gone."""
+    peer, other = talk.client(), talk.client()
+    peer.put(A, 1000)
+    (slot,) = peer.get(A)[1]
+    peer.create(B, 60000)
+    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, ""))
+    assert peer.dropped is not None
+    other.ask(Delete([A]), Done)
+    assert talk.read_slot(slot) == 1
+    assert flags(other, A, B) == [1, 0]
+    assert other.refused(other.new(B)) is Failure.EXISTS
+    assert other.refused(other.new(C, 60000)) is Failure.FULL
+    talk.store.check()
+    talk.disconnect(peer)
+    assert flags(other, A, B) == [0, 0]
+    other.create(C, 65536)
+    talk.store.check()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_dropped_client_is_answered_no_more(
+    talk: Conversation, state: Callable[[Conversation, Peer], None]
+) -> None:
+    """Whatever it waited for goes on without it, and when it has gone nothing of it is left."""
+    peer, other = talk.client(), talk.client()
+    state(talk, peer)
+    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, ""))
+    assert peer.dropped is not None
+    replies = dict(peer.replies)
+    if flags(other, B) == [0] and state is not waits_for_memory:
+        other.put(B)
+    talk.turn()
+    talk.wake()
+    assert peer.replies == replies
+    talk.store.check()
+    talk.disconnect(peer)
+    talk.turn()
+    assert not talk.store.has_urgent_work
+    assert talk.wake_word == 0
+    other.put(C, 65536)
+    talk.store.check()
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
@@ -1119,6 +1163,32 @@ def test_a_creation_that_was_aborted_is_not_taken_for_a_later_one(talk: Conversa
     assert isinstance(peer.replies.pop(two), Created)
     assert isinstance(peer.replies.pop(one, None), Failed)
     talk.store.check()
+
+
+def test_a_creation_that_waits_is_not_another_clients_to_end(talk: Conversation) -> None:
+    """Seal and abort of an object that somebody else waits for are refused, or cost the sender."""
+    peer, other, third = talk.client(), talk.client(), talk.client()
+    request_id = peer.post(peer.new(A, 1000))
+    other.post(Abort(A))
+    third.post(Seal(A))
+    talk.turn()
+    peer.take(request_id, Created)
+    peer.ask(Seal(A), Done)
+    talk.store.check()
+
+
+def test_without_a_barrier_the_store_looks_for_releases_by_itself(talk: Conversation) -> None:
+    """While something waits for a release that may not wake the store, it says so."""
+    peer = talk.client()
+    peer.put(A)
+    (slot,) = peer.get(A)[1]
+    peer.ask(Delete([A]), Done)
+    with_barrier = talk.store.may_miss_a_release
+    talk.memory.has_barrier = False
+    without = talk.store.may_miss_a_release
+    peer.release(slot)
+    talk.wake()
+    assert (with_barrier, without, talk.store.may_miss_a_release) == (False, True, False)
 
 
 def test_an_object_of_no_bytes_waits_for_no_memory(talk: Conversation) -> None:
@@ -1331,3 +1401,80 @@ def test_a_lease_without_memory_is_none() -> None:
     talk.memory.refuse_from = talk.layout.data
     assert peer.ask(AskLease(1), Leased).size_bytes == 0
     talk.store.check()
+
+
+def test_a_full_store_evicts_for_a_lease() -> None:
+    """Who puts small objects into a full store gets room as the oldest objects go, and not much more."""
+    talk = Conversation(1 << 20)
+    watcher, peer = talk.subscriber(), talk.client()
+    for n in range((1 << 20) // 320):
+        peer.put(name(n), 257)
+    lease = peer.ask(AskLease(10), Leased)
+    assert lease.size_bytes == MIN_LEASE_BYTES
+    gone = [object_id for object_id, size, _ in watcher.notifications if size < 0]
+    assert gone == [name(n) for n in range(len(gone))]
+    assert len(gone) <= -(-MIN_LEASE_BYTES // 320)
+    talk.store.check()
+
+
+def test_what_is_in_use_does_not_go_for_a_lease() -> None:
+    """Where nothing may go there is no lease; objects are put by round trip instead."""
+    talk = Conversation(1 << 20)
+    peer = talk.client()
+    peer.create(A, 1 << 20)
+    assert peer.ask(AskLease(1), Leased) == Leased(0, 0, 0, 0)
+    talk.store.check()
+
+
+def test_nothing_goes_for_a_lease_that_is_too_small() -> None:
+    """Where only a small lease is to be had, and the object asks for a larger one, there is none."""
+    talk = Conversation(2 << 20)
+    watcher, peer = talk.subscriber(), talk.client()
+    peer.ask(AskLease(1), Leased)
+    while talk.store._room.largest_bytes >= 65536:
+        peer.put(name(len(watcher.notifications)), 65536)
+    peer.put(A, talk.store._room.largest_bytes)
+    assert peer.ask(AskLease(5000), Leased) == Leased(0, 0, 0, 0)
+    assert all(size >= 0 for _, size, _ in watcher.notifications)
+    talk.store.check()
+
+
+def test_nothing_goes_for_a_lease_while_there_is_room() -> None:
+    """A free extent whose memory is not committed yet is no reason to evict anything."""
+    talk = Conversation(4 * COMMIT_STEP)
+    watcher, peer, other = talk.subscriber(), talk.client(), talk.client()
+    peer.put(A)
+    other.post(other.new(B, 3 * COMMIT_STEP))
+    peer.post(AskLease(1))
+    assert watcher.notifications == [(A, 64, 0)]
+    talk.turn()
+    assert flags(peer, A) == [1]
+    talk.store.check()
+
+
+def test_a_lease_whose_entries_have_no_memory_is_none() -> None:
+    """Where the table cannot grow by as many entries as a lease may need there is no lease."""
+    talk = Conversation(1 << 20)
+    peer = talk.client()
+    talk.memory.refuse_from = talk.layout.entries
+    assert peer.ask(AskLease(1), Leased).size_bytes == 0
+    talk.store.check()
+    talk.memory.refuse_from = None
+    assert peer.ask(AskLease(1), Leased).size_bytes == MIN_LEASE_BYTES
+    talk.store.check()
+
+
+def test_entries_are_kept_for_leases(tenant: Tenant) -> None:
+    """However many empty objects others create, a lease can publish as many as it was promised."""
+    other = tenant.talk.client()
+    n_entries = tenant.talk.layout.n_entries
+    for n in range(n_entries + 10):
+        other.put(name(n), 0)
+    for n in range(tenant.lease.objects):
+        tenant.publish(name(100_000 + n))
+    before = tenant.peer.dropped
+    tenant.publish(A)
+    after = tenant.peer.dropped
+    assert before is None
+    assert after is not None
+    tenant.talk.store.check()
