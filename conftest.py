@@ -1,4 +1,7 @@
-"""Runs the examples of README.md and docs/*.md: each ```python block, in order, in one namespace a page."""
+"""Runs the examples of README.md and docs/*.md: each ```python block is a test.
+
+Each block stands alone: pytest-randomly shuffles them, so none may count on what another has defined.
+"""
 
 from __future__ import annotations
 

@@ -224,7 +224,8 @@ class Lifecycle:
             while offset is None and size // 2 >= smallest:
                 size = size // 2 & -ALIGNMENT
                 offset = self._room.lease(size)
-            if offset is None:
+            if offset is None and smallest == MIN_LEASE_BYTES > self._room.largest_bytes:
+                size = smallest
                 self._evicted(self._room.make_room(size))
                 offset = self._room.lease(size)
         except CommitError:
