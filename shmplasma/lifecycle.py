@@ -150,7 +150,8 @@ class Lifecycle:
                     "more; release buffers or raise the limit with set_client_options",
                     Failure.OVER_QUOTA,
                 )
-        offset = self._allocate(size)
+        # The region is the capacity in whole cache lines, which users are not to notice.
+        offset = self._allocate(size) if size <= self._layout.capacity else None
         if offset is None:
             raise self.full(size)
         entry = self._insert(request, offset, size, now_ns)

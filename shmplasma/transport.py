@@ -51,6 +51,13 @@ _RETRY_SECONDS: Final = 0.1
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
 
+class _Socket(socket.socket):
+    """A socket that closes without a word when it is collected, as a user may drop a client."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Exchange:
     """The beginning of a conversation: one request at a time, descriptors may come with the replies.
 
@@ -83,7 +90,7 @@ class Exchange:
             Nobody listens, after all attempts.
         """
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
             sock.settimeout(timeout_seconds)
             try:
@@ -352,7 +359,4 @@ class Channel:
     def abandon(self) -> None:
         """Close a forked child's copy of the socket, and leave the parent's connection alone."""
         self._fail(ConnectionAbortedError("the connection belongs to the parent process"))
-        self._sock.close()
-
-    def __del__(self) -> None:
         self._sock.close()

@@ -195,7 +195,9 @@ def test_create_by_name(client: plasma.PlasmaClient) -> None:
     [b"some data", bytearray(b"some data"), memoryview(b"some data"), pa.py_buffer(b"some data")],
     ids=lambda data: type(data).__name__,
 )
-def test_create_and_seal(client: plasma.PlasmaClient, client2: plasma.PlasmaClient, data: Any) -> None:
+def test_create_and_seal(
+    client: plasma.PlasmaClient, client2: plasma.PlasmaClient, data: Any
+) -> None:
     """Bytes of any type are stored in one call, which returns None; others see them at once."""
     object_id = new_id()
     assert client.create_and_seal(object_id, data) is None
@@ -287,7 +289,9 @@ def test_with_meta_gives_pairs(client: plasma.PlasmaClient) -> None:
     assert not buffer.is_mutable
 
 
-def test_a_get_waits_for_the_seal(client: plasma.PlasmaClient, client2: plasma.PlasmaClient) -> None:
+def test_a_get_waits_for_the_seal(
+    client: plasma.PlasmaClient, client2: plasma.PlasmaClient
+) -> None:
     """Without a timeout a get waits until the object is sealed, be it created before or after."""
     first, second = new_id(), new_id()
     target = client.create(first, 5)
@@ -421,9 +425,7 @@ def test_hashes_are_plasmas(
 
 @pytest.mark.parametrize("size", [17, 5000, MIB + 511, MIB + 512, 2 * MIB + 513, 3_333_333])
 @pytest.mark.parametrize("metadata", [b"", b"x", bytes(range(200))])
-def test_hashes_follow_the_formula(
-    client: plasma.PlasmaClient, size: int, metadata: bytes
-) -> None:
+def test_hashes_follow_the_formula(client: plasma.PlasmaClient, size: int, metadata: bytes) -> None:
     """The hash is what the description of Plasma's says: of the data, or of its chunks' hashes."""
     data = np.random.default_rng(size).bytes(size)
     head = data
@@ -606,9 +608,7 @@ def test_a_deferred_deletion_is_told_when_it_happens(
     assert heard == [(held, 1, 0), (other, 2, 0), (held, -1, -1)]
 
 
-def test_the_notification_socket(
-    client: plasma.PlasmaClient, client2: plasma.PlasmaClient
-) -> None:
+def test_the_notification_socket(client: plasma.PlasmaClient, client2: plasma.PlasmaClient) -> None:
     """The socket carries lengths of 8 bytes and so many bytes, which `decode_notifications` reads."""
     client.subscribe()
     sock = client.get_notification_socket()
@@ -720,7 +720,9 @@ def test_disconnect_twice(store: plasma.Store) -> None:
 
 
 @pytest.mark.parametrize("metadata", [b"", b"only metadata"])
-def test_size_zero(client: plasma.PlasmaClient, client2: plasma.PlasmaClient, metadata: bytes) -> None:
+def test_size_zero(
+    client: plasma.PlasmaClient, client2: plasma.PlasmaClient, metadata: bytes
+) -> None:
     """An object of no data is an object like any other."""
     first, second = new_id(), new_id()
     assert client.create(first, 0, metadata).size == 0

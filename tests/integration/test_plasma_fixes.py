@@ -220,9 +220,7 @@ def test_another_version(store: plasma.Store, client: plasma.PlasmaClient, versi
     assert serves(client)
 
 
-def test_requests_before_the_introduction(
-    store: plasma.Store, client: plasma.PlasmaClient
-) -> None:
+def test_requests_before_the_introduction(store: plasma.Store, client: plasma.PlasmaClient) -> None:
     """Who asks before the introduction, introduces itself twice, or has left is dropped."""
     for said in (
         lambda attacker: [Debug()],
@@ -245,7 +243,9 @@ def test_releases_that_nobody_expects(
     with Attacker(store.store_socket_name) as attacker:
         welcome = attacker.enter()
         assert welcome.segment_kind in {"posix", "file"}
-        name = SegmentName("posix" if welcome.segment_kind == "posix" else "file", welcome.segment_path)
+        name = SegmentName(
+            "posix" if welcome.segment_kind == "posix" else "file", welcome.segment_path
+        )
         attachment = Attachment.open(name, welcome.token)
         board = attachment.board(welcome.board)
         for word in (0, 1, 2, (1 << 64) - 1, 1 << 63, attachment.layout.n_entries + 1):
@@ -305,9 +305,7 @@ def test_a_forked_child_that_drops_a_buffer(
 def test_half_a_message(store: plasma.Store, client: plasma.PlasmaClient, known: bool) -> None:
     """Half a message holds up nobody, and counts once its other half has come."""
     with ExitStack() as stack:
-        attackers = [
-            stack.enter_context(Attacker(store.store_socket_name)) for _ in range(50)
-        ]
+        attackers = [stack.enter_context(Attacker(store.store_socket_name)) for _ in range(50)]
         for number, attacker in enumerate(attackers):
             if known:
                 attacker.enter()
@@ -369,7 +367,9 @@ STORE_PROGRAM = str(Path(sys.executable).with_name("shmplasma-store"))
 
 
 @contextmanager
-def store_program(*arguments: str, open_files: int | None = None) -> Iterator[subprocess.Popen[str]]:
+def store_program(
+    *arguments: str, open_files: int | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Run the console script until the end of the block; it is ready to serve."""
 
     def limit() -> None:
@@ -1039,7 +1039,9 @@ def test_more_than_the_machine_can_give() -> None:
         plasma.Store("1000TB")
 
 
-def test_a_live_stores_socket_is_left_alone(store: plasma.Store, client: plasma.PlasmaClient) -> None:
+def test_a_live_stores_socket_is_left_alone(
+    store: plasma.Store, client: plasma.PlasmaClient
+) -> None:
     """A second store on a live one's socket refuses, and the first serves on, also new clients."""
     with pytest.raises(plasma.ShmPlasmaError, match=store.store_socket_name):
         plasma.Store("1MB", socket=store.store_socket_name)

@@ -119,12 +119,16 @@ class Rent:
 class Watched(Conversation):
     """A conversation in which each effect is judged as soon as it was carried out."""
 
-    def __init__(self, capacity: int, judge: Callable[[Effect], None]) -> None:
+    def __init__(
+        self, capacity: int, begin: Callable[[], None], judge: Callable[[Effect], None]
+    ) -> None:
+        self._begin = begin
         self._judge = judge
         super().__init__(capacity)
 
     def carry_out(self, effects: Iterable[Effect]) -> None:
         """Carry out and judge one effect after the other."""
+        self._begin()
         for effect in effects:
             super().carry_out([effect])
             self._judge(effect)
@@ -188,12 +192,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.capacity = capacity
         self.model = Model()
         self.expected: dict[tuple[int, int], Callable[[Reply], None]] = {}
-        self.gone_since_reply: list[Thing] = []
+        self.gone_for_reply: list[Thing] = []
         self.gone = 0
         self.incarnations = 0
         self.seen = 0
         self.witness: Peer | None = None
-        self.talk = Watched(capacity, self.judge)
+        self.talk = Watched(capacity, self.gone_for_reply.clear, self.judge)
         while self.talk.store.has_idle_work:
             self.talk.advance()
         self.boards: dict[int, Peer] = {}
@@ -233,7 +237,7 @@ class StoreMachine(RuleBasedStateMachine):
             judge_reply = self.expected.pop((peer.number, request_id), None)
             if judge_reply is not None:
                 judge_reply(peer.replies.pop(request_id))
-                self.gone_since_reply.clear()
+                self.gone_for_reply.clear()
 
     def judge_end(self, object_id: bytes) -> None:
         """See an object go: it was sealed, and nobody used it."""
@@ -243,7 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
         for wait in self.model.waits.values():
             if not wait.is_handled:
                 wait.filled = {at: t for at, t in wait.filled.items() if t is not thing}
-        self.gone_since_reply.append(thing)
+        self.gone_for_reply.append(thing)
         self.gone += not thing.is_doomed
 
     def judge_seal(self, object_id: bytes, data_size: int, metadata_size: int) -> None:
@@ -585,7 +589,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Evict objects, and be told how many bytes went."""
 
         def judge_reply(reply: Reply) -> None:
-            freed = sum(thing.size for thing in self.gone_since_reply)
+            freed = sum(thing.size for thing in self.gone_for_reply)
             assert reply == Number(freed)
             if size_bytes <= 0:
                 assert freed == 0
