@@ -129,9 +129,6 @@ class Leases:
         self.held_bytes = 0
         self.objects_left = 0
 
-    def __contains__(self, client: int) -> bool:
-        return client in self._of_client
-
     # -- granting ------------------------------------------------------------------------------
 
     def size_for(self, client: int, needed_bytes: int) -> int:

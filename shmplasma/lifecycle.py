@@ -167,13 +167,10 @@ class Lifecycle:
         return self._table.find(object_id) != NO_ENTRY
 
     def _allocate(self, size_bytes: int) -> int | None:
-        """Find an extent, evicting what is needed, and letting go what was released meanwhile."""
+        """Find an extent, evicting what is needed when what was released meanwhile has gone."""
+        self.wake()
         offset, evicted = self._room.allocate(size_bytes)
         self._evicted(evicted)
-        if offset is None and self.awaits_release:
-            self.wake()
-            offset, evicted = self._room.allocate(size_bytes)
-            self._evicted(evicted)
         return offset
 
     def _insert(self, request: Create, offset: int, size: int, now_ns: int) -> int:

@@ -56,7 +56,8 @@ overtake an earlier load; so memory is reused only when it was read.
 
 Interruptions: a signal handler or the collector may run between any two steps of a reader, and even read or
 release by the same board: it uses other slots.  A pin object exists before R3, so an exception after it
-clears the slot.  A forked child works on private copies of the boards (`shmplasma.session`).  A client that
+clears the slot.  Only an interrupt that arrives in the finalizer itself, whose exception Python drops, leaves a
+pin behind, until the client leaves.  A forked child works on private copies of the boards (`shmplasma.session`).  A client that
 is killed between R3 and R4 leaves a pin that goes with its board.
 
 Where there is no membarrier, or the machine is not x86-64, nobody reads like this: the store itself writes

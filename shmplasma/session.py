@@ -191,7 +191,9 @@ class Session:
         except BaseException:
             exchange.close()
             raise
-        fast = welcome.fast_path and system.fast_path_available() and system.register_membarrier()
+        # Also with the fast path off: a release has to be ordered against the WAKE word.
+        ordered = system.register_membarrier()
+        fast = ordered and welcome.fast_path and system.fast_path_available()
         channel = Channel(exchange.detach())
         return cls(channel, wake_fd, attachment, welcome.board, fast=fast)
 
@@ -310,8 +312,7 @@ class Session:
         pins = self._boards.take(len(object_ids))
         request = Get(wait, object_ids, [pin.slot for pin in pins])
         try:
-            request_id = self._channel.request(Get.KIND, request.encode())
-            frame = self._wait_for_get(request_id, deadline, pins)
+            frame = self._exchange_get(request, deadline, pins)
         except ConnectionError as error:
             raise gone(error) from error
         found = expect(Objects, frame).found
@@ -321,11 +322,14 @@ class Session:
             for where, pin in zip(found, pins, strict=True)
         ]
 
-    def _wait_for_get(self, request_id: int, deadline: float | None, pins: list[Pin]) -> Frame:
-        """Wait for the answer to a get; at the deadline, or an interrupt, ask for it at once."""
+    def _exchange_get(self, request: Get, deadline: float | None, pins: list[Pin]) -> Frame:
+        """Send a get and wait for its answer; at the deadline, or an interrupt, ask for it at once."""
         channel = self._channel
+        body = request.encode()
+        request_id = channel.new_request()
         answer_now = AnswerNow(request_id).encode()
         try:
+            channel.request(Get.KIND, request_id, body)
             reply = channel.wait(request_id, deadline)
             if reply is None:
                 channel.send(AnswerNow.KIND, answer_now)
@@ -334,11 +338,11 @@ class Session:
             raise
         except BaseException:
             with suppress(ConnectionError):  # the interrupt is what the caller is to see
+                # The slots are lent until the answer comes; then the last reference to them goes.
+                lent = pins.copy()
+                channel.give_up(request_id, lambda _: lent.clear())
                 channel.send(AnswerNow.KIND, answer_now)
-                if channel.wait(request_id, time.monotonic() + _GIVE_UP_SECONDS) is None:
-                    # The slots are lent until the answer comes; then the last reference goes.
-                    lent = pins.copy()
-                    channel.give_up(request_id, lambda _: lent.clear())
+                channel.read_until(time.monotonic() + _GIVE_UP_SECONDS, lambda: not lent)
             raise
         assert reply is not None
         return reply
@@ -402,8 +406,9 @@ def _ask_for_lease(channel: Channel, needed_bytes: int) -> Leased:
 def _call(channel: Channel, kind: int, body: bytes, dispose: Callable[[Frame], None]) -> Frame:
     """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
     try:
-        request_id = channel.request(kind, body)
+        request_id = channel.new_request()
         try:
+            channel.request(kind, request_id, body)
             reply = channel.wait(request_id, None)
         except ConnectionError:
             raise

@@ -308,6 +308,8 @@ class ObjectStore:
                 self._reply(client, request_id, _DONE)
             case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
                 self._reply(client, request_id, Number(1))
+            case AnswerNow() if request_id != ONE_WAY:
+                raise ProtocolError("an AnswerNow that asks for an answer of its own")
             case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
                 self._unsettled.append((client, request_id, request, now_ns))
             case Abort():
@@ -485,8 +487,9 @@ class ObjectStore:
         """Return the store's figures, one a line."""
         clients = [
             f"{session.name or 'unnamed'} (pid {session.pid})"
-            for session in self._sessions.values()
+            for client, session in self._sessions.items()
             if session.role is Role.CLIENT
+            and (not session.detached or self._objects.held_by(client))
         ]
         return describe(self._layout, self._table, self._boards, self._room, self._objects, clients)
 

@@ -168,13 +168,13 @@ class Channel:
         self._spin_ns = SPIN_NS if system.processors() > 1 else 0
         self._sending = threading.Lock()
         self._reading = threading.Lock()
-        self._unsent = b""
+        self._outgoing: tuple[bytes, list[int]] = (b"", [])
         self._received: list[bytes] = []
         self._next_id = 0
         self._replies: dict[int, Frame] = {}
         self._waiters: dict[int, SimpleQueue[None]] = {}
         self._given_up: dict[int, Callable[[Frame], None]] = {}
-        self._error: BaseException | None = None
+        self._error = ""
 
     # -- sending -------------------------------------------------------------------------------
 
@@ -182,28 +182,37 @@ class Channel:
         """Send a one-way message."""
         self._send(encode_frame(kind, ONE_WAY, body))
 
-    def request(self, kind: int, body: bytes) -> int:
-        """Send a request and return its id, for `wait`."""
+    def new_request(self) -> int:
+        """Return an id for a request that is about to be sent."""
         with self._sending:
             self._next_id = request_id = self._next_id % _MAX_REQUEST_ID + 1
-        self._send(encode_frame(kind, request_id, body))
         return request_id
+
+    def request(self, kind: int, request_id: int, body: bytes) -> None:
+        """Send a request.
+
+        An interrupt may come before it was sent, or after: so its reply has to be given up then, which is
+        why the id is known beforehand.
+        """
+        self._send(encode_frame(kind, request_id, body))
 
     def _send(self, data: bytes) -> None:
         with self._sending:
-            if self._error is not None:
-                raise ConnectionError(str(self._error)) from self._error
-            # What an interrupt kept from being sent goes first.
-            self._unsent += data
-            while self._unsent:
-                sent: list[int] = []
+            if self._error:
+                raise ConnectionError(self._error)
+            # What an interrupt kept from being sent goes first.  One assignment changes what is to be
+            # sent and what of it has been: there is no moment at which the two do not fit.
+            unsent, sent = self._outgoing
+            unsent = unsent[sum(sent) :] + data
+            while unsent:
+                sent = []
+                self._outgoing = unsent, sent
                 try:
-                    sent.extend(map(self._sock.send, (self._unsent,)))
+                    sent.extend(map(self._sock.send, (unsent,)))
                 except OSError as error:
-                    self._fail(error)
+                    self._fail(str(error))
                     raise ConnectionError(str(error)) from error
-                finally:
-                    self._unsent = self._unsent[sum(sent) :]
+                unsent = unsent[sum(sent) :]
 
     # -- receiving -----------------------------------------------------------------------------
 
@@ -230,6 +239,9 @@ class Channel:
         self._waiters[request_id] = waiter
         try:
             while True:
+                reply = self._replies.pop(request_id, None)
+                if reply is not None:
+                    return reply
                 leading, reply = self._try_lead(request_id, deadline)
                 if leading:
                     return reply
@@ -238,9 +250,6 @@ class Channel:
                     waiter.get(timeout=left)
                 except Empty:
                     return self._replies.pop(request_id, None)
-                reply = self._replies.pop(request_id, None)
-                if reply is not None:
-                    return reply
         finally:
             del self._waiters[request_id]
             # It may have been woken to take the lead, and be leaving instead.
@@ -265,6 +274,18 @@ class Channel:
         if reply is not None:
             self._given_up.pop(request_id)(reply)
 
+    def read_until(self, deadline: float, done: Callable[[], bool]) -> None:
+        """Read for all until something is so, at the latest until a time; not while another thread reads."""
+        acquired: list[bool] = []
+        try:
+            acquired.extend(map(self._reading.acquire, (False,)))
+            while acquired[0] and not done() and not self._error and self._readable(deadline):
+                self._receive(0)
+                self._deliver()
+        finally:
+            if acquired and acquired[0]:
+                self._leave()
+
     def _lead(self, request_id: int, deadline: float | None) -> Frame | None:
         """Read for all until the reply is there."""
         while True:
@@ -272,8 +293,8 @@ class Channel:
             reply = self._replies.pop(request_id, None)
             if reply is not None:
                 return reply
-            if self._error is not None:
-                raise ConnectionError(str(self._error)) from self._error
+            if self._error:
+                raise ConnectionError(self._error)
             if self._look():
                 continue
             if deadline is not None and not self._readable(deadline):
@@ -296,7 +317,7 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._fail(error)
+            self._fail(str(error))
         return True
 
     def _deliver(self) -> None:
@@ -309,13 +330,13 @@ class Channel:
         if not received:
             return
         if not received[-1]:
-            self._fail(ConnectionResetError("the store closed the connection"))
+            self._fail("the store closed the connection")
             return
         data = received[0] if len(received) == 1 else b"".join(received)
         try:
             frames, consumed, _ = split_frames(data, MAX_REPLY_BYTES)
         except ProtocolError as error:
-            self._fail(error)
+            self._fail(str(error))
             return
         for frame in frames:
             dispose = self._given_up.pop(frame.request_id, None)
@@ -344,19 +365,19 @@ class Channel:
             waiter.put(None)
             return
 
-    def _fail(self, error: BaseException) -> None:
-        if self._error is None:
-            self._error = error
+    def _fail(self, reason: str) -> None:
+        # A text: an exception would keep, by its traceback, the channel that keeps it.
+        self._error = self._error or reason or "unknown error"
 
     # -- the end -------------------------------------------------------------------------------
 
     def retire(self) -> None:
         """End all requests, now and later, with a ConnectionError; the other end still sees us."""
-        self._fail(ConnectionAbortedError("the client was disconnected"))
+        self._fail("the client was disconnected")
         with suppress(OSError):  # the other end may have gone before
             self._sock.shutdown(socket.SHUT_RD)
 
     def abandon(self) -> None:
         """Close a forked child's copy of the socket, and leave the parent's connection alone."""
-        self._fail(ConnectionAbortedError("the connection belongs to the parent process"))
+        self._fail("the connection belongs to the parent process")
         self._sock.close()

@@ -62,7 +62,7 @@ def client(socket_name: str) -> Iterator[plasma.PlasmaClient]:
 
 def random_object_id() -> plasma.ObjectID:
     """Return an id; the page's own helper."""
-    return plasma.ObjectID(np.random.bytes(20))  # noqa: NPY002 - as on the page
+    return plasma.ObjectID(np.random.bytes(20))
 
 
 def test_a_client_without_a_store(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_listing_objects(client: plasma.PlasmaClient) -> None:
 
 def test_arrow_objects(client: plasma.PlasmaClient) -> None:
     """A tensor is written into a buffer of its size, and read back from there."""
-    data = np.random.randn(10, 4)  # noqa: NPY002 - as on the page
+    data = np.random.randn(10, 4)
     tensor = pa.Tensor.from_numpy(data)
 
-    object_id = plasma.ObjectID(np.random.bytes(20))  # noqa: NPY002 - as on the page
+    object_id = plasma.ObjectID(np.random.bytes(20))
     data_size = pa.ipc.get_tensor_size(tensor)
     buf = client.create(object_id, data_size)
 
@@ -186,7 +186,7 @@ def test_pandas_data_frames(client: plasma.PlasmaClient) -> None:
     df = pd.DataFrame(d)
     record_batch = pa.RecordBatch.from_pandas(df)
 
-    object_id = plasma.ObjectID(np.random.bytes(20))  # noqa: NPY002 - as on the page
+    object_id = plasma.ObjectID(np.random.bytes(20))
     mock_sink = pa.MockOutputStream()
     with pa.RecordBatchStreamWriter(mock_sink, record_batch.schema) as stream_writer:
         stream_writer.write_batch(record_batch)
@@ -290,9 +290,9 @@ def test_huge_pages(tmp_path: Path, huge_page_directory: str) -> None:
     before = free_pages()
     with terminal("-s", name, "-m", "32000000", "-d", huge_page_directory, "-h"):
         client = plasma.connect(name)
-        data = np.random.randn(3_000_000)  # noqa: NPY002 - as on the page
+        data = np.random.randn(3_000_000)
         tensor: Any = pa.Tensor.from_numpy(data)
-        object_id = plasma.ObjectID(np.random.bytes(20))  # noqa: NPY002 - as on the page
+        object_id = plasma.ObjectID(np.random.bytes(20))
         buf = client.create(object_id, pa.ipc.get_tensor_size(tensor))
         stream = pa.FixedSizeBufferWriter(buf)
         stream.set_memcopy_threads(4)

@@ -18,13 +18,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
+import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
 import shmplasma as plasma
@@ -41,28 +42,20 @@ from shmplasma.requests import (
     Detach,
     Evict,
     Get,
+    Hello,
     List,
     Publish,
+    Request,
     Role,
     Seal,
 )
 from shmplasma.segment import Attachment, SegmentName
+from shmplasma.transport import Channel
 from tests.attacker import Attacker
+from tests.clients import MISSING, figure, new_id
 from tests.processes import Child, in_forked_child, run_python, until
 
-MISSING = plasma.ObjectID(20 * b"?")
 GIGANTIC = [1 << 32, 1 << 48, 1 << 62, (1 << 63) - 64, (1 << 63) - 1]
-
-
-def new_id() -> plasma.ObjectID:
-    """Return an id that nothing has."""
-    return plasma.ObjectID.from_random()
-
-
-def figure(client: plasma.PlasmaClient, name: str) -> int:
-    """Return one of the store's figures."""
-    (line,) = (line for line in client.debug_string().splitlines() if line.startswith(f"{name}: "))
-    return int(line.removeprefix(f"{name}: "))
 
 
 def serves(client: plasma.PlasmaClient) -> bool:
@@ -90,6 +83,11 @@ def running(task: Callable[[], object]) -> Iterator[threading.Thread]:
     thread.join()
     if failures:
         raise failures[0]
+
+
+def collect(results: list[Any], task: Callable[[], object]) -> None:
+    """Add what a task returns to a list."""
+    results.append(task())
 
 
 def wait_until_asleep(process: psutil.Process | int) -> None:
@@ -222,14 +220,17 @@ def test_another_version(store: plasma.Store, client: plasma.PlasmaClient, versi
 
 def test_requests_before_the_introduction(store: plasma.Store, client: plasma.PlasmaClient) -> None:
     """Who asks before the introduction, introduces itself twice, or has left is dropped."""
-    for said in (
-        lambda attacker: [Debug()],
-        lambda attacker: [attacker.hello(), attacker.hello()],
-        lambda attacker: [attacker.hello(), Detach(), Debug()],
-        lambda attacker: [attacker.hello(role=Role.SUBSCRIBER), Debug()],
-    ):
+    hello = Hello(PROTOCOL_VERSION, Role.CLIENT, os.getpid(), 0, "attacker")
+    subscriber = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, os.getpid(), 0, "attacker")
+    conversations: list[list[Request]] = [
+        [Debug()],
+        [hello, hello],
+        [hello, Detach(), Debug()],
+        [subscriber, Debug()],
+    ]
+    for said in conversations:
         with Attacker(store.store_socket_name) as attacker:
-            attacker.send(b"".join(attacker.frame(request) for request in said(attacker)))
+            attacker.send(b"".join(map(attacker.frame, said)))
             assert attacker.is_dropped()
     assert serves(client)
 
@@ -557,7 +558,7 @@ def test_an_object_without_an_id(client: plasma.PlasmaClient) -> None:
         np.arange(12).reshape(3, 4),
         np.arange(12, dtype=np.float32).reshape(2, 3, 2),
         np.ones((0, 5)),
-        memoryview(np.arange(6, dtype=np.int16).reshape(2, 3)),
+        np.arange(6, dtype=np.int16).reshape(2, 3).data,
         np.array(5.0),
     ],
     ids=["2-D", "3-D", "empty", "view", "0-D"],
@@ -611,10 +612,9 @@ def test_a_blocked_get_holds_up_no_other_thread(
     ids = [new_id() for _ in range(5)]
     got: list[Any] = []
     with ExitStack() as stack:
-        threads = [
-            stack.enter_context(running(lambda i=i: got.append(client.get(i, timeout))))  # type: ignore[misc]
-            for i, timeout in zip(ids, (-1, 60_000, -1, 60_000, -1), strict=True)
-        ]
+        timeouts = (-1, 60_000, -1, 60_000, -1)
+        waits = [partial(client.get, *each) for each in zip(ids, timeouts, strict=True)]
+        threads = [stack.enter_context(running(partial(collect, got, wait))) for wait in waits]
         for _ in range(50):
             assert serves(client)
             assert client.get(MISSING, 0) is plasma.ObjectNotAvailable
@@ -623,6 +623,32 @@ def test_a_blocked_get_holds_up_no_other_thread(
         for number, object_id in enumerate(reversed(ids)):
             (client, client2)[number % 2].put(object_id.binary(), object_id)
     assert sorted(got) == sorted(object_id.binary() for object_id in ids)
+
+
+def test_a_reply_that_comes_before_anybody_waits() -> None:
+    """A reply that the reading thread has delivered before its own thread asks for it is not lost."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    bodies: list[bytes] = []
+
+    def wait(request_id: int) -> None:
+        frame = channel.wait(request_id, None)
+        assert frame is not None
+        bodies.append(frame.body)
+
+    with ours, theirs:
+        first, second, third = (channel.new_request() for _ in range(3))
+        for request_id in (first, second, third):
+            channel.request(Debug.KIND, request_id, b"")
+        with running(partial(wait, first)):
+            with running(partial(wait, third)):
+                theirs.send(encode_frame(Number.KIND, second, b"second"))
+                theirs.send(encode_frame(Number.KIND, third, b"third"))
+            # The third is there, hence the second too, and another thread goes on reading.
+            with running(partial(wait, second)) as thread:
+                thread.join(10)
+                theirs.send(encode_frame(Number.KIND, first, b"first"))
+    assert bodies == [b"third", b"second", b"first"]
 
 
 INTERRUPTED = """
@@ -730,12 +756,12 @@ MANY_INTERRUPTS = """
 def test_a_client_that_is_interrupted_again_and_again(
     store: plasma.Store, client: plasma.PlasmaClient
 ) -> None:
-    """Interrupts at any point of any call leave a client that works, and nothing pinned."""
+    """Interrupts at any point of any call leave a client that works, and nothing pinned when it leaves."""
     with Child(MANY_INTERRUPTS, store.store_socket_name) as child:
         assert child.hear() == "survived"
-        assert figure(client, "pinned objects") == 0
         child.say()
         assert child.end() == 0
+    until(lambda: figure(client, "pinned objects") == 0, "nothing is pinned")
 
 
 # --- protection -------------------------------------------------------------------------------------
@@ -775,7 +801,7 @@ def test_a_wild_write_hits_no_other_part(client: plasma.PlasmaClient) -> None:
     """Below and above a reader's buffer there is nothing writable either: tables cannot be hit."""
     buffer = client.get_buffers(client.put_raw_buffer(bytes(100)))
     for distance in (-mmap.PAGESIZE, -64, 64, mmap.PAGESIZE, BOARD_BYTES * 100):
-        code = in_forked_child(lambda at=buffer.address + distance: ctypes.memset(at, 0, 1))  # type: ignore[misc]
+        code = in_forked_child(partial(ctypes.memset, buffer.address + distance, 0, 1))
         assert code in {-signal.SIGSEGV, -signal.SIGBUS}
     assert serves(client)
 
@@ -887,7 +913,7 @@ def total(client: plasma.PlasmaClient, ids: list[plasma.ObjectID], answers: Conn
 def test_a_client_as_an_argument(client: plasma.PlasmaClient, method: str) -> None:
     """A client can be handed to a process of `multiprocessing`, however that is started."""
     ids = [client.put(np.arange(number)) for number in range(10)]
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     process = context.Process(target=total, args=(client, ids, theirs))
     process.start()
