@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from math import isnan
 from typing import Any, Final, NoReturn, overload
 
 import numpy as np
@@ -25,6 +26,8 @@ from shmplasma.session import Session
 
 __all__ = ["ObjectNotAvailable", "Reading"]
 
+_LONGEST_MS: Final = 10**9
+"""Beyond these eleven days, which the system's calls can still count, a wait is without an end."""
 _IDS_A_REQUEST: Final = 1 << 16
 
 
@@ -224,7 +227,10 @@ class Reading(Connected):
         """Find and pin objects by the store."""
         if not isinstance(timeout_ms, (int, float, np.number)):
             raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
-        deadline = None if timeout_ms < 0 else time.monotonic() + timeout_ms / 1000
+        if isnan(timeout_ms):
+            raise ValueError("timeout_ms is not a number")
+        endless = timeout_ms < 0 or timeout_ms > _LONGEST_MS
+        deadline = None if endless else time.monotonic() + timeout_ms / 1000
         wait = timeout_ms != 0
         names = [checked(object_id).id_bytes for object_id in ids]
         result: list[Located | None] = []

@@ -264,8 +264,10 @@ class Channel:
                 return False, None
             return True, self._lead(request_id, deadline)
         finally:
+            # Nothing before the release calls Python code, in which an interrupt could forestall it.
             if acquired and acquired[0]:
-                self._leave()
+                self._reading.release()
+                self._pass_on()
 
     def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
         """Let `dispose` have the reply of a request for which nobody waits any more, when it comes."""
@@ -284,7 +286,8 @@ class Channel:
                 self._deliver()
         finally:
             if acquired and acquired[0]:
-                self._leave()
+                self._reading.release()
+                self._pass_on()
 
     def _lead(self, request_id: int, deadline: float | None) -> Frame | None:
         """Read for all until the reply is there."""
@@ -353,11 +356,6 @@ class Channel:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-
-    def _leave(self) -> None:
-        """Give the lead back."""
-        self._reading.release()
-        self._pass_on()
 
     def _pass_on(self) -> None:
         """Wake a follower, who takes the lead if nobody else has."""

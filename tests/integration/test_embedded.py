@@ -117,9 +117,9 @@ def test_an_exception_in_the_block() -> None:
 def test_a_server_that_was_killed() -> None:
     """Closing a store whose server was killed is no error, and sweeps up what the server left."""
     with Store("10MB") as store, store.connect() as client:
-        segment = client.debug_string() and client._session
-        assert segment is not None
-        name = os.readlink(f"/proc/self/fd/{segment.attachment._fd}")
+        session = client._session
+        assert session is not None
+        name = os.readlink(f"/proc/self/fd/{session.attachment._fd}")
         store.process.kill()
         store.process.wait()
         assert Path(name).exists()
