@@ -163,9 +163,12 @@ class Server:
                         self._ready(key.data, mask)
                     else:
                         key.data()
-                self._process_backlog(_FRAMES_A_TURN)
-                self._settle()
-                self._advance(idle=not events)
+                if self._backlog:
+                    self._process_backlog(_FRAMES_A_TURN)
+                if self._store.has_unsettled:
+                    self._settle()
+                if not events or self._store.has_urgent_work:
+                    self._advance(idle=not events)
         finally:
             for client in tuple(self._connections):
                 self._close(client)
@@ -182,9 +185,11 @@ class Server:
         of 30, and the message is read at once.  The pause lets a client run that shares the processor.
         """
         select = self._selector.select
+        if events := select(0):
+            return events
         timeout = self._timeout()
         if timeout == 0:
-            return select(0)
+            return events
         end = time.monotonic_ns() + self._spin_ns
         while not (events := select(0)):
             if time.monotonic_ns() > end:
@@ -342,8 +347,6 @@ class Server:
     def _settle(self) -> None:
         """Drain every socket once, and then answer what depended on it."""
         unsettled = self._store.take_unsettled()
-        if not unsettled:
-            return
         self._process_backlog(None)
         for key, mask in self._selector.select(0):
             if isinstance(key.data, _Connection) and mask & _READ:

@@ -114,7 +114,10 @@ def _empty(store: Store) -> None:
             gc.collect()
             return False
 
-        until(is_left_alone, "nobody else is connected, and nothing is pinned", seconds=10)
+        try:
+            until(is_left_alone, "nobody else is connected and nothing is pinned", seconds=10)
+        except AssertionError:
+            pytest.fail(f"somebody is connected, or something is pinned: {client.debug_string()}")
         client.delete(client.list())
         assert not client.list(), "an object is left that cannot be deleted"
         text = client.debug_string()

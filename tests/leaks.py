@@ -15,6 +15,8 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 __all__ = ["Belongings"]
 
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIXES = ("shmplasma-", "psm_", "sem.")
+"""Of segments, and of what `multiprocessing` makes; other names are other programs'."""
 _NAME = re.compile("shmplasma-([0-9a-f]{16}|[a-z0-9_]{8})")
 """Of a segment, and of the private directory of an embedded store."""
 
@@ -66,7 +68,7 @@ def _names_of_shared_memory() -> Iterator[str]:
     """Yield all names but those that only others' processes use."""
     if not _SHARED_MEMORY.is_dir():
         return
-    names = set(os.listdir(_SHARED_MEMORY))
+    names = {name for name in os.listdir(_SHARED_MEMORY) if name.startswith(_PREFIXES)}
     if names:
         names -= _mapped_by_others(names)
     yield from (f"shared memory {name}" for name in names)

@@ -488,7 +488,7 @@ def test_threads_hand_over(client: plasma.PlasmaClient) -> None:
 def test_disconnecting_while_others_read(store: plasma.Store, client: plasma.PlasmaClient) -> None:
     """Threads that use a client which another one disconnects get values, or an OSError; none hangs."""
     ids = [client.put(np.full(1000, i)) for i in range(20)]
-    for _ in range(5):
+    for _ in range(20):
         shared = store.connect()
         begun = threading.Semaphore(0)
 
@@ -518,8 +518,8 @@ def test_disconnecting_while_others_read(store: plasma.Store, client: plasma.Pla
             for future in futures:
                 for array in future.result():
                     assert (array == array[0]).all()
-        del shared, futures, future, read, wait
-    gc.collect()
+        del shared, futures, future, read, wait, task, array
+        until(lambda: client.debug_string().count("(pid ") == 1, "the store has let it go")
 
 
 def test_threads_put_large_values(client: plasma.PlasmaClient) -> None:
