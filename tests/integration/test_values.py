@@ -518,7 +518,7 @@ def test_disconnecting_while_others_read(store: plasma.Store, client: plasma.Pla
             for future in futures:
                 for array in future.result():
                     assert (array == array[0]).all()
-        del shared, futures, future, read, wait, task, array
+        del shared, futures, future, read, wait, array
         until(lambda: client.debug_string().count("(pid ") == 1, "the store has let it go")
 
 
