@@ -516,9 +516,8 @@ def test_disconnecting_while_others_read(store: plasma.Store, client: plasma.Pla
                 begun.acquire()
             shared.disconnect()
             for future in futures:
-                for array in future.result():
-                    assert (array == array[0]).all()
-        del shared, futures, future, read, wait, array
+                assert all((array == array[0]).all() for array in future.result())
+        del shared, futures, future, read, wait
         until(lambda: client.debug_string().count("(pid ") == 1, "the store has let it go")
 
 
