@@ -186,9 +186,12 @@ class ObjectStore:
         session = self._sessions[client]
         try:
             request = decode_request(frame)
+            if session.detached:
+                # Another thread of the client may not have noticed yet that it has left.
+                return _NOTHING
             if isinstance(request, Hello):
                 self._hello(session, frame.request_id, request)
-            elif session.role is not Role.CLIENT or session.detached:
+            elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             else:
                 self._request(session, frame.request_id, request, now_ns)

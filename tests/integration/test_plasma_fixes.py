@@ -1118,6 +1118,39 @@ def test_nothing_stays_at_the_exit(tmp_path: Path, number: signal.Signals) -> No
         assert not os.listdir(tmp_path)
 
 
+SIGNALLED = """
+    import operator, os, selectors, signal, sys
+    from functools import partial
+
+    class Selector(selectors.EpollSelector):
+        asleep = False
+
+        def select(self, timeout=None):
+            if timeout is None and not self.asleep:
+                self.asleep = True
+                # All of it C code: Python's handler cannot run between the signal and the sleep.
+                events = []
+                steps = partial(os.killpg, 0, signal.SIGTERM), partial(self._selector.poll, 5)
+                events.extend(map(operator.call, steps))
+                assert events[1], "the store sleeps on"
+            return super().select(timeout)
+
+    os.setpgrp()
+    selectors.DefaultSelector = Selector
+    from shmplasma import cli
+
+    sys.exit(cli.main(["-m", "1MB", "-s", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has epoll")
+def test_a_signal_at_the_wrong_moment(tmp_path: Path) -> None:
+    """A signal that arrives just before the loop goes to sleep ends the store as any other."""
+    with Child(SIGNALLED, str(tmp_path / "s")) as child:
+        assert child.end() == 0
+    assert not os.listdir(tmp_path)
+
+
 def test_a_peer_that_is_no_store(tmp_path: Path) -> None:
     """A client that finds something else at the path says so, and waits for nothing."""
     path = str(tmp_path / "s")

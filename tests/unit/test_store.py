@@ -141,12 +141,26 @@ def of_a_detached_client(talk: Conversation) -> Peer:
     return peer
 
 
-@pytest.mark.parametrize("connection", [of_no_greeting, of_a_subscriber, of_a_detached_client])
+@pytest.mark.parametrize("request_", ANY_REQUESTS, ids=lambda request: type(request).__name__)
+def test_a_request_after_the_leave_is_passed_over(talk: Conversation, request_: Request) -> None:
+    """A thread that has not noticed yet that its client has left costs nobody anything."""
+    other = talk.client()
+    other.put(B)
+    peer = of_a_detached_client(talk)
+    peer.post(request_)
+    talk.turn()
+    assert peer.dropped is None
+    assert peer.replies == {}
+    assert flags(other, A, B) == [0, 1]
+    talk.store.check()
+
+
+@pytest.mark.parametrize("connection", [of_no_greeting, of_a_subscriber])
 @pytest.mark.parametrize("request_", ANY_REQUESTS, ids=lambda request: type(request).__name__)
 def test_a_request_at_the_wrong_point_drops_only_the_sender(
     talk: Conversation, connection: Callable[[Conversation], Peer], request_: Request
 ) -> None:
-    """Before Hello, after Detach, and from a subscriber, no request is answered."""
+    """Before Hello, and from a subscriber, no request is answered."""
     other = talk.client()
     other.put(B)
     peer = connection(talk)
@@ -159,7 +173,7 @@ def test_a_request_at_the_wrong_point_drops_only_the_sender(
 
 
 @pytest.mark.parametrize("hello", [HELLO, SUBSCRIBE])
-@pytest.mark.parametrize("connection", [of_a_subscriber, of_a_detached_client, Conversation.client])
+@pytest.mark.parametrize("connection", [of_a_subscriber, Conversation.client])
 def test_a_second_hello_drops_the_sender(
     talk: Conversation, connection: Callable[[Conversation], Peer], hello: Hello
 ) -> None:
