@@ -15,7 +15,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 __all__ = ["Belongings"]
 
 _SHARED_MEMORY = Path("/dev/shm")
-_PREFIXES = ("shmplasma-", "psm_", "sem.")
+_PREFIXES = ("shmplasma-", "psm_")
 """Of segments, and of what `multiprocessing` makes; other names are other programs'."""
 _NAME = re.compile("shmplasma-([0-9a-f]{16}|[a-z0-9_]{8})")
 """Of a segment, and of the private directory of an embedded store."""
@@ -86,9 +86,10 @@ def _mapped_by_others(names: set[str]) -> set[str]:
 
 
 def _made_by_stores(place: Path) -> Iterator[Path]:
-    """Yield segments, private directories, and sockets; a test's own socket has no lock beside it."""
+    """Yield segments, private directories, and sockets beside whose path is the note of a segment."""
     for directory, directories, files in os.walk(place):
         for name in (*directories, *files):
             path = Path(directory, name)
-            if _NAME.fullmatch(name) or Path(f"{path}.lock").exists():
-                yield path
+            with suppress(FileNotFoundError):
+                if _NAME.fullmatch(name) or Path(f"{path}.lock").stat().st_size:
+                    yield path

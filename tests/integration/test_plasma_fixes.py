@@ -39,6 +39,7 @@ from shmplasma.requests import (
     Contains,
     Create,
     Debug,
+    Delete,
     Detach,
     Evict,
     Get,
@@ -238,13 +239,12 @@ def test_another_version(store: plasma.Store, client: plasma.PlasmaClient, versi
 
 
 def test_requests_before_the_introduction(store: plasma.Store, client: plasma.PlasmaClient) -> None:
-    """Who asks before the introduction, introduces itself twice, or has left is dropped."""
+    """Who asks before the introduction, introduces itself twice, or subscribes and asks is dropped."""
     hello = Hello(PROTOCOL_VERSION, Role.CLIENT, os.getpid(), 0, "attacker")
     subscriber = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, os.getpid(), 0, "attacker")
     conversations: list[list[Request]] = [
         [Debug()],
         [hello, hello],
-        [hello, Detach(), Debug()],
         [subscriber, Debug()],
     ]
     for said in conversations:
@@ -255,6 +255,22 @@ def test_requests_before_the_introduction(store: plasma.Store, client: plasma.Pl
 
         attack(store, say)
     assert serves(client)
+
+
+def test_requests_after_the_leave(store: plasma.Store, client: plasma.PlasmaClient) -> None:
+    """What a client that has left may still say changes nothing, and holds up nobody."""
+    unsealed, there = new_id(), client.put_raw_buffer(b"there")
+
+    def say(attacker: Attacker) -> None:
+        slot = slots_of(attacker.enter().board)[0]
+        attacker.ask(Detach(), Done)
+        with suppress(BrokenPipeError, ConnectionResetError):  # to drop it would be an answer too
+            attacker.post(Create(unsealed.binary(), 64, 0, 0, slot))
+            attacker.post(Delete([there.binary()]))
+        assert serves(client)
+
+    attack(store, say)
+    assert set(client.list()) == {there}
 
 
 def test_releases_that_nobody_expects(
@@ -760,7 +776,7 @@ MANY_INTERRUPTS = """
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     source = random.Random(1)
-    for _ in range(300):
+    for _ in range(100):
         try:
             use_until_interrupted(source.uniform(1e-5, 3e-3))
         except KeyboardInterrupt:
