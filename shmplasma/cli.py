@@ -104,6 +104,7 @@ def _serve(options: argparse.Namespace) -> None:
                 signal.signal(number, signal.SIG_IGN)
             server.stop()
 
+        _wake_by_signals(server, stack)
         for number in _ENDING:
             signal.signal(number, end)
         if options.owner is None:
@@ -122,6 +123,21 @@ def _serve(options: argparse.Namespace) -> None:
         )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         server.run()
+
+
+def _wake_by_signals(server: Server, stack: ExitStack) -> None:
+    """Let a signal end the loop's sleep also when it comes just before the loop falls asleep.
+
+    Python runs its handler only when the loop is awake; what it writes to this pipe at once wakes it.
+    """
+    reader, writer = os.pipe()
+    stack.callback(os.close, reader)
+    stack.callback(os.close, writer)
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    server.watch(reader, lambda: os.read(reader, 64))
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    stack.callback(signal.set_wakeup_fd, -1)
 
 
 def _make_segment(endpoint: Endpoint, options: argparse.Namespace) -> Segment:

@@ -136,7 +136,7 @@ class Server:
         self._selector.register(listener, _READ, self._accept)
         self._selector.register(self._wake_reader, _READ, self._wake)
 
-    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+    def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call `callback` in the loop whenever `fd` is readable."""
         self._selector.register(fd, _READ, callback)
 
