@@ -17,6 +17,8 @@ from typing import Self
 __all__ = ["Child", "in_forked_child", "run_python", "until"]
 
 _POLL_SECONDS = 0.002
+_MEASURING = "COVERAGE_PROCESS_CONFIG"
+"""By this variable coverage.py starts itself in a new interpreter."""
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
@@ -42,6 +44,8 @@ def run_python(code: str, *arguments: str) -> str:
 class Child:
     """A Python program that talks over its standard input and output; killed at the end of the block.
 
+    Its coverage is not measured: the tracer takes a lock, which an interrupt at the wrong moment leaves locked for ever.
+
     Parameters
     ----------
     code : str
@@ -59,6 +63,7 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
+            env={name: value for name, value in os.environ.items() if name != _MEASURING},
         )
 
     def hear(self) -> str:
