@@ -19,6 +19,8 @@ __all__ = ["Child", "in_forked_child", "run_python", "until"]
 _POLL_SECONDS = 0.002
 _MEASURING = "COVERAGE_PROCESS_CONFIG"
 """By this variable coverage.py starts itself in a new interpreter."""
+_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""What a shell starts in the background ignores SIGINT, and hands that on to its children."""
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
@@ -58,7 +60,7 @@ class Child:
 
     def __init__(self, code: str, *arguments: str, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-W", "error", "-c", dedent(code), *arguments],
+            [*prefix, sys.executable, "-W", "error", "-c", _CTRL_C + dedent(code), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
