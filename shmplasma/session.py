@@ -330,7 +330,8 @@ class Session:
         answer_now = AnswerNow(request_id).encode()
         try:
             channel.request(Get.KIND, request_id, body)
-            reply = channel.wait(request_id, deadline)
+            # One that is not to wait is answered by the store's next turn, without being asked again.
+            reply = channel.wait(request_id, deadline if request.wait else None)
             if reply is None:
                 channel.send(AnswerNow.KIND, answer_now)
                 reply = channel.wait(request_id, None)
