@@ -18,16 +18,18 @@ import resource
 import signal
 import socket
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Final
 
 from shmplasma import __version__, system
 from shmplasma.endpoint import Endpoint, default_socket_path
-from shmplasma.errors import AttachError, CommitError, EndpointError
+from shmplasma.errors import AttachError, CommitError, EndpointError, LayoutError
 from shmplasma.layout import TOKEN_BYTES
+from shmplasma.orphans import sweep
 from shmplasma.segment import Segment, SegmentName, default_capacity
 from shmplasma.server import Server
 from shmplasma.sizes import parse_size
+from shmplasma.succession import replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,13 +81,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         format=f"%(asctime)s {_PROGRAM}: %(message)s",
         level=logging.DEBUG if options.verbose else logging.INFO,
     )
+    logging.raiseExceptions = False  # a full disk under the log is no reason to stop serving
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         _serve(options)
     except (AttachError, CommitError, EndpointError) as error:
-        sys.stderr.write(f"{_PROGRAM}: error: {error}\n")
-        return 1
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"the system refused what the store cannot do without: {error}")
+    except MemoryError:
+        return _fail("the store has no memory left for itself; free some, and start it again")
     return 0
+
+
+def _fail(text: str) -> int:
+    with suppress(OSError):  # there may be no room for the message either
+        sys.stderr.write(f"{_PROGRAM}: error: {text}\n")
+    return 1
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -94,10 +106,26 @@ def _serve(options: argparse.Namespace) -> None:
         if options.scratch:
             stack.callback(_remove_directory, os.path.dirname(options.socket))
         path = default_socket_path() if options.socket is None else options.socket
+        if options.replace:
+            replace(path, lambda left: _open_left(left, options).close())
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
-        segment = stack.enter_context(_make_segment(endpoint, options))
+        segment, is_recovered = _segment(endpoint, options)
+        stack.callback(_leave_to_successor, endpoint, segment.name)
         shared = options.group is not None or bool(options.mode & 0o066)
-        server = Server(endpoint.listener, segment, socket_path=path, shared=shared)
+        with ExitStack() as on_failure:
+            # What could not be recovered this time stays, for another attempt.
+            on_failure.enter_context(closing(segment) if is_recovered else segment)
+            server = Server(
+                endpoint.listener,
+                segment,
+                socket_path=path,
+                shared=shared,
+                recover=is_recovered,
+                may_be_replaced=options.owner is None,
+            )
+            endpoint.write_note(segment.name.encode())
+            on_failure.pop_all()
+        stack.enter_context(segment)
 
         def end(*_: object) -> None:
             for number in _ENDING:  # once is enough, and the rest is not to be interrupted
@@ -123,6 +151,10 @@ def _serve(options: argparse.Namespace) -> None:
         )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         server.run()
+        if server.is_handed_over:
+            segment.close()  # and so its name stays
+            endpoint.hand_over()
+            server.close()
 
 
 def _wake_by_signals(server: Server, stack: ExitStack) -> None:
@@ -135,25 +167,78 @@ def _wake_by_signals(server: Server, stack: ExitStack) -> None:
     stack.callback(os.close, writer)
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
-    server.watch(reader, lambda: os.read(reader, 64))
+
+    def empty() -> None:
+        with suppress(OSError):  # what is still in it makes the loop come back here
+            os.read(reader, 64)
+
+    server.watch(reader, empty)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     stack.callback(signal.set_wakeup_fd, -1)
 
 
-def _make_segment(endpoint: Endpoint, options: argparse.Namespace) -> Segment:
-    """Make the segment, after sweeping up the one of a store that died at this endpoint."""
-    swept = SegmentName.decode(endpoint.read_note())
-    if swept is not None and swept.remove():
-        _LOG.info("removed %s, the segment of a store that has died here", swept.path)
+def _leave_to_successor(endpoint: Endpoint, name: SegmentName) -> None:
+    """Keep the note of a segment whose name is still there: it can be had back, or swept up, by it."""
+    if endpoint.is_claimed and not name.is_gone():
+        endpoint.keep_note()
+        _LOG.warning("the segment %s stays, for the next store at this socket", name.path)
+
+
+def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, bool]:
+    """Return the segment to serve, and whether a store that died at this endpoint has left it."""
+    left = SegmentName.decode(endpoint.read_note())
+    if left is not None and not options.fresh:
+        segment = _left_segment(left, options)
+        if segment is not None:
+            return segment, True
+    if left is not None and left.remove():
+        _LOG.info("removed %s, the segment of a store that has died here", left.path)
+    for name in sweep(options.directory):
+        _LOG.info(
+            "removed %s, whose store was killed together with the program that it served", name
+        )
     token = os.urandom(TOKEN_BYTES)
     endpoint.write_note(SegmentName.plan(token, options.directory).encode())
-    return Segment.create(
+    segment = Segment.create(
         options.memory or default_capacity(options.directory),
         directory=options.directory,
         huge_pages=options.huge_pages,
         mode=options.mode,
         group=options.group,
         token=token,
+        scratch=endpoint.path if options.scratch else "",
+    )
+    return segment, False
+
+
+def _left_segment(left: SegmentName, options: argparse.Namespace) -> Segment | None:
+    """Open the segment of a store that has died; None if there is none, or it cannot be used.
+
+    Raises
+    ------
+    EndpointError
+        There are objects in it, and the options are for another store.
+    """
+    try:
+        return _open_left(left, options)
+    except (AttachError, LayoutError) as error:
+        _LOG.warning("the store that died here left nothing to recover: %s", error)
+        return None
+
+
+def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment:
+    """Open the segment of another store that was here, if the options are for it."""
+    directory = os.path.dirname(left.path) if left.kind == "file" else None
+    segment = Segment.recover(left, directory)
+    wanted = None if options.directory is None else os.path.abspath(options.directory)
+    capacity = segment.layout.capacity
+    if wanted == directory and options.memory in (None, capacity):
+        return segment
+    segment.close()
+    place = "" if directory is None else f" -d {directory}"
+    raise EndpointError(
+        f"the store that was here left its objects in a segment of {capacity} bytes; start with "
+        f"-m {capacity}{place} to have them back, or with --fresh to give them up"
     )
 
 
@@ -243,6 +328,16 @@ def _parser() -> argparse.ArgumentParser:
         help="permissions of the socket and the segment (default: 0600)",
     )
     add("--group", type=_group, metavar="NAME", help="group of the socket and the segment")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start empty, also where a store that has died has left objects",
+    )
+    add(
+        "--replace",
+        action="store_true",
+        help="take over from the store that serves the socket; its clients lose nothing",
+    )
     add("-v", dest="verbose", action="store_true", help="log more")
     add(
         "--version",

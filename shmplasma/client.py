@@ -138,7 +138,7 @@ class PlasmaClient(Reading, Writing):
         if len(client_name.encode()) > MAX_NAME_BYTES:
             raise ValueError(f"a client's name has at most {MAX_NAME_BYTES} bytes")
         options = SetOptions(limit, client_name)
-        self._live().call(options, Done)
+        self._live().set_options(options)
         self._options = options
 
     def debug_string(self) -> str:

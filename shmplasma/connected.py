@@ -11,7 +11,6 @@ from typing import Final, Self
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.notifications import Subscription
 from shmplasma.objects import ObjectID
-from shmplasma.replies import Done
 from shmplasma.requests import MAX_NAME_BYTES, SetOptions
 from shmplasma.session import Session
 
@@ -24,7 +23,7 @@ _clients: weakref.WeakSet[Connected] = weakref.WeakSet()
 
 
 class Connected:
-    """The connection of a client: made, closed, pickled, and made anew in a forked child.
+    """The connection of a client: made, closed, pickled, made anew in a forked child or when the store is another.
 
     Parameters
     ----------
@@ -36,7 +35,8 @@ class Connected:
 
     def __init__(self, store_socket_name: str, num_retries: int) -> None:
         self._path = store_socket_name
-        self._session: Session | None = Session.open(store_socket_name, num_retries, program_name())
+        self._num_retries = num_retries
+        self._session: Session | None = self._open(num_retries)
         self._capacity = self._session.layout.capacity
         self._options: SetOptions | None = None
         self._subscription: Subscription | None = None
@@ -47,7 +47,16 @@ class Connected:
         """Begin without anything that belongs to a session."""
         self._unsealed: set[bytes] = set()
         self._connecting = threading.Lock()
-        self._forked = False
+        self._anew = False
+
+    def _open(self, num_retries: int) -> Session:
+        return Session.open(self._path, num_retries, program_name(), weakref.WeakMethod(self._lose))
+
+    def _lose(self) -> None:
+        """Connect anew at the next use: the store has gone for good, and all that was in it."""
+        if self._session is not None:
+            self._session = None
+            self._anew = True
 
     @property
     def store_socket_name(self) -> str:
@@ -60,7 +69,7 @@ class Connected:
         May be called again.
         """
         session, self._session = self._session, None
-        self._forked = False
+        self._anew = False
         if session is not None:
             session.detach()
         if self._subscription is not None:
@@ -77,32 +86,34 @@ class Connected:
         return type(self), (self._path, DEFAULT_RETRIES)
 
     def __repr__(self) -> str:
-        state = "" if self._session or self._forked else ", disconnected"
+        state = "" if self._session or self._anew else ", disconnected"
         return f"{type(self).__name__}({self._path!r}{state})"
 
     def _live(self) -> Session:
-        """Return the session, a new one in a forked child; raise when there is none."""
+        """Return the session, a new one where it has to be; raise when there is none."""
         session = self._session
         if session is not None:
             return session
-        if not self._forked:
+        if not self._anew:
             raise NotConnectedError(
                 "this client is disconnected; shmplasma.connect makes a new one"
             )
         with self._connecting:
             if self._session is None:
-                self._session = session = Session.open(self._path, 0, program_name())
+                session = self._open(0)
                 if self._options is not None:
-                    session.call(self._options, Done)
-                self._forked = False
+                    session.set_options(self._options)
+                self._unsealed = set()
+                self._session = session
+                self._anew = False
             return self._session
 
     def leave_to_parent(self) -> None:
         """Leave, in a forked child, the parent's session and subscription to the parent."""
-        forked = self._session is not None or self._forked
+        anew = self._session is not None or self._anew
         self._session = None
         self._forget()
-        self._forked = forked
+        self._anew = anew
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None

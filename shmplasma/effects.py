@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["Descriptor", "Drop", "Effect", "Send"]
+__all__ = ["Adopt", "Descriptor", "Drop", "Effect", "HandOver", "Send"]
 
 
 class Descriptor(Enum):
@@ -30,4 +30,17 @@ class Drop(NamedTuple):
     reason: str
 
 
-Effect = Send | Drop
+class Adopt(NamedTuple):
+    """Let a connection go on under the number of a client which it has shown to be."""
+
+    client: int
+    number: int
+
+
+class HandOver(NamedTuple):
+    """Leave segment and socket to another store: handle what was sent, and end."""
+
+    client: int
+
+
+Effect = Send | Drop | Adopt | HandOver

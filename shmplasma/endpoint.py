@@ -39,12 +39,12 @@ import fcntl
 import os
 import socket
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Final, Self
 
 from shmplasma.errors import EndpointError
 
-__all__ = ["Endpoint", "default_socket_path"]
+__all__ = ["Endpoint", "default_socket_path", "may_come_back", "note_of"]
 
 _MAX_PATH_BYTES: Final = 107
 """What fits Linux's ``sockaddr_un`` before its zero byte.  macOS takes 103, and says so itself."""
@@ -114,7 +114,6 @@ class Endpoint:
         self._lock = lock
         self._bound: tuple[int, int] | None = None
         self._noted = False
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     @classmethod
     def claim(cls, path: str, mode: int = 0o600, group: int | None = None) -> Endpoint:
@@ -149,6 +148,7 @@ class Endpoint:
             raise EndpointError(f"there is no directory {parent}; make it, or {_OTHER_PATH}")
         self = cls(path, _lock(path))
         try:
+            self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             _clear(path)
             self._listen(mode, group)
         except BaseException as error:
@@ -166,8 +166,11 @@ class Endpoint:
             self.listener.bind(self.path)
         finally:
             os.umask(umask)
-        status = os.lstat(self.path)
-        self._bound = status.st_dev, status.st_ino
+        try:
+            self._bound = _identity(self.path)
+        except BaseException:
+            os.unlink(self.path)  # as long as the lock is ours, nobody else puts anything there
+            raise
         # Nobody connects before `listen`, and by then group and mode are what they are to be.
         if group is not None:
             os.chown(self.path, -1, group, follow_symlinks=False)
@@ -182,6 +185,10 @@ class Endpoint:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, note, 0)
 
+    def keep_note(self) -> None:
+        """Let the note outlive `close`, as what it names does."""
+        self._noted = False
+
     def read_note(self) -> bytes:
         """Return the text of a predecessor who did not close, until `write_note`; empty if none."""
         return os.pread(self._lock, _NOTE_BYTES, 0)
@@ -195,12 +202,32 @@ class Endpoint:
         """
         if self._lock < 0:
             return
+        lock, self._lock = self._lock, -1
+        with ExitStack() as stack:  # whatever fails, the rest is done
+            stack.callback(os.close, lock)
+            # The listener is closed late: while it is open, no other file can get its inode number.
+            if hasattr(self, "listener"):
+                stack.callback(self.listener.close)
+            stack.callback(self._remove_lock_file, lock)
+            stack.callback(self._remove_socket)
+
+    def _remove_socket(self) -> None:
         with suppress(FileNotFoundError):
-            # The listener is closed last: while it is open, no other file can get its inode number.
             if self._bound is not None and _identity(self.path) == self._bound:
                 os.unlink(self.path)
-            if self._noted or not self.read_note():
+
+    def _remove_lock_file(self, lock: int) -> None:
+        with suppress(FileNotFoundError):
+            if self._noted or not os.pread(lock, _NOTE_BYTES, 0):
                 os.unlink(_lock_path(self.path))
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether the claim still holds."""
+        return self._lock >= 0
+
+    def hand_over(self) -> None:
+        """Give up the claim, and leave socket and note to the next store, which is about to claim them."""
         self.listener.close()
         os.close(self._lock)
         self._lock = -1
@@ -210,6 +237,26 @@ class Endpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def note_of(path: str) -> bytes:
+    """Return the note of the store that serves a path, or has died there; empty if there is none."""
+    try:
+        with open(_lock_path(path), "rb") as file:
+            return file.read(_NOTE_BYTES)
+    except OSError:
+        return b""
+
+
+def may_come_back(path: str) -> bool:
+    """Tell whether the store that listened at a path died there, and was not ended.
+
+    Notes
+    -----
+    A store that ends removes its lock file; one that dies leaves it, and so does its successor while it
+    takes over.
+    """
+    return os.path.exists(_lock_path(path))
 
 
 def _lock_path(path: str) -> str:
@@ -235,18 +282,20 @@ def _lock(path: str) -> int:
             raise EndpointError(
                 f"cannot open the lock file {lock_path}: {error.strerror}; {_OTHER_PATH}"
             ) from error
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            os.close(fd)
-            raise EndpointError(f"{lock_path} is not a file of this user's; {_OTHER_PATH}")
-        os.fchmod(fd, 0o600)  # the umask may have taken away more
         try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise EndpointError(f"{lock_path} is not a file of this user's; {_OTHER_PATH}")
+            os.fchmod(fd, 0o600)  # the umask may have taken away more
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _identity(lock_path) == (status.st_dev, status.st_ino):
+                return fd
         except BlockingIOError as error:
             os.close(fd)
             raise EndpointError(f"a store serves {path} already; {_OTHER_PATH}") from error
-        if _identity(lock_path) == (status.st_dev, status.st_ino):
-            return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
 
 

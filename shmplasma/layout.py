@@ -3,7 +3,7 @@
 The segment is divided into regions.  Each begins on a boundary of the page size in use, so that each
 can be mapped with a protection of its own::
 
-    header | buckets | entries | visited | control | boards | data
+    header | buckets | entries | visited | control | boards | outboxes | data
 
 ========  ==============  ==============================  =============================================
 region    written by      clients map it                  holds
@@ -14,6 +14,7 @@ entries   store           read-only                       the object table, `ENT
 visited   clients, store  read-write                      a byte an entry: "read lately", a hint
 control   store           read-only                       `CONTROL_BYTES` a board: words to its client
 boards    one client each its own boards read-write       pins: 8-byte words, 0 or entry index + 1
+outboxes  one client each its own one read-write          what it has told the store one-way
 data      the creator     writers rw, readers ro          data, then metadata, 64-byte aligned
 ========  ==============  ==============================  =============================================
 
@@ -48,6 +49,7 @@ __all__ = [
     "ID_BYTES",
     "ID_FIELD",
     "LAYOUT_VERSION",
+    "OUTBOX_BYTES",
     "STATE_MASK",
     "TOKEN_BYTES",
     "ControlWord",
@@ -56,9 +58,11 @@ __all__ = [
     "HeaderWord",
     "Layout",
     "align_up",
+    "mark_end",
+    "read_end",
 ]
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -75,6 +79,8 @@ ENTRY_WORDS: Final = ENTRY_BYTES // 8
 BOARD_BYTES: Final = 4096
 """The unit in which pins are granted: the smallest that a mapping of its own can have."""
 BOARD_WORDS: Final = BOARD_BYTES // 8
+OUTBOX_BYTES: Final = 4096
+"""One for each board, of which a client uses that of its first one (see `shmplasma.outbox`)."""
 CONTROL_BYTES: Final = 64
 """A cache line for each board, so that words to different clients do not share one."""
 
@@ -99,6 +105,14 @@ class HeaderWord(IntEnum):
 
     WAKE = 32
     """Not zero while somebody waits for a release: who clears a pin then wakes the store."""
+    ENTRIES_END = 33
+    """Above all entries that were ever used; for a store that recovers the segment (see `mark_end`)."""
+    BOARDS_END = 34
+    """Above all boards that were ever used."""
+    WATERMARK = 35
+    """Bytes of the data region behind which there is memory."""
+    SCRATCH_BYTES = 64
+    """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
 
 
 class EntryState(IntEnum):
@@ -128,13 +142,46 @@ class EntryWord(IntEnum):
     """Time of creation in nanoseconds since 1970."""
     CONSTRUCT_NS = 9
     """Nanoseconds from creation to seal."""
+    CHECK = 10
+    """Checksum of words 1 to 6, the generation, and whether the object is complete (see `shmplasma.table`)."""
+    OWNER = 11
+    """Slot + 1 that its creator lent, which says whose it is while it is CREATED."""
 
 
 class ControlWord(IntEnum):
-    """Numbers of a control line's words, which the store writes and one client reads."""
+    """Numbers of a control line's words, which the store writes and one client reads.
+
+    All but the first are for a store that recovers the segment: whose the board is, and what it leases.
+    """
 
     EPOCH = 0
     ACKNOWLEDGED = 1
+    """How many records of the client's outbox have been handled."""
+    PID = 2
+    START_TIME = 3
+    FIRST_BOARD = 4
+    """The first board of the board's client, + 1; 0 while the board is nobody's."""
+    LEASE_CURSOR = 5
+    """Where the unpublished part of the client's lease begins."""
+    LEASE_END = 6
+    CHECK = 7
+    """Checksum of words 2 to 4 and 6."""
+
+
+_COMPLEMENT: Final = 16
+_ALL_ONES: Final = (1 << 64) - 1
+
+
+def mark_end(words: memoryview, word: HeaderWord, end: int) -> None:
+    """Write down how far a region was ever used, and so many words later its complement."""
+    words[word] = end
+    words[word + _COMPLEMENT] = end ^ _ALL_ONES
+
+
+def read_end(words: memoryview, word: HeaderWord, limit: int) -> int:
+    """Return how far a region was ever used: `limit` where damage, or a death in between, makes that unsure."""
+    end = int(words[word])
+    return end if words[word + _COMPLEMENT] == end ^ _ALL_ONES and end <= limit else limit
 
 
 ID_FIELD: Final = Struct("@20sI")
@@ -170,7 +217,7 @@ class Layout:
         A power of two.
     n_entries, n_boards : int
         Upper limits on objects and on boards.
-    buckets, entries, visited, control, boards, data : int
+    buckets, entries, visited, control, boards, outboxes, data : int
         Offset of each region.
     """
 
@@ -185,6 +232,7 @@ class Layout:
     visited: int
     control: int
     boards: int
+    outboxes: int
     data: int
 
     @classmethod
@@ -226,6 +274,7 @@ class Layout:
             n_entries,
             n_boards * CONTROL_BYTES,
             n_boards * BOARD_BYTES,
+            n_boards * OUTBOX_BYTES,
             capacity,
         ):
             start = align_up(end, page_bytes)
@@ -250,7 +299,7 @@ class Layout:
         """Return the offset of an entry."""
         return self.entries + index * ENTRY_BYTES
 
-    def write(self, words: memoryview, token: bytes) -> None:
+    def write(self, words: memoryview, token: bytes, scratch: bytes = b"") -> None:
         """Write the header of a new segment.
 
         Parameters
@@ -259,6 +308,8 @@ class Layout:
             The segment (or its first page) as native 8-byte words, writable.
         token : bytes
             16 random bytes: the identity of this segment.
+        scratch : bytes, optional
+            Socket path of a store that nobody will start again.
 
         Notes
         -----
@@ -268,7 +319,20 @@ class Layout:
         words[2:4] = memoryview(token).cast("Q")
         for number, field in enumerate(fields(self), start=4):
             words[number] = getattr(self, field.name)
+        mark_end(words, HeaderWord.ENTRIES_END, 0)
+        mark_end(words, HeaderWord.BOARDS_END, 0)
+        mark_end(words, HeaderWord.WATERMARK, 0)
+        words[HeaderWord.SCRATCH_BYTES] = len(scratch)
+        start = (HeaderWord.SCRATCH_BYTES + 1) * 8
+        words.cast("B")[start : start + len(scratch)] = scratch
         words[0] = MAGIC
+
+    @staticmethod
+    def scratch(words: memoryview) -> bytes:
+        """Return the socket path of a store that nobody will start again; empty for any other."""
+        start = (HeaderWord.SCRATCH_BYTES + 1) * 8
+        header = bytes(words.cast("B")[: min(HEADER_BYTES, len(words) * 8)])
+        return header[start : start + words[HeaderWord.SCRATCH_BYTES]]
 
     @classmethod
     def read(cls, words: memoryview) -> tuple[Layout, bytes]:

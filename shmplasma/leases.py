@@ -41,15 +41,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from shmplasma.control import Control
 from shmplasma.errors import ProtocolError
-from shmplasma.layout import (
-    ALIGNMENT,
-    BOARD_WORDS,
-    CONTROL_BYTES,
-    ControlWord,
-    Layout,
-    align_up,
-)
+from shmplasma.layout import ALIGNMENT, BOARD_WORDS, Layout, align_up
 
 __all__ = ["BUSY_WORD", "MIN_LEASE_BYTES", "Lease", "Leases"]
 
@@ -108,6 +102,8 @@ class Leases:
         The segment's layout.
     words : memoryview
         The segment as native 8-byte words, writable.
+    control : Control
+        The boards' control lines.
 
     Attributes
     ----------
@@ -121,9 +117,10 @@ class Leases:
     O(1) for each operation on a lease.
     """
 
-    def __init__(self, layout: Layout, words: memoryview) -> None:
+    def __init__(self, layout: Layout, words: memoryview, control: Control) -> None:
         self._layout = layout
         self._words = words
+        self._control = control
         self._of_client: dict[int, Lease] = {}
         self._last_bytes: dict[int, int] = {}
         self.held_bytes = 0
@@ -151,7 +148,17 @@ class Leases:
         self._last_bytes[client] = size_bytes
         self.held_bytes += size_bytes
         self.objects_left += objects
-        return objects, self._words[self._epoch_word(board)]
+        self._control.lease(board, offset, offset + size_bytes)
+        return objects, self._control.epoch(board)
+
+    def restore(self, client: int, board: int, cursor: int, end: int) -> None:
+        """Take over a lease of a store that has died, as far as it is not published."""
+        objects = self.objects_for(end - cursor)
+        self._of_client[client] = Lease(board, cursor, end, cursor, objects)
+        # The end stands there already, and must not be missed by yet another store if this one dies here.
+        self._control.advance(board, cursor)
+        self.held_bytes += end - cursor
+        self.objects_left += objects
 
     @staticmethod
     def objects_for(size_bytes: int) -> int:
@@ -191,6 +198,16 @@ class Leases:
         self.objects_left -= 1
         return skipped, offset - skipped
 
+    def note_published(self, client: int) -> None:
+        """Write the cursor down, now that the object is in the table: a successor is not to miss it."""
+        lease = self._of_client[client]
+        self._control.advance(lease.board, lease.cursor)
+
+    def was_published(self, client: int, offset: int) -> bool:
+        """Tell whether an object that a client announces again lies behind it already."""
+        lease = self._of_client.get(client)
+        return lease is None or offset < lease.cursor
+
     # -- taking back ---------------------------------------------------------------------------
 
     def recall(self) -> None:
@@ -198,7 +215,7 @@ class Leases:
         for lease in self._of_client.values():
             if not lease.recalled:
                 lease.recalled = True
-                self._words[self._epoch_word(lease.board)] += 1
+                self._control.raise_epoch(lease.board)
 
     def note_idle(self) -> None:
         """See which recalled leases are at rest; all sockets have to be drained after that."""
@@ -235,6 +252,7 @@ class Leases:
         left = lease.end - lease.cursor
         self.held_bytes -= left
         self.objects_left -= lease.objects_left
+        self._control.lease(lease.board, 0, 0)
         return lease.cursor, left
 
     def forget(self, client: int) -> tuple[int, int]:
@@ -249,6 +267,3 @@ class Leases:
             for lease in self._of_client.values()
             if lease.end > lease.cursor
         ]
-
-    def _epoch_word(self, board: int) -> int:
-        return (self._layout.control + board * CONTROL_BYTES) // 8 + ControlWord.EPOCH

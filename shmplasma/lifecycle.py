@@ -26,10 +26,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from shmplasma.control import Control
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, HeaderWord, Layout
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.pins import Boards
+from shmplasma.recovery import Findings, examine
 from shmplasma.replies import Failed, Failure, Leased
 from shmplasma.requests import Create, Publish
 from shmplasma.room import Memory, Room
@@ -57,7 +59,7 @@ class Lifecycle:
         The segment's layout.
     words : memoryview
         The segment as native 8-byte words, writable.
-    table, boards, room
+    control, table, boards, room
         The parts that it joins.
     memory : Memory
         Issues barriers.
@@ -69,6 +71,7 @@ class Lifecycle:
         self,
         layout: Layout,
         words: memoryview,
+        control: Control,
         table: Table,
         boards: Boards,
         room: Room,
@@ -82,11 +85,12 @@ class Lifecycle:
         self._room = room
         self._memory = memory
         self._gone = gone
-        self._leases = Leases(layout, words)
+        self._leases = Leases(layout, words, control)
         self._creators: dict[int, int] = {}
         self._unsealed: dict[int, set[int]] = {}
         self._doomed: set[int] = set()
         self._limbo: set[int] = set()
+        self._recovered: set[int] = set()
         self.evictions = 0
 
     # -- asking --------------------------------------------------------------------------------
@@ -138,9 +142,13 @@ class Lifecycle:
             The id exists, the client would exceed `limit_bytes` (0: none), or there is no room.
         """
         object_id = request.object_id
-        if self._exists(object_id):
-            raise _existing(object_id)
         size = request.data_size + request.metadata_size
+        if self._exists(object_id):
+            entry = self._table.find(object_id)
+            if not self._is_repeated(client, entry, request):
+                raise _existing(object_id)
+            self._boards.pin(request.slot, entry)
+            return entry
         if limit_bytes:
             held = self.bytes_of(self.held_by(client))
             if held + size > limit_bytes:
@@ -165,6 +173,17 @@ class Lifecycle:
         if self._doomed:
             self.find_sealed(object_id)  # which lets go of it, if it has waited for that
         return self._table.find(object_id) != NO_ENTRY
+
+    def _is_repeated(self, client: int, entry: int, request: Create) -> bool:
+        """Tell whether a store that has died had granted this request, and could not say so any more."""
+        if self._creators.get(entry) != client or entry not in self._recovered:
+            return False
+        self._recovered.discard(entry)
+        _, data_size, metadata_size = self._table.location(entry)
+        return self._table.owner(entry) == request.slot and (data_size, metadata_size) == (
+            request.data_size,
+            request.metadata_size,
+        )
 
     def _allocate(self, size_bytes: int) -> int | None:
         """Find an extent, evicting what is needed when what was released meanwhile has gone."""
@@ -193,6 +212,7 @@ class Lifecycle:
                     request.data_size,
                     request.metadata_size,
                     now_ns,
+                    owner=request.slot + 1,
                 )
             except CommitError as error:
                 text = str(error)
@@ -250,12 +270,33 @@ class Lifecycle:
             self._room.give_back(start, skipped)
         if self._exists(object_id):
             self._room.give_back(offset, size)
+            self._leases.note_published(client)
             raise _existing(object_id)
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
         )
+        self._leases.note_published(client)
         self._room.sealed(entry)
         return entry
+
+    def was_published(self, client: int, offset: int) -> bool:
+        """Tell whether a store that has died had entered the object that a client wrote there."""
+        return self._leases.was_published(client, offset)
+
+    def is_repeated(self, client: int, message: Publish) -> bool:
+        """Tell whether a store that has died had entered this object, and could not say so any more.
+
+        Raises
+        ------
+        Refused
+            It had refused it, because the id exists.
+        """
+        if not self._leases.was_published(client, message.offset):
+            return False
+        entry = self._table.find(message.object_id)
+        if entry != NO_ENTRY and self._table.location(entry)[0] != message.offset:
+            raise _existing(message.object_id)
+        return True
 
     def recall_leases(self) -> bool:
         """Ask for all leases back; tell whether some may come back soon."""
@@ -335,6 +376,7 @@ class Lifecycle:
 
     def _forget_creator(self, client: int, entry: int) -> None:
         del self._creators[entry]
+        self._recovered.discard(entry)  # what comes now under its number is another object
         unsealed = self._unsealed[client]
         unsealed.remove(entry)
         if not unsealed:
@@ -397,6 +439,39 @@ class Lifecycle:
             state = self._table.state
             self._doomed = {entry for entry in self._doomed if state(entry) == EntryState.DOOMED}
             self._lower_wake_word()
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    def recover(self) -> Findings:
+        """Take over what a store that has died has left in the segment.
+
+        Returns
+        -------
+        Findings
+            The clients in it are known by the numbers of their first boards.
+
+        Raises
+        ------
+        CommitError
+            Memory that was there before cannot be had any more.
+        """
+        memory = self._memory
+        found = examine(self._layout, self._table, self._boards, memory.barrier)
+        self._room.recover(found.sealed, found.used)
+        for client, (cursor, end) in found.leases.items():
+            self._leases.restore(client, client, cursor, end)
+        self._table.prepare(self._leases.objects_left)
+        self._creators = found.created
+        for entry, client in found.created.items():
+            self._unsealed.setdefault(client, set()).add(entry)
+        self._recovered = set(found.created)
+        self._doomed, self._limbo = found.doomed, found.limbo
+        if self.awaits_release:
+            self._await_release()
+            self.wake()
+        else:
+            self._lower_wake_word()
+        return found
 
     # -- refusing ------------------------------------------------------------------------------
 

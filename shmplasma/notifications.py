@@ -11,10 +11,10 @@ import socket
 from typing import Final
 
 from shmplasma.arrow_errors import NotConnectedError
+from shmplasma.link import greet
 from shmplasma.objects import ObjectID
 from shmplasma.replies import NOTIFICATION
 from shmplasma.requests import Role
-from shmplasma.session import greet
 
 __all__ = ["Subscription", "decode"]
 

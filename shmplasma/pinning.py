@@ -16,14 +16,24 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol, runtime_checkable
 
-from shmplasma.layout import BOARD_WORDS, HeaderWord
+from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.segment import Attachment
 
 __all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard"]
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A connection of which a forked child may close its copy."""
+
+    def abandon(self) -> None:
+        """Close this process's copy, and leave the other's alone."""
 
 
 class Lifeline:
@@ -33,17 +43,38 @@ class Lifeline:
     ----------
     attachment : Attachment
         The segment; closed at the end.
-    connection : object
-        Whatever closes the connection when it is collected.
     wake_fd : int
         The writing end of the store's wake-up pipe, not blocking; closed at the end.
+    path : str
+        The store's socket.
+    name : str
+        What the store calls this client.
+
+    Attributes
+    ----------
+    connection : object
+        Whatever closes the connection when it is collected.
+    boards : list of PinBoard
+        Those that are still used.
     """
 
-    __slots__ = ("_wake_fd", "attachment", "connection", "wake_word")
+    __slots__ = (
+        "__weakref__",
+        "_boards",
+        "_wake_fd",
+        "attachment",
+        "connection",
+        "name",
+        "path",
+        "wake_word",
+    )
 
-    def __init__(self, attachment: Attachment, connection: object, wake_fd: int) -> None:
+    def __init__(self, attachment: Attachment, wake_fd: int, path: str, name: str) -> None:
         self.attachment = attachment
-        self.connection = connection
+        self.path = path
+        self.name = name
+        self.connection: object = None
+        self._boards: weakref.WeakSet[PinBoard] = weakref.WeakSet()
         self.wake_word = attachment.words[HeaderWord.WAKE : HeaderWord.WAKE + 1]
         self._wake_fd = wake_fd
 
@@ -52,11 +83,37 @@ class Lifeline:
         with suppress(OSError):  # the pipe is full, so a wake-up is pending; or the store has gone
             os.write(self._wake_fd, b"r")
 
+    def renew_wake(self, fd: int) -> None:
+        """Take over the wake-up pipe of a store that has taken the place of a dead one; closes `fd`."""
+        os.set_blocking(fd, False)
+        os.dup2(fd, self._wake_fd, inheritable=False)  # finalizers go on using the number
+        os.close(fd)
+
+    @property
+    def boards(self) -> list[PinBoard]:
+        """The boards that are still used."""
+        return list(self._boards)
+
+    def add(self, board: PinBoard) -> None:
+        """Take note of a board."""
+        self._boards.add(board)
+
     def isolate(self) -> None:
         """Cut a forked child off from its parent's boards and from the store."""
+        for board in self._boards:
+            board.words = memoryview(bytearray(BOARD_BYTES)).cast("Q")
         self.attachment.isolate()
         os.close(self._wake_fd)
         self._wake_fd = -1
+        connection = self.connection
+        if isinstance(connection, Closable):
+            connection.abandon()
+
+    def reconnect(self, connection: object, wake_fd: int) -> None:
+        """Go on, after `isolate`, with a connection of the child's own."""
+        os.set_blocking(wake_fd, False)
+        self._wake_fd = wake_fd
+        self.connection = connection
 
     def __del__(self) -> None:
         if self._wake_fd >= 0:
@@ -83,7 +140,7 @@ class PinBoard:
         the board finds what it seeks in few cache lines.
     """
 
-    __slots__ = ("first_slot", "free", "lifeline", "wake_word", "words")
+    __slots__ = ("__weakref__", "first_slot", "free", "lifeline", "wake_word", "words")
 
     def __init__(self, lifeline: Lifeline, number: int) -> None:
         self.lifeline = lifeline
@@ -91,6 +148,7 @@ class PinBoard:
         self.words = lifeline.attachment.board(number)
         self.first_slot = number * BOARD_WORDS
         self.free = list(range(BOARD_WORDS - 1, FIRST_SLOT - 1, -1))
+        lifeline.add(self)
 
 
 class Pin:
@@ -114,6 +172,10 @@ class Pin:
     def slot(self) -> int:
         """The slot's number in the segment, by which the store knows it."""
         return self.board.first_slot + self.word
+
+    def clear(self) -> None:
+        """Let go of whatever the slot pins, and keep the slot."""
+        self.board.words[self.word] = 0
 
     def __del__(self) -> None:
         board, word = self.board, self.word

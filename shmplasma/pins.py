@@ -46,6 +46,9 @@ at all, because after T4b the generation has changed and w never returns.
 given up; so no change lies between them, and what R2 read belongs to w.  Read R2 before R1, and an entry that
 was freed and reused in between hands out another object's bytes under this id.
 
+*A doomed object* is hidden from readers already, and a barrier has passed since (`shmplasma.lifecycle`): it is
+taken without T1, so that a successor of a store that dies meanwhile still sees that it was deleted.
+
 *A pin that fails R4 is harmless.*  It may make a take give up, or a deletion wait; its release wakes the
 store like any other (see `shmplasma.lifecycle` for the WAKE word, whose argument is the same: the releaser's
 slot = 0 and its reading of WAKE against the store's WAKE = 1, membarrier, reading of the boards).
@@ -70,7 +73,16 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
-from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, Layout
+from shmplasma.control import Control, Owner
+from shmplasma.layout import (
+    BOARD_BYTES,
+    BOARD_WORDS,
+    OUTBOX_BYTES,
+    HeaderWord,
+    Layout,
+    mark_end,
+    read_end,
+)
 
 __all__ = ["FIRST_SLOT", "Boards", "slots_of"]
 
@@ -100,6 +112,8 @@ class Boards:
         Where the boards lie.
     words, raw : memoryview
         The segment as native 8-byte words and as bytes, writable.
+    control : Control
+        The boards' control lines.
     commit : callable
         ``commit(offset, size_bytes)``, as for `shmplasma.table.Table`.
 
@@ -113,10 +127,12 @@ class Boards:
         layout: Layout,
         words: memoryview,
         raw: memoryview,
+        control: Control,
         commit: Callable[[int, int], None],
     ) -> None:
         self._words = words
         self._raw = raw
+        self._control = control
         self._commit = commit
         self._layout = layout
         self._first_word = layout.boards // 8
@@ -125,8 +141,15 @@ class Boards:
         self._free: list[int] = []
         self._used_once = 0
 
-    def grant(self, client: int) -> int | None:
+    def grant(self, client: int, pid: int, start_time: int) -> int | None:
         """Give a client one more board and return its number, or None when all are in use.
+
+        Parameters
+        ----------
+        client : int
+            Who gets it.
+        pid, start_time : int
+            Its process, by which a successor of this store will know it.
 
         Raises
         ------
@@ -138,20 +161,66 @@ class Boards:
         elif self._used_once < self._layout.n_boards:
             board = self._used_once
             self._commit(self._layout.boards + board * BOARD_BYTES, BOARD_BYTES)
+            self._commit(self._layout.outboxes + board * OUTBOX_BYTES, OUTBOX_BYTES)
+            self._clear(board)  # a predecessor's, of which nobody knows any more, may be damaged
             self._used_once += 1
+            mark_end(self._words, HeaderWord.BOARDS_END, self._used_once)
         else:
             return None
+        own = self._of_client.setdefault(client, [])
+        own.append(board)
         self._owner[board] = client
-        self._of_client.setdefault(client, []).append(board)
+        self._control.claim(board, Owner(pid, start_time, own[0], 0, 0))
         return board
 
     def revoke(self, client: int) -> None:
         """Clear the client's boards and take them back."""
         for board in self._of_client.pop(client, ()):
-            start = self._layout.boards + board * BOARD_BYTES
-            self._raw[start : start + BOARD_BYTES] = bytes(BOARD_BYTES)
+            self._clear(board)
             del self._owner[board]
             self._free.append(board)
+
+    def _clear(self, board: int) -> None:
+        """Make a board nobody's: first its pins go, then the line that says whose they were."""
+        start = self._layout.boards + board * BOARD_BYTES
+        self._raw[start : start + BOARD_BYTES] = bytes(BOARD_BYTES)
+        start = self._layout.outboxes + board * OUTBOX_BYTES
+        self._raw[start : start + OUTBOX_BYTES] = bytes(OUTBOX_BYTES)
+        self._control.clear(board)
+
+    def recover(self) -> dict[int, Owner]:
+        """Take over the boards of a store that has died.
+
+        Returns
+        -------
+        dict
+            Its clients, dead ones too, by their first board, which is their number from now on.
+        """
+        end = read_end(self._words, HeaderWord.BOARDS_END, self._layout.n_boards)
+        if end:
+            self._commit(self._layout.boards, end * BOARD_BYTES)
+            self._commit(self._layout.outboxes, end * OUTBOX_BYTES)
+        self._used_once = end
+        mark_end(self._words, HeaderWord.BOARDS_END, end)
+        owners = [self._control.owner(board) for board in range(end)]
+        clients = {
+            board: owner
+            for board, owner in enumerate(owners)
+            if owner is not None and owner.first_board == board
+        }
+        for board, owner in enumerate(owners):
+            if owner is not None and owner.first_board in clients:
+                self._owner[board] = owner.first_board
+                own = self._of_client.setdefault(owner.first_board, [])
+                own.insert(0 if board == owner.first_board else len(own), board)
+            else:
+                self._clear(board)
+                self._free.append(board)
+        return clients
+
+    def owner(self, board: int) -> int | None:
+        """Return the client whose board it is."""
+        return self._owner.get(board)
 
     def may_lend(self, client: int, slots: Iterable[int]) -> bool:
         """Tell whether these are slots of the client's own boards, each named once and not in use."""

@@ -41,6 +41,11 @@ class Failure(IntEnum):
     SEALED = 5
     VERSION = 6
     NO_BOARD = 7
+    DROPPED = 8
+    """Not an answer: the last that a client hears, under the request id 0."""
+
+
+_WELCOME: Final = Struct("<16sI??")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +56,21 @@ class Welcome:
     token: bytes
     board: int
     fast_path: bool
+    reclaimed: bool
     segment_kind: str
     segment_path: str
 
     def encode(self) -> bytes:
         """Return the body."""
         text = f"{self.segment_kind}\0{self.segment_path}".encode()
-        return pack("<16sI?", self.token, self.board, self.fast_path) + text
+        return _WELCOME.pack(self.token, self.board, self.fast_path, self.reclaimed) + text
 
     @classmethod
     def decode(cls, body: bytes) -> Welcome:
         """Return the message of a body."""
-        token, board, fast_path = unpack("<16sI?", body[:21])
-        segment_kind, segment_path = body[21:].decode().split("\0")
-        return cls(token, board, fast_path, segment_kind, segment_path)
+        token, board, fast_path, reclaimed = _WELCOME.unpack_from(body)
+        segment_kind, segment_path = body[_WELCOME.size :].decode().split("\0")
+        return cls(token, board, fast_path, reclaimed, segment_kind, segment_path)
 
 
 @dataclass(frozen=True, slots=True)

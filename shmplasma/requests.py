@@ -10,7 +10,7 @@ from typing import ClassVar, Final, NamedTuple, get_args
 
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Empty, OneId, decode_message
-from shmplasma.protocol import Frame
+from shmplasma.protocol import ONE_WAY, Frame
 
 __all__ = [
     "MAX_NAME_BYTES",
@@ -30,11 +30,13 @@ __all__ = [
     "Grow",
     "Hello",
     "List",
+    "Post",
     "Publish",
     "Request",
     "Role",
     "Seal",
     "SetOptions",
+    "decode_posted",
     "decode_request",
 ]
 
@@ -44,9 +46,11 @@ class Role(IntEnum):
 
     CLIENT = 0
     SUBSCRIBER = 1
+    SUCCESSOR = 2
+    """A store that is to take this one's place; the reply comes when it may."""
 
 
-_HELLO: Final = Struct("<HHqQ")
+_HELLO: Final = Struct("<HHI")
 
 
 MAX_NAME_BYTES: Final = 255
@@ -61,25 +65,27 @@ def _name(text: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message: who connects, and for what."""
+    """The first message: who connects, and for what.
+
+    `reclaim` is the first board + 1 of a client whose store has died, and who wants to go on; else 0.
+    """
 
     KIND: ClassVar[int] = 1
     version: int
     role: Role
-    pid: int
-    start_time: int
     name: str
+    reclaim: int = 0
 
     def encode(self) -> bytes:
         """Return the body."""
-        head = _HELLO.pack(self.version, self.role, self.pid, self.start_time)
+        head = _HELLO.pack(self.version, self.role, self.reclaim)
         return head + self.name.encode()
 
     @classmethod
     def decode(cls, body: bytes) -> Hello:
         """Return the message of a body."""
-        version, role, pid, start_time = _HELLO.unpack_from(body)
-        return cls(version, Role(role), pid, start_time, _name(body[_HELLO.size :]))
+        version, role, reclaim = _HELLO.unpack_from(body)
+        return cls(version, Role(role), _name(body[_HELLO.size :]), reclaim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +331,13 @@ class Flush(Empty):
 
 
 @dataclass(frozen=True, slots=True)
+class Post(Empty):
+    """There is something in the client's outbox (`shmplasma.outbox`); one-way."""
+
+    KIND: ClassVar[int] = 19
+
+
+@dataclass(frozen=True, slots=True)
 class Grow(Empty):
     """Ask for one more board."""
 
@@ -357,11 +370,20 @@ Request = (
     | AskLease
     | Publish
     | Flush
+    | Post
 )
 
 _KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}
+_POSTED: Final[dict[int, type[Publish | Seal | Abort]]] = {
+    cls.KIND: cls for cls in (Publish, Seal, Abort)
+}
 
 
 def decode_request(frame: Frame) -> Request:
     """Return the request in a frame; raise ProtocolError when it holds none."""
     return decode_message(_KINDS, frame)
+
+
+def decode_posted(kind: int, body: bytes) -> Publish | Seal | Abort:
+    """Return what a record of an outbox says; raise ProtocolError when it says nothing."""
+    return decode_message(_POSTED, Frame(kind, ONE_WAY, body))

@@ -21,7 +21,15 @@ from typing import Final, Protocol
 from shmplasma.allocator import Allocator
 from shmplasma.errors import CommitError
 from shmplasma.eviction import Sieve
-from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
+from shmplasma.layout import (
+    ALIGNMENT,
+    EntryState,
+    HeaderWord,
+    Layout,
+    align_up,
+    mark_end,
+    read_end,
+)
 from shmplasma.pins import Boards
 from shmplasma.table import Table
 
@@ -55,6 +63,8 @@ class Room:
     ----------
     layout : Layout
         The segment's layout.
+    words : memoryview
+        The segment as native 8-byte words, writable.
     table : Table
         The object table.
     boards : Boards
@@ -66,9 +76,16 @@ class Room:
     """
 
     def __init__(
-        self, layout: Layout, table: Table, boards: Boards, visited: memoryview, memory: Memory
+        self,
+        layout: Layout,
+        words: memoryview,
+        table: Table,
+        boards: Boards,
+        visited: memoryview,
+        memory: Memory,
     ) -> None:
         self._layout = layout
+        self._words = words
         self._table = table
         self._boards = boards
         self._memory = memory
@@ -192,8 +209,10 @@ class Room:
         """
         table = self._table
         states = [table.state(entry) for entry in entries]
-        for entry in entries:
-            table.set_state(entry, EntryState.EVICTING)
+        for entry, state in zip(entries, states, strict=True):
+            # A doomed one is hidden from readers already, and stays doomed for a successor of this store.
+            if state != EntryState.DOOMED:
+                table.set_state(entry, EntryState.EVICTING)
         self._memory.barrier()
         pinned = self._pinned(entries)
         taken: list[int] = []
@@ -283,12 +302,57 @@ class Room:
             stop = min(self._watermark + COMMIT_STEP, self._end)
             self._memory.commit(self._watermark, stop - self._watermark)
             self._watermark = stop
+            mark_end(self._words, HeaderWord.WATERMARK, stop - self._start)
         return self._watermark >= end
 
     @property
     def idle_target(self) -> int:
         """Where the watermark should be while there is nothing else to do."""
         return min(self._used_once + _AHEAD, self._end)
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    def recover(self, sealed: Iterable[int], used: Iterable[tuple[int, int]]) -> None:
+        """Take over the data region of a store that has died.
+
+        Parameters
+        ----------
+        sealed : iterable of int
+            The entries that may be evicted, in the order in which they were sealed.
+        used : iterable of (offset, size)
+            All extents that are not free, by address; none overlaps another.
+
+        Raises
+        ------
+        CommitError
+            Memory that was there before cannot be had any more.
+
+        Notes
+        -----
+        O(objects).
+        """
+        limit = self._end - self._start
+        committed = read_end(self._words, HeaderWord.WATERMARK, limit)
+        end = self._start
+        gaps: list[tuple[int, int]] = []
+        for offset, size in used:
+            if offset > end:
+                gaps.append((end, offset - end))
+            end = offset + align_up(size, ALIGNMENT)
+        if end < self._end:
+            gaps.append((end, self._end - end))
+        self._allocator.reserve(self._start, limit)
+        for offset, size in gaps:
+            self._allocator.free(offset, size)
+        self._used_once = end
+        # Where the word is unsure, what is in use is committed again, which changes nothing of it.
+        if committed < limit:
+            self._watermark = self._start + committed
+        else:
+            while not self.commit_step(end):
+                pass
+        for entry in sealed:
+            self.sealed(entry)
 
     # -- proof ---------------------------------------------------------------------------------
 

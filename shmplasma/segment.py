@@ -17,6 +17,7 @@ Invariants
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -28,11 +29,25 @@ import posix_ipc
 
 from shmplasma import system
 from shmplasma.errors import AttachError, CommitError
-from shmplasma.layout import BOARD_BYTES, HEADER_BYTES, TOKEN_BYTES, Layout, align_up
+from shmplasma.layout import (
+    BOARD_BYTES,
+    HEADER_BYTES,
+    OUTBOX_BYTES,
+    TOKEN_BYTES,
+    Layout,
+    align_up,
+)
 
-__all__ = ["Attachment", "Segment", "SegmentName", "check_room", "default_capacity"]
+__all__ = [
+    "SHM_DIRECTORY",
+    "Attachment",
+    "Segment",
+    "SegmentName",
+    "check_room",
+    "default_capacity",
+]
 
-_SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked how full it is
+SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked how full it is
 """Where Linux keeps POSIX shared memory; elsewhere it has no directory."""
 
 # Half of the token: macOS allows 31 characters to a name.
@@ -109,6 +124,16 @@ class SegmentName:
             return False
         return True
 
+    def is_gone(self) -> bool:
+        """Return whether there is no such name, as far as can be seen."""
+        try:
+            os.close(_open(self, create=False))
+        except (FileNotFoundError, posix_ipc.ExistentialError):
+            return True
+        except (OSError, ValueError, posix_ipc.Error):
+            return False
+        return False
+
 
 def default_capacity(directory: str | None = None) -> int:
     """Return the capacity in bytes of a store whose operator names none: 30 % of what is free."""
@@ -139,7 +164,7 @@ def check_room(layout: Layout, directory: str | None) -> None:
     needed = layout.segment_bytes
     if layout.page_bytes == mmap.PAGESIZE:
         needed -= layout.data - layout.boards + layout.control - layout.entries
-        needed += 3 * layout.page_bytes
+        needed += 4 * layout.page_bytes
     free = _free_bytes(directory)
     if free < needed:
         raise CommitError(needed, free, _remedy(needed - free, directory))
@@ -168,7 +193,7 @@ class Segment:
     A context manager: leaving it removes the name and closes the file.
     """
 
-    __slots__ = ("_directory", "fd", "layout", "name", "raw", "token", "words")
+    __slots__ = ("_directory", "_lock", "fd", "layout", "name", "raw", "token", "words")
 
     def __init__(
         self, name: SegmentName, token: bytes, layout: Layout, fd: int, directory: str | None
@@ -179,6 +204,7 @@ class Segment:
         self.fd = fd
         self.raw = self.words = memoryview(b"")
         self._directory = directory
+        self._lock = -1
 
     @classmethod
     def create(
@@ -190,6 +216,7 @@ class Segment:
         mode: int = 0o600,
         group: int | None = None,
         token: bytes | None = None,
+        scratch: str = "",
     ) -> Segment:
         """Make a new segment: its file, its header, and the regions that are written at random.
 
@@ -207,6 +234,9 @@ class Segment:
             Group of the file; that of this process if not given.
         token : bytes, optional
             Its identity, for a caller who has to know the name beforehand; random if not given.
+        scratch : str, optional
+            The socket path of a store that nobody will start again; such a segment is locked as long as
+            this process lives, and swept up by others after that (`shmplasma.orphans`).
 
         Raises
         ------
@@ -226,7 +256,11 @@ class Segment:
         except (OSError, posix_ipc.Error) as error:
             raise _refusal("create", name, error) from error
         try:
-            self._format(mode, group)
+            if scratch:
+                # By a description of its own: the other one is passed to clients, and a lock with it.
+                self._lock = _open(name, create=False)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._format(mode, group, os.fsencode(scratch))
         except BaseException as error:
             self.unlink()
             self.close()
@@ -235,7 +269,46 @@ class Segment:
             raise
         return self
 
-    def _format(self, mode: int, group: int | None) -> None:
+    @classmethod
+    def recover(cls, name: SegmentName, directory: str | None) -> Segment:
+        """Open the segment that a store left behind when it died.
+
+        Parameters
+        ----------
+        name : SegmentName
+            Its name.
+        directory : str or None
+            Where its file is; None for POSIX shared memory.
+
+        Raises
+        ------
+        AttachError, LayoutError
+            It is not there, is damaged, or is of another layout version.
+        """
+        try:
+            fd = _open(name, create=False)
+        except (OSError, ValueError, posix_ipc.Error) as error:
+            raise _refusal("open", name, error) from error
+        try:
+            size = os.fstat(fd).st_size
+            if size < HEADER_BYTES:
+                raise AttachError(f"{name.path} is not a segment: it has only {size} bytes")
+            raw = memoryview(_map(fd, 0, size, writable=True))
+            words = raw[: size & -8].cast("Q")
+            layout, token = Layout.read(words[: HEADER_BYTES // 8])
+            if layout.segment_bytes != size or SegmentName.plan(token, directory) != name:
+                raise AttachError(f"the segment {name.path} is damaged: size or identity is wrong")
+        except BaseException:
+            os.close(fd)
+            raise
+        self = cls(name, token, layout, fd, directory)
+        self.raw, self.words = raw, words
+        # What is there stays as it is; only what the dead store had not come to is new.
+        self.commit(0, layout.entries)
+        self.commit(layout.control, layout.boards - layout.control)
+        return self
+
+    def _format(self, mode: int, group: int | None, scratch: bytes) -> None:
         if group is not None:
             os.fchown(self.fd, -1, group)
         # macOS cannot change the mode of shared memory; the default needs no change there.
@@ -248,7 +321,7 @@ class Segment:
         # Ids and boards fall anywhere in these; the other regions fill from their beginning.
         self.commit(0, layout.entries)
         self.commit(layout.control, layout.boards - layout.control)
-        layout.write(self.words, self.token)
+        layout.write(self.words, self.token, scratch)
 
     def commit(self, offset: int, size: int) -> None:
         """Make sure that a range can be written (or read) without a SIGBUS.
@@ -269,14 +342,32 @@ class Segment:
         try:
             system.commit(self.fd, start, needed)
         except OSError as error:
-            if error.errno not in _OUT_OF_ROOM:
-                raise
             free = _free_bytes(self._directory)
-            raise CommitError(needed, free, _remedy(needed, self._directory)) from error
+            remedy = _remedy(needed, self._directory)
+            if error.errno not in _OUT_OF_ROOM:
+                remedy = f"it says: {error.strerror}; see the kernel's log (dmesg)"
+            raise CommitError(needed, free, remedy) from error
+
+    def check_size(self) -> None:
+        """See whether the file is still whole.
+
+        Raises
+        ------
+        AttachError
+            Somebody has truncated it.  Named files cannot be sealed against that, and whoever touches the
+            missing part is killed.
+        """
+        size = os.fstat(self.fd).st_size
+        if size != self.layout.segment_bytes:
+            raise AttachError(
+                f"somebody has changed the size of the segment {self.name.path} to {size} bytes; objects "
+                "are lost, and the store cannot go on: find out who, and start it again"
+            )
 
     def unlink(self) -> None:
         """Remove the name; nobody attaches by it any more, and who has attached stays attached."""
-        self.name.remove()
+        if self.fd >= 0:
+            self.name.remove()
 
     def close(self) -> None:
         """Close the file.  The mapping ends with the last view of it."""
@@ -284,6 +375,9 @@ class Segment:
             os.close(self.fd)
             self.fd = -1
             self.raw = self.words = memoryview(b"")
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def __enter__(self) -> Self:
         return self
@@ -314,7 +408,7 @@ class Attachment:
     Writable mappings are made when first asked for; two threads that ask at once may make two.
     """
 
-    __slots__ = ("_boards", "_fd", "_visited", "_write_map", "layout", "read_map", "token", "words")
+    __slots__ = ("_fd", "_own", "_visited", "_write_map", "layout", "read_map", "token", "words")
 
     def __init__(self, fd: int, token: bytes) -> None:
         size = os.fstat(fd).st_size
@@ -334,7 +428,7 @@ class Attachment:
         self._fd = fd
         self._write_map: mmap.mmap | None = None
         self._visited: memoryview | None = None
-        self._boards: dict[int, memoryview] = {}
+        self._own: dict[int, memoryview] = {}
 
     @classmethod
     def open(cls, name: SegmentName, token: bytes) -> Attachment:
@@ -405,25 +499,34 @@ class Attachment:
         -----
         Maps the page that holds the board, once.  It is the board itself, but for larger pages.
         """
+        return self._page_of(self.layout.boards, index, BOARD_BYTES)
+
+    def outbox(self, index: int) -> memoryview:
+        """Return the outbox that belongs to a board, writable; otherwise as `board`."""
+        return self._page_of(self.layout.outboxes, index, OUTBOX_BYTES)
+
+    def _page_of(self, region: int, index: int, size: int) -> memoryview:
         if not 0 <= index < self.layout.n_boards:
             raise IndexError(
                 f"the segment has {self.layout.n_boards} boards, and no number {index}"
             )
-        offset = self.layout.boards + index * BOARD_BYTES
+        offset = region + index * size
         page = offset & -self.layout.page_bytes
-        if page not in self._boards:
+        if page not in self._own:
             whole = self._map_writable(page, self.layout.page_bytes)
-            self._boards[page] = memoryview(whole)
+            self._own[page] = memoryview(whole)
         start = offset - page
-        return self._boards[page][start : start + BOARD_BYTES].cast("Q")
+        return self._own[page][start : start + size].cast("Q")
 
     def isolate(self) -> None:
-        """Put private copies in the place of the boards: for a forked child, to whom they do not belong.
+        """Put private memory in the place of boards and outbox: for a forked child, whose they are not.
 
-        Views of the boards stay valid, and what is written to them reaches nobody.
+        Views of them stay valid, and what is written to them reaches nobody.  What is asked for
+        afterwards is shared again.
         """
-        for whole in self._boards.values():
+        for whole in self._own.values():
             system.make_private(whole)
+        self._own.clear()
 
     def _map_writable(self, offset: int, size: int) -> mmap.mmap:
         if self._fd < 0:
@@ -436,7 +539,7 @@ class Attachment:
             os.close(self._fd)
             self._fd = -1
             self._write_map = self._visited = None
-            self._boards.clear()
+            self._own.clear()
             del self.read_map, self.words
 
 
@@ -471,7 +574,7 @@ def _page_bytes(directory: str | None, *, huge_pages: bool) -> int:
 
 def _free_bytes(directory: str | None) -> int:
     """Return what the file system of a segment, and the memory behind it, can still give."""
-    place = directory or _SHM_DIRECTORY
+    place = directory or SHM_DIRECTORY
     if directory is None and not os.path.isdir(place):
         return system.available_memory()
     status = os.statvfs(place)

@@ -23,12 +23,21 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 from shmplasma import system
-from shmplasma.effects import Descriptor, Drop, Effect, Send
+from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError, ProtocolError
-from shmplasma.protocol import MAX_REQUEST_BYTES, SPIN_NS, Frame, FrameDecoder
+from shmplasma.protocol import (
+    MAX_REQUEST_BYTES,
+    ONE_WAY,
+    SPIN_NS,
+    Frame,
+    FrameDecoder,
+    encode_frame,
+)
+from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
 from shmplasma.store import ObjectStore
 
@@ -66,6 +75,17 @@ def _no_barrier() -> None:
     """Without barriers nobody pins without a message; a wake-up may be missed, so the loop looks again."""
 
 
+def _close_socket(sock: socket.socket) -> None:
+    """Close a socket; an error of a close says nothing that anybody could do."""
+    with suppress(OSError):
+        sock.close()
+
+
+def _close_descriptor(fd: int) -> None:
+    with suppress(OSError):
+        os.close(fd)
+
+
 class _Connection:
     """A client's socket and what is on its way through it."""
 
@@ -94,6 +114,20 @@ class Server:
         For the log.
     shared : bool
         Whether others than this user and root may connect; the socket file's mode decides who.
+    recover : bool
+        Whether the segment is that of a store which has died, with objects in it.
+    may_be_replaced : bool
+        Whether another store of the same user may take over.
+
+    Attributes
+    ----------
+    is_handed_over : bool
+        Whether another store takes over: then segment and socket are its.
+
+    Raises
+    ------
+    CommitError
+        Memory that the dead store had cannot be had any more.
 
     Notes
     -----
@@ -107,11 +141,15 @@ class Server:
         *,
         socket_path: str,
         shared: bool = False,
+        recover: bool = False,
+        may_be_replaced: bool = True,
     ) -> None:
         self._listener = listener
         self._segment = segment
         self._path = socket_path
         self._shared = shared
+        self._may_be_replaced = may_be_replaced
+        self.is_handed_over = False
         self._store = ObjectStore(
             segment.layout,
             segment.token,
@@ -123,8 +161,9 @@ class Server:
         )
         self._connections: dict[int, _Connection] = {}
         self._backlog: set[int] = set()
+        self._awaited: dict[int, int] = {}
         self._watched: set[int] = set()
-        self._clients = 0
+        self._clients = segment.layout.n_boards  # lower numbers are of clients that are recovered
         self._accepting = True
         self._commit_ahead = True
         self._stopping = False
@@ -135,6 +174,21 @@ class Server:
         os.set_blocking(self._wake_writer, False)
         self._selector.register(listener, _READ, self._accept)
         self._selector.register(self._wake_reader, _READ, self._wake)
+        if recover:
+            self._recover()
+
+    def _recover(self) -> None:
+        began = time.monotonic()
+        clients, summary = self._store.recover(system.is_alive, time.time_ns())
+        for client, pid in clients.items():
+            exited = self._watch_exit(client, pid)
+            if exited is not None:
+                self._awaited[client] = exited
+        _LOG.info(
+            "recovered the segment of a store that has died here in %.0f ms: %s",
+            1000 * (time.monotonic() - began),
+            summary,
+        )
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call `callback` in the loop whenever `fd` is readable."""
@@ -147,11 +201,11 @@ class Server:
         self._stopping = True
         try:
             os.write(self._wake_writer, b"s")
-        except BlockingIOError:
-            _LOG.debug("a wake-up is pending already")
+        except OSError as error:
+            _LOG.debug("a wake-up is pending already, or cannot be sent: %s", error)
 
     def run(self) -> None:
-        """Serve until `stop`, then close all connections."""
+        """Serve until `stop`, then `close`; or until another store takes over, and leave that to the caller."""
         # Nothing here makes reference cycles by the message; the collector would only look for some.
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER)
@@ -170,13 +224,20 @@ class Server:
                 if not events or self._store.has_urgent_work:
                     self._advance(idle=not events)
         finally:
-            for client in tuple(self._connections):
+            if not self.is_handed_over:
+                self.close()
+
+    def close(self) -> None:
+        """Close all connections; what their clients have is theirs still if another store takes over."""
+        for client, connection in tuple(self._connections.items()):
+            if self.is_handed_over:
+                _close_socket(connection.sock)
+            elif client in self._connections:  # or it could not be told that another one has gone
                 self._close(client)
-            for fd in self._watched:
-                os.close(fd)
-            self._selector.close()
-            os.close(self._wake_reader)
-            os.close(self._wake_writer)
+        for fd in (*self._watched, self._wake_reader, self._wake_writer):
+            _close_descriptor(fd)
+        self._watched.clear()
+        self._selector.close()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for something to do; look a while before going to sleep.
@@ -213,7 +274,7 @@ class Server:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
                 _LOG.warning(
                     "no descriptor or memory for a new connection (%s); it waits. Raise the limit "
                     "of open files (ulimit -n)",
@@ -221,42 +282,59 @@ class Server:
                 )
                 self._selector.unregister(self._listener)
                 self._accepting = False
-            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
-                raise
             return
         try:
             peer = system.peer(sock)
+            if not self._shared and peer.uid not in (None, 0, os.geteuid()):
+                _LOG.warning("refused pid %s of uid %s: not this user", peer.pid, peer.uid)
+                _close_socket(sock)
+                return
+            sock.setblocking(False)
+            connection = _Connection(self._clients + 1, peer.pid, sock)
+            self._selector.register(sock, _READ, connection)
         except OSError as error:
-            _LOG.info("a client left before it was looked at: %s", error)
-            sock.close()
+            _LOG.warning("a client left before it was looked at, or cannot be served: %s", error)
+            _close_socket(sock)
             return
-        if not self._shared and peer.uid not in (None, 0, os.geteuid()):
-            _LOG.warning("refused pid %s of uid %s: not this user", peer.pid, peer.uid)
-            sock.close()
-            return
-        sock.setblocking(False)
         self._clients += 1
-        connection = _Connection(self._clients, peer.pid, sock)
         self._connections[connection.client] = connection
-        self._selector.register(sock, _READ, connection)
-        self._store.connect(connection.client, peer.pid or 0)
+        pid = peer.pid or 0
+        trusted = self._may_be_replaced and peer.uid in (0, os.geteuid())
+        self._store.connect(connection.client, pid, system.start_time(pid) or 0, trusted=trusted)
 
     def _accept_again(self) -> None:
-        if not self._accepting:
-            self._accepting = True
+        if self._accepting:
+            return
+        try:
             self._selector.register(self._listener, _READ, self._accept)
+        except OSError as error:
+            _LOG.warning("new connections still have to wait: %s", error)
+        else:
+            self._accepting = True
 
     def _close(self, client: int) -> None:
         """End a connection that its client has ended: its objects and pins go."""
         self._hang_up(client)
-        self._carry_out(self._store.disconnect(client))
+        self._carry_out(self._store.disconnect(client, time.time_ns()))
 
     def _hang_up(self, client: int) -> None:
         connection = self._connections.pop(client)
         self._backlog.discard(client)
-        self._selector.unregister(connection.sock)
-        connection.sock.close()
+        with suppress(KeyError):  # a change of what it is watched for has failed
+            self._selector.unregister(connection.sock)
+        _close_socket(connection.sock)
         self._accept_again()
+
+    def _lose(self, client: int, error: OSError) -> None:
+        """End a connection that can be neither read nor written any more.
+
+        Only where the error says that the other end is closed may what it held be given to others.
+        """
+        if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+            _LOG.info("client %d: %s", client, error)
+            self._close(client)
+        else:
+            self._drop(client, f"its connection has failed: {error}")
 
     def _drop(self, client: int, reason: str) -> None:
         """End a connection that its client has not ended.
@@ -266,25 +344,53 @@ class Server:
         """
         connection = self._connections[client]
         _LOG.warning("dropped client %d (pid %s): %s", client, connection.pid, reason)
+        last = Failed(Failure.DROPPED, f"the store has dropped this client: {reason}")
+        was_given = self._store.expel(client)
+        with suppress(OSError):  # it hears why, if it listens; a subscriber hears nothing
+            if was_given and not connection.out:
+                connection.sock.send(encode_frame(last.KIND, ONE_WAY, last.encode()))
         self._hang_up(client)
-        if not self._store.expel(client):
-            self._carry_out(self._store.disconnect(client))
+        if not was_given:
+            self._carry_out(self._store.disconnect(client, time.time_ns()))
             return
+        self._watch_exit(client, connection.pid or 0)
+
+    def _watch_exit(self, client: int, pid: int) -> int | None:
+        """Forget a client that is not connected when its process ends; return what is watched."""
         try:
-            exited = system.watch_exit(connection.pid) if connection.pid else None
+            exited = system.watch_exit(pid) if pid else None
         except ProcessLookupError:
-            self._carry_out(self._store.disconnect(client))
-            return
+            self._carry_out(self._store.disconnect(client, time.time_ns()))
+            return None
         if exited is not None:
 
             def gone() -> None:
-                self._selector.unregister(exited)
-                os.close(exited)
-                self._watched.discard(exited)
-                self._carry_out(self._store.disconnect(client))
+                self._unwatch(exited)
+                self._awaited.pop(client, None)
+                self._carry_out(self._store.disconnect(client, time.time_ns()))
 
+            try:
+                self._selector.register(exited, _READ, gone)
+            except OSError as error:
+                _LOG.warning("what client %d was given stays its own for good: %s", client, error)
+                _close_descriptor(exited)
+                return None
             self._watched.add(exited)
-            self._selector.register(exited, _READ, gone)
+        return exited
+
+    def _unwatch(self, exited: int) -> None:
+        self._selector.unregister(exited)
+        self._watched.discard(exited)
+        _close_descriptor(exited)
+
+    def _adopt(self, connection: _Connection, number: int) -> None:
+        """Let a connection go on as a client that was waited for."""
+        del self._connections[connection.client]
+        connection.client = number
+        self._connections[number] = connection
+        exited = self._awaited.pop(number, None)
+        if exited is not None:
+            self._unwatch(exited)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -306,8 +412,7 @@ class Server:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            _LOG.info("client %d: %s", connection.client, error)
-            self._close(connection.client)
+            self._lose(connection.client, error)
             return False
         if not data:
             if connection.decoder.incomplete:
@@ -337,6 +442,7 @@ class Server:
             effects = handle(client, frames.popleft(), now_ns)
             if effects:
                 self._carry_out(effects)
+                client = connection.client  # it may have turned out to be one that was waited for
                 if client not in self._connections:
                     return
         if frames and client in self._connections:
@@ -356,7 +462,8 @@ class Server:
 
     def _wake(self) -> None:
         """See what a release, of which a client has told, lets go."""
-        os.read(self._wake_reader, _READ_BYTES)
+        with suppress(OSError):  # what is still in it makes the loop come back here
+            os.read(self._wake_reader, _READ_BYTES)
         self._carry_out(self._store.wake())
 
     # -- memory --------------------------------------------------------------------------------
@@ -373,6 +480,7 @@ class Server:
                 _LOG.info("no memory is committed ahead of need: %s", error)
                 self._commit_ahead = False
         if idle:
+            self._segment.check_size()
             self._accept_again()
             self._carry_out(store.wake())
 
@@ -385,6 +493,11 @@ class Server:
                 continue
             if isinstance(effect, Drop):
                 self._drop(effect.client, effect.reason)
+            elif isinstance(effect, Adopt):
+                self._adopt(connection, effect.number)
+            elif isinstance(effect, HandOver):
+                _LOG.info("another store (pid %s) takes over", connection.pid)
+                self.is_handed_over = self._stopping = True
             else:
                 self._send(connection, effect)
 
@@ -400,8 +513,7 @@ class Server:
             except (BlockingIOError, InterruptedError):
                 sent = 0
             except OSError as error:
-                _LOG.info("client %d: %s", connection.client, error)
-                self._close(connection.client)
+                self._lose(connection.client, error)
                 return
             if sent == len(data):
                 return
@@ -409,7 +521,11 @@ class Server:
                 self._drop(connection.client, "it asks for a descriptor and does not read")
                 return
             data = data[sent:]
-            self._selector.modify(connection.sock, _READ | _WRITE, connection)
+            try:
+                self._selector.modify(connection.sock, _READ | _WRITE, connection)
+            except OSError as error:
+                self._lose(connection.client, error)
+                return
         elif send.descriptor is not None:
             self._drop(connection.client, "it asks for a descriptor and does not read")
             return
@@ -429,15 +545,17 @@ class Server:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                _LOG.info("client %d: %s", connection.client, error)
-                self._close(connection.client)
+                self._lose(connection.client, error)
                 return
             connection.out_bytes -= sent
             if sent < len(out[0]):
                 out[0] = out[0][sent:]
                 return
             out.popleft()
-        self._selector.modify(connection.sock, _READ, connection)
+        try:
+            self._selector.modify(connection.sock, _READ, connection)
+        except OSError as error:
+            self._lose(connection.client, error)
 
     def _descriptor(self, descriptor: Descriptor) -> int:
         return self._segment.fd if descriptor is Descriptor.SEGMENT else self._wake_writer

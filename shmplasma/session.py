@@ -9,10 +9,7 @@ the connection ends with the lifeline.
 
 Fork
 ----
-A child has the parent's mappings, hence its boards, and the pins of buffers that it inherited.  Before the
-child runs anything else, each lifeline puts private memory in the place of the boards' mappings
-(`Attachment.isolate`), and the child's copy of the connection is closed: whatever a finalizer of the child
-writes, the parent's pins stay.  The client connects anew at its next use.
+A child's client connects anew at its next use; what it inherits is `shmplasma.inheritance`'s.
 
 Interrupts
 ----------
@@ -28,37 +25,31 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, Literal, TypeVar, assert_never
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma import system
-from shmplasma.arrow_errors import (
-    NotConnectedError,
-    PlasmaObjectAlreadySealed,
-    PlasmaObjectExists,
-    PlasmaObjectNotFound,
-    PlasmaStoreFull,
-)
-from shmplasma.errors import AttachError, ProtocolError, ShmPlasmaError
+from shmplasma.errors import AttachError, ProtocolError
+from shmplasma.inheritance import register
+from shmplasma.layout import CONTROL_BYTES, ControlWord
 from shmplasma.leasing import LeaseWriter
+from shmplasma.link import Link, expect, greet
+from shmplasma.outbox import Outbox
 from shmplasma.pinning import BoardPool, Lifeline, Located, Pin
-from shmplasma.protocol import PROTOCOL_VERSION, Frame
+from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import (
     ABSENT,
     Created,
     Done,
-    Failed,
-    Failure,
     Leased,
     Number,
     Objects,
     Reply,
     Welcome,
-    decode_reply,
 )
 from shmplasma.requests import (
     Abort,
@@ -66,20 +57,17 @@ from shmplasma.requests import (
     AskLease,
     Attach,
     Create,
-    Detach,
     Get,
     Grow,
-    Hello,
-    Publish,
     Request,
     Role,
+    SetOptions,
 )
 from shmplasma.segment import Attachment, SegmentName
-from shmplasma.transport import Channel, Exchange
+from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
 
-__all__ = ["Session", "expect", "gone", "greet"]
+__all__ = ["Session"]
 
-_HANDSHAKE_SECONDS: Final = 10.0
 _GIVE_UP_SECONDS: Final = 0.1
 """How long a get that was interrupted waits for its last answer, which usually takes 0.1 ms."""
 
@@ -89,49 +77,11 @@ fresh page-table entries runs at 1.2-3.6 GB/s, filling them in advance at 18 GB/
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
 
 class _Writable(np.ndarray[tuple[int], np.dtype[np.uint8]]):
     """Bytes of the segment that keep a pin."""
 
     pin: Pin
-
-
-def greet(path: str, num_retries: int, role: Role, name: str) -> tuple[Exchange, Welcome]:
-    """Connect to the store at a path and introduce this process.
-
-    Parameters
-    ----------
-    path : str
-        The store's socket.
-    num_retries : int
-        How often to try again, 0.1 s apart.
-    role : Role
-        What the connection is for.
-    name : str
-        What the store is to call this client in its messages.
-
-    Raises
-    ------
-    NotConnectedError
-        No store answers there.
-    """
-    try:
-        exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
-    except OSError as error:
-        raise NotConnectedError(
-            f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"
-        ) from error
-    pid = os.getpid()
-    hello = Hello(PROTOCOL_VERSION, role, pid, system.start_time(pid) or 0, name)
-    try:
-        return exchange, expect(Welcome, exchange.call(Hello.KIND, hello.encode()))
-    except (OSError, ProtocolError) as error:
-        exchange.close()
-        if isinstance(error, NotConnectedError):
-            raise
-        raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
 
 
 class Session:
@@ -145,13 +95,13 @@ class Session:
     """
 
     def __init__(
-        self, channel: Channel, wake_fd: int, attachment: Attachment, board: int, *, fast: bool
+        self, link: Link, lifeline: Lifeline, attachment: Attachment, board: int, *, fast: bool
     ) -> None:
-        self._channel = channel
+        self._link = link
         self.attachment = attachment
         self.layout = attachment.layout
-        self._lifeline = Lifeline(attachment, channel, wake_fd)
-        self._boards = BoardPool(self._lifeline, board, partial(_ask_for_board, channel))
+        self._lifeline = lifeline
+        self._boards = BoardPool(lifeline, board, partial(_ask_for_board, link))
         self._mapping = pa.py_buffer(attachment.read_map)
         self.address = self._mapping.address
         self._pages = _Pages(attachment)
@@ -162,15 +112,26 @@ class Session:
         if fast:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self.leasing = LeaseWriter(
-                attachment, board, partial(_ask_for_lease, channel), self._pages.populate
+                attachment, board, partial(_ask_for_lease, link), self._pages.populate
             )
-        _sessions.add(self)
+        register(lifeline)
 
     @classmethod
-    def open(cls, path: str, num_retries: int, name: str) -> Session:
+    def open(
+        cls,
+        path: str,
+        num_retries: int,
+        name: str,
+        when_lost: weakref.WeakMethod[Callable[[], None]],
+    ) -> Session:
         """Connect to a store and attach its segment.
 
-        Parameters are those of `greet`.
+        Parameters
+        ----------
+        path, num_retries, name
+            As for `shmplasma.link.greet`.
+        when_lost : weakref.WeakMethod
+            Called when the store, or what this client had in it, is gone for good.
 
         Raises
         ------
@@ -194,8 +155,22 @@ class Session:
         # Also with the fast path off: a release has to be ordered against the WAKE word.
         ordered = system.register_membarrier()
         fast = ordered and welcome.fast_path and system.fast_path_available()
-        channel = Channel(exchange.detach())
-        return cls(channel, wake_fd, attachment, welcome.board, fast=fast)
+        board = welcome.board
+        lifeline = Lifeline(attachment, wake_fd, path, name)
+        count = (attachment.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+        link = Link(
+            path,
+            Channel(exchange.detach()),
+            name,
+            board,
+            attachment.token,
+            Outbox(attachment.outbox(board), attachment.words[count : count + 1]),
+            weakref.WeakMethod(lifeline.renew_wake),
+            num_retries * RETRY_SECONDS,
+            when_lost,
+        )
+        lifeline.connection = link
+        return cls(link, lifeline, attachment, board, fast=fast)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -209,45 +184,26 @@ class Session:
         ShmPlasmaError
             The store refused; the subclass says why.
         """
-        return expect(expected, _call(self._channel, request.KIND, request.encode(), _no_disposal))
+        return self._link.call(request, expected)
 
-    def send(self, message: Request) -> None:
-        """Send a one-way message.
+    def set_options(self, options: SetOptions) -> None:
+        """Tell the store, and each that takes its place, how to treat this client."""
+        self._link.options = options
+        self._link.call(options, Done)
 
-        Raises
-        ------
-        NotConnectedError
-            The store has gone.
-        """
-        try:
-            self._channel.send(message.KIND, message.encode())
-        except ConnectionError as error:
-            raise gone(error) from error
-
-    def publish(self, body: bytes) -> None:
-        """Announce an object in the lease under a fresh id; `body` is a `Publish`.
+    def post(self, kind: int, body: bytes) -> None:
+        """Tell the store something, and do not wait.
 
         Raises
         ------
         NotConnectedError
             The store has gone.
         """
-        try:
-            self._channel.send(Publish.KIND, body)
-        except ConnectionError as error:
-            raise gone(error) from error
+        self._link.post(kind, body)
 
-    def publish_and_wait(self, body: bytes) -> None:
-        """Announce an object in the lease under an id that somebody may have chosen before.
-
-        Raises
-        ------
-        PlasmaObjectExists
-            Somebody has.
-        NotConnectedError
-            The store has gone.
-        """
-        expect(Done, _call(self._channel, Publish.KIND, body, _no_disposal))
+    def abort(self, object_id: bytes) -> None:
+        """Ask for an object to be removed that this client has not sealed; errors as `Link.abort`."""
+        self._link.abort(object_id)
 
     def create(
         self, object_id: bytes, data_size: int, metadata_size: int, codec: int
@@ -269,16 +225,16 @@ class Session:
             nonlocal pin
             del pin
             if frame.kind == Created.KIND:
-                self.send(Abort(object_id))
+                self.post(Abort.KIND, object_id)
 
-        body = Create(object_id, data_size, metadata_size, codec, pin.slot).encode()
-        offset = expect(Created, _call(self._channel, Create.KIND, body, undo)).offset
+        request = Create(object_id, data_size, metadata_size, codec, pin.slot)
+        offset = self._link.call(request, Created, undo, pin.clear).offset
         size = data_size + metadata_size
         if size >= _POPULATE_BYTES:
             try:
                 self._pages.populate(offset, size)
             except OSError:
-                self.send(Abort(object_id))
+                self.post(Abort.KIND, object_id)
                 raise
         start = offset - self.layout.data
         writable = _Writable((size,), np.uint8, self.attachment.write_map, start)
@@ -311,10 +267,7 @@ class Session:
         """
         pins = self._boards.take(len(object_ids))
         request = Get(wait, object_ids, [pin.slot for pin in pins])
-        try:
-            frame = self._exchange_get(request, deadline, pins)
-        except ConnectionError as error:
-            raise gone(error) from error
+        frame = self._ask_get(request, deadline, pins)
         found = expect(Objects, frame).found
         # A pin that was not used dies here, which gives its slot back.
         return [
@@ -322,9 +275,21 @@ class Session:
             for where, pin in zip(found, pins, strict=True)
         ]
 
-    def _exchange_get(self, request: Get, deadline: float | None, pins: list[Pin]) -> Frame:
+    def _ask_get(self, request: Get, deadline: float | None, pins: list[Pin]) -> Frame:
+        """Send a get, to another store if this one dies, and return the answer."""
+        while True:
+            channel = self._link.channel
+            try:
+                return self._exchange_get(channel, request, deadline, pins)
+            except ConnectionError as error:
+                self._link.reconnect(channel, error, deadline if request.wait else None)
+                for pin in pins:  # the dead store may have pinned something
+                    pin.clear()
+
+    def _exchange_get(
+        self, channel: Channel, request: Get, deadline: float | None, pins: list[Pin]
+    ) -> Frame:
         """Send a get and wait for its answer; at the deadline, or an interrupt, ask for it at once."""
-        channel = self._channel
         body = request.encode()
         request_id = channel.new_request()
         answer_now = AnswerNow(request_id).encode()
@@ -363,14 +328,7 @@ class Session:
 
     def detach(self) -> None:
         """Drop what was not sealed and end all requests; buffers stay as they are."""
-        with suppress(NotConnectedError):
-            self.call(Detach(), Done)
-        self._channel.retire()
-
-    def isolate(self) -> None:
-        """Cut a forked child off from its parent's boards and connection."""
-        self._lifeline.isolate()
-        self._channel.abandon()
+        self._link.leave()
 
 
 class _Pages:
@@ -398,32 +356,12 @@ class _Pages:
             self._populated[first:last] = b"\1" * (last - first)
 
 
-def _ask_for_lease(channel: Channel, needed_bytes: int) -> Leased:
-    return expect(
-        Leased, _call(channel, AskLease.KIND, AskLease(needed_bytes).encode(), _no_disposal)
-    )
+def _ask_for_lease(link: Link, needed_bytes: int) -> Leased:
+    return link.call(AskLease(needed_bytes), Leased)
 
 
-def _call(channel: Channel, kind: int, body: bytes, dispose: Callable[[Frame], None]) -> Frame:
-    """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
-    try:
-        request_id = channel.new_request()
-        try:
-            channel.request(kind, request_id, body)
-            reply = channel.wait(request_id, None)
-        except ConnectionError:
-            raise
-        except BaseException:
-            channel.give_up(request_id, dispose)
-            raise
-    except ConnectionError as error:
-        raise gone(error) from error
-    assert reply is not None
-    return reply
-
-
-def _ask_for_board(channel: Channel) -> int:
-    return expect(Number, _call(channel, Grow.KIND, b"", _no_disposal)).value
+def _ask_for_board(link: Link) -> int:
+    return link.call(Grow(), Number).value
 
 
 def _attach(exchange: Exchange, welcome: Welcome) -> Attachment:
@@ -435,53 +373,3 @@ def _attach(exchange: Exchange, welcome: Welcome) -> Attachment:
         return Attachment.open(SegmentName(kind, welcome.segment_path), welcome.token)
     expect(Done, exchange.call(Attach.KIND, Attach().encode()))
     return Attachment.from_fd(exchange.take_descriptor(), welcome.token)
-
-
-def expect(expected: type[_ReplyT], frame: Frame) -> _ReplyT:
-    """Return the reply in a frame, or raise what the store refused with."""
-    reply = decode_reply(frame)
-    if isinstance(reply, Failed):
-        raise _refusal(reply)
-    if not isinstance(reply, expected):
-        raise ProtocolError(f"the store answered with {type(reply).__name__}")
-    return reply
-
-
-def _refusal(failed: Failed) -> ShmPlasmaError:
-    match failed.failure:
-        case Failure.EXISTS:
-            return PlasmaObjectExists(failed.text)
-        case Failure.NOT_FOUND:
-            return PlasmaObjectNotFound(failed.text)
-        case Failure.SEALED:
-            return PlasmaObjectAlreadySealed(failed.text)
-        case Failure.FULL | Failure.OVER_QUOTA | Failure.NO_BOARD:
-            return PlasmaStoreFull(
-                failed.text,
-                failed.requested_bytes,
-                failed.free_bytes,
-                failed.largest_bytes,
-                failed.pinned_bytes,
-                failed.unsealed_bytes,
-            )
-        case Failure.VERSION:
-            return NotConnectedError(failed.text)
-        case _:
-            assert_never(failed.failure)
-
-
-def gone(error: ConnectionError) -> NotConnectedError:
-    """Return what a user is to see when the connection has ended."""
-    return NotConnectedError(f"the connection to the store has ended: {error}")
-
-
-def _no_disposal(_: Frame) -> None:
-    """Drop a reply that nobody waits for and that holds nothing."""
-
-
-def _after_fork_in_child() -> None:
-    for session in list(_sessions):
-        session.isolate()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -21,15 +21,17 @@ once, and then `ObjectStore.settle` answers.  What was sealed before a question 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, assert_never
 
-from shmplasma.effects import Descriptor, Drop, Effect, Send
+from shmplasma.control import Control
+from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
-from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord, Layout
+from shmplasma.layout import BOARD_BYTES, OUTBOX_BYTES, Layout
 from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.outbox import RECORDS, read_record
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import (
@@ -62,11 +64,13 @@ from shmplasma.requests import (
     Grow,
     Hello,
     List,
+    Post,
     Publish,
     Request,
     Role,
     Seal,
     SetOptions,
+    decode_posted,
     decode_request,
 )
 from shmplasma.room import Memory, Room
@@ -83,15 +87,24 @@ _NOTHING: Final[Sequence[Effect]] = ()
 
 @dataclass(slots=True)
 class _Session:
-    """What the store knows of one connection."""
+    """What the store knows of one connection.
+
+    One that was recovered is *awaited* until its client connects again, and *resumed* from then on.
+    """
 
     client: int
     pid: int
+    start_time: int
     name: str = ""
     role: Role | None = None
     detached: bool = False
     limit_bytes: int = 0
     board: int = 0
+    trusted: bool = False
+    awaited: bool = False
+    resumed: bool = False
+    lent: set[int] = field(default_factory=set)
+    """Slots of its gets that wait: each waits with slots of its own, so there is an end to their number."""
 
 
 class ObjectStore:
@@ -128,14 +141,22 @@ class ObjectStore:
         self._layout = layout
         self._token = token
         self._memory = memory
-        self._words = words
+        self._raw = raw
         self._segment = (segment_kind, segment_path)
         self._table = Table(layout, words, raw, memory.commit)
-        self._boards = Boards(layout, words, raw, memory.commit)
+        self._control = Control(layout, words)
+        self._boards = Boards(layout, words, raw, self._control, memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
-        self._room = Room(layout, self._table, self._boards, visited, memory)
+        self._room = Room(layout, words, self._table, self._boards, visited, memory)
         self._objects = Lifecycle(
-            layout, words, self._table, self._boards, self._room, memory, self._gone
+            layout,
+            words,
+            self._control,
+            self._table,
+            self._boards,
+            self._room,
+            memory,
+            self._gone,
         )
         self._gets = GetQueue()
         self._sessions: dict[int, _Session] = {}
@@ -146,12 +167,28 @@ class ObjectStore:
 
     # -- connections ---------------------------------------------------------------------------
 
-    def connect(self, client: int, pid: int) -> None:
-        """Take note of a new connection; `client` is a number that was never used before."""
-        self._sessions[client] = _Session(client, pid)
+    def connect(self, client: int, pid: int, start_time: int, *, trusted: bool = False) -> None:
+        """Take note of a new connection.
 
-    def disconnect(self, client: int) -> Sequence[Effect]:
-        """Forget a connection: its pins and its unsealed objects go."""
+        Parameters
+        ----------
+        client : int
+            A number that was never used before, and no board's.
+        pid, start_time : int
+            The process at its other end; 0 where it cannot be seen.
+        trusted : bool, optional
+            Whether it may have this store end in favour of another.
+        """
+        self._sessions[client] = _Session(client, pid, start_time, trusted=trusted)
+
+    def disconnect(self, client: int, now_ns: int) -> Sequence[Effect]:
+        """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
+        session = self._sessions[client]
+        if session.role is Role.CLIENT and not session.detached:
+            try:
+                self._heed(session, now_ns)
+            except ProtocolError:
+                session.detached = True  # it goes anyway
         del self._sessions[client]
         self._subscribers.discard(client)
         self._boards.revoke(client)
@@ -189,10 +226,12 @@ class ObjectStore:
             if session.detached:
                 # Another thread of the client may not have noticed yet that it has left.
                 return _NOTHING
-            if isinstance(request, Hello):
+            if type(request) is Hello:
                 self._hello(session, frame.request_id, request)
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
+            elif type(request) is Post:
+                self._heed(session, now_ns)
             else:
                 self._request(session, frame.request_id, request, now_ns)
         except Refused as refused:
@@ -233,6 +272,83 @@ class ObjectStore:
         """Let go what waited for a release and is pinned no more."""
         self._objects.wake()
         return self._take_effects()
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    def recover(
+        self, is_alive: Callable[[int, int], bool], now_ns: int
+    ) -> tuple[dict[int, int], str]:
+        """Take over the segment of a store that has died, instead of an empty one.
+
+        Parameters
+        ----------
+        is_alive : callable
+            ``is_alive(pid, start_time)`` tells whether that process still lives.
+        now_ns : int
+            The time.
+
+        Returns
+        -------
+        clients : dict
+            The clients that may come back, and the pids of those that can be seen: `disconnect` one when
+            it has ended.
+        summary : str
+            What was found, for the log.
+
+        Raises
+        ------
+        CommitError
+            Memory that was there before cannot be had any more.
+        """
+        found = self._objects.recover()
+        for board, owner in found.owners.items():
+            session = _Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
+            session.board, session.awaited = board, True
+            self._sessions[board] = session
+        n_posted = 0
+        for session in self._sessions.values():
+            try:
+                n_posted += self._heed(session, now_ns, recovering=True)
+            except ProtocolError:
+                session.detached = True  # it is not waited for, and keeps what it holds
+        for session in tuple(self._sessions.values()):
+            if not is_alive(session.pid, session.start_time):
+                self.disconnect(session.client, now_ns)
+        pids = {session.client: session.pid for session in self._sessions.values()}
+        summary = (
+            f"{len(found.sealed)} objects, {len(found.created)} unsealed, {n_posted} announced "
+            f"since, {len(pids)} living clients; {found.dropped} unsealed, torn or damaged entries "
+            "dropped"
+        )
+        return pids, summary
+
+    def _heed(self, session: _Session, now_ns: int, *, recovering: bool = False) -> int:
+        """Carry out what a client has posted, and return how much that was.
+
+        At a recovery the first record may have been carried out already.
+        """
+        board = session.board
+        start = self._layout.outboxes + board * OUTBOX_BYTES
+        page = self._raw[start : start + OUTBOX_BYTES]
+        acknowledged = self._control.acknowledged(board)
+        count = 0
+        # A client that writes on and on is not to keep the others waiting.
+        while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
+            message = decode_posted(*record)
+            if not (
+                recovering
+                and not count
+                and isinstance(message, Publish)
+                and self._objects.was_published(session.client, message.offset)
+            ):
+                try:
+                    self._request(session, ONE_WAY, message, now_ns)
+                except Refused as refused:
+                    self._reply(session.client, ONE_WAY, refused.failed)
+            acknowledged += 1
+            count += 1
+            self._control.acknowledge(board, acknowledged)
+        return count
 
     # -- memory ahead of need ------------------------------------------------------------------
 
@@ -290,9 +406,7 @@ class ObjectStore:
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
                 self._create(session, request_id, request, now_ns)
             case Seal():
-                if request_id == ONE_WAY:
-                    self._acknowledge(session)
-                if self._table.find(request.object_id) in self._uncommitted:
+                if self._uncommitted and self._table.find(request.object_id) in self._uncommitted:
                     raise ProtocolError("it seals what it was not told the place of")
                 entry = self._objects.seal(client, request.object_id, now_ns)
                 if self._subscribers or self._gets:
@@ -324,7 +438,7 @@ class ObjectStore:
                 self._objects.recall_leases()
                 self._reply(client, request_id, _DONE)
             case Grow():
-                self._reply(client, request_id, Number(self._grant(client)))
+                self._reply(client, request_id, Number(self._grant(session)))
             case Attach():
                 self._reply(client, request_id, Done(), Descriptor.SEGMENT)
             case Detach():
@@ -332,8 +446,8 @@ class ObjectStore:
                 self._forget(client)
                 self._objects.end_lease(client)
                 self._reply(client, request_id, _DONE)
-            case Hello():
-                raise ProtocolError("a second Hello")
+            case Hello() | Post():
+                raise AssertionError("it was handled before")
             case _:
                 assert_never(request)
 
@@ -372,21 +486,43 @@ class ObjectStore:
             )
             self._reply(client, request_id, Failed(Failure.VERSION, text))
             raise ProtocolError(f"it speaks protocol version {hello.version}")
+        if hello.reclaim:
+            awaited = self._sessions.get(hello.reclaim - 1)
+            if awaited is not None and awaited.awaited and _same_process(awaited, session):
+                self._resume(session, awaited, request_id, hello.name)
+                return
+        if hello.role is Role.SUCCESSOR:
+            if not session.trusted:
+                raise ProtocolError("it may not replace this store")
+            session.role = hello.role
+            self._reply(client, request_id, _DONE)
+            self._effects.append(HandOver(client))
+            return
         if hello.role is Role.CLIENT:
-            board = self._grant(client)
+            session.board = self._grant(session)
             descriptor = Descriptor.WAKE
         else:
-            board, descriptor = 0, None
+            descriptor = None
             self._subscribers.add(client)
-        session.role, session.name, session.board = hello.role, hello.name, board
-        welcome = Welcome(self._token, board, self._memory.has_barrier, *self._segment)
-        self._reply(client, request_id, welcome, descriptor)
+        session.role, session.name = hello.role, hello.name
+        self._reply(client, request_id, self._welcome(session), descriptor)
         if hello.role is Role.SUBSCRIBER:
             self._replay(client)
 
-    def _grant(self, client: int) -> int:
+    def _resume(self, session: _Session, awaited: _Session, request_id: int, name: str) -> None:
+        """Let a client whose store has died go on with all that it has, over a new connection."""
+        del self._sessions[session.client]
+        awaited.awaited, awaited.resumed, awaited.name = False, True, name
+        self._effects.append(Adopt(session.client, awaited.client))
+        self._reply(awaited.client, request_id, self._welcome(awaited), Descriptor.WAKE)
+
+    def _welcome(self, session: _Session) -> Welcome:
+        barrier = self._memory.has_barrier
+        return Welcome(self._token, session.board, barrier, session.resumed, *self._segment)
+
+    def _grant(self, session: _Session) -> int:
         try:
-            board = self._boards.grant(client)
+            board = self._boards.grant(session.client, session.pid, session.start_time)
         except CommitError as error:
             raise self._objects.full(BOARD_BYTES, str(error)) from error
         if board is None:
@@ -426,17 +562,14 @@ class ObjectStore:
 
     def _publish(self, session: _Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""
-        if request_id == ONE_WAY:
-            self._acknowledge(session)
+        repeatable = session.resumed and request_id != ONE_WAY
+        if repeatable and self._objects.is_repeated(session.client, message):
+            self._reply(session.client, request_id, _DONE)
+            return
         entry = self._objects.publish(session.client, message, now_ns)
         if self._subscribers or self._gets:
             self._announce(entry)  # whoever has waited is told before the writer is
         self._reply(session.client, request_id, _DONE)
-
-    def _acknowledge(self, session: _Session) -> None:
-        """Count a one-way message that was handled, where its client can see it."""
-        line = (self._layout.control + session.board * CONTROL_BYTES) // 8
-        self._words[line + ControlWord.ACKNOWLEDGED] += 1
 
     # -- get -----------------------------------------------------------------------------------
 
@@ -445,6 +578,9 @@ class ObjectStore:
             raise ProtocolError(f"a get under the request id {request_id}")
         if not self._boards.may_lend(client, request.slots):
             raise ProtocolError("a get names slots that are not its to lend")
+        lent = self._sessions[client].lent
+        if lent and not lent.isdisjoint(request.slots):
+            raise ProtocolError("a get names slots that another one waits with")
         get = PendingGet.begin(client, request_id, request)
         for object_id in list(get.missing):
             entry = self._objects.find_sealed(object_id)
@@ -453,6 +589,7 @@ class ObjectStore:
         if not get.missing:
             self._reply(client, request_id, Objects(get.found))
             return
+        lent.update(request.slots)
         self._gets.add(get)
         if not request.wait:
             self._unsettled.append((client, request_id, request, 0))
@@ -478,6 +615,7 @@ class ObjectStore:
         """Answer a get with what it has; one that was answered meanwhile needs nothing."""
         get = self._gets.remove(client, request_id)
         if get is not None:
+            self._sessions[client].lent.difference_update(get.request.slots)
             self._reply(client, request_id, Objects(get.found))
 
     # -- describing ----------------------------------------------------------------------------
@@ -489,7 +627,7 @@ class ObjectStore:
     def describe(self) -> str:
         """Return the store's figures, one a line."""
         clients = [
-            f"{session.name or 'unnamed'} (pid {session.pid})"
+            f"{_shown(session.name)} (pid {session.pid})"
             for client, session in self._sessions.items()
             if session.role is Role.CLIENT
             and (not session.detached or self._objects.held_by(client))
@@ -527,3 +665,13 @@ class ObjectStore:
     def _replay(self, client: int) -> None:
         """Send a new subscriber all objects that are sealed."""
         self._effects += [Send(client, data) for data in sealed_notifications(self._table)]
+
+
+def _same_process(one: _Session, other: _Session) -> bool:
+    """Tell whether two connections are of one process; where it cannot be seen, its word counts."""
+    return (one.pid, one.start_time) == (other.pid, other.start_time)
+
+
+def _shown(name: str) -> str:
+    """Return a client's name as it stands in the store's description: in one line, whatever it is."""
+    return "".join(c if c.isprintable() else "?" for c in name) or "unnamed"

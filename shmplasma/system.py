@@ -321,6 +321,33 @@ def start_time(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19]) if stat else None
 
 
+def is_alive(pid: int, started: int) -> bool:
+    """Tell whether the process of this pid still lives; true where that cannot be known.
+
+    Parameters
+    ----------
+    pid : int
+        The process; 0 if it could not be seen when it was met.
+    started : int
+        Its `start_time`, by which another one of the same pid is told from it; 0 if there was none.
+    """
+    if not pid:
+        return True
+    if not started:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    stat = _read(f"/proc/{pid}/stat")
+    if not stat:
+        return False
+    fields = stat.rpartition(")")[2].split()
+    return fields[0] not in "ZX" and int(fields[19]) == started
+
+
 def file_system(path: str) -> str | None:
     """Return the type of the file system that holds a path (``"tmpfs"``, ``"hugetlbfs"``, ...).
 
@@ -428,7 +455,7 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(state.encode(), address)
 
 

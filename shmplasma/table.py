@@ -12,15 +12,21 @@ contract:
   after its pin (`shmplasma.pins` owns that argument), and a miss only sends it to the store.
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
 
+What a store that has died leaves behind is judged by CHECK (`Verdict`): a checksum of id, codec, offset and
+sizes, begun with the generation and with whether the object is sealed.  It is written before the state that it
+goes with; so an entry of the state SEALED always has the checksum of a sealed object; one that was freed, or was
+never completed, or has a flipped bit, has not.
+
 `Table.check` proves the structure.  Complexity: O(1) expected for each operation; no Python object is kept
 for an object of the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 from shmplasma.layout import (
@@ -31,10 +37,13 @@ from shmplasma.layout import (
     STATE_MASK,
     EntryState,
     EntryWord,
+    HeaderWord,
     Layout,
+    mark_end,
+    read_end,
 )
 
-__all__ = ["NO_ENTRY", "Table"]
+__all__ = ["NO_ENTRY", "Remains", "Table", "Verdict"]
 
 NO_ENTRY: Final = -1
 
@@ -47,10 +56,64 @@ _NEXT: Final = int(EntryWord.NEXT)
 _CREATED_NS: Final = int(EntryWord.CREATED_NS)
 _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
 
-_CREATED: Final = int(EntryState.CREATED)
+_CHECK: Final = int(EntryWord.CHECK)
+_OWNER: Final = int(EntryWord.OWNER)
 
-_FIELDS: Final = Struct("@20sIQQQQQQ")
-"""All of an entry but its state, in the order of `EntryWord`."""
+_FREE: Final = int(EntryState.FREE)
+_CREATED: Final = int(EntryState.CREATED)
+_SEALED: Final = int(EntryState.SEALED)
+
+_OBJECT: Final = Struct("@20sIQQQ")
+"""Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
+_OBJECT_BYTES: Final = _OBJECT.size
+_RECORD: Final = Struct("@48sQQQQQ")
+"""All of an entry but its state: these, and words 7 to 11."""
+_SCAN: Final = Struct("@Q48sQQQQQ32x")
+_PRESENT: Final = 1 << 32
+"""Keeps the checksum of whatever from being 0, which an entry has that was never used."""
+_ALL_ONES: Final = (1 << 64) - 1
+
+
+class Verdict(Enum):
+    """What an entry's checksum says of it."""
+
+    NOTHING = "free, or damaged"
+    BEGUN = "an object that was not sealed"
+    COMPLETE = "a sealed object"
+
+
+def _seed(generation: int, sealed: bool) -> int:
+    """Return what a checksum begins with."""
+    return (generation << 1 | sealed) & 0xFFFF_FFFF
+
+
+class Remains(NamedTuple):
+    """What a store that has died left in an entry; believed only as far as the verdict goes.
+
+    Attributes
+    ----------
+    entry, state : int
+        Which entry, and its `EntryState`.
+    verdict : Verdict
+        What its checksum says.
+    object_id : bytes
+        20 bytes.
+    offset, size_bytes : int
+        Extent of data and metadata.
+    sealed_ns : int
+        When it was sealed, or created.
+    slot : int
+        The slot of its creator, -1 if there is none.
+    """
+
+    entry: int
+    state: int
+    verdict: Verdict
+    object_id: bytes
+    offset: int
+    size_bytes: int
+    sealed_ns: int
+    slot: int
 
 
 class Table:
@@ -123,7 +186,7 @@ class Table:
     def id_and_codec(self, entry: int) -> tuple[bytes, int]:
         """Return the entry's id and the codec that its creator named."""
         start = self._layout.entries + entry * ENTRY_BYTES + _ID
-        object_id, codec = ID_FIELD.unpack_from(self._raw, start)
+        object_id, codec = ID_FIELD.unpack(self._raw[start : start + ID_FIELD.size])
         return object_id, codec
 
     def location(self, entry: int) -> tuple[int, int, int]:
@@ -169,10 +232,11 @@ class Table:
         metadata_size: int,
         now_ns: int,
         state: int = _CREATED,
+        owner: int = 0,
     ) -> int:
         """Add an object, CREATED or SEALED, and return its entry, or `NO_ENTRY` when the table is full.
 
-        The caller has made sure that the id is not there.
+        The caller has made sure that the id is not there.  `owner` is the slot + 1 of who creates it.
 
         Raises
         ------
@@ -189,22 +253,15 @@ class Table:
                 self._grow()
         at = self._entries_word + entry * ENTRY_WORDS
         words = self._words
+        generation = words[at] >> GENERATION_SHIFT
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
-        following = words[bucket]
-        _FIELDS.pack_into(
-            self._raw,
-            at * 8 + _ID,
-            object_id,
-            codec,
-            offset,
-            data_size,
-            metadata_size,
-            following,
-            now_ns,
-            0,
+        fields = _OBJECT.pack(object_id, codec, offset, data_size, metadata_size)
+        check = _PRESENT | crc32(fields, _seed(generation, state == _SEALED))
+        self._raw[at * 8 + 8 : at * 8 + 96] = _RECORD.pack(
+            fields, words[bucket], now_ns, 0, check, owner
         )
         words[bucket] = entry + 1
-        words[at] = words[at] >> GENERATION_SHIFT << GENERATION_SHIFT | state
+        words[at] = generation << GENERATION_SHIFT | state
         if self._free:
             self._free.pop()
         else:
@@ -220,8 +277,12 @@ class Table:
     def seal(self, entry: int, now_ns: int) -> None:
         """Make a created object readable; its fields never change again."""
         at = self._entries_word + entry * ENTRY_WORDS
-        self._words[at + _CONSTRUCT_NS] = max(0, now_ns - self._words[at + _CREATED_NS])
-        self.set_state(entry, EntryState.SEALED)
+        words = self._words
+        words[at + _CONSTRUCT_NS] = max(0, now_ns - words[at + _CREATED_NS])
+        generation = words[at] >> GENERATION_SHIFT
+        fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
+        words[at + _CHECK] = _PRESENT | crc32(fields, _seed(generation, sealed=True))
+        words[at] = generation << GENERATION_SHIFT | _SEALED
 
     def unlink(self, entry: int) -> None:
         """Take the entry out of its chain: its id can be used anew, its memory not yet."""
@@ -265,6 +326,101 @@ class Table:
         self._commit(layout.entry(self._committed), step * ENTRY_BYTES)
         self._commit(layout.visited + self._committed, step)
         self._committed += step
+        mark_end(self._words, HeaderWord.ENTRIES_END, self._committed)
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    def take_over(self) -> int:
+        """Take over the table of a store that has died, still without its objects; return its size.
+
+        Raises
+        ------
+        CommitError
+            Its memory cannot be had.
+
+        Notes
+        -----
+        `scan` says what is in it, and `relink` ends it.
+        """
+        layout = self._layout
+        end = read_end(self._words, HeaderWord.ENTRIES_END, layout.n_entries)
+        if end:
+            self._commit(layout.entries, end * ENTRY_BYTES)
+            self._commit(layout.visited, end)
+        mark_end(self._words, HeaderWord.ENTRIES_END, end)
+        self._committed = self._used_once = end
+        return end
+
+    def scan(self) -> Iterator[Remains]:
+        """Yield what is left in each entry that is not free, or does not look like it; O(entries)."""
+        start = self._layout.entries
+        region = self._raw[start : start + self._used_once * ENTRY_BYTES]
+        records = _SCAN.iter_unpack(region)
+        for entry, (word, fields, _, created_ns, construct_ns, check, owner) in enumerate(records):
+            generation, state = word >> GENERATION_SHIFT, word & STATE_MASK
+            verdict = Verdict.NOTHING
+            if check == _PRESENT | crc32(fields, _seed(generation, sealed=True)):
+                verdict = Verdict.COMPLETE
+            elif check == _PRESENT | crc32(fields, _seed(generation, sealed=False)):
+                verdict = Verdict.BEGUN
+            if state == _FREE and verdict is not Verdict.COMPLETE:
+                continue
+            object_id, _, offset, data_size, metadata_size = _OBJECT.unpack(fields)
+            size = data_size + metadata_size
+            sealed_ns = created_ns + construct_ns
+            yield Remains(entry, state, verdict, object_id, offset, size, sealed_ns, owner - 1)
+
+    def owner(self, entry: int) -> int:
+        """Return the slot of the object's creator, -1 where there is none."""
+        return int(self._words[self._entries_word + entry * ENTRY_WORDS + _OWNER]) - 1
+
+    def relink(self, entries: Iterable[int], free: Iterable[int]) -> None:
+        """Make these entries the objects that can be found, and those the free ones.
+
+        Notes
+        -----
+        O(entries + buckets).  Readers may be under way.  A chain that is right already is not touched, so
+        that they go on finding what is in it; in one that is written anew they may miss something for a
+        moment, or go round in it, which they notice, and they ask the store.
+        """
+        words, raw, mask = self._words, self._raw, self._mask
+        chains: dict[int, list[int]] = {}
+        for entry in entries:
+            start = (self._entries_word + entry * ENTRY_WORDS) * 8 + _ID
+            chains.setdefault(crc32(raw[start : start + 20]) & mask, []).append(entry)
+            self._linked += 1
+        heads = words[self._buckets_word : self._buckets_word + mask + 1].tolist()
+        for bucket, head in enumerate(heads):
+            chain = chains.get(bucket, [])
+            if not (head or chain):
+                continue
+            if self._chain(head, len(chain)) == set(chain):
+                continue
+            words[self._buckets_word + bucket] = 0
+            following = 0
+            for entry in chain:
+                words[self._entries_word + entry * ENTRY_WORDS + _NEXT] = following
+                following = entry + 1
+            words[self._buckets_word + bucket] = following
+        self._free = sorted(free, reverse=True)
+
+    def _chain(self, head: int, length: int) -> set[int]:
+        """Return the entries of a chain, at most one more than `length`; empty if it leaves the table."""
+        found: list[int] = []
+        while head and len(found) <= length:
+            if head > self._used_once:
+                return {NO_ENTRY}
+            found.append(head - 1)
+            head = self._words[self._entries_word + (head - 1) * ENTRY_WORDS + _NEXT]
+        return set(found) if len(found) == len(set(found)) else {NO_ENTRY}
+
+    def renew(self, entry: int) -> None:
+        """Free an entry that is in no chain, under a new generation; `relink` puts it on the free list."""
+        at = self._entries_word + entry * ENTRY_WORDS
+        generation = (self._words[at] >> GENERATION_SHIFT) + 1
+        self._words[at] = (
+            generation << GENERATION_SHIFT & _ALL_ONES
+        )  # a damaged one may be the last
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.errors import ProtocolError
+from shmplasma.outbox import Outbox
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     ONE_WAY,
@@ -40,14 +41,18 @@ from shmplasma.protocol import (
     encode_frame,
     split_frames,
 )
+from shmplasma.replies import Failed, decode_reply
+from shmplasma.requests import Post
 
-__all__ = ["Channel", "Exchange"]
+__all__ = ["RETRY_SECONDS", "Channel", "Exchange"]
+
+_POST: Final = encode_frame(Post.KIND, ONE_WAY, b"")
 
 _READ_BYTES: Final = 1 << 18
 _SEND_BYTES: Final = 32 << 10
 """What may wait unread at the store: some 80 small messages instead of 270.  An answer that needs a drain
 waits for all that others have sent."""
-_RETRY_SECONDS: Final = 0.1
+RETRY_SECONDS: Final = 0.1
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
 
@@ -102,7 +107,7 @@ class Exchange:
             else:
                 return cls(sock)
             num_retries -= 1
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
     def call(self, kind: int, body: bytes) -> Frame:
         """Send a request and return its reply.
@@ -175,6 +180,8 @@ class Channel:
         self._waiters: dict[int, SimpleQueue[None]] = {}
         self._given_up: dict[int, Callable[[Frame], None]] = {}
         self._error = ""
+        self.is_final = False
+        """Whether the end, once it has come, is one after which nobody is to connect again."""
 
     # -- sending -------------------------------------------------------------------------------
 
@@ -196,23 +203,40 @@ class Channel:
         """
         self._send(encode_frame(kind, request_id, body))
 
+    def post(self, outbox: Outbox, kind: int, body: bytes) -> bool:
+        """Write a record to the client's outbox and tell the store; False when the outbox is full.
+
+        Raises ConnectionError after the record was written: a store that comes back finds it.
+        """
+        with self._sending:
+            if not outbox.append(kind, body):
+                return False
+            self._push(_POST)
+        return True
+
     def _send(self, data: bytes) -> None:
         with self._sending:
-            if self._error:
-                raise ConnectionError(self._error)
-            # What an interrupt kept from being sent goes first.  One assignment changes what is to be
-            # sent and what of it has been: there is no moment at which the two do not fit.
-            unsent, sent = self._outgoing
-            unsent = unsent[sum(sent) :] + data
-            while unsent:
-                sent = []
-                self._outgoing = unsent, sent
-                try:
-                    sent.extend(map(self._sock.send, (unsent,)))
-                except OSError as error:
-                    self._fail(str(error))
-                    raise ConnectionError(str(error)) from error
-                unsent = unsent[sum(sent) :]
+            self._push(data)
+
+    def _push(self, data: bytes) -> None:
+        """Send, holding the lock."""
+        if self._error:
+            raise ConnectionError(self._error)
+        unsent, sent = self._outgoing
+        if unsent and sum(sent) < len(unsent):
+            # What an interrupt kept from being sent goes first.
+            data = unsent[sum(sent) :] + data
+        while data:
+            # One assignment changes what is to be sent and what of it has been: there is no moment at
+            # which the two do not fit.
+            sent = []
+            self._outgoing = data, sent
+            try:
+                sent.extend(map(self._sock.send, (data,)))
+            except OSError as error:
+                self._fail(str(error))
+                raise ConnectionError(str(error)) from error
+            data = data[sum(sent) :]
 
     # -- receiving -----------------------------------------------------------------------------
 
@@ -342,6 +366,9 @@ class Channel:
             self._fail(str(error))
             return
         for frame in frames:
+            if frame.request_id == ONE_WAY:
+                self._end(frame)
+                continue
             dispose = self._given_up.pop(frame.request_id, None)
             if dispose is not None:
                 dispose(frame)
@@ -363,6 +390,17 @@ class Channel:
             waiter.put(None)
             return
 
+    def _end(self, frame: Frame) -> None:
+        """Take note of why the store ends the connection."""
+        try:
+            reply = decode_reply(frame)
+        except ProtocolError as error:
+            self._fail(str(error))
+            return
+        if isinstance(reply, Failed):
+            self.is_final = True
+            self._fail(reply.text)
+
     def _fail(self, reason: str) -> None:
         # A text: an exception would keep, by its traceback, the channel that keeps it.
         self._error = self._error or reason or "unknown error"
@@ -371,11 +409,13 @@ class Channel:
 
     def retire(self) -> None:
         """End all requests, now and later, with a ConnectionError; the other end still sees us."""
+        self.is_final = True
         self._fail("the client was disconnected")
         with suppress(OSError):  # the other end may have gone before
             self._sock.shutdown(socket.SHUT_RD)
 
     def abandon(self) -> None:
         """Close a forked child's copy of the socket, and leave the parent's connection alone."""
+        self.is_final = True
         self._fail("the connection belongs to the parent process")
         self._sock.close()

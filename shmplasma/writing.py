@@ -16,7 +16,7 @@ from shmplasma.codecs import Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked
 from shmplasma.objects import ObjectID
 from shmplasma.replies import Done
-from shmplasma.requests import PUBLISH, Abort, Flush, Seal
+from shmplasma.requests import PUBLISH, Abort, Flush, Publish, Seal
 from shmplasma.serialization import SerializationContext, serialize
 from shmplasma.session import Session
 
@@ -24,6 +24,9 @@ __all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
 
 MAX_SIZE: Final = 1 << 62
 """Sizes beyond are refused at once: they do not fit the protocol's numbers, and no machine."""
+
+_PUBLISH: Final = Publish.KIND
+_SEAL: Final = Seal.KIND
 
 
 class ObjectArray(np.ndarray[Any, np.dtype[Any]]):
@@ -246,14 +249,12 @@ class Writing(Connected):
                     room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
                     room = room[:data_size]
                 payload.write(room, threads)
-                body = PUBLISH.pack(
-                    target_id.id_bytes, offset, data_size, metadata_size, payload.codec
-                )
+                fields = target_id.id_bytes, offset, data_size, metadata_size, payload.codec
                 # A fresh id cannot be taken; for another one the store has to decide.
                 if object_id is None:
-                    session.publish(body)
+                    session.post(_PUBLISH, PUBLISH.pack(*fields))
                 else:
-                    session.publish_and_wait(body)
+                    session.call(Publish._make(fields), Done)
 
             if session.leasing.put(data_size + metadata_size, fill):
                 return target_id
@@ -286,12 +287,12 @@ class Writing(Connected):
         One one-way message.
         """
         session = self._live()
-        message = Seal(checked(object_id).id_bytes)
-        if message.object_id in self._unsealed:
-            self._unsealed.discard(message.object_id)
-            session.send(message)
+        id_bytes = checked(object_id).id_bytes
+        if id_bytes in self._unsealed:
+            self._unsealed.discard(id_bytes)
+            session.post(_SEAL, id_bytes)
         else:
-            session.call(message, Done)
+            session.call(Seal(id_bytes), Done)
 
     def abort(self, object_id: ObjectID) -> None:
         """Remove an object that this client has created and not sealed.
@@ -301,9 +302,9 @@ class Writing(Connected):
         PlasmaObjectNotFound
             This client is not writing such an object.
         """
-        message = Abort(checked(object_id).id_bytes)
-        self._live().call(message, Done)
-        self._unsealed.discard(message.object_id)
+        id_bytes = checked(object_id).id_bytes
+        self._live().abort(id_bytes)
+        self._unsealed.discard(id_bytes)
 
     def _create(
         self,
@@ -335,10 +336,10 @@ class Writing(Connected):
             yield
         except BaseException:
             self._unsealed.discard(object_id.id_bytes)
-            session.send(Abort(object_id.id_bytes))
+            session.post(Abort.KIND, object_id.id_bytes)
             raise
         self._unsealed.discard(object_id.id_bytes)
-        session.send(Seal(object_id.id_bytes))
+        session.post(_SEAL, object_id.id_bytes)
 
 
 def _checked_metadata(metadata: bytes | bytearray) -> bytes | bytearray:

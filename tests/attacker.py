@@ -77,7 +77,7 @@ class Attacker:
         self, role: Role = Role.CLIENT, version: int = PROTOCOL_VERSION, name: str = "attacker"
     ) -> Hello:
         """Return an introduction of this process."""
-        return Hello(version, role, os.getpid(), 0, name)
+        return Hello(version, role, name)
 
     def enter(self) -> Welcome:
         """Introduce this connection as a client."""

@@ -10,9 +10,10 @@ import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from shmplasma.effects import Descriptor, Drop, Effect, Send
+from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError
-from shmplasma.layout import HeaderWord, Layout
+from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
+from shmplasma.outbox import Outbox
 from shmplasma.pins import slots_of
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
@@ -33,7 +34,18 @@ from shmplasma.replies import (
     Welcome,
     decode_reply,
 )
-from shmplasma.requests import AnswerNow, Create, Get, Hello, Request, Role, Seal
+from shmplasma.requests import (
+    Abort,
+    AnswerNow,
+    Create,
+    Get,
+    Hello,
+    Post,
+    Publish,
+    Request,
+    Role,
+    Seal,
+)
 from shmplasma.store import ObjectStore
 
 __all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
@@ -150,6 +162,11 @@ class Peer:
         """Send a one-way message."""
         self._conversation.deliver(self, request, ONE_WAY)
 
+    def write(self, message: Publish | Seal | Abort) -> None:
+        """Post something as clients do: a record, and a message which says that there is one."""
+        assert self.outbox.append(message.KIND, message.encode())
+        self.tell(Post())
+
     def ask(self, request: Request, expected: type[_T]) -> _T:
         """Send a request, let the store do all that it has to do, and return the reply."""
         request_id = self.post(request)
@@ -169,9 +186,10 @@ class Peer:
     def hello(self, role: Role = Role.CLIENT, text: str = "") -> Welcome:
         """Introduce this connection."""
         self._role = role
-        welcome = self.ask(Hello(PROTOCOL_VERSION, role, 4711, 1, text), Welcome)
+        welcome = self.ask(Hello(PROTOCOL_VERSION, role, text), Welcome)
         if role is Role.CLIENT:
             self.free_slots = list(reversed(slots_of(welcome.board)))
+            self.outbox = self._conversation.outbox(welcome.board)
         return welcome
 
     # -- objects -------------------------------------------------------------------------------
@@ -230,6 +248,7 @@ class Conversation:
             self.layout, TOKEN, self.words, self.raw, "posix", "/segment", self.memory
         )
         self.peers: dict[int, Peer] = {}
+        self.successor: int | None = None
         self.now_ns = 1_000_000_000
         self._connections = 0
 
@@ -239,7 +258,7 @@ class Conversation:
         """Return a new connection that has not said anything."""
         self._connections += 1
         peer = self.peers[self._connections] = Peer(self, self._connections)
-        self.store.connect(peer.number, 4711)
+        self.store.connect(peer.number, 4711, 1)
         return peer
 
     def client(self, text: str = "") -> Peer:
@@ -257,7 +276,7 @@ class Conversation:
     def disconnect(self, peer: Peer) -> None:
         """Close a connection from the client's side, or end the process of one that was dropped."""
         self.peers.pop(peer.number, None)
-        self.carry_out(self.store.disconnect(peer.number))
+        self.carry_out(self.store.disconnect(peer.number, self.now_ns))
 
     # -- the store's loop ----------------------------------------------------------------------
 
@@ -304,11 +323,24 @@ class Conversation:
                 peer.dropped = effect.reason
                 del self.peers[peer.number]
                 if not self.store.expel(peer.number):
-                    self.carry_out(self.store.disconnect(peer.number))
+                    self.carry_out(self.store.disconnect(peer.number, self.now_ns))
+            elif isinstance(effect, Adopt):
+                del self.peers[effect.client]
+                peer.number = effect.number
+                self.peers[peer.number] = peer
+            elif isinstance(effect, HandOver):
+                self.successor = effect.client
             else:
                 peer.receive(effect)
 
     # -- the segment ---------------------------------------------------------------------------
+
+    def outbox(self, board: int) -> Outbox:
+        """Return the outbox that belongs to a board, as its client has it."""
+        start = (self.layout.outboxes + board * OUTBOX_BYTES) // 8
+        count = (self.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+        page = self.words[start : start + OUTBOX_BYTES // 8]
+        return Outbox(page, self.words[count : count + 1])
 
     def write_slot(self, slot: int, word: int) -> None:
         """Write a word to a board."""

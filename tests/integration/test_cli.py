@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shmplasma import __version__, system
+from shmplasma import __version__, connect, system
 from shmplasma.segment import SegmentName
 
 if TYPE_CHECKING:
@@ -180,19 +180,71 @@ def test_a_live_store_is_left_alone(path: str) -> None:
 
 @pytest.mark.parametrize("directory", [False, True])
 def test_a_dead_store_is_succeeded(tmp_path: Path, path: str, directory: bool) -> None:
-    """A killed store's socket is taken over, and its segment is swept up."""
+    """A killed store's socket is taken over and its segment recovered; --fresh sweeps that up instead."""
     where = ["-d", str(tmp_path)] if directory else []
-    with running("-m", "10MB", "-s", path, *where) as (process, said):
-        dead = segment_in(said)
+
+    def is_there(segment: str) -> bool:
+        return Path(segment).exists() if directory else exists(segment)
+
+    def kill(process: subprocess.Popen[str]) -> None:
         process.kill()
         process.wait()
-    assert Path(dead).exists() if directory else exists(dead)
+
     with running("-m", "10MB", "-s", path, *where) as (process, said):
+        dead = segment_in(said)
+        kill(process)
+    assert is_there(dead)
+    with running("-s", path, *where) as (process, said):
+        assert "recovered" in said
+        assert segment_in(said) == dead
+        kill(process)
+    with running("-m", "10MB", "-s", path, *where, "--fresh") as (process, said):
         assert f"removed {dead}" in said
-        assert not Path(dead).exists() if directory else not exists(dead)
+        assert not is_there(dead)
         assert segment_in(said) != dead
     assert process.returncode == 0
     assert not os.listdir(Path(path).parent)
+
+
+def test_objects_of_a_dead_store_are_not_given_up_by_mistake(path: str) -> None:
+    """Another capacity is refused while a dead store's objects are there, and the refusal says what helps."""
+    with running("-m", "10MB", "-s", path) as (process, said):
+        dead = segment_in(said)
+        process.kill()
+        process.wait()
+    refused = run("-m", "20MB", "-s", path)
+    assert refused.returncode == 1
+    assert "-m 10000000" in refused.stderr
+    assert "--fresh" in refused.stderr
+    assert exists(dead)
+    with running("-m", "10MB", "-s", path) as (_, said):
+        assert segment_in(said) == dead
+
+
+def test_a_store_is_replaced(path: str) -> None:
+    """A store that takes over has all that its predecessor had, and the predecessor ends well."""
+    with running("-m", "10MB", "-s", path) as (first, said):
+        segment = segment_in(said)
+        with connect(path) as client:
+            object_id = client.put("kept")
+            buffer = client.get_buffers(client.put_raw_buffer(b"held"))
+            with running("-s", path, "--replace") as (second, second_said):
+                assert first.wait() == 0
+                assert segment_in(second_said) == segment
+                client.flush()
+                assert client.get(object_id) == "kept"
+                assert bytes(buffer) == b"held"
+                assert client.get(client.put("new")) == "new"
+                del buffer
+    assert second.returncode == 0
+    assert not exists(segment)
+
+
+def test_nobody_to_replace(path: str) -> None:
+    """A store that is to replace another one starts where there is none."""
+    with running("-m", "10MB", "-s", path, "--replace") as (process, said):
+        assert "ready" in said
+    assert process.returncode == 0
 
 
 def test_only_segments_are_swept_up(tmp_path: Path, path: str) -> None:

@@ -22,7 +22,7 @@ from shmplasma import ObjectID, PlasmaClient, Store, system
 from shmplasma.layout import HeaderWord
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
-from shmplasma.requests import Get, Grow, Publish, Seal
+from shmplasma.requests import Create, Get, Grow, Post
 from shmplasma.session import Session
 from shmplasma.transport import Channel
 from tests.crash import hammer_order
@@ -38,13 +38,13 @@ needs_fast_path = pytest.mark.skipif(
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
     """Note every message that any client of this process sends."""
     frames: list[Frame] = []
-    send = Channel._send
+    push = Channel._push
 
-    def note_and_send(channel: Channel, data: bytes) -> None:
+    def note_and_push(channel: Channel, data: bytes) -> None:
         frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(data))
-        send(channel, data)
+        push(channel, data)
 
-    monkeypatch.setattr(Channel, "_send", note_and_send)
+    monkeypatch.setattr(Channel, "_push", note_and_push)
     return frames
 
 
@@ -62,7 +62,7 @@ def session_of(client: PlasmaClient) -> Session:
 
 def unread_bytes(client: PlasmaClient) -> int:
     """Return how much of what the client has sent the store has not received."""
-    answer = fcntl.ioctl(session_of(client)._channel._sock, termios.TIOCOUTQ, bytes(4))
+    answer = fcntl.ioctl(session_of(client)._link.channel._sock, termios.TIOCOUTQ, bytes(4))
     return int(struct.unpack("i", answer)[0])
 
 
@@ -152,7 +152,7 @@ def test_writing_waits_for_nothing(
         sent.clear()
         ids = [client.put(number) for number in range(20)]
         client.seal(chosen)
-        assert kinds(sent) == [Publish.KIND] * 20 + [Seal.KIND]
+        assert kinds(sent) == [Post.KIND] * 21
         assert unread_bytes(client) > 0
     assert client2.get(ids, timeout_ms=0) == list(range(20))
     assert client2.contains(chosen)
@@ -169,7 +169,7 @@ def test_turned_off(monkeypatch: pytest.MonkeyPatch, sent: list[Frame], where: s
             assert session_of(client).reader is None
             assert session_of(client).leasing is None
             ids = put_numbers(client, 10)
-            assert Publish.KIND not in kinds(sent)
+            assert Create.KIND in kinds(sent)
             sent.clear()
             buffers = client.get_buffers(ids)
             assert [number_in(buffer) for buffer in buffers] == list(range(10))

@@ -240,8 +240,8 @@ def test_another_version(store: plasma.Store, client: plasma.PlasmaClient, versi
 
 def test_requests_before_the_introduction(store: plasma.Store, client: plasma.PlasmaClient) -> None:
     """Who asks before the introduction, introduces itself twice, or subscribes and asks is dropped."""
-    hello = Hello(PROTOCOL_VERSION, Role.CLIENT, os.getpid(), 0, "attacker")
-    subscriber = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, os.getpid(), 0, "attacker")
+    hello = Hello(PROTOCOL_VERSION, Role.CLIENT, "attacker")
+    subscriber = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, "attacker")
     conversations: list[list[Request]] = [
         [Debug()],
         [hello, hello],
@@ -857,7 +857,8 @@ def test_a_forked_child_has_a_connection_of_its_own(
     def use() -> None:
         assert client.get(object_id) == "from the parent"
         mine = client.get_buffers(object_id)
-        assert client.list()[object_id]["ref_count"] == 2
+        # The parent, what was inherited from it, and the child's own client.
+        assert client.list()[object_id]["ref_count"] == 3
         with pytest.raises(plasma.PlasmaObjectNotFound):
             client.seal(unsealed)
         client.put("from the child", from_child)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from shmplasma.control import Control
 from shmplasma.layout import BOARD_WORDS, EntryState, HeaderWord, Layout
 from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.pins import Boards, slots_of
@@ -24,15 +25,23 @@ class Household:
         self.layout = layout = Layout.plan(capacity, 4096)
         self.words, raw = new_segment(layout)
         self.memory = RecordedMemory()
+        control = Control(layout, self.words)
         self.table = Table(layout, self.words, raw, self.memory.commit)
-        self.boards = Boards(layout, self.words, raw, self.memory.commit)
+        self.boards = Boards(layout, self.words, raw, control, self.memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
-        self.room = Room(layout, self.table, self.boards, visited, self.memory)
+        self.room = Room(layout, self.words, self.table, self.boards, visited, self.memory)
         self.gone: list[bytes] = []
         self.objects = Lifecycle(
-            layout, self.words, self.table, self.boards, self.room, self.memory, self.gone.append
+            layout,
+            self.words,
+            control,
+            self.table,
+            self.boards,
+            self.room,
+            self.memory,
+            self.gone.append,
         )
-        assert [self.boards.grant(client) for client in (ALICE, BOB)] == [ALICE, BOB]
+        assert [self.boards.grant(client, 4711, 1) for client in (ALICE, BOB)] == [ALICE, BOB]
         self._free_slots = [list(slots_of(client)) for client in (ALICE, BOB)]
 
     def slot(self, client: int) -> int:
@@ -258,7 +267,7 @@ def test_a_table_full_of_objects_in_use_refuses() -> None:
     house = Household()
     for number in range(house.layout.n_entries):
         if number % 500 == 0:
-            assert house.boards.grant(ALICE) is not None
+            assert house.boards.grant(ALICE, 4711, 1) is not None
         house.objects.create(
             ALICE, Create(name(number), 0, 0, 0, number // 500 * 512 + 1025 + number % 500), 0, 1
         )

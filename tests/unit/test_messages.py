@@ -43,6 +43,7 @@ from shmplasma.requests import (
     Grow,
     Hello,
     List,
+    Post,
     Publish,
     Request,
     Role,
@@ -64,7 +65,7 @@ def get_of(wait: bool, wanted: list[tuple[bytes, int]]) -> Get:
 
 
 REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
-    Hello: st.builds(Hello, U16, st.sampled_from(Role), S64, U64, TEXTS),
+    Hello: st.builds(Hello, U16, st.sampled_from(Role), TEXTS, U32),
     Attach: st.just(Attach()),
     Create: st.builds(Create, IDS, S64, S64, U32, U32),
     Seal: st.builds(Seal, IDS),
@@ -82,11 +83,18 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     AskLease: st.builds(AskLease, U64),
     Publish: st.builds(Publish, IDS, U64, U64, U32, U32),
     Flush: st.just(Flush()),
+    Post: st.just(Post()),
 }
 RECORDS = st.tuples(IDS, U64, U64, U32, U64, U64, st.booleans())
 REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
     Welcome: st.builds(
-        Welcome, st.binary(min_size=16, max_size=16), U32, st.booleans(), PATHS, PATHS
+        Welcome,
+        st.binary(min_size=16, max_size=16),
+        U32,
+        st.booleans(),
+        st.booleans(),
+        PATHS,
+        PATHS,
     ),
     Done: st.just(Done()),
     Failed: st.builds(Failed, st.sampled_from(Failure), TEXTS, U64, U64, U64, U64, U64),
@@ -206,9 +214,9 @@ def test_a_body_of_fixed_length_has_no_other(cls: type[Any], data: st.DataObject
 @pytest.mark.parametrize(
     ("message", "body"),
     [
-        (Hello, bytes(2) + b"\2\0" + bytes(16)),
-        (Hello, bytes(20) + b"\xff"),
-        (Hello, bytes(19)),
+        (Hello, bytes(2) + b"\3\0" + bytes(4)),
+        (Hello, bytes(8) + b"\xff"),
+        (Hello, bytes(7)),
         (Get, b""),
         (Get, b"\0\1\0\0\0"),
         (Get, b"\0\1\0\0\0" + bytes(23)),
@@ -218,9 +226,9 @@ def test_a_body_of_fixed_length_has_no_other(cls: type[Any], data: st.DataObject
         (Delete, bytes(21)),
         (SetOptions, bytes(7)),
         (SetOptions, bytes(8) + b"\xc3"),
-        (Welcome, bytes(21) + b"posix"),
-        (Welcome, bytes(21) + b"posix\0/path\0more"),
-        (Welcome, bytes(20)),
+        (Welcome, bytes(22) + b"posix"),
+        (Welcome, bytes(22) + b"posix\0/path\0more"),
+        (Welcome, bytes(21)),
         (Failed, bytes(42)),
         (Failed, bytes(41)),
         (Objects, bytes(27)),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmplasma.control import Control
 from shmplasma.errors import CommitError
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, Layout
 from shmplasma.pins import FIRST_SLOT, Boards, slots_of
@@ -22,7 +23,9 @@ class Pinboard:
     def __init__(self) -> None:
         self.words, self.raw = new_segment(LAYOUT)
         self.memory = RecordedMemory()
-        self.boards = Boards(LAYOUT, self.words, self.raw, self.memory.commit)
+        self.boards = Boards(
+            LAYOUT, self.words, self.raw, Control(LAYOUT, self.words), self.memory.commit
+        )
 
     def write(self, slot: int, word: int) -> None:
         """Write a word as a client does."""
@@ -44,11 +47,19 @@ def test_each_board_is_committed_before_it_is_granted() -> None:
     """The memory of a board is asked for once, when it is used first."""
     pinboard = Pinboard()
     boards = pinboard.boards
-    assert [boards.grant(ALICE), boards.grant(BOB), boards.grant(ALICE)] == [0, 1, 2]
-    commits = [(LAYOUT.boards + board * BOARD_BYTES, BOARD_BYTES) for board in range(3)]
+    assert [
+        boards.grant(ALICE, 4711, 1),
+        boards.grant(BOB, 4711, 1),
+        boards.grant(ALICE, 4711, 1),
+    ] == [0, 1, 2]
+    commits = [
+        (region + board * BOARD_BYTES, BOARD_BYTES)
+        for board in range(3)
+        for region in (LAYOUT.boards, LAYOUT.outboxes)
+    ]
     assert pinboard.memory.commits == commits
     boards.revoke(BOB)
-    assert boards.grant(BOB) == 1
+    assert boards.grant(BOB, 4711, 1) == 1
     assert pinboard.memory.commits == commits
     boards.check()
 
@@ -58,23 +69,23 @@ def test_a_board_without_memory_is_not_granted() -> None:
     pinboard = Pinboard()
     pinboard.memory.refuse_from = LAYOUT.boards
     with pytest.raises(CommitError):
-        pinboard.boards.grant(ALICE)
+        pinboard.boards.grant(ALICE, 4711, 1)
     pinboard.boards.check()
     assert not pinboard.boards.may_lend(ALICE, [FIRST_SLOT])
     pinboard.memory.refuse_from = None
-    assert pinboard.boards.grant(ALICE) == 0
+    assert pinboard.boards.grant(ALICE, 4711, 1) == 0
 
 
 def test_there_are_only_so_many_boards() -> None:
     """When all are granted there is none, until a client leaves."""
     boards = Pinboard().boards
-    assert [boards.grant(client) for client in range(LAYOUT.n_boards)] == list(
+    assert [boards.grant(client, 4711, 1) for client in range(LAYOUT.n_boards)] == list(
         range(LAYOUT.n_boards)
     )
-    assert boards.grant(ALICE) is None
+    assert boards.grant(ALICE, 4711, 1) is None
     boards.revoke(7)
-    assert boards.grant(BOB) == 7
-    assert boards.grant(BOB) is None
+    assert boards.grant(BOB, 4711, 1) == 7
+    assert boards.grant(BOB, 4711, 1) is None
     boards.check()
 
 
@@ -83,7 +94,7 @@ def test_a_client_that_leaves_loses_all_its_pins() -> None:
     pinboard = Pinboard()
     boards = pinboard.boards
     for client in (ALICE, BOB, ALICE):
-        boards.grant(client)
+        boards.grant(client, 4711, 1)
     for board in range(3):
         pinboard.write(board * BOARD_WORDS, 77)
         for slot in slots_of(board):
@@ -101,7 +112,7 @@ def test_only_ones_own_free_slots_can_be_lent() -> None:
     """Slots of others, of nobody, of no board, word 0, one named twice, and one in use are refused."""
     pinboard = Pinboard()
     boards = pinboard.boards
-    own, others = boards.grant(ALICE), boards.grant(BOB)
+    own, others = boards.grant(ALICE, 4711, 1), boards.grant(BOB, 4711, 1)
     assert (own, others) == (0, 1)
     assert boards.may_lend(ALICE, [])
     assert boards.may_lend(ALICE, slots_of(0))
@@ -123,8 +134,8 @@ def test_a_pin_counts_until_it_is_cleared() -> None:
     """What the store has pinned for a client is held until the client writes 0."""
     pinboard = Pinboard()
     boards = pinboard.boards
-    boards.grant(ALICE)
-    boards.grant(BOB)
+    boards.grant(ALICE, 4711, 1)
+    boards.grant(BOB, 4711, 1)
     boards.pin(1, 0)
     boards.pin(2, 3)
     boards.pin(513, 3)
@@ -142,7 +153,7 @@ def test_a_buffer_that_was_never_handed_out_is_unpinned() -> None:
     """All of one client's pins of the entry go; its others, and those of other clients, stay."""
     boards = Pinboard().boards
     for client in (ALICE, ALICE, BOB):
-        boards.grant(client)
+        boards.grant(client, 4711, 1)
     for slot in (1, 511, 513, 1025):
         boards.pin(slot, 9)
     boards.pin(2, 8)
@@ -158,7 +169,7 @@ def test_a_buffer_that_was_never_handed_out_is_unpinned() -> None:
 def test_a_word_that_names_no_entry_is_no_pin(word: int) -> None:
     """What a client scribbles on its board harms nobody."""
     pinboard = Pinboard()
-    pinboard.boards.grant(ALICE)
+    pinboard.boards.grant(ALICE, 4711, 1)
     pinboard.write(3, word)
     assert pinboard.boards.pinned() == set()
     pinboard.write(4, LAYOUT.n_entries)
@@ -168,8 +179,8 @@ def test_a_word_that_names_no_entry_is_no_pin(word: int) -> None:
 def test_word_0_is_no_pin() -> None:
     """The announcement word pins nothing, even if it looks like a pin."""
     pinboard = Pinboard()
-    pinboard.boards.grant(ALICE)
-    pinboard.boards.grant(BOB)
+    pinboard.boards.grant(ALICE, 4711, 1)
+    pinboard.boards.grant(BOB, 4711, 1)
     pinboard.write(0, 6)
     pinboard.write(512, 6)
     assert not pinboard.boards.is_pinned(5)
@@ -185,8 +196,8 @@ WORDS = st.integers(1, 4096) | PERIODIC | st.integers(0, 2**64 - 1)
 def test_all_ways_to_ask_agree(scribbles: dict[int, int], seed: int) -> None:
     """For one entry, for a client's entries and for all, the answer is that of a plain loop."""
     pinboard = Pinboard()
-    pinboard.boards.grant(ALICE)
-    pinboard.boards.grant(BOB)
+    pinboard.boards.grant(ALICE, 4711, 1)
+    pinboard.boards.grant(BOB, 4711, 1)
     for slot, word in scribbles.items():
         pinboard.write(slot, word)
     lawful = {
@@ -214,7 +225,7 @@ def test_the_proof_fails_for_damaged_boards(complaint: str) -> None:
     """Each clause of `check` notices what it is there for."""
     pinboard = Pinboard()
     for client in (ALICE, 3, BOB):
-        pinboard.boards.grant(client)
+        pinboard.boards.grant(client, 4711, 1)
     pinboard.boards.revoke(3)
     pinboard.boards.check()
     DAMAGES[complaint](pinboard)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmplasma.control import Control
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.pins import Boards
@@ -24,10 +25,12 @@ class Storeroom:
         self.words, self.raw = new_segment(layout)
         self.memory = RecordedMemory()
         self.table = Table(layout, self.words, self.raw, self.memory.commit)
-        self.boards = Boards(layout, self.words, self.raw, self.memory.commit)
-        self.boards.grant(CLIENT)
+        self.boards = Boards(
+            layout, self.words, self.raw, Control(layout, self.words), self.memory.commit
+        )
+        self.boards.grant(CLIENT, 4711, 1)
         self.visited = self.raw[layout.visited : layout.visited + layout.n_entries]
-        self.room = Room(layout, self.table, self.boards, self.visited, self.memory)
+        self.room = Room(layout, self.words, self.table, self.boards, self.visited, self.memory)
         self.n_objects = 0
 
     def put(self, size_bytes: int) -> int:

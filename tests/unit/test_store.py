@@ -93,7 +93,7 @@ def test_another_protocol_version_is_told_so_and_dropped(talk: Conversation) -> 
     """The reply names both versions and the remedy; then the connection ends, and only that."""
     other = talk.client()
     peer = talk.connect()
-    request_id = peer.post(Hello(PROTOCOL_VERSION + 1, Role.CLIENT, 1, 1, ""))
+    request_id = peer.post(Hello(PROTOCOL_VERSION + 1, Role.CLIENT, ""))
     failed = peer.take(request_id, Failed)
     assert failed.failure is Failure.VERSION
     assert f"client version {PROTOCOL_VERSION + 1}; run the same release" in failed.text
@@ -101,8 +101,8 @@ def test_another_protocol_version_is_told_so_and_dropped(talk: Conversation) -> 
     assert flags(other, A) == [0]
 
 
-HELLO = Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, "")
-SUBSCRIBE = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, 1, 1, "")
+HELLO = Hello(PROTOCOL_VERSION, Role.CLIENT, "")
+SUBSCRIBE = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, "")
 ANY_REQUESTS: list[Request] = [
     Attach(),
     Create(A, 1, 1, 0, 1),
@@ -814,7 +814,7 @@ def test_a_description_has_the_stores_figures(talk: Conversation) -> None:
 def test_a_long_name_makes_no_description_that_cannot_be_sent(talk: Conversation) -> None:
     """Names are a client's own words: however long, they do not cost another client its connection."""
     for _ in range(5):
-        talk.connect().post(Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, "x" * ((2 << 20) - 100)))
+        talk.connect().post(Hello(PROTOCOL_VERSION, Role.CLIENT, "x" * ((2 << 20) - 100)))
     other = talk.connect()
     other.hello()
     assert len(talk.store.describe()) < MAX_REPLY_BYTES
@@ -1015,7 +1015,7 @@ def test_a_dropped_client_keeps_what_it_was_given(talk: Conversation) -> None:
     peer.put(A, 1000)
     (slot,) = peer.get(A)[1]
     peer.create(B, 60000)
-    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, ""))
+    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, ""))
     assert peer.dropped is not None
     other.ask(Delete([A]), Done)
     assert talk.read_slot(slot) == 1
@@ -1036,7 +1036,7 @@ def test_a_dropped_client_is_answered_no_more(
     """Whatever it waited for goes on without it, and when it has gone nothing of it is left."""
     peer, other = talk.client(), talk.client()
     state(talk, peer)
-    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, 1, 1, ""))
+    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, ""))
     assert peer.dropped is not None
     replies = dict(peer.replies)
     if flags(other, B) == [0] and state is not waits_for_memory:
@@ -1251,7 +1251,7 @@ class Tenant:
 
     def publish(self, object_id: bytes, size_bytes: int = 64) -> None:
         """Publish an object behind the last one."""
-        self.peer.tell(Publish(object_id, self.next, size_bytes, 0, 3))
+        self.peer.write(Publish(object_id, self.next, size_bytes, 0, 3))
         self.next += (size_bytes + 63) & -64
 
     def control(self, word: ControlWord) -> int:

@@ -1,0 +1,358 @@
+"""A client's link to its store, which outlasts the store: connects, asks, and connects again.
+
+When the connection ends, and not because this client was closed or dropped, the store has died.  A store that
+is started again on the socket recovers the segment (`shmplasma.recovery`) and waits for its clients.  The link
+connects to it, shows by its process and its first board which client it is, and repeats what was not answered;
+whoever calls sees a pause.
+
+What is repeated, and why it may be
+    *One-way messages* are records of the outbox; the store has them (`shmplasma.outbox`).
+    *Create* names a slot, by which a store knows a creation that its predecessor granted and could not answer.
+    *Publish* names an offset in the lease, likewise.
+    *Get* begins anew; the pins that the dead store wrote are cleared first, and the slots are lent again.
+    *Abort* that was carried out finds nothing any more: it is done.
+    All others change nothing, or the same again.
+
+A store that was ended has removed its segment; one that was started with nothing is another one.  Both end the
+link for good: what this client had is gone, and it must be told so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TypeVar, assert_never
+
+from shmplasma.arrow_errors import (
+    NotConnectedError,
+    PlasmaObjectAlreadySealed,
+    PlasmaObjectExists,
+    PlasmaObjectNotFound,
+    PlasmaStoreFull,
+)
+from shmplasma.endpoint import may_come_back
+from shmplasma.errors import ProtocolError, ShmPlasmaError
+from shmplasma.outbox import Outbox
+from shmplasma.protocol import PROTOCOL_VERSION, Frame
+from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
+from shmplasma.requests import Abort, Detach, Flush, Hello, Post, Request, Role, SetOptions
+from shmplasma.transport import Channel, Exchange
+
+__all__ = ["Link", "expect", "greet"]
+
+_HANDSHAKE_SECONDS: Final = 10.0
+_RETRY_SECONDS: Final = 0.005
+"""A store that recovers is back after some tens of milliseconds."""
+
+_ReplyT = TypeVar("_ReplyT", bound=Reply)
+
+
+def greet(
+    path: str, num_retries: int, role: Role, name: str, reclaim: int = 0
+) -> tuple[Exchange, Welcome]:
+    """Connect to the store at a path and introduce this process.
+
+    Parameters
+    ----------
+    path : str
+        The store's socket.
+    num_retries : int
+        How often to try again, 0.1 s apart.
+    role : Role
+        What the connection is for.
+    name : str
+        What the store is to call this client in its messages.
+    reclaim : int, optional
+        First board + 1 of a client that wants to go on after the death of its store.
+
+    Raises
+    ------
+    NotConnectedError
+        No store answers there.
+    """
+    try:
+        exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
+    except OSError as error:
+        raise NotConnectedError(
+            f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"
+        ) from error
+    hello = Hello(PROTOCOL_VERSION, role, name, reclaim)
+    try:
+        return exchange, expect(Welcome, exchange.call(Hello.KIND, hello.encode()))
+    except (OSError, ProtocolError) as error:
+        exchange.close()
+        if isinstance(error, NotConnectedError):
+            raise
+        raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
+
+
+class Link:
+    """Requests and one-way messages to a store that may die and come back.
+
+    Parameters
+    ----------
+    path : str
+        The store's socket.
+    channel : Channel
+        The connection; closed when the link is collected.
+    name : str
+        What the store calls this client.
+    board : int
+        The client's first board.
+    token : bytes
+        The segment's identity.
+    outbox : Outbox
+        The client's.
+    renew_wake : weakref.WeakMethod
+        ``renew_wake(fd)`` takes over the wake-up pipe of another store.  Weak, as its owner keeps the link.
+    patience_seconds : float
+        How long a store that has died is waited for.
+    when_lost : weakref.WeakMethod
+        Called when the store, or what this client had in it, is gone for good.
+
+    Attributes
+    ----------
+    options : SetOptions or None
+        What a store that comes back has to be told.
+    channel : Channel
+        The connection at this moment.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        channel: Channel,
+        name: str,
+        board: int,
+        token: bytes,
+        outbox: Outbox,
+        renew_wake: weakref.WeakMethod[Callable[[int], None]],
+        patience_seconds: float,
+        when_lost: weakref.WeakMethod[Callable[[], None]],
+    ) -> None:
+        self.channel = channel
+        self.options: SetOptions | None = None
+        self._path = path
+        self._name = name
+        self._board = board
+        self._token = token
+        self._outbox = outbox
+        self._renew_wake = renew_wake
+        self._patience_seconds = patience_seconds
+        self._when_lost = when_lost
+        self._lost = False
+        self._connecting = threading.Lock()
+
+    def call(
+        self,
+        request: Request,
+        expected: type[_ReplyT],
+        dispose: Callable[[Frame], None] | None = None,
+        before_again: Callable[[], None] | None = None,
+    ) -> _ReplyT:
+        """Send a request and return its reply.
+
+        Parameters
+        ----------
+        request : Request
+            What to ask.
+        expected : type
+            The reply if it is granted.
+        dispose : callable, optional
+            Gets the reply if waiting for it is interrupted.
+        before_again : callable, optional
+            Called before it is sent to another store.
+
+        Raises
+        ------
+        NotConnectedError
+            The store has gone.
+        ShmPlasmaError
+            The store refused; the subclass says why.
+        """
+        kind, body = request.KIND, request.encode()
+        while True:
+            channel = self.channel
+            try:
+                return expect(expected, _exchange(channel, kind, body, dispose or _no_disposal))
+            except ConnectionError as error:
+                self.reconnect(channel, error)
+                if before_again is not None:
+                    before_again()
+
+    def abort(self, object_id: bytes) -> None:
+        """Ask for an object to be removed that this client has not sealed.
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            This client is not writing such an object.
+        NotConnectedError
+            The store has gone.
+        """
+        first = self.channel
+        try:
+            self.call(Abort(object_id), Done)
+        except PlasmaObjectNotFound:
+            if self.channel is first:
+                raise
+
+    def post(self, kind: int, body: bytes) -> None:
+        """Tell the store something, and do not wait.
+
+        Raises
+        ------
+        NotConnectedError
+            The store has gone.
+        """
+        while True:
+            channel = self.channel
+            try:
+                if channel.post(self._outbox, kind, body):
+                    return
+            except ConnectionError as error:
+                self.reconnect(channel, error)
+                return
+            self.call(Flush(), Done)
+
+    def leave(self) -> None:
+        """Drop what was not sealed and end all requests; a store that is not there is not waited for."""
+        channel = self.channel
+        with suppress(ConnectionError):
+            _exchange(channel, Detach.KIND, b"", _no_disposal)
+        channel.retire()
+
+    def abandon(self) -> None:
+        """Close a forked child's copy of the connection, and leave the parent's alone."""
+        self.channel.abandon()
+
+    def reconnect(
+        self, broken: Channel, error: ConnectionError, deadline: float | None = None
+    ) -> None:
+        """Return when there is another connection than the broken one.
+
+        Parameters
+        ----------
+        broken : Channel
+            What has ended.
+        error : ConnectionError
+            How it ended.
+        deadline : float, optional
+            Time of `time.monotonic` until which to wait at most.
+
+        Raises
+        ------
+        NotConnectedError
+            There will be none.
+        """
+        with self._connecting:
+            if self.channel is not broken:
+                return
+            if broken.is_final or self._lost:
+                raise _gone(error)
+            end = time.monotonic() + self._patience_seconds
+            if deadline is not None:
+                end = min(end, deadline)
+            exchange, welcome = self._greet_again(error, end)
+            try:
+                if welcome.token != self._token or not welcome.reclaimed:
+                    self._lose()
+                    raise NotConnectedError(
+                        "the store was started anew, without the objects that were in it; "
+                        "connect again"
+                    ) from error
+                renew_wake = self._renew_wake()
+                assert renew_wake is not None, "who calls the link keeps its owner"
+                renew_wake(exchange.take_descriptor())
+                channel = Channel(exchange.detach())
+            except BaseException:
+                exchange.close()
+                raise
+            with suppress(ConnectionError):  # the next call will see it
+                channel.send(Post.KIND, b"")
+                if self.options is not None:
+                    _exchange(channel, SetOptions.KIND, self.options.encode(), _no_disposal)
+            self.channel = channel
+
+    def _greet_again(self, error: ConnectionError, end: float) -> tuple[Exchange, Welcome]:
+        """Introduce this client to the store that has come back, once it has."""
+        while True:
+            try:
+                return greet(self._path, 0, Role.CLIENT, self._name, self._board + 1)
+            except NotConnectedError as reason:
+                if not may_come_back(self._path):
+                    self._lose()
+                    raise _gone(error) from reason
+                if time.monotonic() >= end:
+                    raise _gone(error) from reason
+                time.sleep(_RETRY_SECONDS)
+
+    def _lose(self) -> None:
+        self._lost = True
+        when_lost = self._when_lost()
+        if when_lost is not None:
+            when_lost()
+
+
+def _exchange(channel: Channel, kind: int, body: bytes, dispose: Callable[[Frame], None]) -> Frame:
+    """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
+    request_id = channel.new_request()
+    try:
+        channel.request(kind, request_id, body)
+        reply = channel.wait(request_id, None)
+    except ConnectionError:
+        raise
+    except BaseException:
+        channel.give_up(request_id, dispose)
+        raise
+    assert reply is not None
+    return reply
+
+
+def expect(expected: type[_ReplyT], frame: Frame) -> _ReplyT:
+    """Return the reply in a frame, or raise what the store refused with."""
+    reply = decode_reply(frame)
+    if isinstance(reply, Failed):
+        raise _refusal(reply)
+    if not isinstance(reply, expected):
+        raise ProtocolError(f"the store answered with {type(reply).__name__}")
+    return reply
+
+
+def _refusal(failed: Failed) -> ShmPlasmaError:
+    match failed.failure:
+        case Failure.EXISTS:
+            return PlasmaObjectExists(failed.text)
+        case Failure.NOT_FOUND:
+            return PlasmaObjectNotFound(failed.text)
+        case Failure.SEALED:
+            return PlasmaObjectAlreadySealed(failed.text)
+        case Failure.FULL | Failure.OVER_QUOTA | Failure.NO_BOARD:
+            return PlasmaStoreFull(
+                failed.text,
+                failed.requested_bytes,
+                failed.free_bytes,
+                failed.largest_bytes,
+                failed.pinned_bytes,
+                failed.unsealed_bytes,
+            )
+        case Failure.VERSION | Failure.DROPPED:
+            return NotConnectedError(failed.text)
+        case _:
+            assert_never(failed.failure)
+
+
+def _gone(error: ConnectionError) -> NotConnectedError:
+    """Return what a user is to see when the connection has ended."""
+    return NotConnectedError(f"the connection to the store has ended: {error}")
+
+
+def _no_disposal(_: Frame) -> None:
+    """Drop a reply that nobody waits for and that holds nothing."""

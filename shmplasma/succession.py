@@ -1,0 +1,80 @@
+"""An upgrade: a store that takes the place of a running one, without its clients losing anything.
+
+The new store, all of it imported and its options found to fit, asks the old one to end.  The old one handles
+what it has read, answers nothing more, leaves segment, socket and note where they are, and ends.  The new one
+claims the endpoint and recovers the segment as if the old one had died (`shmplasma.recovery`); its clients
+notice as much (`shmplasma.link`): a pause.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from shmplasma.endpoint import note_of
+from shmplasma.errors import EndpointError, ProtocolError
+from shmplasma.protocol import PROTOCOL_VERSION
+from shmplasma.replies import Done, Failed, decode_reply
+from shmplasma.requests import Hello, Role
+from shmplasma.segment import SegmentName
+from shmplasma.transport import Exchange
+
+__all__ = ["replace"]
+
+_LOG: Final = logging.getLogger("shmplasma")
+_PATIENCE_SECONDS: Final = 10.0
+
+
+def replace(path: str, check: Callable[[SegmentName], object]) -> None:
+    """Have the store that serves a socket end, and leave what it has to us; nothing if there is none.
+
+    Parameters
+    ----------
+    path : str
+        Its socket.
+    check : callable
+        ``check(name)`` raises if its segment cannot be taken over; the store is left alone then.
+
+    Raises
+    ------
+    EndpointError
+        It refuses, or does not end.
+    """
+    try:
+        exchange = Exchange.connect(path, 0, _PATIENCE_SECONDS)
+    except OSError as error:
+        _LOG.info("nobody to replace at %s: %s", path, error)
+        return
+    try:
+        left = SegmentName.decode(note_of(path))
+        if left is None:
+            raise EndpointError(f"what listens at {path} is no store that could be replaced")
+        check(left)
+        hello = Hello(PROTOCOL_VERSION, Role.SUCCESSOR, "successor")
+        reply = decode_reply(exchange.call(hello.KIND, hello.encode()))
+        if isinstance(reply, Failed):
+            raise EndpointError(f"the store at {path} cannot be replaced: {reply.text}")
+        assert isinstance(reply, Done)
+        _wait_for_the_end(exchange.detach(), path)
+    except (OSError, ProtocolError) as error:
+        if isinstance(error, EndpointError):
+            raise
+        raise EndpointError(f"the store at {path} will not be replaced: {error}") from error
+    finally:
+        exchange.close()
+
+
+def _wait_for_the_end(sock: socket.socket, path: str) -> None:
+    """Wait until the process at the other end has closed its socket, which it does when it ends."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    sock.settimeout(_PATIENCE_SECONDS)
+    try:
+        while sock.recv(64):
+            sock.settimeout(max(0.1, deadline - time.monotonic()))
+    except TimeoutError:
+        raise EndpointError(f"the store at {path} does not end") from None
+    except ConnectionResetError:
+        return

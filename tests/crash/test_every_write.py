@@ -1,0 +1,191 @@
+"""A store that dies at each of its writes in turn, and whose clients go on with its successor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from shmplasma.layout import BOARD_WORDS
+from shmplasma.leases import BUSY_WORD
+from shmplasma.replies import ABSENT, Created, Done, Leased, Listing, Number, Objects
+from shmplasma.requests import (
+    Abort,
+    AskLease,
+    Contains,
+    Create,
+    Delete,
+    Evict,
+    Get,
+    List,
+    Publish,
+    Seal,
+)
+from tests.conversation import Peer, name
+from tests.crash.damage import Mortal
+
+
+class Story:
+    """Two clients do one of each thing; what a client was told must stay true, whenever the store dies.
+
+    Attributes
+    ----------
+    held : dict
+        Slots that pin an object, and its id.
+    """
+
+    def __init__(self) -> None:
+        self.talk = Mortal()
+        self.held: dict[int, bytes] = {}
+        self.one = self.talk.enter()
+        self.other = self.talk.enter()
+
+    # -- what clients do -----------------------------------------------------------------------
+
+    def create(self, peer: Peer, object_id: bytes, size: int = 200) -> Create:
+        """Create an object and fill it."""
+        request = Create(object_id, size, 0, 0, peer.free_slots.pop())
+        offset = self.talk.call(peer, request, Created).offset
+        self.fill(object_id, offset, size)
+        self.held[request.slot] = object_id
+        return request
+
+    def fill(self, object_id: bytes, offset: int, size: int) -> None:
+        """Write the content by which an object is known."""
+        self.talk.raw[offset : offset + size] = (object_id * (size // 20 + 1))[:size]
+
+    def seal(self, peer: Peer, object_id: bytes) -> None:
+        """Complete an object."""
+        self.talk.tell(peer, Seal(object_id))
+
+    def release(self, slot: int) -> None:
+        """Let go of an object."""
+        self.talk.write_slot(slot, 0)
+        del self.held[slot]
+
+    def get(self, peer: Peer, *object_ids: bytes) -> list[int]:
+        """Get objects that are there, look at them, and keep them."""
+        slots = [peer.free_slots.pop() for _ in object_ids]
+        found = self.talk.call(peer, Get(False, object_ids, slots), Objects).found
+        for slot, object_id, where in zip(slots, object_ids, found, strict=True):
+            assert where != ABSENT, f"{object_id.hex()} is not there"
+            offset, data_size, _, _ = where
+            self.look(object_id, offset, data_size)
+            self.held[slot] = object_id
+        return slots
+
+    def look(self, object_id: bytes, offset: int, size: int) -> None:
+        """Prove that an object's bytes are its own."""
+        content = bytes(self.talk.raw[offset : offset + size])
+        assert content == (object_id * (size // 20 + 1))[:size]
+
+    def publish(self, peer: Peer, *object_ids: bytes) -> None:
+        """Put objects into a lease, one of them beginning with room that is skipped."""
+        board = self.talk.layout.boards // 8 + peer.free_slots[-1] // BOARD_WORDS * BOARD_WORDS
+        self.talk.words[board + BUSY_WORD] = 1
+        lease = self.talk.call(peer, AskLease(100), Leased)
+        assert lease.size_bytes
+        offset = lease.offset + 64
+        for object_id in object_ids:
+            self.fill(object_id, offset, 100)
+            self.talk.tell(peer, Publish(object_id, offset, 100, 0, 0))
+            offset += 128
+        self.talk.words[board + BUSY_WORD] = 0
+
+    def there(self) -> dict[bytes, bool]:
+        """Return which objects there are, and whether they are sealed."""
+        listing = self.talk.call(self.one, List(0), Listing)
+        return {record[0]: record[-1] for record in listing.records}
+
+    # -- the story -----------------------------------------------------------------------------
+
+    def run(self) -> dict[bytes, bool]:
+        """Tell it from the beginning, and return which objects are there at the end."""
+        talk, one, other = self.talk, self.one, self.other
+        a, b, c, d, e, f, g, h = map(name, range(1, 9))
+        created = self.create(one, a)
+        self.seal(one, a)
+        self.get(other, a)
+        self.publish(other, b, c, d)
+        self.get(one, b, d)
+        self.create(one, e, 3000)
+        dropped = self.create(other, f)
+        talk.tell(other, Abort(f))
+        self.release(dropped.slot)
+        again = self.create(one, f, 64)
+        self.seal(one, f)
+        self.release(again.slot)
+        talk.call(one, Delete([a, c]), Done)
+        assert talk.call(other, Contains(c), Number).value == 0
+        self.release(created.slot)
+        fourth = talk.enter()
+        self.publish(fourth, g)
+        self.create(fourth, h)
+        talk.leave(fourth)
+        for slot in [slot for slot in self.held if self.held[slot] == h]:
+            del self.held[slot]
+        self.get(one, g)
+        talk.call(other, Evict(1), Number)
+        self.publish(one, h)
+        self.get(other, h)
+        self.seal(one, e)
+        self.get(other, e)
+        self.judge()
+        self.get(one, a)  # which was deleted, and goes at the last release
+        for slot in [slot for slot, object_id in self.held.items() if object_id == a]:
+            self.release(slot)
+        self.judge()
+        return self.there()
+
+    def judge(self) -> None:
+        """Prove that whatever is held is what it was, and that the store is in order."""
+        talk = self.talk
+        talk.turn()
+        talk.wake()
+        talk.store.check()
+        for slot, object_id in self.held.items():
+            word = talk.read_slot(slot)
+            assert word, f"the pin of {object_id.hex()} is lost"
+            start = talk.layout.entry(word - 1)
+            assert bytes(talk.raw[start + 8 : start + 28]) == object_id
+            offset, data_size = talk.words[start // 8 + 4 : start // 8 + 6]
+            self.look(object_id, offset, data_size)
+
+
+def _deaths(prepare: Callable[[Story, int], None]) -> list[int]:
+    """Run the story with a death at each write in turn; return how many deaths there were in each."""
+    unharmed = Story()
+    expected = unharmed.run()
+    deaths = []
+    n_writes = unharmed.talk.clock.writes
+    assert n_writes > 100
+    for number in range(Story().talk.clock.writes, n_writes):
+        story = Story()
+        prepare(story, number)
+        try:
+            assert story.run() == expected
+        except BaseException as error:
+            error.add_note(f"the store died at its write {number}")
+            raise
+        deaths.append(story.talk.deaths)
+    return deaths
+
+
+def test_a_death_at_each_write() -> None:
+    """Whatever the store was doing when it died, its clients go on and find what they were promised."""
+
+    def die_once(story: Story, number: int) -> None:
+        story.talk.clock.dies_at = number
+
+    assert set(_deaths(die_once)) == {1}
+
+
+@pytest.mark.parametrize("pause", [0, 1, 3, 7, 20])
+def test_a_second_death_while_recovering(pause: int) -> None:
+    """A store that dies while it recovers leaves to its successor what it has found."""
+
+    def die_twice(story: Story, number: int) -> None:
+        story.talk.clock.dies_at = number
+        story.talk.clock.pauses = [pause]
+
+    assert set(_deaths(die_twice)) <= {1, 2}

@@ -1,0 +1,181 @@
+"""Buffers that a forked child inherits: valid as long as it lives, whatever becomes of its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from shmplasma import ObjectID, ObjectNotAvailable, PlasmaClient, PlasmaStoreFull, Store
+from tests.processes import Child, in_forked_child, until
+
+PARENT = """
+    import os, sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    held = client.get_buffers(client.put_raw_buffer(b"inherited" * 1000))
+    if not os.fork():
+        print(os.getpid(), flush=True)
+        sys.stdin.readline()
+        print(bytes(held) == b"inherited" * 1000, flush=True)
+        del held
+        sys.stdin.readline()
+        os._exit(0)
+    sys.stdin = None
+    import time
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def forked(task: Callable[[int], object]) -> Iterator[Callable[[], int]]:
+    """Fork a child that waits to be told, and then does its task; yield what tells it and returns its code."""
+    reader, writer = os.pipe()
+
+    def wait_and_do() -> None:
+        os.close(writer)
+        os.read(reader, 1)
+        task(reader)
+
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            wait_and_do()
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(reader)
+
+    def end() -> int:
+        nonlocal writer
+        if writer >= 0:
+            os.close(writer)
+            writer = -1
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return 0
+
+    try:
+        yield end
+    finally:
+        end()
+
+
+def overwrite(client: PlasmaClient) -> None:
+    """Fill the store with something else, over and over."""
+    for _ in range(40):
+        try:
+            client.put_raw_buffer(b"\xff" * 9_000_000)
+        except PlasmaStoreFull:
+            break
+
+
+def pinned(client: PlasmaClient) -> int:
+    """Return how many objects are pinned."""
+    (line,) = (line for line in client.debug_string().splitlines() if "pinned objects" in line)
+    return int(line.rpartition(" ")[2])
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_parent_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """What a child inherited is neither evicted nor overwritten when its parent lets go of it."""
+    object_id = client.put(np.arange(1_000_000))
+    arrays = [client.get(object_id)]
+
+    def look(_: int) -> None:
+        assert np.array_equal(arrays[0], np.arange(1_000_000))
+
+    with forked(look) as end:
+        arrays.clear()
+        client2.delete([object_id])
+        overwrite(client2)
+        assert pinned(client2) == 1
+        assert end() == 0
+    until(lambda: pinned(client2) == 0, "nothing is pinned when the child has ended")
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """A child's release is its own: the parent's buffer stays."""
+    object_id = client.put_raw_buffer(b"of both")
+    buffers = [client.get_buffers(object_id)]
+
+    def let_go() -> None:
+        buffers.clear()
+        # The connection that bridged the fork is open until the parent has closed its copy, too.
+        until(lambda: client2.list()[object_id]["ref_count"] == 1, "only the parent holds it")
+
+    assert in_forked_child(let_go) == 0
+    until(lambda: client2.list()[object_id]["ref_count"] == 1, "the child has gone")
+    client2.delete([object_id])
+    overwrite(client2)
+    assert bytes(buffers[0]) == b"of both"
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_client_that_was_closed(store: Store, client2: PlasmaClient) -> None:
+    """Buffers that have outlived their client are inherited as well."""
+    with store.connect() as client:
+        object_id = client.put_raw_buffer(b"outlives")
+        buffers = [client.get_buffers(object_id)]
+
+    def look(_: int) -> None:
+        assert bytes(buffers[0]) == b"outlives"
+
+    with forked(look) as end:
+        buffers.clear()
+        client2.delete([object_id])
+        overwrite(client2)
+        assert end() == 0
+
+
+def test_a_parent_that_is_killed(store: Store, client: PlasmaClient) -> None:
+    """The child's buffers stay when its parent is killed, and go when it ends."""
+    with Child(PARENT, store.store_socket_name) as child:
+        child.hear()
+        until(lambda: pinned(client) == 1, "the child has inherited")
+        child.kill()
+        overwrite(client)
+        assert pinned(client) == 1
+        child.say()
+        assert child.hear() == "True"
+        until(lambda: pinned(client) == 0, "the child has let go")
+        child.say()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_generations(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """A grandchild inherits from a child what that has inherited."""
+    object_id = client.put_raw_buffer(b"from generation to generation")
+    buffers = [client.get_buffers(object_id)]
+
+    def look(_: int) -> None:
+        def grandchild() -> None:
+            assert bytes(buffers[0]) == b"from generation to generation"
+
+        assert in_forked_child(grandchild) == 0
+        assert client.get([ObjectID.from_random()], timeout_ms=0) == [ObjectNotAvailable]
+        assert bytes(buffers[0]) == b"from generation to generation"
+
+    with forked(look) as end:
+        buffers.clear()
+        client2.delete([object_id])
+        overwrite(client2)
+        assert end() == 0
+
+
+def test_a_fork_without_a_store() -> None:
+    """Where no store answers the fork goes on, and a warning says what is missing."""
+    with Store("10MB") as store, store.connect() as client:
+        buffer = client.get_buffers(client.put_raw_buffer(b"held"))
+        store.process.send_signal(signal.SIGKILL)
+        store.process.wait()
+        with pytest.warns(RuntimeWarning, match="not pinned"):
+            code = in_forked_child(lambda: None)
+        assert code == 0
+        assert bytes(buffer) == b"held"
