@@ -182,8 +182,9 @@ class Endpoint:
         """Leave at most 8192 bytes to whoever claims the path after a crash of this process."""
         assert len(note) <= _NOTE_BYTES
         self._noted = True
-        os.ftruncate(self._lock, 0)
+        # A death in between must not leave the lock file without a note: what it names would be lost.
         os.pwrite(self._lock, note, 0)
+        os.ftruncate(self._lock, len(note))
 
     def keep_note(self) -> None:
         """Let the note outlive `close`, as what it names does."""

@@ -16,7 +16,7 @@ client, for each object                                store, to recall
 1. BUSY = 1                                            1. EPOCH = EPOCH + 1
 2. read EPOCH; another than the lease's: BUSY = 0, and  2. membarrier
    ask for a new lease                                 3. read BUSY; until it is 0 the lease stays as it is
-3. take room, fill it                                  4. drain the client's socket
+3. take room, fill it                                  4. read the client's outbox
 4. send `Publish`                                      5. what lies behind the cursor is free
 5. BUSY = 0
 =====================================================  =======================================================
@@ -24,7 +24,7 @@ client, for each object                                store, to recall
 Between the client's store (1) and load (2) its CPU may let the load go first, which the membarrier forbids
 from the other side: a client whose 1 is not seen by the store's 3 sees the new EPOCH in its 2.  So when the
 store reads BUSY = 0 after the barrier, every object that the client took room for has been sent (4 comes
-before 5, and stores are not reordered), and the client takes no more.  Draining its socket brings the cursor
+before 5, and stores are not reordered), and the client takes no more.  Reading its outbox brings the cursor
 behind the last of them.  A client that is busy is asked again in the store's next turn; it finds the new
 EPOCH at its next object at the latest.
 
@@ -218,7 +218,7 @@ class Leases:
                 self._control.raise_epoch(lease.board)
 
     def note_idle(self) -> None:
-        """See which recalled leases are at rest; all sockets have to be drained after that."""
+        """See which recalled leases are at rest; all outboxes have to be read after that."""
         first = self._layout.boards // 8
         for lease in self._of_client.values():
             if lease.recalled and not lease.idle:

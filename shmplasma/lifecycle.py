@@ -305,11 +305,11 @@ class Lifecycle:
         return self._leases.worth_waiting
 
     def note_idle_leases(self) -> None:
-        """See which recalled leases are at rest; all sockets are to be drained after this."""
+        """See which recalled leases are at rest; all outboxes are to be read after this."""
         self._leases.note_idle()
 
     def take_idle_leases(self) -> None:
-        """Take back the recalled leases that were at rest when all sockets were drained."""
+        """Take back the recalled leases that were at rest when all outboxes were read."""
         for start, size in self._leases.take_idle():
             self._room.give_back(start, size)
 

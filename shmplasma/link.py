@@ -233,9 +233,7 @@ class Link:
         """Close a forked child's copy of the connection, and leave the parent's alone."""
         self.channel.abandon()
 
-    def reconnect(
-        self, broken: Channel, error: ConnectionError, deadline: float | None = None
-    ) -> None:
+    def reconnect(self, broken: Channel, error: ConnectionError) -> None:
         """Return when there is another connection than the broken one.
 
         Parameters
@@ -244,8 +242,6 @@ class Link:
             What has ended.
         error : ConnectionError
             How it ended.
-        deadline : float, optional
-            Time of `time.monotonic` until which to wait at most.
 
         Raises
         ------
@@ -258,8 +254,6 @@ class Link:
             if broken.is_final or self._lost:
                 raise _gone(error)
             end = time.monotonic() + self._patience_seconds
-            if deadline is not None:
-                end = min(end, deadline)
             exchange, welcome = self._greet_again(error, end)
             try:
                 if welcome.token != self._token or not welcome.reclaimed:

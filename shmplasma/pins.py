@@ -90,6 +90,7 @@ FIRST_SLOT: Final = 1
 """Word 0 of a board is not a slot."""
 
 _WORD: Final = Struct("@Q")
+_EMPTY: Final = bytes(BOARD_BYTES - FIRST_SLOT * 8)
 
 
 def slots_of(board: int) -> range:
@@ -173,6 +174,11 @@ class Boards:
         self._control.claim(board, Owner(pid, start_time, own[0], 0, 0))
         return board
 
+    @property
+    def n_free(self) -> int:
+        """How many boards are nobody's."""
+        return len(self._free) + self._layout.n_boards - self._used_once
+
     def revoke(self, client: int) -> None:
         """Clear the client's boards and take them back."""
         for board in self._of_client.pop(client, ()):
@@ -250,8 +256,10 @@ class Boards:
         """Return the entries that a client pins; words which name no entry are left out."""
         held: set[int] = set()
         for board in self._of_client.get(client, ()):
-            start = self._first_word + board * BOARD_WORDS
-            held.update(self._words[start + FIRST_SLOT : start + BOARD_WORDS].tolist())
+            start = self._layout.boards + board * BOARD_BYTES
+            content = bytes(self._raw[start + FIRST_SLOT * 8 : start + BOARD_BYTES])
+            if content != _EMPTY:
+                held.update(memoryview(content).cast("Q"))
         held.discard(0)
         n_entries = self._layout.n_entries
         return {word - 1 for word in held if word <= n_entries}

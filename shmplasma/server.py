@@ -2,14 +2,12 @@
 
 Who may hold up whom
 --------------------
-Nobody.  The loop never blocks on a socket; a turn handles at most `_FRAMES_A_TURN` messages of a connection,
-so a flood waits its turn; half a message stays in its decoder; what a client does not read waits in a
-bounded queue, and who lets it run over is dropped.  Memory is committed in small steps between requests.
-When no descriptor is left for a new connection, it waits in the listener's queue while the others are
-served.
-
-An answer that needs a drain (see `shmplasma.store`) costs one pass over the sockets that have something to
-read, as no message that was sent before the question can be anywhere else than in a socket or a decoder.
+Nobody.  The loop never blocks on a socket; a turn handles at most `_FRAMES_A_TURN` messages of a connection, and
+of those whose answer takes a look at the whole store only one, so a flood waits its turn; half a message
+stays in its decoder.  Who does not read his replies is not read from either, once `_PAUSE_BYTES` wait for him,
+and is dropped when that lasts; so is a subscriber for whom `_MAX_UNREAD_BYTES` wait.  Memory is committed in
+small steps between requests.  When no descriptor is left for a new connection, it waits in the listener's
+queue while the others are served.
 """
 
 from __future__ import annotations
@@ -46,11 +44,13 @@ __all__ = ["Server"]
 _LOG = logging.getLogger("shmplasma")
 
 _READ_BYTES: Final = 1 << 16
-_DRAIN_BYTES: Final = 1 << 20
-"""More than a Unix socket holds by default (208 KiB), hence enough for one that was full."""
 _FRAMES_A_TURN: Final = 64
-_MAX_UNREAD_BYTES: Final = 32 << 20
-"""What may wait for a client that does not read: four of the longest replies."""
+_PAUSE_BYTES: Final = 1 << 16
+"""Beyond what the socket takes (208 KiB): more than any but the longest replies."""
+_PATIENCE_SECONDS: Final = 10.0
+"""How long a client may leave its replies lying there."""
+_MAX_UNREAD_BYTES: Final = 16 << 20
+"""What may wait for a client in any case: two of the longest replies, or 300,000 notifications."""
 _LOOK_AGAIN_SECONDS: Final = 0.1
 """While the listener is shut for want of descriptors, or where a release may not wake the store."""
 
@@ -89,7 +89,7 @@ def _close_descriptor(fd: int) -> None:
 class _Connection:
     """A client's socket and what is on its way through it."""
 
-    __slots__ = ("client", "decoder", "frames", "out", "out_bytes", "pid", "sock")
+    __slots__ = ("client", "decoder", "frames", "out", "out_bytes", "paused_at", "pid", "sock")
 
     def __init__(self, client: int, pid: int | None, sock: socket.socket) -> None:
         self.client = client
@@ -99,6 +99,7 @@ class _Connection:
         self.frames: deque[Frame] = deque()
         self.out: deque[bytes] = deque()
         self.out_bytes = 0
+        self.paused_at: float | None = None
 
 
 class Server:
@@ -161,6 +162,7 @@ class Server:
         )
         self._connections: dict[int, _Connection] = {}
         self._backlog: set[int] = set()
+        self._paused: set[_Connection] = set()
         self._awaited: dict[int, int] = {}
         self._watched: set[int] = set()
         self._clients = segment.layout.n_boards  # lower numbers are of clients that are recovered
@@ -221,6 +223,8 @@ class Server:
                     self._process_backlog(_FRAMES_A_TURN)
                 if self._store.has_unsettled:
                     self._settle()
+                if self._paused:
+                    self._drop_the_deaf()
                 if not events or self._store.has_urgent_work:
                     self._advance(idle=not events)
         finally:
@@ -266,7 +270,7 @@ class Server:
             return 0
         if not self._accepting or store.may_miss_a_release:
             return _LOOK_AGAIN_SECONDS
-        return None
+        return 1.0 if self._paused else None
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -320,6 +324,7 @@ class Server:
     def _hang_up(self, client: int) -> None:
         connection = self._connections.pop(client)
         self._backlog.discard(client)
+        self._paused.discard(connection)
         with suppress(KeyError):  # a change of what it is watched for has failed
             self._selector.unregister(connection.sock)
         _close_socket(connection.sock)
@@ -399,7 +404,12 @@ class Server:
             return  # it was dropped by an earlier event of this turn
         if mask & _WRITE:
             self._flush(connection)
-        if mask & _READ and connection.client in self._connections and not connection.frames:
+        if (
+            mask & _READ
+            and connection.client in self._connections
+            and not connection.frames
+            and connection.paused_at is None
+        ):
             self._read(connection, _READ_BYTES)
             self._process(connection, _FRAMES_A_TURN)
 
@@ -437,28 +447,52 @@ class Server:
     def _process(self, connection: _Connection, limit: int | None) -> None:
         """Handle at most `limit` messages of a connection; remember whether there are more."""
         frames, client = connection.frames, connection.client
-        handle, now_ns = self._store.handle, time.time_ns()
+        store, now_ns = self._store, time.time_ns()
+        handle = store.handle
         for _ in range(len(frames) if limit is None else min(limit, len(frames))):
+            if connection.paused_at is not None:
+                break
+            n_unsettled = store.n_unsettled
             effects = handle(client, frames.popleft(), now_ns)
             if effects:
                 self._carry_out(effects)
                 client = connection.client  # it may have turned out to be one that was waited for
                 if client not in self._connections:
                     return
-        if frames and client in self._connections:
+            if store.n_unsettled > n_unsettled:
+                break
+        if frames and connection.paused_at is None:
             self._backlog.add(client)
         else:
             self._backlog.discard(client)
 
     def _settle(self) -> None:
-        """Drain every socket once, and then answer what depended on it."""
-        unsettled = self._store.take_unsettled()
-        self._process_backlog(None)
-        for key, mask in self._selector.select(0):
-            if isinstance(key.data, _Connection) and mask & _READ:
-                self._read(key.data, _DRAIN_BYTES)
-                self._process(key.data, None)
-        self._carry_out(self._store.settle(unsettled))
+        """Answer what depends on something not being there."""
+        self._carry_out(self._store.settle(self._store.take_unsettled()))
+
+    # -- clients that do not read ----------------------------------------------------------------
+
+    def _pause(self, connection: _Connection) -> None:
+        """Take nothing more from a client until it reads."""
+        connection.paused_at = time.monotonic()
+        self._paused.add(connection)
+        self._backlog.discard(connection.client)
+        self._watch(connection, _WRITE)
+
+    def _go_on(self, connection: _Connection) -> None:
+        connection.paused_at = None
+        self._paused.discard(connection)
+        if connection.frames:
+            self._backlog.add(connection.client)
+
+    def _drop_the_deaf(self) -> None:
+        for connection in tuple(self._paused):
+            since = time.monotonic() - (connection.paused_at or 0)
+            if since > _PATIENCE_SECONDS:
+                self._drop(
+                    connection.client,
+                    f"it does not read: {connection.out_bytes} bytes have waited for {since:.0f} s",
+                )
 
     def _wake(self) -> None:
         """See what a release, of which a client has told, lets go."""
@@ -521,16 +555,19 @@ class Server:
                 self._drop(connection.client, "it asks for a descriptor and does not read")
                 return
             data = data[sent:]
-            try:
-                self._selector.modify(connection.sock, _READ | _WRITE, connection)
-            except OSError as error:
-                self._lose(connection.client, error)
+            if not self._watch(connection, _READ | _WRITE):
                 return
         elif send.descriptor is not None:
             self._drop(connection.client, "it asks for a descriptor and does not read")
             return
         connection.out.append(data)
         connection.out_bytes += len(data)
+        if (
+            connection.out_bytes > _PAUSE_BYTES
+            and connection.paused_at is None
+            and connection.client not in self._store.subscribers  # who only read, in their own time
+        ):
+            self._pause(connection)
         if connection.out_bytes > _MAX_UNREAD_BYTES:
             self._drop(
                 connection.client,
@@ -548,14 +585,24 @@ class Server:
                 self._lose(connection.client, error)
                 return
             connection.out_bytes -= sent
+            if connection.paused_at is not None:
+                connection.paused_at = time.monotonic()
             if sent < len(out[0]):
                 out[0] = out[0][sent:]
                 return
             out.popleft()
+        if connection.paused_at is not None:
+            self._go_on(connection)
+        self._watch(connection, _READ)
+
+    def _watch(self, connection: _Connection, events: int) -> bool:
+        """Wait for these events of a connection; tell whether it goes on."""
         try:
-            self._selector.modify(connection.sock, _READ, connection)
+            self._selector.modify(connection.sock, events, connection)
         except OSError as error:
             self._lose(connection.client, error)
+            return False
+        return True
 
     def _descriptor(self, descriptor: Descriptor) -> int:
         return self._segment.fd if descriptor is Descriptor.SEGMENT else self._wake_writer

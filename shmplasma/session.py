@@ -282,7 +282,8 @@ class Session:
             try:
                 return self._exchange_get(channel, request, deadline, pins)
             except ConnectionError as error:
-                self._link.reconnect(channel, error, deadline if request.wait else None)
+                # However short the deadline is: a store that comes back is no reason to fail.
+                self._link.reconnect(channel, error)
                 for pin in pins:  # the dead store may have pinned something
                     pin.clear()
 

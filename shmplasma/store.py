@@ -12,42 +12,40 @@ Invariants
 
 Order
 -----
-`Seal` may come one-way, and a client may have sent it before another one even asked.  So an answer that
-depends on something *not* being there (contains false, a get that found too little, and whatever describes
-the store as a whole) is not given at once: the request is left unsettled, the caller drains every socket
-once, and then `ObjectStore.settle` answers.  What was sealed before a question was asked is always found.
+What clients tell the store one-way lies in their outboxes, which the store reads when a message says so; that
+may come after another client has asked.  So an answer that depends on something *not* being there (contains
+false, a get that found too little, and whatever describes the store as a whole) is not given at once: the
+request is left unsettled, and `ObjectStore.settle` reads all outboxes before it answers.  What was sealed before
+a question was asked is always found.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 from shmplasma.control import Control
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
-from shmplasma.errors import CommitError, ProtocolError
+from shmplasma.creations import Creations
+from shmplasma.effects import Descriptor, Drop, Effect
+from shmplasma.errors import ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
-from shmplasma.layout import BOARD_BYTES, OUTBOX_BYTES, Layout
+from shmplasma.greeting import Greeter, Session
+from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.outbox import RECORDS, read_record
+from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
-from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
+from shmplasma.protocol import ONE_WAY, Frame
 from shmplasma.replies import (
-    Created,
     Done,
-    Failed,
-    Failure,
     Leased,
     Listing,
     Number,
     Objects,
-    Reply,
     Text,
-    Welcome,
 )
-from shmplasma.reports import describe, list_objects, notification, sealed_notifications
+from shmplasma.reports import describe, list_objects
 from shmplasma.requests import (
     Abort,
     AnswerNow,
@@ -80,31 +78,8 @@ __all__ = ["ObjectStore"]
 
 
 Unsettled = tuple[int, int, Request, int]
-"""Client, request id, request and its time: what waits for a drain."""
+"""Client, request id, request and its time: what waits until all outboxes are read."""
 _DONE: Final = Done()
-_NOTHING: Final[Sequence[Effect]] = ()
-
-
-@dataclass(slots=True)
-class _Session:
-    """What the store knows of one connection.
-
-    One that was recovered is *awaited* until its client connects again, and *resumed* from then on.
-    """
-
-    client: int
-    pid: int
-    start_time: int
-    name: str = ""
-    role: Role | None = None
-    detached: bool = False
-    limit_bytes: int = 0
-    board: int = 0
-    trusted: bool = False
-    awaited: bool = False
-    resumed: bool = False
-    lent: set[int] = field(default_factory=set)
-    """Slots of its gets that wait: each waits with slots of its own, so there is an end to their number."""
 
 
 class ObjectStore:
@@ -139,10 +114,9 @@ class ObjectStore:
         memory: Memory,
     ) -> None:
         self._layout = layout
-        self._token = token
         self._memory = memory
         self._raw = raw
-        self._segment = (segment_kind, segment_path)
+        self._outgoing = Outgoing()
         self._table = Table(layout, words, raw, memory.commit)
         self._control = Control(layout, words)
         self._boards = Boards(layout, words, raw, self._control, memory.commit)
@@ -156,14 +130,23 @@ class ObjectStore:
             self._boards,
             self._room,
             memory,
-            self._gone,
+            self._outgoing.gone,
         )
         self._gets = GetQueue()
-        self._sessions: dict[int, _Session] = {}
-        self._subscribers: set[int] = set()
-        self._uncommitted: dict[int, tuple[int, int]] = {}
+        self._greeter = Greeter(
+            layout,
+            token,
+            (segment_kind, segment_path),
+            self._table,
+            self._boards,
+            self._objects,
+            self._outgoing,
+            memory,
+        )
+        self._creations = Creations(
+            self._table, self._boards, self._room, self._objects, self._outgoing
+        )
         self._unsettled: list[Unsettled] = []
-        self._effects: list[Effect] = []
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -179,18 +162,18 @@ class ObjectStore:
         trusted : bool, optional
             Whether it may have this store end in favour of another.
         """
-        self._sessions[client] = _Session(client, pid, start_time, trusted=trusted)
+        self._greeter.sessions[client] = Session(client, pid, start_time, trusted=trusted)
 
     def disconnect(self, client: int, now_ns: int) -> Sequence[Effect]:
         """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
-        session = self._sessions[client]
+        session = self._greeter.sessions[client]
         if session.role is Role.CLIENT and not session.detached:
             try:
                 self._heed(session, now_ns)
             except ProtocolError:
                 session.detached = True  # it goes anyway
-        del self._sessions[client]
-        self._subscribers.discard(client)
+        del self._greeter.sessions[client]
+        self._outgoing.subscribers.discard(client)
         self._boards.revoke(client)
         self._forget(client)
         self._objects.end_lease(client)
@@ -204,30 +187,28 @@ class ObjectStore:
         bool
             Whether it was given anything that it may still use.
         """
-        session = self._sessions[client]
+        session = self._greeter.sessions[client]
         session.detached = True
-        self._subscribers.discard(client)
+        self._outgoing.subscribers.discard(client)
         self._gets.forget(client)
         return session.role is Role.CLIENT
 
     def _forget(self, client: int) -> None:
         """Drop what a client waits for and what it has not sealed."""
         self._gets.forget(client)
-        for entry, (creator, _) in list(self._uncommitted.items()):
-            if creator == client:
-                self._refuse_uncommitted(client, entry)
+        self._creations.forget(client)
         self._objects.abort_all(client)
 
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
         """Carry out one request and return what is to be done."""
-        session = self._sessions[client]
+        session = self._greeter.sessions[client]
         try:
             request = decode_request(frame)
             if session.detached:
                 # Another thread of the client may not have noticed yet that it has left.
-                return _NOTHING
+                return NOTHING
             if type(request) is Hello:
-                self._hello(session, frame.request_id, request)
+                self._greeter.hello(session, frame.request_id, request)
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
@@ -235,43 +216,55 @@ class ObjectStore:
             else:
                 self._request(session, frame.request_id, request, now_ns)
         except Refused as refused:
-            self._reply(client, frame.request_id, refused.failed)
+            self._outgoing.reply(client, frame.request_id, refused.failed)
         except ProtocolError as error:
-            self._effects.append(Drop(client, str(error)))
-        return self._take_effects()
+            self._outgoing.effects.append(Drop(client, str(error)))
+        return self._outgoing.take()
 
     def take_unsettled(self) -> list[Unsettled]:
-        """Return the requests that wait for a drain of all sockets; pass them to `settle` after it."""
+        """Return the requests that wait until all outboxes are read, for `settle`."""
         if self._unsettled:
             self._objects.note_idle_leases()
         unsettled, self._unsettled = self._unsettled, []
         return unsettled
 
     def settle(self, unsettled: Iterable[Unsettled]) -> Sequence[Effect]:
-        """Answer requests whose answer had to wait until every socket was drained once.
+        """Read all outboxes, and answer requests whose answer had to wait for that.
 
-        Some may have to wait for another drain: see `has_unsettled`.
+        Some may have to wait once more: see `has_unsettled`.
         """
+        unsettled = list(unsettled)
+        self._heed_all(max((each[-1] for each in unsettled), default=0))
         self._objects.take_idle_leases()
         for client, request_id, request, now_ns in unsettled:
-            session = self._sessions.get(client)
+            session = self._greeter.sessions.get(client)
             if session is None or session.detached:
                 continue
             try:
                 self._settle(session, request_id, request, now_ns)
             except Refused as refused:
-                self._reply(client, request_id, refused.failed)
-        return self._take_effects()
+                self._outgoing.reply(client, request_id, refused.failed)
+        return self._outgoing.take()
+
+    @property
+    def subscribers(self) -> set[int]:
+        """The clients that are told of each object that is sealed or goes."""
+        return self._outgoing.subscribers
+
+    @property
+    def n_unsettled(self) -> int:
+        """How many requests wait until all outboxes are read."""
+        return len(self._unsettled)
 
     @property
     def has_unsettled(self) -> bool:
-        """Whether requests wait for a drain of all sockets."""
+        """Whether requests wait until all outboxes are read."""
         return bool(self._unsettled)
 
     def wake(self) -> Sequence[Effect]:
         """Let go what waited for a release and is pinned no more."""
         self._objects.wake()
-        return self._take_effects()
+        return self._outgoing.take()
 
     # -- recovering ----------------------------------------------------------------------------
 
@@ -302,19 +295,19 @@ class ObjectStore:
         """
         found = self._objects.recover()
         for board, owner in found.owners.items():
-            session = _Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
+            session = Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
             session.board, session.awaited = board, True
-            self._sessions[board] = session
+            self._greeter.sessions[board] = session
         n_posted = 0
-        for session in self._sessions.values():
+        for session in self._greeter.sessions.values():
             try:
                 n_posted += self._heed(session, now_ns, recovering=True)
             except ProtocolError:
                 session.detached = True  # it is not waited for, and keeps what it holds
-        for session in tuple(self._sessions.values()):
+        for session in tuple(self._greeter.sessions.values()):
             if not is_alive(session.pid, session.start_time):
                 self.disconnect(session.client, now_ns)
-        pids = {session.client: session.pid for session in self._sessions.values()}
+        pids = {session.client: session.pid for session in self._greeter.sessions.values()}
         summary = (
             f"{len(found.sealed)} objects, {len(found.created)} unsealed, {n_posted} announced "
             f"since, {len(pids)} living clients; {found.dropped} unsealed, torn or damaged entries "
@@ -322,7 +315,16 @@ class ObjectStore:
         )
         return pids, summary
 
-    def _heed(self, session: _Session, now_ns: int, *, recovering: bool = False) -> int:
+    def _heed_all(self, now_ns: int) -> None:
+        """Carry out whatever anybody has posted."""
+        for session in tuple(self._greeter.sessions.values()):
+            if session.role is Role.CLIENT and not session.detached:
+                try:
+                    self._heed(session, now_ns)
+                except ProtocolError as error:
+                    self._outgoing.effects.append(Drop(session.client, str(error)))
+
+    def _heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
         """Carry out what a client has posted, and return how much that was.
 
         At a recovery the first record may have been carried out already.
@@ -344,7 +346,7 @@ class ObjectStore:
                 try:
                     self._request(session, ONE_WAY, message, now_ns)
                 except Refused as refused:
-                    self._reply(session.client, ONE_WAY, refused.failed)
+                    self._outgoing.reply(session.client, ONE_WAY, refused.failed)
             acknowledged += 1
             count += 1
             self._control.acknowledge(board, acknowledged)
@@ -360,7 +362,7 @@ class ObjectStore:
     @property
     def has_urgent_work(self) -> bool:
         """Whether a creator waits for memory to be committed."""
-        return bool(self._uncommitted)
+        return bool(self._creations)
 
     @property
     def has_idle_work(self) -> bool:
@@ -375,27 +377,13 @@ class ObjectStore:
         CommitError
             There is no memory, and nobody waits for it.
         """
-        if not self._uncommitted:
-            self._room.commit_step(self._room.idle_target)
-            return []
-        entry, (client, request_id) = next(iter(self._uncommitted.items()))
-        offset, data_size, metadata_size = self._table.location(entry)
-        try:
-            if self._room.commit_step(offset + data_size + metadata_size):
-                del self._uncommitted[entry]
-                self._reply(client, request_id, Created(offset))
-        except CommitError as error:
-            del self._uncommitted[entry]
-            self._boards.unpin_all(client, entry)
-            self._objects.abort(client, self._table.object_id(entry))
-            refused = self._objects.full(data_size + metadata_size, str(error))
-            self._reply(client, request_id, refused.failed)
-        return self._take_effects()
+        self._creations.advance()
+        return self._outgoing.take()
 
     # -- requests ------------------------------------------------------------------------------
 
     def _request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
-        self, session: _Session, request_id: int, request: Request, now_ns: int
+        self, session: Session, request_id: int, request: Request, now_ns: int
     ) -> None:
         client = session.client
         match request:
@@ -404,181 +392,100 @@ class ObjectStore:
             case Create():
                 if not self._boards.may_lend(client, (request.slot,)):
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
-                self._create(session, request_id, request, now_ns)
+                if not self._creations.create(session, request_id, request, now_ns):
+                    self._unsettled.append((client, request_id, request, now_ns))
             case Seal():
-                if self._uncommitted and self._table.find(request.object_id) in self._uncommitted:
+                if self._creations and self._table.find(request.object_id) in self._creations:
                     raise ProtocolError("it seals what it was not told the place of")
                 entry = self._objects.seal(client, request.object_id, now_ns)
-                if self._subscribers or self._gets:
+                if self._outgoing.subscribers or self._gets:
                     self._announce(entry)
-                self._reply(client, request_id, _DONE)
+                self._outgoing.reply(client, request_id, _DONE)
             case Get():
-                self._get(client, request_id, request)
+                self._get(client, request_id, request, now_ns)
             case AskLease():
                 needed = request.needed_bytes
                 # What a client with a limit stores is counted object by object.
                 none = Leased(0, 0, 0, 0)
                 limited = session.limit_bytes > 0
                 lease = none if limited else self._objects.lease(client, session.board, needed)
-                self._reply(client, request_id, lease)
+                self._outgoing.reply(client, request_id, lease)
             case Flush():
-                self._reply(client, request_id, _DONE)
+                self._outgoing.reply(client, request_id, _DONE)
             case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
-                self._reply(client, request_id, Number(1))
+                self._outgoing.reply(client, request_id, Number(1))
             case AnswerNow() if request_id != ONE_WAY:
                 raise ProtocolError("an AnswerNow that asks for an answer of its own")
             case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
                 self._unsettled.append((client, request_id, request, now_ns))
             case Abort():
-                self._refuse_uncommitted(client, self._table.find(request.object_id))
+                self._creations.take_back(client, self._table.find(request.object_id))
                 self._objects.abort(client, request.object_id)
-                self._reply(client, request_id, _DONE)
+                self._outgoing.reply(client, request_id, _DONE)
             case SetOptions():
                 session.name, session.limit_bytes = request.name, request.limit_bytes
                 self._objects.recall_leases()
-                self._reply(client, request_id, _DONE)
+                self._outgoing.reply(client, request_id, _DONE)
             case Grow():
-                self._reply(client, request_id, Number(self._grant(session)))
+                self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))
             case Attach():
-                self._reply(client, request_id, Done(), Descriptor.SEGMENT)
+                self._outgoing.reply(client, request_id, Done(), Descriptor.SEGMENT)
             case Detach():
                 session.detached = True
                 self._forget(client)
                 self._objects.end_lease(client)
-                self._reply(client, request_id, _DONE)
+                self._outgoing.reply(client, request_id, _DONE)
             case Hello() | Post():
                 raise AssertionError("it was handled before")
             case _:
                 assert_never(request)
 
-    def _settle(self, session: _Session, request_id: int, request: Request, now_ns: int) -> None:
+    def _settle(self, session: Session, request_id: int, request: Request, now_ns: int) -> None:
         client = session.client
         match request:
             case Create():
-                self._create(session, request_id, request, now_ns)
+                if not self._creations.create(session, request_id, request, now_ns):
+                    self._unsettled.append((client, request_id, request, now_ns))
             case Contains():
                 found = self._objects.find_sealed(request.object_id) != NO_ENTRY
-                self._reply(client, request_id, Number(found))
+                self._outgoing.reply(client, request_id, Number(found))
             case Get():
                 self._answer_now(client, request_id)
             case AnswerNow():
                 self._answer_now(client, request.request_id)
             case Delete():
                 self._objects.delete(request.object_ids)
-                self._reply(client, request_id, _DONE)
+                self._outgoing.reply(client, request_id, _DONE)
             case Evict():
-                self._reply(client, request_id, Number(self._objects.evict(request.size_bytes)))
+                self._outgoing.reply(
+                    client, request_id, Number(self._objects.evict(request.size_bytes))
+                )
             case List():
-                self._reply(client, request_id, self._list(request.start))
+                self._outgoing.reply(client, request_id, self._list(request.start))
             case Debug():
-                self._reply(client, request_id, Text(self.describe()))
+                self._outgoing.reply(client, request_id, Text(self.describe()))
             case _:
                 raise AssertionError(f"{request} is answered at once")
 
-    def _hello(self, session: _Session, request_id: int, hello: Hello) -> None:
-        client = session.client
-        if session.role is not None:
-            raise ProtocolError("a second Hello")
-        if hello.version != PROTOCOL_VERSION:
-            text = (
-                f"the store speaks protocol version {PROTOCOL_VERSION}, the client version "
-                f"{hello.version}; run the same release of shmplasma on both sides"
-            )
-            self._reply(client, request_id, Failed(Failure.VERSION, text))
-            raise ProtocolError(f"it speaks protocol version {hello.version}")
-        if hello.reclaim:
-            awaited = self._sessions.get(hello.reclaim - 1)
-            if awaited is not None and awaited.awaited and _same_process(awaited, session):
-                self._resume(session, awaited, request_id, hello.name)
-                return
-        if hello.role is Role.SUCCESSOR:
-            if not session.trusted:
-                raise ProtocolError("it may not replace this store")
-            session.role = hello.role
-            self._reply(client, request_id, _DONE)
-            self._effects.append(HandOver(client))
-            return
-        if hello.role is Role.CLIENT:
-            session.board = self._grant(session)
-            descriptor = Descriptor.WAKE
-        else:
-            descriptor = None
-            self._subscribers.add(client)
-        session.role, session.name = hello.role, hello.name
-        self._reply(client, request_id, self._welcome(session), descriptor)
-        if hello.role is Role.SUBSCRIBER:
-            self._replay(client)
-
-    def _resume(self, session: _Session, awaited: _Session, request_id: int, name: str) -> None:
-        """Let a client whose store has died go on with all that it has, over a new connection."""
-        del self._sessions[session.client]
-        awaited.awaited, awaited.resumed, awaited.name = False, True, name
-        self._effects.append(Adopt(session.client, awaited.client))
-        self._reply(awaited.client, request_id, self._welcome(awaited), Descriptor.WAKE)
-
-    def _welcome(self, session: _Session) -> Welcome:
-        barrier = self._memory.has_barrier
-        return Welcome(self._token, session.board, barrier, session.resumed, *self._segment)
-
-    def _grant(self, session: _Session) -> int:
-        try:
-            board = self._boards.grant(session.client, session.pid, session.start_time)
-        except CommitError as error:
-            raise self._objects.full(BOARD_BYTES, str(error)) from error
-        if board is None:
-            text = (
-                f"all {self._layout.n_boards} pin boards of the store are in use; close clients or "
-                "release buffers"
-            )
-            raise Refused(Failed(Failure.NO_BOARD, text))
-        return board
-
-    def _create(self, session: _Session, request_id: int, request: Create, now_ns: int) -> None:
-        client = session.client
-        if request.data_size < 0 or request.metadata_size < 0:
-            raise ProtocolError(f"an object of {request.data_size}+{request.metadata_size} bytes")
-        try:
-            entry = self._objects.create(client, request, session.limit_bytes, now_ns)
-        except Refused as refused:
-            # Leases are never the reason: they come back first.
-            if refused.failed.failure is not Failure.FULL or not self._objects.recall_leases():
-                raise
-            self._unsettled.append((client, request_id, request, now_ns))
-            return
-        offset, data_size, metadata_size = self._table.location(entry)
-        if data_size + metadata_size and offset + data_size + metadata_size > self._room.watermark:
-            self._uncommitted[entry] = (client, request_id)
-        else:
-            self._reply(client, request_id, Created(offset))
-
-    def _refuse_uncommitted(self, client: int, entry: int) -> None:
-        """Answer a creation that waits for memory, if this is one, because it is taken back."""
-        creator, request_id = self._uncommitted.get(entry, (None, ONE_WAY))
-        if creator == client:
-            del self._uncommitted[entry]
-            self._boards.unpin_all(client, entry)
-            failed = Failed(Failure.NOT_FOUND, "the object was aborted before it had its memory")
-            self._reply(client, request_id, failed)
-
-    def _publish(self, session: _Session, request_id: int, message: Publish, now_ns: int) -> None:
+    def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""
         repeatable = session.resumed and request_id != ONE_WAY
         if repeatable and self._objects.is_repeated(session.client, message):
-            self._reply(session.client, request_id, _DONE)
+            self._outgoing.reply(session.client, request_id, _DONE)
             return
         entry = self._objects.publish(session.client, message, now_ns)
-        if self._subscribers or self._gets:
+        if self._outgoing.subscribers or self._gets:
             self._announce(entry)  # whoever has waited is told before the writer is
-        self._reply(session.client, request_id, _DONE)
+        self._outgoing.reply(session.client, request_id, _DONE)
 
     # -- get -----------------------------------------------------------------------------------
 
-    def _get(self, client: int, request_id: int, request: Get) -> None:
+    def _get(self, client: int, request_id: int, request: Get, now_ns: int) -> None:
         if request_id == ONE_WAY or (client, request_id) in self._gets:
             raise ProtocolError(f"a get under the request id {request_id}")
         if not self._boards.may_lend(client, request.slots):
             raise ProtocolError("a get names slots that are not its to lend")
-        lent = self._sessions[client].lent
+        lent = self._greeter.sessions[client].lent
         if lent and not lent.isdisjoint(request.slots):
             raise ProtocolError("a get names slots that another one waits with")
         get = PendingGet.begin(client, request_id, request)
@@ -587,12 +494,12 @@ class ObjectStore:
             if entry != NO_ENTRY:
                 self._fill(get, object_id, entry)
         if not get.missing:
-            self._reply(client, request_id, Objects(get.found))
+            self._outgoing.reply(client, request_id, Objects(get.found))
             return
         lent.update(request.slots)
         self._gets.add(get)
         if not request.wait:
-            self._unsettled.append((client, request_id, request, 0))
+            self._unsettled.append((client, request_id, request, now_ns))
 
     def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
         """Enter a sealed object into a get and pin it for its client."""
@@ -605,7 +512,7 @@ class ObjectStore:
         """Tell those who wait for an object, and the subscribers, that it is sealed."""
         object_id = self._table.object_id(entry)
         _, data_size, metadata_size = self._table.location(entry)
-        self._notify(object_id, data_size, metadata_size)
+        self._outgoing.notify(object_id, data_size, metadata_size)
         for get in self._gets.waiting_for(object_id):
             self._fill(get, object_id, entry)
             if not get.missing:
@@ -615,20 +522,22 @@ class ObjectStore:
         """Answer a get with what it has; one that was answered meanwhile needs nothing."""
         get = self._gets.remove(client, request_id)
         if get is not None:
-            self._sessions[client].lent.difference_update(get.request.slots)
-            self._reply(client, request_id, Objects(get.found))
+            self._greeter.sessions[client].lent.difference_update(get.request.slots)
+            self._outgoing.reply(client, request_id, Objects(get.found))
 
     # -- describing ----------------------------------------------------------------------------
 
     def _list(self, start: int) -> Listing:
-        holders = Counter(e for client in self._sessions for e in self._objects.held_by(client))
+        holders = Counter(
+            e for client in self._greeter.sessions for e in self._objects.held_by(client)
+        )
         return list_objects(self._table, holders, start)
 
     def describe(self) -> str:
         """Return the store's figures, one a line."""
         clients = [
             f"{_shown(session.name)} (pid {session.pid})"
-            for client, session in self._sessions.items()
+            for client, session in self._greeter.sessions.items()
             if session.role is Role.CLIENT
             and (not session.detached or self._objects.held_by(client))
         ]
@@ -638,38 +547,6 @@ class ObjectStore:
         """Prove the invariants of all parts."""
         self._objects.check()
         self._gets.check()
-
-    # -- effects -------------------------------------------------------------------------------
-
-    def _take_effects(self) -> Sequence[Effect]:
-        if not self._effects:
-            return _NOTHING
-        effects, self._effects = self._effects, []
-        return effects
-
-    def _reply(
-        self, client: int, request_id: int, reply: Reply, descriptor: Descriptor | None = None
-    ) -> None:
-        if request_id != ONE_WAY:
-            data = encode_frame(reply.KIND, request_id, reply.encode())
-            self._effects.append(Send(client, data, descriptor))
-
-    def _gone(self, object_id: bytes) -> None:
-        self._notify(object_id, -1, -1)
-
-    def _notify(self, object_id: bytes, data_size: int, metadata_size: int) -> None:
-        if self._subscribers:
-            data = notification(object_id, data_size, metadata_size)
-            self._effects += [Send(client, data) for client in self._subscribers]
-
-    def _replay(self, client: int) -> None:
-        """Send a new subscriber all objects that are sealed."""
-        self._effects += [Send(client, data) for data in sealed_notifications(self._table)]
-
-
-def _same_process(one: _Session, other: _Session) -> bool:
-    """Tell whether two connections are of one process; where it cannot be seen, its word counts."""
-    return (one.pid, one.start_time) == (other.pid, other.start_time)
 
 
 def _shown(name: str) -> str:

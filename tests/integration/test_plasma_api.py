@@ -979,7 +979,7 @@ def test_after_disconnect(
 def test_the_store_has_gone(how: str) -> None:
     """When the store has gone, everything that needs it is an OSError, now and later."""
     with plasma.Store(10**6) as store:
-        client = store.connect()
+        client = plasma.connect(store.store_socket_name, 1)
         getattr(store.process, how)()
         store.process.wait()
         for use in USES.values():

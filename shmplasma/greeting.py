@@ -1,0 +1,178 @@
+"""The beginning of a conversation: who connects, for what, and with what he is given.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from shmplasma.effects import Adopt, Descriptor, HandOver
+from shmplasma.errors import CommitError, ProtocolError
+from shmplasma.layout import BOARD_BYTES, Layout
+from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.outgoing import Outgoing
+from shmplasma.pins import Boards
+from shmplasma.protocol import PROTOCOL_VERSION
+from shmplasma.replies import Done, Failed, Failure, Welcome
+from shmplasma.requests import Hello, Role
+from shmplasma.room import Memory
+from shmplasma.table import Table
+
+__all__ = ["Greeter", "Session", "same_process"]
+
+_KEPT_FOR_OTHERS: Final = 8
+"""This share of all boards is not for those who have one already."""
+
+
+@dataclass(slots=True)
+class Session:
+    """What the store knows of one connection.
+
+    One that was recovered is *awaited* until its client connects again, and *resumed* from then on.
+    """
+
+    client: int
+    pid: int
+    start_time: int
+    name: str = ""
+    role: Role | None = None
+    detached: bool = False
+    limit_bytes: int = 0
+    board: int = 0
+    n_boards: int = 0
+    trusted: bool = False
+    awaited: bool = False
+    resumed: bool = False
+    lent: set[int] = field(default_factory=set)
+    """Slots of its gets that wait: each waits with slots of its own, so there is an end to their number."""
+
+
+class Greeter:
+    """Introduces connections to the store.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    token : bytes
+        The segment's identity.
+    segment : tuple of str
+        Kind and path of the segment, by which clients find it.
+    memory : Memory
+        Says whether clients may pin without a message.
+    table, boards, objects, outgoing
+        The parts of the store that it needs.
+
+    Attributes
+    ----------
+    sessions : dict
+        All connections, by their numbers.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        token: bytes,
+        segment: tuple[str, str],
+        table: Table,
+        boards: Boards,
+        objects: Lifecycle,
+        outgoing: Outgoing,
+        memory: Memory,
+    ) -> None:
+        self._layout = layout
+        self._token = token
+        self._segment = segment
+        self._memory = memory
+        self._table = table
+        self._boards = boards
+        self._objects = objects
+        self._outgoing = outgoing
+        self.sessions: dict[int, Session] = {}
+
+    def hello(self, session: Session, request_id: int, hello: Hello) -> None:
+        """Answer the first message of a connection.
+
+        Raises
+        ------
+        ProtocolError
+            It is none, or not to be granted.
+        Refused
+            There is no board for it.
+        """
+        client = session.client
+        if session.role is not None:
+            raise ProtocolError("a second Hello")
+        if hello.version != PROTOCOL_VERSION:
+            text = (
+                f"the store speaks protocol version {PROTOCOL_VERSION}, the client version "
+                f"{hello.version}; run the same release of shmplasma on both sides"
+            )
+            self._outgoing.reply(client, request_id, Failed(Failure.VERSION, text))
+            raise ProtocolError(f"it speaks protocol version {hello.version}")
+        if hello.reclaim:
+            awaited = self.sessions.get(hello.reclaim - 1)
+            if awaited is not None and awaited.awaited and same_process(awaited, session):
+                self._resume(session, awaited, request_id, hello.name)
+                return
+        if hello.role is Role.SUCCESSOR:
+            if not session.trusted:
+                raise ProtocolError("it may not replace this store")
+            session.role = hello.role
+            self._outgoing.reply(client, request_id, Done())
+            self._outgoing.effects.append(HandOver(client))
+            return
+        if hello.role is Role.CLIENT:
+            session.board = self.grant(session)
+            descriptor = Descriptor.WAKE
+        else:
+            descriptor = None
+            self._outgoing.subscribers.add(client)
+        session.role, session.name = hello.role, hello.name
+        self._outgoing.reply(client, request_id, self._welcome(session), descriptor)
+        if hello.role is Role.SUBSCRIBER:
+            self._outgoing.replay(client, self._table)
+
+    def _resume(self, session: Session, awaited: Session, request_id: int, name: str) -> None:
+        """Let a client whose store has died go on with all that it has, over a new connection."""
+        del self.sessions[session.client]
+        awaited.awaited, awaited.resumed, awaited.name = False, True, name
+        self._outgoing.effects.append(Adopt(session.client, awaited.client))
+        self._outgoing.reply(awaited.client, request_id, self._welcome(awaited), Descriptor.WAKE)
+
+    def _welcome(self, session: Session) -> Welcome:
+        return Welcome(
+            self._token, session.board, self._memory.has_barrier, session.resumed, *self._segment
+        )
+
+    def grant(self, session: Session) -> int:
+        """Give a client one more board and return its number.
+
+        Raises
+        ------
+        Refused
+            There is none for it.
+        """
+        others_keep = self._layout.n_boards // _KEPT_FOR_OTHERS
+        if session.n_boards and self._boards.n_free < others_keep:
+            text = (
+                "nearly all pin boards of the store are in use, and the rest is for clients that have "
+                "none; release buffers"
+            )
+            raise Refused(Failed(Failure.NO_BOARD, text))
+        try:
+            board = self._boards.grant(session.client, session.pid, session.start_time)
+        except CommitError as error:
+            raise self._objects.full(BOARD_BYTES, str(error)) from error
+        if board is None:
+            text = (
+                f"all {self._layout.n_boards} pin boards of the store are in use; close clients or "
+                "release buffers"
+            )
+            raise Refused(Failed(Failure.NO_BOARD, text))
+        session.n_boards += 1
+        return board
+
+
+def same_process(one: Session, other: Session) -> bool:
+    """Tell whether two connections are of one process; where it cannot be seen, its word counts."""
+    return (one.pid, one.start_time) == (other.pid, other.start_time)
