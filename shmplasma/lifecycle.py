@@ -457,7 +457,7 @@ class Lifecycle:
         """
         memory = self._memory
         found = examine(self._layout, self._table, self._boards, memory.barrier)
-        self._room.recover(found.sealed, found.used)
+        self._room.recover(found.sealed, found.sealed_bytes, found.used)
         for client, (cursor, end) in found.leases.items():
             self._leases.restore(client, client, cursor, end)
         self._table.prepare(self._leases.objects_left)

@@ -61,6 +61,8 @@ class Findings:
         The clients, by their first board; some may have ended.
     sealed : list of int
         Entries of sealed objects, doomed ones included, in the order in which they were sealed.
+    sealed_bytes : int
+        The sum of their extents.
     doomed : set of int
         Those that were deleted while they were pinned.
     created : dict
@@ -77,6 +79,7 @@ class Findings:
 
     owners: dict[int, Owner]
     sealed: list[int] = field(default_factory=list)
+    sealed_bytes: int = 0
     doomed: set[int] = field(default_factory=set)
     created: dict[int, int] = field(default_factory=dict)
     limbo: set[int] = field(default_factory=set)
@@ -131,8 +134,13 @@ def examine(
             table.set_state(remains.entry, EntryState.SEALED)
     in_order = sorted(kept, key=attrgetter("sealed_ns"))
     findings.sealed = [each.entry for each in in_order if each.entry not in findings.created]
+    objects = [(remains.object_id, remains.entry) for remains in kept]
     entries = [remains.entry for remains in kept]
-    table.relink(entries, set(range(end)).difference(entries, findings.limbo))
+    table.relink(objects, set(range(end)).difference(entries, findings.limbo))
+    created = findings.created
+    findings.sealed_bytes = sum(
+        align_up(each.size_bytes, ALIGNMENT) for each in kept if each.entry not in created
+    )
     extents.sort()
     findings.leases = _leases(findings.owners, extents)
     leased = [(cursor, stop - cursor) for cursor, stop in findings.leases.values()]
@@ -146,8 +154,13 @@ def _judge(
     """Separate what stays from what goes, and note the creators of what is unsealed."""
     whole: list[Remains] = []
     going: list[Remains] = []
+    low, high = limits
     for remains in table.scan():
         stays = remains.verdict is Verdict.COMPLETE
+        offset, size = remains.offset, remains.size_bytes
+        if stays and low <= offset and not offset % ALIGNMENT and offset + size <= high:
+            whole.append(remains)  # as nearly all of them do
+            continue
         if remains.verdict is Verdict.BEGUN and remains.state == EntryState.CREATED:
             creator = boards.owner(remains.slot // BOARD_WORDS) if remains.slot >= 0 else None
             stays = creator is not None

@@ -312,13 +312,17 @@ class Room:
 
     # -- recovering ----------------------------------------------------------------------------
 
-    def recover(self, sealed: Iterable[int], used: Iterable[tuple[int, int]]) -> None:
+    def recover(
+        self, sealed: Sequence[int], sealed_bytes: int, used: Iterable[tuple[int, int]]
+    ) -> None:
         """Take over the data region of a store that has died.
 
         Parameters
         ----------
-        sealed : iterable of int
+        sealed : sequence of int
             The entries that may be evicted, in the order in which they were sealed.
+        sealed_bytes : int
+            The sum of their extents.
         used : iterable of (offset, size)
             All extents that are not free, by address; none overlaps another.
 
@@ -351,8 +355,8 @@ class Room:
         else:
             while not self.commit_step(end):
                 pass
-        for entry in sealed:
-            self.sealed(entry)
+        self._queue.fill(sealed)
+        self._sealed_bytes = sealed_bytes
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -181,7 +181,11 @@ class Server:
 
     def _recover(self) -> None:
         began = time.monotonic()
-        clients, summary = self._store.recover(system.is_alive, time.time_ns())
+        gc.disable()  # 100,000 objects make no garbage, and as many collections as there are tuples
+        try:
+            clients, summary = self._store.recover(system.is_alive, time.time_ns())
+        finally:
+            gc.enable()
         for client, pid in clients.items():
             exited = self._watch_exit(client, pid)
             if exited is not None:

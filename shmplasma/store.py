@@ -404,6 +404,8 @@ class ObjectStore:
             case Get():
                 self._get(client, request_id, request, now_ns)
             case AskLease():
+                # Its last message may have been interrupted; the next lease takes what the last one has left.
+                self._heed(session, now_ns)
                 needed = request.needed_bytes
                 # What a client with a limit stores is counted object by object.
                 none = Leased(0, 0, 0, 0)

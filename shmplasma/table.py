@@ -374,8 +374,8 @@ class Table:
         """Return the slot of the object's creator, -1 where there is none."""
         return int(self._words[self._entries_word + entry * ENTRY_WORDS + _OWNER]) - 1
 
-    def relink(self, entries: Iterable[int], free: Iterable[int]) -> None:
-        """Make these entries the objects that can be found, and those the free ones.
+    def relink(self, objects: Iterable[tuple[bytes, int]], free: Iterable[int]) -> None:
+        """Make these the objects that can be found, by id and entry, and those entries the free ones.
 
         Notes
         -----
@@ -383,18 +383,27 @@ class Table:
         that they go on finding what is in it; in one that is written anew they may miss something for a
         moment, or go round in it, which they notice, and they ask the store.
         """
-        words, raw, mask = self._words, self._raw, self._mask
+        words, mask = self._words, self._mask
+        next_word = self._entries_word + _NEXT
         chains: dict[int, list[int]] = {}
-        for entry in entries:
-            start = (self._entries_word + entry * ENTRY_WORDS) * 8 + _ID
-            chains.setdefault(crc32(raw[start : start + 20]) & mask, []).append(entry)
+        for object_id, entry in objects:
+            bucket = crc32(object_id) & mask
+            if bucket in chains:
+                chains[bucket].append(entry)
+            else:
+                chains[bucket] = [entry]
             self._linked += 1
         heads = words[self._buckets_word : self._buckets_word + mask + 1].tolist()
-        for bucket, head in enumerate(heads):
-            chain = chains.get(bucket, [])
-            if not (head or chain):
-                continue
-            if self._chain(head, len(chain)) == set(chain):
+        for bucket in [
+            *chains,
+            *(at for at, head in enumerate(heads) if head and at not in chains),
+        ]:
+            head, chain = heads[bucket], chains.get(bucket, [])
+            # Most chains have one entry; the others are looked at in full.
+            if len(chain) == 1 and head == chain[0] + 1:
+                if not words[next_word + chain[0] * ENTRY_WORDS]:
+                    continue
+            elif self._chain(head, len(chain)) == set(chain):
                 continue
             words[self._buckets_word + bucket] = 0
             following = 0
@@ -418,9 +427,8 @@ class Table:
         """Free an entry that is in no chain, under a new generation; `relink` puts it on the free list."""
         at = self._entries_word + entry * ENTRY_WORDS
         generation = (self._words[at] >> GENERATION_SHIFT) + 1
-        self._words[at] = (
-            generation << GENERATION_SHIFT & _ALL_ONES
-        )  # a damaged one may be the last
+        # A damaged one may be the last that there is.
+        self._words[at] = generation << GENERATION_SHIFT & _ALL_ONES
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -159,13 +159,17 @@ class Peer:
         return self.last_id
 
     def tell(self, request: Request) -> None:
-        """Send a one-way message."""
+        """Send a one-way message as a frame of its own, whatever a real client would do."""
         self._conversation.deliver(self, request, ONE_WAY)
 
     def write(self, message: Publish | Seal | Abort) -> None:
         """Post something as clients do: a record, and a message which says that there is one."""
-        assert self.outbox.append(message.KIND, message.encode())
+        self.write_silently(message)
         self.tell(Post())
+
+    def write_silently(self, message: Publish | Seal | Abort) -> None:
+        """Write a record, and be interrupted before the message that says so."""
+        assert self.outbox.append(message.KIND, message.encode())
 
     def ask(self, request: Request, expected: type[_T]) -> _T:
         """Send a request, let the store do all that it has to do, and return the reply."""
@@ -207,7 +211,7 @@ class Peer:
     def put(self, object_id: bytes, data_size: int = 64, metadata_size: int = 0) -> None:
         """Create an object, seal it, and let go of it."""
         slot = self.create(object_id, data_size, metadata_size)
-        self.tell(Seal(object_id))
+        self.write(Seal(object_id))
         self.release(slot)
 
     def wanted(self, object_ids: Sequence[bytes], *, wait: bool = False) -> Get:

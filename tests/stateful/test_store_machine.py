@@ -425,7 +425,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Seal one's own object, or try to seal another."""
         peer, thing = self.choose(which, number, any_id, is_own)
         if one_way:
-            peer.tell(Seal(any_id if thing is None else thing.object_id))
+            peer.write(Seal(any_id if thing is None else thing.object_id))
         else:
             judge_reply = self.judge_of_writer(peer, thing, any_id, lambda _: None)
             self.send(peer, Seal(any_id if thing is None else thing.object_id), judge_reply)
@@ -697,7 +697,7 @@ class StoreMachine(RuleBasedStateMachine):
         rent.making = None
         rent.start = thing.offset + align_up(thing.size, 64)
         self.model.things[thing.object_id] = thing
-        peer.tell(Publish(thing.object_id, thing.offset, thing.data_size, 0, CODEC))
+        peer.write(Publish(thing.object_id, thing.offset, thing.data_size, 0, CODEC))
         self.set_busy(peer, False)
         assert thing.is_sealed
 

@@ -20,15 +20,19 @@ from shmplasma.layout import (
     ID_BYTES,
     ID_FIELD,
     LAYOUT_VERSION,
+    OUTBOX_BYTES,
     STATE_MASK,
     EntryState,
     EntryWord,
     HeaderWord,
     Layout,
     align_up,
+    mark_end,
+    read_end,
 )
 
 TOKEN = bytes(range(100, 116))
+ENDS = [HeaderWord.ENTRIES_END, HeaderWord.BOARDS_END, HeaderWord.WATERMARK]
 PAGES = st.sampled_from([4096, 16384, 65536, 2 << 20, 1 << 30])
 CAPACITIES = st.integers(1, 1 << 20) | st.integers(1, 1 << 46)
 FIELD_NAMES = [field.name for field in fields(Layout)]
@@ -62,6 +66,7 @@ def test_regions_follow_each_other_on_page_boundaries(capacity: int, page_bytes:
         (layout.visited, layout.n_entries),
         (layout.control, layout.n_boards * CONTROL_BYTES),
         (layout.boards, layout.n_boards * BOARD_BYTES),
+        (layout.outboxes, layout.n_boards * OUTBOX_BYTES),
         (layout.data, layout.data_bytes),
         (layout.segment_bytes, 0),
     ]
@@ -119,7 +124,11 @@ def test_words_of_the_format_fit_their_places() -> None:
     assert EntryWord.NEXT < 64 // 8, "what a reader needs lies in the first cache line"
     assert max(EntryState) <= STATE_MASK == (1 << GENERATION_SHIFT) - 1
     assert BOARD_WORDS * 8 == BOARD_BYTES
-    assert all(4 + len(FIELD_NAMES) <= word < HEADER_BYTES // 8 for word in HeaderWord)
+    complements = {word + 16 for word in ENDS}
+    assert complements.isdisjoint(HeaderWord)
+    words = complements.union(HeaderWord)
+    assert all(4 + len(FIELD_NAMES) <= word < HEADER_BYTES // 8 for word in words)
+    assert max(words) == HeaderWord.SCRATCH_BYTES, "a path follows it"
 
 
 @given(st.integers(0, 1 << 20))
@@ -192,3 +201,63 @@ def test_garbage_is_a_layout_or_a_layout_error(
     except LayoutError:
         return
     assert layout == Layout.plan(layout.capacity, layout.page_bytes)
+
+
+# -- how far regions were used -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ENDS)
+def test_a_new_segment_was_used_nowhere(word: HeaderWord) -> None:
+    """A header begins with ends that are known, and 0."""
+    assert read_end(header_of(Layout.plan(1, 4096)), word, 100) == 0
+
+
+@given(st.sampled_from(ENDS), st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1))
+@example(HeaderWord.WATERMARK, 5, 5)
+@example(HeaderWord.WATERMARK, 6, 5)
+@example(HeaderWord.WATERMARK, (1 << 64) - 1, (1 << 64) - 1)
+def test_an_end_is_what_was_marked_or_the_limit(word: HeaderWord, end: int, limit: int) -> None:
+    """An end comes back as it was; one above the limit is none."""
+    words = header_of(Layout.plan(1, 4096))
+    mark_end(words, word, end)
+    assert read_end(words, word, limit) == min(end, limit)
+    assert all(read_end(words, other, limit) == 0 for other in ENDS if other != word)
+    assert Layout.read(words) == (Layout.plan(1, 4096), TOKEN)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_a_death_between_the_words_of_an_end(before: int, after: int) -> None:
+    """With one of the two words written an end is unsure, hence the limit, unless nothing has changed."""
+    words, whole = header_of(Layout.plan(1, 4096)), header_of(Layout.plan(1, 4096))
+    mark_end(words, HeaderWord.BOARDS_END, before)
+    mark_end(whole, HeaderWord.BOARDS_END, after)
+    words[HeaderWord.BOARDS_END] = whole[HeaderWord.BOARDS_END]
+    assert read_end(words, HeaderWord.BOARDS_END, 5000) == (after if after == before else 5000)
+
+
+@given(st.integers(0, 1000), st.integers(0, 63), st.booleans())
+def test_a_damaged_end_is_the_limit(end: int, bit: int, of_the_complement: bool) -> None:
+    """Any bit of an end that is flipped makes it unsure."""
+    words = header_of(Layout.plan(1, 4096))
+    mark_end(words, HeaderWord.ENTRIES_END, end)
+    words[HeaderWord.ENTRIES_END + 16 * of_the_complement] ^= 1 << bit
+    assert read_end(words, HeaderWord.ENTRIES_END, 5000) == 5000
+
+
+@pytest.mark.parametrize("path", [b"", b"/tmp/s", 107 * b"p"])
+def test_a_scratch_path_says_that_nobody_starts_the_store_again(path: bytes) -> None:
+    """The path comes back, and is no part of the layout."""
+    layout = Layout.plan(1, 4096)
+    words = memoryview(bytearray(HEADER_BYTES)).cast("Q")
+    layout.write(words, TOKEN, path)
+    assert Layout.scratch(words) == path
+    assert Layout.read(words) == (layout, TOKEN)
+
+
+@given(st.integers(0, (1 << 64) - 1))
+def test_a_damaged_scratch_length_is_harmless(length: int) -> None:
+    """However long a path is said to be, no more than the header is read."""
+    words = header_of(Layout.plan(1, 4096))
+    words[HeaderWord.SCRATCH_BYTES] = length
+    start = (HeaderWord.SCRATCH_BYTES + 1) * 8
+    assert len(Layout.scratch(words)) == min(length, HEADER_BYTES - start)

@@ -8,6 +8,7 @@ from shmplasma.effects import Descriptor
 from shmplasma.errors import CommitError
 from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
+from shmplasma.outbox import RECORDS
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -37,6 +38,7 @@ from shmplasma.requests import (
     Grow,
     Hello,
     List,
+    Post,
     Publish,
     Request,
     Role,
@@ -1280,6 +1282,61 @@ def test_a_lease_lies_in_committed_memory(tenant: Tenant) -> None:
     committed = [offset + size for offset, size in tenant.talk.memory.commits]
     assert max(committed) >= tenant.lease.offset + tenant.lease.size_bytes
     assert f"leased bytes: {MIN_LEASE_BYTES}" in tenant.talk.store.describe()
+    tenant.talk.store.check()
+
+
+def test_a_lease_is_not_exchanged_before_what_is_published_in_it(tenant: Tenant) -> None:
+    """An object whose message was interrupted is entered before its client's next lease takes its room."""
+    tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    lease = tenant.peer.ask(AskLease(100), Leased)
+    start, end = lease.offset, lease.offset + lease.size_bytes
+    assert not start <= tenant.next < end
+    tenant.next = start
+    tenant.publish(B)
+    assert tenant.peer.dropped is None
+    assert flags(tenant.talk.client(), A, B) == [1, 1]
+    tenant.talk.store.check()
+
+
+def test_what_was_not_announced_is_found_by_who_asks(tenant: Tenant) -> None:
+    """No negative answer is given while an outbox has something that nobody has announced."""
+    tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    assert flags(tenant.talk.client(), A) == [1]
+    tenant.talk.store.check()
+
+
+def test_what_was_not_announced_counts_at_the_end(tenant: Tenant) -> None:
+    """A client that ends before it has sent its last message has put what it has written down."""
+    tenant.peer.create(B)
+    tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    tenant.peer.write_silently(Seal(B))
+    tenant.talk.disconnect(tenant.peer)
+    assert flags(tenant.talk.client(), A, B) == [1, 1]
+    tenant.talk.store.check()
+
+
+def test_a_full_outbox_and_one_message(tenant: Tenant) -> None:
+    """One message has all records handled, in order, and the ring is free again."""
+    ids = [name(number) for number in range(RECORDS)]
+    for number, object_id in enumerate(ids):
+        tenant.peer.write_silently(Publish(object_id, tenant.next + 64 * number, 64, 0, 3))
+    assert not tenant.peer.outbox.append(Abort.KIND, Abort(A).encode())
+    before = tenant.control(ControlWord.ACKNOWLEDGED)
+    tenant.peer.tell(Post())
+    assert tenant.control(ControlWord.ACKNOWLEDGED) == before + RECORDS
+    tenant.next += 64 * RECORDS
+    tenant.publish(name(RECORDS))
+    assert flags(tenant.talk.client(), *ids, name(RECORDS)) == (RECORDS + 1) * [1]
+    tenant.talk.store.check()
+
+
+def test_a_record_that_clients_do_not_write(tenant: Tenant) -> None:
+    """A record of no kind that is posted costs its writer the connection, and what came before it counts."""
+    tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    assert tenant.peer.outbox.append(Flush.KIND, b"")
+    tenant.peer.tell(Post())
+    assert tenant.peer.dropped is not None
+    assert flags(tenant.talk.client(), A) == [1]
     tenant.talk.store.check()
 
 

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from shmplasma.layout import OUTBOX_BYTES
+from shmplasma.outbox import RECORDS, Outbox, read_record
+
+RECORD_BYTES = OUTBOX_BYTES // RECORDS
+WORDS = RECORD_BYTES // 8
+MAX_BODY = RECORD_BYTES - 12
+"""What a record holds beside its number, its kind and its length."""
+KINDS = st.integers(0, 0xFFFF)
+BODIES = st.binary(max_size=MAX_BODY)
+
+
+class Page:
+    """An outbox between a client and a store which handles a record when it is told to."""
+
+    def __init__(self, acknowledged: int = 0) -> None:
+        self.raw = memoryview(bytearray(OUTBOX_BYTES))
+        self.words = self.raw.cast("Q")
+        self.counter = memoryview(bytearray(8)).cast("Q")
+        self.counter[0] = acknowledged
+        self.outbox = Outbox(self.words, self.counter)
+
+    @property
+    def handled(self) -> int:
+        """How many records the store has handled."""
+        return self.counter[0]
+
+    def handle(self) -> tuple[int, bytes] | None:
+        """Take the next record as the store does."""
+        record = read_record(self.raw, self.handled)
+        if record is not None:
+            self.counter[0] += 1
+        return record
+
+
+def test_records_fill_the_page() -> None:
+    """The ring is a power of two of whole cache lines, and nothing of its page is left over."""
+    assert RECORDS * RECORD_BYTES == OUTBOX_BYTES
+    assert RECORDS & (RECORDS - 1) == 0
+    assert RECORD_BYTES == 64
+
+
+def test_an_outbox_begins_empty() -> None:
+    """There is no record in a page of zeros."""
+    assert read_record(Page().raw, 0) is None
+
+
+@given(st.lists(st.tuples(KINDS, BODIES), max_size=RECORDS))
+def test_records_come_out_as_they_went_in(records: list[tuple[int, bytes]]) -> None:
+    """Kind and body come back whole and in order, and then there is nothing."""
+    page = Page()
+    for kind, body in records:
+        assert page.outbox.append(kind, body)
+    assert [page.handle() for _ in records] == records
+    assert page.handle() is None
+
+
+@given(st.lists(st.none() | st.tuples(KINDS, BODIES), max_size=300))
+def test_a_ring_goes_round(steps: list[tuple[int, bytes] | None]) -> None:
+    """Appending and handling in any order: a full ring refuses, and nothing is lost or comes twice."""
+    page = Page()
+    waiting: deque[tuple[int, bytes]] = deque()
+    for step in steps:
+        if step is None:
+            assert page.handle() == (waiting.popleft() if waiting else None)
+        else:
+            taken = page.outbox.append(*step)
+            assert taken == (len(waiting) < RECORDS)
+            if taken:
+                waiting.append(step)
+    assert [page.handle() for _ in range(len(waiting))] == list(waiting)
+    assert page.handle() is None
+
+
+@pytest.mark.parametrize("before", [0, 1, RECORDS - 1, RECORDS, 12345])
+def test_a_full_ring_takes_nothing_until_something_is_handled(before: int) -> None:
+    """The record after the last free place is refused and leaves the page as it was."""
+    page = Page(before)
+    for number in range(RECORDS):
+        assert page.outbox.append(number, b"%d" % number)
+    content = bytes(page.raw)
+    assert not page.outbox.append(77, b"too much")
+    assert not page.outbox.append(77, b"too much")
+    assert page.raw == content
+    assert page.handle() == (0, b"0")
+    assert page.outbox.append(78, b"again")
+    assert not page.outbox.append(79, b"too much")
+    left = [page.handle() for _ in range(RECORDS)]
+    assert left == [*((number, b"%d" % number) for number in range(1, RECORDS)), (78, b"again")]
+    assert page.handle() is None
+
+
+def test_rounds_and_rounds() -> None:
+    """A place that is used again shows no record of an earlier round."""
+    page = Page()
+    for number in range(5 * RECORDS + 3):
+        assert read_record(page.raw, number) is None
+        assert page.outbox.append(number, number.to_bytes(8, "little"))
+        assert read_record(page.raw, number + 1) is None
+        assert page.handle() == (number, number.to_bytes(8, "little"))
+
+
+def test_a_long_body_is_not_read_behind_a_shorter_one() -> None:
+    """What an earlier round has left in a place is no part of its record."""
+    page = Page()
+    for _ in range(RECORDS):
+        assert page.outbox.append(1, MAX_BODY * b"x")
+        page.handle()
+    assert page.outbox.append(2, b"short")
+    assert page.handle() == (2, b"short")
+
+
+# -- interruptions -------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 200), BODIES, st.integers(0, RECORD_BYTES))
+@example(0, b"", RECORD_BYTES)
+@example(RECORDS - 1, b"body", RECORD_BYTES)
+def test_a_record_is_there_when_its_number_is(before: int, body: bytes, n_written: int) -> None:
+    """A client that dies before it has written the number has written no record."""
+    page, whole = Page(), Page()
+    for each in (page, whole):
+        for _ in range(before):
+            assert each.outbox.append(3, b"earlier")
+            each.handle()
+    assert whole.outbox.append(9, body)
+    # Content first, and the number last.
+    start = before % RECORDS * RECORD_BYTES
+    written = [*range(start + 8, start + RECORD_BYTES), start][:n_written]
+    for at in written[: RECORD_BYTES - 8]:
+        page.raw[at] = whole.raw[at]
+    if start in written:
+        page.words[start // 8] = whole.words[start // 8]
+    assert page.handle() == ((9, body) if start in written else None)
+
+
+@pytest.mark.parametrize("before", [0, 5, RECORDS - 1, RECORDS, 3 * RECORDS + 7])
+@pytest.mark.parametrize("is_handled", [False, True])
+def test_a_record_that_was_not_counted_is_noticed(before: int, is_handled: bool) -> None:
+    """An interrupt between the number and the client's own counting loses no record, and writes over none."""
+    page = Page()
+    for _ in range(before):
+        assert page.outbox.append(1, b"earlier")
+        page.handle()
+    assert page.outbox.append(2, b"interrupted")
+    page.outbox._count -= 1
+    if is_handled:
+        assert page.handle() == (2, b"interrupted")
+    assert page.outbox.append(3, b"next")
+    assert page.outbox.append(4, b"and on")
+    if not is_handled:
+        assert page.handle() == (2, b"interrupted")
+    assert [page.handle() for _ in range(3)] == [(3, b"next"), (4, b"and on"), None]
+
+
+def test_the_last_place_that_was_not_counted_is_full() -> None:
+    """A ring that such a record has filled takes no more."""
+    page = Page()
+    for number in range(RECORDS):
+        assert page.outbox.append(number, b"")
+    page.outbox._count -= 1
+    assert not page.outbox.append(77, b"too much")
+    assert [page.handle() for _ in range(RECORDS)] == [(number, b"") for number in range(RECORDS)]
+    assert page.handle() is None
+    assert page.outbox.append(78, b"again")
+    assert page.handle() == (78, b"again")
+
+
+def test_content_that_was_interrupted_is_written_anew() -> None:
+    """An interrupt before the number leaves nothing: the next record takes the place."""
+    page = Page()
+    page.raw[8:20] = b"half a recor"
+    assert page.outbox.append(6, b"x")
+    assert page.handle() == (6, b"x")
+    assert page.handle() is None
+
+
+def test_an_outbox_goes_on_where_it_was() -> None:
+    """A client that makes its end anew, with all handled, is understood."""
+    page = Page()
+    for _ in range(RECORDS + 5):
+        assert page.outbox.append(1, b"")
+        page.handle()
+    again = Outbox(page.words, page.counter)
+    assert again.append(2, b"after")
+    assert page.handle() == (2, b"after")
+
+
+# -- what a hostile client may write -------------------------------------------------------------
+
+
+@given(st.binary(min_size=RECORD_BYTES, max_size=RECORD_BYTES), st.integers(0, 1 << 20))
+def test_anything_can_be_read(content: bytes, acknowledged: int) -> None:
+    """Garbage under the right number is a record, and its body is no longer than a place."""
+    page = Page(acknowledged)
+    page.raw[:] = RECORDS * content
+    page.words[acknowledged % RECORDS * WORDS] = acknowledged + 1
+    record = page.handle()
+    assert record is not None
+    assert content[12:].startswith(record[1])
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 9, 8 + RECORDS, 8 - RECORDS + 1, (1 << 64) - 1])
+def test_another_number_is_no_record(number: int) -> None:
+    """Only the one number that is expected at a place makes a record of it."""
+    page = Page(7)
+    assert page.outbox.append(1, b"body")
+    page.words[7 * WORDS] = number % (1 << 64)
+    assert page.handle() is None
+
+
+@given(st.integers(0, 0xFFFF))
+def test_a_length_that_is_too_large(length: int) -> None:
+    """A body ends with its place, however long it says that it is."""
+    page = Page()
+    assert page.outbox.append(1, MAX_BODY * b"b")
+    page.raw[10:12] = length.to_bytes(2, "little")
+    record = page.handle()
+    assert record == (1, min(length, MAX_BODY) * b"b")
