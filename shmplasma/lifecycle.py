@@ -187,9 +187,11 @@ class Lifecycle:
 
     def _allocate(self, size_bytes: int) -> int | None:
         """Find an extent, evicting what is needed when what was released meanwhile has gone."""
-        self.wake()
+        if self._doomed or self._limbo:
+            self.wake()
         offset, evicted = self._room.allocate(size_bytes)
-        self._evicted(evicted)
+        if evicted:
+            self._evicted(evicted)
         return offset
 
     def _insert(self, request: Create, offset: int, size: int, now_ns: int) -> int:
@@ -199,12 +201,11 @@ class Lifecycle:
             "release or delete objects, or start the store with a larger -m"
         )
         for _ in range(2):
-            if self._table.free_entries <= self._leases.objects_left:
-                self._evicted(self._room.evict(0, objects=1)[1])
-                continue
             try:
                 # What is committed for the objects of leases stays theirs.
-                self._table.prepare(self._leases.objects_left + 1)
+                if not self._table.prepare(self._leases.objects_left + 1):
+                    self._evicted(self._room.evict(0, objects=1)[1])
+                    continue
                 entry = self._table.insert(
                     request.object_id,
                     request.codec,

@@ -92,10 +92,10 @@ def decode_message(kinds: dict[int, type[MessageT_co]], frame: Frame) -> Message
     ProtocolError
         The kind is unknown or the body is not one of this kind.
     """
-    cls = kinds.get(frame.kind)
-    if cls is None:
-        raise ProtocolError(f"no message of the kind {frame.kind} may come here")
     try:
-        return cls.decode(frame.body)
+        return kinds[frame.kind].decode(frame.body)
+    except KeyError:
+        raise ProtocolError(f"no message of the kind {frame.kind} may come here") from None
     except (error, ValueError, IndexError) as reason:
-        raise ProtocolError(f"a malformed {cls.__name__}: {reason}") from reason
+        name = kinds[frame.kind].__name__
+        raise ProtocolError(f"a malformed {name}: {reason}") from reason

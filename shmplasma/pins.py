@@ -241,6 +241,14 @@ class Boards:
                 return False
         return True
 
+    def may_lend_one(self, client: int, slot: int) -> bool:
+        """Tell as much of a single slot."""
+        return (
+            self._owner.get(slot // BOARD_WORDS) == client
+            and slot % BOARD_WORDS >= FIRST_SLOT
+            and not self._words[self._first_word + slot]
+        )
+
     def pin(self, slot: int, entry: int) -> None:
         """Write a pin to a slot that its client has lent."""
         self._words[self._first_word + slot] = entry + 1

@@ -125,6 +125,9 @@ class Failed:
         return cls(Failure(failure), body[42:].decode(), *room)
 
 
+_OFFSET: Final = Struct("<Q")
+
+
 @dataclass(frozen=True, slots=True)
 class Created:
     """Where the new object's bytes go."""
@@ -134,12 +137,12 @@ class Created:
 
     def encode(self) -> bytes:
         """Return the body."""
-        return pack("<Q", self.offset)
+        return _OFFSET.pack(self.offset)
 
     @classmethod
     def decode(cls, body: bytes) -> Created:
         """Return the message of a body."""
-        return cls(*unpack("<Q", body))
+        return cls(*_OFFSET.unpack(body))
 
 
 @dataclass(frozen=True, slots=True)

@@ -390,7 +390,7 @@ class ObjectStore:
             case Publish():
                 self._publish(session, request_id, request, now_ns)
             case Create():
-                if not self._boards.may_lend(client, (request.slot,)):
+                if not self._boards.may_lend_one(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
                 if not self._creations.create(session, request_id, request, now_ns):
                     self._unsettled.append((client, request_id, request, now_ns))

@@ -313,9 +313,9 @@ class Table:
         CommitError
             There is no memory for them.
         """
-        if self.free_entries < count:
-            return False
         while len(self._free) + self._committed - self._used_once < count:
+            if self.free_entries < count:
+                return False
             self._grow()
         return True
 
