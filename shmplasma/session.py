@@ -34,7 +34,7 @@ import pyarrow as pa
 from shmplasma import system
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.inheritance import register
-from shmplasma.layout import CONTROL_BYTES, ControlWord
+from shmplasma.layout import CONTROL_BYTES, HEADER_BYTES, ControlWord, Layout
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link, expect, greet
 from shmplasma.outbox import Outbox
@@ -158,6 +158,8 @@ class Session:
         board = welcome.board
         lifeline = Lifeline(attachment, wake_fd, path, name)
         count = (attachment.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+        # An embedded store that was killed is started again by nobody.
+        returns = not Layout.scratch(attachment.words[: HEADER_BYTES // 8])
         link = Link(
             path,
             Channel(exchange.detach()),
@@ -166,7 +168,7 @@ class Session:
             attachment.token,
             Outbox(attachment.outbox(board), attachment.words[count : count + 1]),
             weakref.WeakMethod(lifeline.renew_wake),
-            num_retries * RETRY_SECONDS,
+            num_retries * RETRY_SECONDS if returns else 0,
             when_lost,
         )
         lifeline.connection = link

@@ -25,11 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, assert_never
 
+from shmplasma.answers import Answers
 from shmplasma.control import Control
 from shmplasma.creations import Creations
 from shmplasma.effects import Descriptor, Drop, Effect
 from shmplasma.errors import ProtocolError
-from shmplasma.gets import GetQueue, PendingGet
 from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.lifecycle import Lifecycle, Refused
@@ -42,7 +42,6 @@ from shmplasma.replies import (
     Leased,
     Listing,
     Number,
-    Objects,
     Text,
 )
 from shmplasma.reports import describe, list_objects
@@ -132,7 +131,6 @@ class ObjectStore:
             memory,
             self._outgoing.gone,
         )
-        self._gets = GetQueue()
         self._greeter = Greeter(
             layout,
             token,
@@ -142,6 +140,14 @@ class ObjectStore:
             self._objects,
             self._outgoing,
             memory,
+        )
+        self._answers = Answers(
+            self._table,
+            self._boards,
+            self._room,
+            self._objects,
+            self._outgoing,
+            self._greeter.sessions,
         )
         self._creations = Creations(
             self._table, self._boards, self._room, self._objects, self._outgoing
@@ -190,12 +196,12 @@ class ObjectStore:
         session = self._greeter.sessions[client]
         session.detached = True
         self._outgoing.subscribers.discard(client)
-        self._gets.forget(client)
+        self._answers.forget(client)
         return session.role is Role.CLIENT
 
     def _forget(self, client: int) -> None:
         """Drop what a client waits for and what it has not sealed."""
-        self._gets.forget(client)
+        self._answers.forget(client)
         self._creations.forget(client)
         self._objects.abort_all(client)
 
@@ -356,8 +362,13 @@ class ObjectStore:
 
     @property
     def may_miss_a_release(self) -> bool:
-        """Whether something waits for a release which, for want of barriers, may not wake the store."""
-        return not self._memory.has_barrier and self._objects.awaits_release > 0
+        """Whether something waits for a release which may not wake the store."""
+        if not self._objects.awaits_release:
+            return False
+        # Who has not come back since a recovery has the wake-up pipe of the store that died.
+        return not self._memory.has_barrier or any(
+            session.awaited for session in self._greeter.sessions.values()
+        )
 
     @property
     def has_urgent_work(self) -> bool:
@@ -398,11 +409,11 @@ class ObjectStore:
                 if self._creations and self._table.find(request.object_id) in self._creations:
                     raise ProtocolError("it seals what it was not told the place of")
                 entry = self._objects.seal(client, request.object_id, now_ns)
-                if self._outgoing.subscribers or self._gets:
-                    self._announce(entry)
+                self._answers.announce(entry)
                 self._outgoing.reply(client, request_id, _DONE)
             case Get():
-                self._get(client, request_id, request, now_ns)
+                if not self._answers.get(client, request_id, request):
+                    self._unsettled.append((client, request_id, request, now_ns))
             case AskLease():
                 # Its last message may have been interrupted; the next lease takes what the last one has left.
                 self._heed(session, now_ns)
@@ -452,9 +463,9 @@ class ObjectStore:
                 found = self._objects.find_sealed(request.object_id) != NO_ENTRY
                 self._outgoing.reply(client, request_id, Number(found))
             case Get():
-                self._answer_now(client, request_id)
+                self._answers.answer_now(client, request_id)
             case AnswerNow():
-                self._answer_now(client, request.request_id)
+                self._answers.answer_now(client, request.request_id)
             case Delete():
                 self._objects.delete(request.object_ids)
                 self._outgoing.reply(client, request_id, _DONE)
@@ -476,56 +487,8 @@ class ObjectStore:
             self._outgoing.reply(session.client, request_id, _DONE)
             return
         entry = self._objects.publish(session.client, message, now_ns)
-        if self._outgoing.subscribers or self._gets:
-            self._announce(entry)  # whoever has waited is told before the writer is
+        self._answers.announce(entry)  # whoever has waited is told before the writer is
         self._outgoing.reply(session.client, request_id, _DONE)
-
-    # -- get -----------------------------------------------------------------------------------
-
-    def _get(self, client: int, request_id: int, request: Get, now_ns: int) -> None:
-        if request_id == ONE_WAY or (client, request_id) in self._gets:
-            raise ProtocolError(f"a get under the request id {request_id}")
-        if not self._boards.may_lend(client, request.slots):
-            raise ProtocolError("a get names slots that are not its to lend")
-        lent = self._greeter.sessions[client].lent
-        if lent and not lent.isdisjoint(request.slots):
-            raise ProtocolError("a get names slots that another one waits with")
-        get = PendingGet.begin(client, request_id, request)
-        for object_id in list(get.missing):
-            entry = self._objects.find_sealed(object_id)
-            if entry != NO_ENTRY:
-                self._fill(get, object_id, entry)
-        if not get.missing:
-            self._outgoing.reply(client, request_id, Objects(get.found))
-            return
-        lent.update(request.slots)
-        self._gets.add(get)
-        if not request.wait:
-            self._unsettled.append((client, request_id, request, now_ns))
-
-    def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
-        """Enter a sealed object into a get and pin it for its client."""
-        codec = self._table.id_and_codec(entry)[1]
-        for slot in get.fill(object_id, (*self._table.location(entry), codec)):
-            self._boards.pin(slot, entry)
-        self._room.read(entry)
-
-    def _announce(self, entry: int) -> None:
-        """Tell those who wait for an object, and the subscribers, that it is sealed."""
-        object_id = self._table.object_id(entry)
-        _, data_size, metadata_size = self._table.location(entry)
-        self._outgoing.notify(object_id, data_size, metadata_size)
-        for get in self._gets.waiting_for(object_id):
-            self._fill(get, object_id, entry)
-            if not get.missing:
-                self._answer_now(get.client, get.request_id)
-
-    def _answer_now(self, client: int, request_id: int) -> None:
-        """Answer a get with what it has; one that was answered meanwhile needs nothing."""
-        get = self._gets.remove(client, request_id)
-        if get is not None:
-            self._greeter.sessions[client].lent.difference_update(get.request.slots)
-            self._outgoing.reply(client, request_id, Objects(get.found))
 
     # -- describing ----------------------------------------------------------------------------
 
@@ -548,7 +511,7 @@ class ObjectStore:
     def check(self) -> None:
         """Prove the invariants of all parts."""
         self._objects.check()
-        self._gets.check()
+        self._answers.check()
 
 
 def _shown(name: str) -> str:

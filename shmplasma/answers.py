@@ -1,0 +1,114 @@
+"""Gets: answered at once, when the last object comes, or when the client asks for what there is.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shmplasma.errors import ProtocolError
+from shmplasma.gets import GetQueue, PendingGet
+from shmplasma.greeting import Session
+from shmplasma.lifecycle import Lifecycle
+from shmplasma.outgoing import Outgoing
+from shmplasma.pins import Boards
+from shmplasma.protocol import ONE_WAY
+from shmplasma.replies import Objects
+from shmplasma.requests import Get
+from shmplasma.room import Room
+from shmplasma.table import NO_ENTRY, Table
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """All gets, and those that wait for objects.
+
+    Parameters
+    ----------
+    table, boards, room, objects, outgoing
+        The parts of the store that it joins.
+    sessions : mapping
+        All connections, by their numbers.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        boards: Boards,
+        room: Room,
+        objects: Lifecycle,
+        outgoing: Outgoing,
+        sessions: Mapping[int, Session],
+    ) -> None:
+        self._table = table
+        self._boards = boards
+        self._room = room
+        self._objects = objects
+        self._outgoing = outgoing
+        self._sessions = sessions
+        self._queue = GetQueue()
+
+    def get(self, client: int, request_id: int, request: Get) -> bool:
+        """Begin a get; answer it if all its objects are there.
+
+        Returns
+        -------
+        bool
+            False when it is to be answered with `answer_now` once all outboxes are read, as it does not wait.
+
+        Raises
+        ------
+        ProtocolError
+            Its request id or its slots are not its to use.
+        """
+        if request_id == ONE_WAY or (client, request_id) in self._queue:
+            raise ProtocolError(f"a get under the request id {request_id}")
+        if not self._boards.may_lend(client, request.slots):
+            raise ProtocolError("a get names slots that are not its to lend")
+        lent = self._sessions[client].lent
+        if lent and not lent.isdisjoint(request.slots):
+            raise ProtocolError("a get names slots that another one waits with")
+        get = PendingGet.begin(client, request_id, request)
+        for object_id in list(get.missing):
+            entry = self._objects.find_sealed(object_id)
+            if entry != NO_ENTRY:
+                self._fill(get, object_id, entry)
+        if not get.missing:
+            self._outgoing.reply(client, request_id, Objects(get.found))
+            return True
+        lent.update(request.slots)
+        self._queue.add(get)
+        return request.wait
+
+    def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
+        """Enter a sealed object into a get and pin it for its client."""
+        codec = self._table.id_and_codec(entry)[1]
+        for slot in get.fill(object_id, (*self._table.location(entry), codec)):
+            self._boards.pin(slot, entry)
+        self._room.read(entry)
+
+    def announce(self, entry: int) -> None:
+        """Tell those who wait for an object, and the subscribers, that it is sealed."""
+        if not (self._outgoing.subscribers or self._queue):
+            return
+        object_id = self._table.object_id(entry)
+        _, data_size, metadata_size = self._table.location(entry)
+        self._outgoing.notify(object_id, data_size, metadata_size)
+        for get in self._queue.waiting_for(object_id):
+            self._fill(get, object_id, entry)
+            if not get.missing:
+                self.answer_now(get.client, get.request_id)
+
+    def answer_now(self, client: int, request_id: int) -> None:
+        """Answer a get with what it has; one that was answered meanwhile needs nothing."""
+        get = self._queue.remove(client, request_id)
+        if get is not None:
+            self._sessions[client].lent.difference_update(get.request.slots)
+            self._outgoing.reply(client, request_id, Objects(get.found))
+
+    def forget(self, client: int) -> None:
+        """Drop all gets of a client that has left."""
+        self._queue.forget(client)
+
+    def check(self) -> None:
+        """Prove that the queue is in order."""
+        self._queue.check()
