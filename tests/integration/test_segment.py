@@ -496,3 +496,12 @@ def test_a_name_that_the_system_refuses() -> None:
     """A name that cannot be opened is an `AttachError`."""
     with pytest.raises(AttachError, match="cannot attach"):
         Attachment.open(SegmentName("posix", "/" + 300 * "a"), bytes(16))
+
+
+def test_a_truncated_segment_is_noticed() -> None:
+    """A store sees that somebody has changed the size of its file, and says what it means."""
+    with Segment.create(1_000_000) as segment:
+        segment.check_size()
+        os.ftruncate(segment.fd, segment.layout.segment_bytes - 4096)
+        with pytest.raises(AttachError, match="changed the size"):
+            segment.check_size()
