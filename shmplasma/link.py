@@ -39,7 +39,7 @@ from shmplasma.outbox import Outbox
 from shmplasma.protocol import PROTOCOL_VERSION, Frame
 from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
 from shmplasma.requests import Abort, Detach, Flush, Hello, Post, Request, Role, SetOptions
-from shmplasma.transport import Channel, Exchange
+from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
 
 __all__ = ["Link", "expect", "greet"]
 
@@ -73,20 +73,25 @@ def greet(
     NotConnectedError
         No store answers there.
     """
-    try:
-        exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
-    except OSError as error:
-        raise NotConnectedError(
-            f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"
-        ) from error
-    hello = Hello(PROTOCOL_VERSION, role, name, reclaim)
-    try:
-        return exchange, expect(Welcome, exchange.call(Hello.KIND, hello.encode()))
-    except (OSError, ProtocolError) as error:
-        exchange.close()
-        if isinstance(error, NotConnectedError):
-            raise
-        raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
+    while True:
+        try:
+            exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
+        except OSError as error:
+            raise NotConnectedError(
+                f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"
+            ) from error
+        hello = Hello(PROTOCOL_VERSION, role, name, reclaim)
+        try:
+            return exchange, expect(Welcome, exchange.call(Hello.KIND, hello.encode()))
+        except (OSError, ProtocolError) as error:
+            exchange.close()
+            if isinstance(error, NotConnectedError):
+                raise
+            # A store that died just now may be back soon.
+            if num_retries <= 0 or not (isinstance(error, ConnectionError) and may_come_back(path)):
+                raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
+        num_retries -= 1
+        time.sleep(RETRY_SECONDS)
 
 
 class Link:

@@ -1,0 +1,186 @@
+"""A real store that kills itself at one of its writes to the segment, and clients that go on with the next one.
+
+`test_every_write` looks at every write of the state machine alone; here the writes are those of a store process,
+and the clients are real.  Run it by hand, for every so manieth write::
+
+    python -m tests.crash.doomed_store --step 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+import shmplasma
+from shmplasma import cli
+from shmplasma.store import ObjectStore
+from tests.crash.damage import Clock, Dying
+
+__all__ = ["Summary", "run"]
+
+_DIES_AT: Final = "SHMPLASMA_TEST_DIES_AT"
+_END: Final = 400
+"""More writes than the load of `_use` makes."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run has seen.
+
+    Attributes
+    ----------
+    stores, deaths : int
+        How many stores were started to die, and how many did.
+    """
+
+    stores: int
+    deaths: int
+
+    def __str__(self) -> str:
+        return f"stores: {self.stores}, of which {self.deaths} died; lost: 0, wrong bytes: 0"
+
+
+class _Lethal(Clock):
+    """Kills the process at a write."""
+
+    def tick(self) -> None:
+        """Count a write, or end here."""
+        if self.writes == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.writes += 1
+
+
+def doom() -> None:
+    """Be a store that dies at the write which the environment names."""
+    clock = _Lethal()
+    clock.dies_at = int(os.environ[_DIES_AT])
+    begin: Any = ObjectStore.__init__
+
+    def begin_mortal(store: ObjectStore, layout: Any, token: bytes, *rest: Any) -> None:
+        words, raw, *others = rest
+        begin(store, layout, token, Dying(words, clock), Dying(raw, clock), *others)
+
+    setattr(ObjectStore, "__init__", begin_mortal)  # noqa: B010 - mypy knows no other way
+    sys.exit(cli.main())
+
+
+class _Stores(threading.Thread):
+    """Runs a doomed store, and an ordinary one when it has died."""
+
+    def __init__(self, path: str, dies_at: int) -> None:
+        super().__init__()
+        self.deaths = 0
+        self._path = path
+        self._ending = False
+        program = "from tests.crash.doomed_store import doom; doom()"
+        self._process = self._begin(
+            [sys.executable, "-c", program], {**os.environ, _DIES_AT: str(dies_at)}
+        )
+
+    def _begin(self, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, "-m", "4MB", "-s", self._path], stderr=subprocess.DEVNULL, env=env
+        )
+
+    def run(self) -> None:
+        while self._process.wait() and not self._ending:
+            self.deaths += 1
+            env = dict(os.environ)
+            self._process = self._begin([sys.executable, "-m", "shmplasma.cli"], env)
+
+    def end(self) -> None:
+        """End the store that runs now; it must end well, or die as it was to."""
+        with shmplasma.connect(self._path):
+            self._ending = True
+        self._process.terminate()
+        self.join()
+        assert self._process.returncode in {0, -signal.SIGKILL}
+
+
+def _use(path: str) -> None:
+    """Do one of each thing, and prove that what was promised holds."""
+    chosen, dropped, deleted = (shmplasma.ObjectID(20 * bytes([letter])) for letter in b"cxd")
+    with shmplasma.connect(path) as one, shmplasma.connect(path) as other:
+        values: dict[shmplasma.ObjectID, object] = {one.put(number): number for number in range(4)}
+        array = np.arange(20_000)
+        large = one.put(array)
+        held = other.get(large)
+        target = one.create(chosen, 300)
+        memoryview(target).cast("B")[:] = bytes([7]) * 300
+        one.seal(chosen)
+        one.create(dropped, 300)
+        one.abort(dropped)
+        one.create_and_seal(deleted, b"to be deleted")
+        buffer = other.get_buffers(deleted)
+        one.delete([deleted, large])
+        values |= {other.put(str(number)): str(number) for number in range(3)}
+        assert bytes(buffer) == b"to be deleted"
+        del buffer
+        one.create_and_seal(dropped, b"second life")
+        assert other.get(list(values)) == list(values.values())
+        assert bytes(other.get_buffers(chosen)) == bytes([7]) * 300
+        assert bytes(other.get_buffers(dropped)) == b"second life"
+        assert np.array_equal(held, array)
+        assert not other.contains(deleted)
+        del held, target
+        one.flush()
+        other.flush()
+        assert set(one.list()) == {*values, chosen, dropped}
+
+
+def run(start: int, step: int, *, progress: bool = False) -> Summary:
+    """Let stores die at every so manieth write.
+
+    Parameters
+    ----------
+    start, step : int
+        The first write, and how many further the next store gets.
+    progress : bool, optional
+        Whether to say how far it is.
+
+    Returns
+    -------
+    Summary
+        What was seen.
+    """
+    stores = deaths = 0
+    for dies_at in range(start, _END, step):
+        with tempfile.TemporaryDirectory() as directory:
+            path = str(Path(directory) / "s")
+            keeper = _Stores(path, dies_at)
+            keeper.start()
+            try:
+                _use(path)
+            except BaseException as error:
+                error.add_note(f"the store died at its write {dies_at}")
+                raise
+            finally:
+                keeper.end()
+            stores += 1
+            deaths += keeper.deaths
+            if progress:
+                sys.stderr.write(f"\rwrite {dies_at}: {deaths} deaths")
+            if not keeper.deaths:
+                break
+    return Summary(stores, deaths)
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--step", type=int, default=5, help="of writes (default: 5)")
+    sys.stdout.write(f"\n{run(0, parser.parse_args().step, progress=True)}\n")
+
+
+if __name__ == "__main__":
+    main()
