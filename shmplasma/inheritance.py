@@ -27,8 +27,9 @@ Why this holds
     *A slot that is free in the child* is cleared on its boards; a copied word that names nothing harms nobody.
 
 A process that holds nothing pays nothing; one that does pays two connections for a fork.  Without a store
-nobody takes anything: the child then keeps the inheritance, or has private boards only, and a store that
-comes back does not know of them; a warning says so.
+nobody takes anything, and the memory of one that was ended is nobody else's for as long as it is mapped.  Only
+where a store has died and may come back are the child's buffers in danger, as it would not know of them; a
+warning says so.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError
+from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
-from shmplasma.layout import BOARD_BYTES, BOARD_WORDS
+from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
 from shmplasma.link import expect, greet
 from shmplasma.pinning import Lifeline, PinBoard
 from shmplasma.pins import FIRST_SLOT
@@ -121,6 +123,9 @@ def _before_fork() -> None:
         try:
             _prepared[lifeline] = Inheritance(lifeline, [bytes(board.words) for board in boards])
         except (ShmPlasmaError, ProtocolError, OSError) as error:
+            header = lifeline.attachment.words[: HEADER_BYTES // 8]
+            if Layout.scratch(header) or not may_come_back(lifeline.path):
+                continue
             warnings.warn(
                 f"buffers that the child inherits are not pinned for it, as no store answers: {error}",
                 RuntimeWarning,

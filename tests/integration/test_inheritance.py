@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shmplasma import ObjectID, ObjectNotAvailable, PlasmaClient, PlasmaStoreFull, Store
+from shmplasma import ObjectID, ObjectNotAvailable, PlasmaClient, PlasmaStoreFull, Store, connect
 from tests.processes import Child, in_forked_child, until
 
 PARENT = """
@@ -169,13 +172,24 @@ def test_generations(client: PlasmaClient, client2: PlasmaClient) -> None:
         assert end() == 0
 
 
-def test_a_fork_without_a_store() -> None:
-    """Where no store answers the fork goes on, and a warning says what is missing."""
-    with Store("10MB") as store, store.connect() as client:
+@pytest.mark.parametrize("how", ["ended", "died"])
+def test_a_fork_without_a_store(tmp_path: Path, how: str) -> None:
+    """The fork goes on; where the store may come back, and would not know of the child, a warning says so."""
+    path = str(tmp_path / "s")
+    command = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, connect(path) as client:
         buffer = client.get_buffers(client.put_raw_buffer(b"held"))
-        store.process.send_signal(signal.SIGKILL)
-        store.process.wait()
-        with pytest.warns(RuntimeWarning, match="not pinned"):
-            code = in_forked_child(lambda: None)
-        assert code == 0
+        client.flush()
+        process.send_signal(signal.SIGKILL if how == "died" else signal.SIGTERM)
+        process.wait()
+        if how == "died":
+            with pytest.warns(RuntimeWarning, match="not pinned"):
+                assert in_forked_child(lambda: None) == 0
+        else:
+            assert in_forked_child(lambda: None) == 0
         assert bytes(buffer) == b"held"
+        del buffer
+    if how == "died":
+        command.append("--fresh")
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, connect(path):
+            process.terminate()
