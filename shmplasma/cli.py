@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         _serve(options)
-    except (AttachError, CommitError, EndpointError) as error:
+    except (AttachError, CommitError, EndpointError, LayoutError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"the system refused what the store cannot do without: {error}")
