@@ -82,6 +82,7 @@ class Inheritance:
         self._connection, welcome = greet(
             lifeline.path, 0, Role.CLIENT, f"{lifeline.name} (forked)"
         )
+        self.wake_fd = -1
         try:
             if welcome.token != lifeline.attachment.token:
                 raise NotConnectedError("another store listens there now")
@@ -94,7 +95,7 @@ class Inheritance:
                 words = lifeline.attachment.board(number)
                 words[FIRST_SLOT:] = memoryview(content).cast("Q")[FIRST_SLOT:]
         except BaseException:
-            self._connection.close()
+            self.close()
             raise
 
     def close(self) -> None:
@@ -167,12 +168,10 @@ def _settle(lifeline: Lifeline, inherited: Inheritance, before: dict[PinBoard, i
         board.words = words
         board.first_slot = number * BOARD_WORDS
     if own is not inherited:
-        for (
-            number
-        ) in inherited.numbers:  # which counts no more, though the parent may be slow to close it
-            attachment.board(number)[FIRST_SLOT:] = memoryview(bytes(BOARD_BYTES)).cast("Q")[
-                FIRST_SLOT:
-            ]
+        # It counts no more, though the parent may be slow to close its copy.
+        nothing = memoryview(bytes(BOARD_BYTES)).cast("Q")[FIRST_SLOT:]
+        for number in inherited.numbers:
+            attachment.board(number)[FIRST_SLOT:] = nothing
         inherited.close()
     lifeline.reconnect(own.connection, own.take_wake_fd())
 
