@@ -4,8 +4,8 @@ Who may hold up whom
 --------------------
 Nobody.  The loop never blocks on a socket; a turn handles at most `_FRAMES_A_TURN` messages of a connection, and
 of those whose answer takes a look at the whole store only one, so a flood waits its turn; half a message
-stays in its decoder.  Who does not read his replies is not read from either, once `_PAUSE_BYTES` wait for him,
-and is dropped when that lasts; so is a subscriber for whom `_MAX_UNREAD_BYTES` wait.  Memory is committed in
+stays in its decoder.  Who does not read his replies is not read from either, and is dropped when that lasts;
+so is a subscriber who leaves too much unread (`shmplasma.connections` has the figures).  Memory is committed in
 small steps between requests.  When no descriptor is left for a new connection, it waits in the listener's
 queue while the others are served.
 """
@@ -19,22 +19,16 @@ import os
 import selectors
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
 from shmplasma import system
+from shmplasma.connections import Connection, DeafError, close_socket
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError, ProtocolError
-from shmplasma.protocol import (
-    MAX_REQUEST_BYTES,
-    ONE_WAY,
-    SPIN_NS,
-    Frame,
-    FrameDecoder,
-    encode_frame,
-)
+from shmplasma.exits import Exits, close_descriptor
+from shmplasma.protocol import ONE_WAY, SPIN_NS, encode_frame
 from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
 from shmplasma.store import ObjectStore
@@ -43,14 +37,9 @@ __all__ = ["Server"]
 
 _LOG = logging.getLogger("shmplasma")
 
-_READ_BYTES: Final = 1 << 16
 _FRAMES_A_TURN: Final = 64
-_PAUSE_BYTES: Final = 1 << 16
-"""Beyond what the socket takes (208 KiB): more than any but the longest replies."""
-_PATIENCE_SECONDS: Final = 10.0
-"""How long a client may leave its replies lying there."""
-_MAX_UNREAD_BYTES: Final = 16 << 20
-"""What may wait for a client in any case: two of the longest replies, or 300,000 notifications."""
+_WAKE_BYTES: Final = 1 << 16
+"""All that a pipe holds."""
 _LOOK_AGAIN_SECONDS: Final = 0.1
 """While the listener is shut for want of descriptors, or where a release may not wake the store."""
 
@@ -73,33 +62,6 @@ class _SegmentMemory:
 
 def _no_barrier() -> None:
     """Without barriers nobody pins without a message; a wake-up may be missed, so the loop looks again."""
-
-
-def _close_socket(sock: socket.socket) -> None:
-    """Close a socket; an error of a close says nothing that anybody could do."""
-    with suppress(OSError):
-        sock.close()
-
-
-def _close_descriptor(fd: int) -> None:
-    with suppress(OSError):
-        os.close(fd)
-
-
-class _Connection:
-    """A client's socket and what is on its way through it."""
-
-    __slots__ = ("client", "decoder", "frames", "out", "out_bytes", "paused_at", "pid", "sock")
-
-    def __init__(self, client: int, pid: int | None, sock: socket.socket) -> None:
-        self.client = client
-        self.pid = pid
-        self.sock = sock
-        self.decoder = FrameDecoder(MAX_REQUEST_BYTES)
-        self.frames: deque[Frame] = deque()
-        self.out: deque[bytes] = deque()
-        self.out_bytes = 0
-        self.paused_at: float | None = None
 
 
 class Server:
@@ -160,17 +122,16 @@ class Server:
             segment.name.path,
             _SegmentMemory(segment),
         )
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
-        self._paused: set[_Connection] = set()
-        self._awaited: dict[int, int] = {}
-        self._watched: set[int] = set()
+        self._paused: set[Connection] = set()
         self._clients = segment.layout.n_boards  # lower numbers are of clients that are recovered
         self._accepting = True
         self._commit_ahead = True
         self._stopping = False
         self._spin_ns = SPIN_NS if system.processors() > 1 else 0
         self._selector = selectors.DefaultSelector()
+        self._exits = Exits(self._selector, self._forget)
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
@@ -187,9 +148,7 @@ class Server:
         finally:
             gc.enable()
         for client, pid in clients.items():
-            exited = self._watch_exit(client, pid)
-            if exited is not None:
-                self._awaited[client] = exited
+            self._exits.watch(client, pid)
         _LOG.info(
             "recovered the segment of a store that has died here in %.0f ms: %s",
             1000 * (time.monotonic() - began),
@@ -219,7 +178,7 @@ class Server:
             while not self._stopping:
                 events = self._wait()
                 for key, mask in events:
-                    if isinstance(key.data, _Connection):
+                    if isinstance(key.data, Connection):
                         self._ready(key.data, mask)
                     else:
                         key.data()
@@ -239,12 +198,12 @@ class Server:
         """Close all connections; what their clients have is theirs still if another store takes over."""
         for client, connection in tuple(self._connections.items()):
             if self.is_handed_over:
-                _close_socket(connection.sock)
+                connection.hang_up()
             elif client in self._connections:  # or it could not be told that another one has gone
                 self._close(client)
-        for fd in (*self._watched, self._wake_reader, self._wake_writer):
-            _close_descriptor(fd)
-        self._watched.clear()
+        self._exits.close()
+        close_descriptor(self._wake_reader)
+        close_descriptor(self._wake_writer)
         self._selector.close()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -295,14 +254,12 @@ class Server:
             peer = system.peer(sock)
             if not self._shared and peer.uid not in (None, 0, os.geteuid()):
                 _LOG.warning("refused pid %s of uid %s: not this user", peer.pid, peer.uid)
-                _close_socket(sock)
+                close_socket(sock)
                 return
-            sock.setblocking(False)
-            connection = _Connection(self._clients + 1, peer.pid, sock)
-            self._selector.register(sock, _READ, connection)
+            connection = Connection(self._clients + 1, peer.pid, sock, self._selector)
         except OSError as error:
             _LOG.warning("a client left before it was looked at, or cannot be served: %s", error)
-            _close_socket(sock)
+            close_socket(sock)
             return
         self._clients += 1
         self._connections[connection.client] = connection
@@ -323,15 +280,17 @@ class Server:
     def _close(self, client: int) -> None:
         """End a connection that its client has ended: its objects and pins go."""
         self._hang_up(client)
+        self._forget(client)
+
+    def _forget(self, client: int) -> None:
+        """Take back what a client had that has gone."""
         self._carry_out(self._store.disconnect(client, time.time_ns()))
 
-    def _hang_up(self, client: int) -> None:
+    def _hang_up(self, client: int, last: bytes = b"") -> None:
         connection = self._connections.pop(client)
         self._backlog.discard(client)
         self._paused.discard(connection)
-        with suppress(KeyError):  # a change of what it is watched for has failed
-            self._selector.unregister(connection.sock)
-        _close_socket(connection.sock)
+        connection.hang_up(last)
         self._accept_again()
 
     def _lose(self, client: int, error: OSError) -> None:
@@ -355,55 +314,23 @@ class Server:
         _LOG.warning("dropped client %d (pid %s): %s", client, connection.pid, reason)
         last = Failed(Failure.DROPPED, f"the store has dropped this client: {reason}")
         was_given = self._store.expel(client)
-        with suppress(OSError):  # it hears why, if it listens; a subscriber hears nothing
-            if was_given and not connection.out:
-                connection.sock.send(encode_frame(last.KIND, ONE_WAY, last.encode()))
-        self._hang_up(client)
-        if not was_given:
-            self._carry_out(self._store.disconnect(client, time.time_ns()))
-            return
-        self._watch_exit(client, connection.pid or 0)
+        # It hears why, if it listens; a subscriber hears nothing.
+        self._hang_up(client, encode_frame(last.KIND, ONE_WAY, last.encode()) if was_given else b"")
+        if was_given:
+            self._exits.watch(client, connection.pid or 0)
+        else:
+            self._forget(client)
 
-    def _watch_exit(self, client: int, pid: int) -> int | None:
-        """Forget a client that is not connected when its process ends; return what is watched."""
-        try:
-            exited = system.watch_exit(pid) if pid else None
-        except ProcessLookupError:
-            self._carry_out(self._store.disconnect(client, time.time_ns()))
-            return None
-        if exited is not None:
-
-            def gone() -> None:
-                self._unwatch(exited)
-                self._awaited.pop(client, None)
-                self._carry_out(self._store.disconnect(client, time.time_ns()))
-
-            try:
-                self._selector.register(exited, _READ, gone)
-            except OSError as error:
-                _LOG.warning("what client %d was given stays its own for good: %s", client, error)
-                _close_descriptor(exited)
-                return None
-            self._watched.add(exited)
-        return exited
-
-    def _unwatch(self, exited: int) -> None:
-        self._selector.unregister(exited)
-        self._watched.discard(exited)
-        _close_descriptor(exited)
-
-    def _adopt(self, connection: _Connection, number: int) -> None:
+    def _adopt(self, connection: Connection, number: int) -> None:
         """Let a connection go on as a client that was waited for."""
         del self._connections[connection.client]
         connection.client = number
         self._connections[number] = connection
-        exited = self._awaited.pop(number, None)
-        if exited is not None:
-            self._unwatch(exited)
+        self._exits.forget(number)
 
     # -- reading -------------------------------------------------------------------------------
 
-    def _ready(self, connection: _Connection, mask: int) -> None:
+    def _ready(self, connection: Connection, mask: int) -> None:
         if connection.client not in self._connections:
             return  # it was dropped by an earlier event of this turn
         if mask & _WRITE:
@@ -414,33 +341,28 @@ class Server:
             and not connection.frames
             and connection.paused_at is None
         ):
-            self._read(connection, _READ_BYTES)
-            self._process(connection, _FRAMES_A_TURN)
+            self._read(connection)
 
-    def _read(self, connection: _Connection, limit_bytes: int) -> bool:
-        """Feed the decoder with what the socket holds; tell whether the connection goes on."""
-        if connection.client not in self._connections:
-            return False
+    def _read(self, connection: Connection) -> None:
         try:
-            data = connection.sock.recv(limit_bytes)
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError as error:
-            self._lose(connection.client, error)
-            return False
-        if not data:
-            if connection.decoder.incomplete:
-                _LOG.info("client %d left in the middle of a message", connection.client)
-            self._process(connection, None)
-            if connection.client in self._connections:
-                self._close(connection.client)
-            return False
-        try:
-            connection.frames += connection.decoder.feed(data)
+            goes_on = connection.read()
         except ProtocolError as error:
             self._drop(connection.client, str(error))
-            return False
-        return True
+        except OSError as error:
+            self._lose(connection.client, error)
+        else:
+            if goes_on:
+                self._process(connection, _FRAMES_A_TURN)
+            else:
+                self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        """Handle what a client has sent before it ended its connection."""
+        if connection.is_incomplete:
+            _LOG.info("client %d left in the middle of a message", connection.client)
+        self._process(connection, None)
+        if connection.client in self._connections:
+            self._close(connection.client)
 
     def _process_backlog(self, limit: int | None) -> None:
         for client in tuple(self._backlog):
@@ -448,7 +370,7 @@ class Server:
             if connection is not None:
                 self._process(connection, limit)
 
-    def _process(self, connection: _Connection, limit: int | None) -> None:
+    def _process(self, connection: Connection, limit: int | None) -> None:
         """Handle at most `limit` messages of a connection; remember whether there are more."""
         frames, client = connection.frames, connection.client
         store, now_ns = self._store, time.time_ns()
@@ -476,32 +398,23 @@ class Server:
 
     # -- clients that do not read ----------------------------------------------------------------
 
-    def _pause(self, connection: _Connection) -> None:
+    def _pause(self, connection: Connection) -> None:
         """Take nothing more from a client until it reads."""
-        connection.paused_at = time.monotonic()
         self._paused.add(connection)
         self._backlog.discard(connection.client)
-        self._watch(connection, _WRITE)
-
-    def _go_on(self, connection: _Connection) -> None:
-        connection.paused_at = None
-        self._paused.discard(connection)
-        if connection.frames:
-            self._backlog.add(connection.client)
+        connection.pause()
 
     def _drop_the_deaf(self) -> None:
         for connection in tuple(self._paused):
-            since = time.monotonic() - (connection.paused_at or 0)
-            if since > _PATIENCE_SECONDS:
-                self._drop(
-                    connection.client,
-                    f"it does not read: {connection.out_bytes} bytes have waited for {since:.0f} s",
-                )
+            try:
+                connection.check_patience()
+            except DeafError as error:
+                self._drop(connection.client, str(error))
 
     def _wake(self) -> None:
         """See what a release, of which a client has told, lets go."""
         with suppress(OSError):  # what is still in it makes the loop come back here
-            os.read(self._wake_reader, _READ_BYTES)
+            os.read(self._wake_reader, _WAKE_BYTES)
         self._carry_out(self._store.wake())
 
     # -- memory --------------------------------------------------------------------------------
@@ -539,74 +452,32 @@ class Server:
             else:
                 self._send(connection, effect)
 
-    def _send(self, connection: _Connection, send: Send) -> None:
-        data = send.data
-        if not connection.out:
-            try:
-                if send.descriptor is None:
-                    sent = connection.sock.send(data)
-                else:
-                    fd = self._descriptor(send.descriptor)
-                    sent = socket.send_fds(connection.sock, [data], [fd])
-            except (BlockingIOError, InterruptedError):
-                sent = 0
-            except OSError as error:
-                self._lose(connection.client, error)
-                return
-            if sent == len(data):
-                return
-            if send.descriptor is not None and not sent:
-                self._drop(connection.client, "it asks for a descriptor and does not read")
-                return
-            data = data[sent:]
-            if not self._watch(connection, _READ | _WRITE):
-                return
-        elif send.descriptor is not None:
-            self._drop(connection.client, "it asks for a descriptor and does not read")
-            return
-        connection.out.append(data)
-        connection.out_bytes += len(data)
-        if (
-            connection.out_bytes > _PAUSE_BYTES
-            and connection.paused_at is None
-            and connection.client not in self._store.subscribers  # who only read, in their own time
-        ):
-            self._pause(connection)
-        if connection.out_bytes > _MAX_UNREAD_BYTES:
-            self._drop(
-                connection.client,
-                f"it does not read: {connection.out_bytes} bytes wait for it",
-            )
-
-    def _flush(self, connection: _Connection) -> None:
-        out = connection.out
-        while out:
-            try:
-                sent = connection.sock.send(out[0])
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                self._lose(connection.client, error)
-                return
-            connection.out_bytes -= sent
-            if connection.paused_at is not None:
-                connection.paused_at = time.monotonic()
-            if sent < len(out[0]):
-                out[0] = out[0][sent:]
-                return
-            out.popleft()
-        if connection.paused_at is not None:
-            self._go_on(connection)
-        self._watch(connection, _READ)
-
-    def _watch(self, connection: _Connection, events: int) -> bool:
-        """Wait for these events of a connection; tell whether it goes on."""
+    def _send(self, connection: Connection, send: Send) -> None:
+        fd = None if send.descriptor is None else self._descriptor(send.descriptor)
         try:
-            self._selector.modify(connection.sock, events, connection)
+            connection.send(send.data, fd)
+            if (
+                connection.is_slow
+                and connection.paused_at is None
+                # Subscribers only read, in their own time.
+                and connection.client not in self._store.subscribers
+            ):
+                self._pause(connection)
+        except DeafError as error:
+            self._drop(connection.client, str(error))
         except OSError as error:
             self._lose(connection.client, error)
-            return False
-        return True
+
+    def _flush(self, connection: Connection) -> None:
+        try:
+            done = connection.flush()
+        except OSError as error:
+            self._lose(connection.client, error)
+            return
+        if done and connection in self._paused:
+            self._paused.discard(connection)
+            if connection.frames:
+                self._backlog.add(connection.client)
 
     def _descriptor(self, descriptor: Descriptor) -> int:
         return self._segment.fd if descriptor is Descriptor.SEGMENT else self._wake_writer

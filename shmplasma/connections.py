@@ -1,0 +1,225 @@
+"""A client's connection as the store sees it: whole messages in, replies out, never waiting.
+
+Invariants
+----------
+* What waits to be sent is in order, and of it at most `_MAX_UNREAD_BYTES`: beyond that `DeafError`.
+* The selector looks for writing exactly while something waits, and for reading unless the connection is paused.
+* Errors of the socket go to the caller, which decides what is to become of the client.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Final
+
+from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
+
+__all__ = ["Connection", "DeafError", "close_socket"]
+
+_READ_BYTES: Final = 1 << 16
+_PAUSE_BYTES: Final = 1 << 16
+"""Beyond what the socket takes (208 KiB): more than any but the longest replies."""
+_PATIENCE_SECONDS: Final = 10.0
+"""How long a client may leave its replies lying there."""
+_MAX_UNREAD_BYTES: Final = 16 << 20
+"""What may wait for a client in any case: two of the longest replies, or 300,000 notifications."""
+
+_READ: Final = selectors.EVENT_READ
+_WRITE: Final = selectors.EVENT_WRITE
+
+
+class DeafError(Exception):
+    """A client does not read what is sent to it."""
+
+
+def close_socket(sock: socket.socket) -> None:
+    """Close a socket; an error of a close says nothing that anybody could do."""
+    with suppress(OSError):
+        sock.close()
+
+
+class Connection:
+    """A client's socket and what is on its way through it.
+
+    Parameters
+    ----------
+    client : int
+        The client's number.
+    pid : int or None
+        The process at the other end, for the log.
+    sock : socket.socket
+        Its socket, which is registered with `selector`, for reading, and ended by `hang_up`.
+    selector : selectors.BaseSelector
+        The loop's.
+
+    Attributes
+    ----------
+    frames : deque of Frame
+        Messages that were read and are to be handled.
+    paused_at : float or None
+        Since when nothing is read from it, or when it last read anything itself (monotonic, in seconds).
+
+    Raises
+    ------
+    OSError
+        It cannot be served.
+    """
+
+    __slots__ = (
+        "_decoder",
+        "_out",
+        "_out_bytes",
+        "_selector",
+        "_sock",
+        "client",
+        "frames",
+        "paused_at",
+        "pid",
+    )
+
+    def __init__(
+        self, client: int, pid: int | None, sock: socket.socket, selector: selectors.BaseSelector
+    ) -> None:
+        self.client = client
+        self.pid = pid
+        self.frames: deque[Frame] = deque()
+        self.paused_at: float | None = None
+        self._sock = sock
+        self._selector = selector
+        self._decoder = FrameDecoder(MAX_REQUEST_BYTES)
+        self._out: deque[bytes] = deque()
+        self._out_bytes = 0
+        sock.setblocking(False)
+        selector.register(sock, _READ, self)
+
+    def hang_up(self, last: bytes = b"") -> None:
+        """End the connection, with a last message if the socket takes it and it breaks into no other."""
+        if last and not self._out:
+            with suppress(OSError):
+                self._sock.send(last)
+        with suppress(KeyError):  # a change of what it is watched for has failed
+            self._selector.unregister(self._sock)
+        close_socket(self._sock)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether part of a message was read."""
+        return self._decoder.incomplete
+
+    def read(self) -> bool:
+        """Take in what the socket holds; tell whether the client may send more.
+
+        Raises
+        ------
+        ProtocolError
+            This is no message.
+        OSError
+            The connection has failed.
+        """
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return True
+        if data:
+            self.frames += self._decoder.feed(data)
+        return bool(data)
+
+    # -- writing -------------------------------------------------------------------------------
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether so much waits for it that it should ask for nothing more."""
+        return self._out_bytes > _PAUSE_BYTES
+
+    def send(self, data: bytes, fd: int | None) -> None:
+        """Send a message with a descriptor, if one is given; what the socket does not take waits for `flush`.
+
+        Raises
+        ------
+        DeafError
+            Too much waits for it already.
+        OSError
+            The connection has failed.
+        """
+        if not self._out:
+            try:
+                if fd is None:
+                    sent = self._sock.send(data)
+                else:
+                    sent = socket.send_fds(self._sock, [data], [fd])
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            if sent == len(data):
+                return
+            if fd is not None and not sent:
+                raise DeafError("it asks for a descriptor and does not read")
+            data = data[sent:]
+        elif fd is not None:
+            raise DeafError("it asks for a descriptor and does not read")
+        self._out.append(data)
+        self._out_bytes += len(data)
+        if len(self._out) == 1:
+            self._watch(_READ | _WRITE)
+        if self._out_bytes > _MAX_UNREAD_BYTES:
+            raise DeafError(f"it does not read: {self._out_bytes} bytes wait for it")
+
+    def flush(self) -> bool:
+        """Send of what waits as much as the socket takes; tell whether that was all.
+
+        Raises
+        ------
+        OSError
+            The connection has failed.
+        """
+        out = self._out
+        while out:
+            try:
+                sent = self._sock.send(out[0])
+            except (BlockingIOError, InterruptedError):
+                return False
+            self._out_bytes -= sent
+            if self.paused_at is not None:
+                self.paused_at = time.monotonic()
+            if sent < len(out[0]):
+                out[0] = out[0][sent:]
+                return False
+            out.popleft()
+        self.paused_at = None
+        self._watch(_READ)
+        return True
+
+    def pause(self) -> None:
+        """Read nothing more from it until all that waits is sent.
+
+        Raises
+        ------
+        OSError
+            The connection has failed.
+        """
+        self.paused_at = time.monotonic()
+        self._watch(_WRITE)
+
+    def check_patience(self) -> None:
+        """See to it that a pause does not last.
+
+        Raises
+        ------
+        DeafError
+            It has read nothing for too long.
+        """
+        if self.paused_at is None:
+            return
+        since = time.monotonic() - self.paused_at
+        if since > _PATIENCE_SECONDS:
+            raise DeafError(
+                f"it does not read: {self._out_bytes} bytes have waited for {since:.0f} s"
+            )
+
+    def _watch(self, events: int) -> None:
+        self._selector.modify(self._sock, events, self)
