@@ -27,7 +27,9 @@ _KEPT_FOR_OTHERS: Final = 8
 class Session:
     """What the store knows of one connection.
 
-    One that was recovered is *awaited* until its client connects again, and *resumed* from then on.
+    One that was recovered is *awaited* until its client goes on over another connection, and *resumed* from then
+    on.  That connection *claims* the awaited client with its `Hello`, and is it from its next message on: whoever
+    gives up in between, as one does that is interrupted, is still awaited.
     """
 
     client: int
@@ -42,6 +44,7 @@ class Session:
     trusted: bool = False
     awaited: bool = False
     resumed: bool = False
+    claims: int | None = None
     lent: set[int] = field(default_factory=set)
     """Slots of its gets that wait: each waits with slots of its own, so there is an end to their number."""
 
@@ -100,7 +103,7 @@ class Greeter:
             There is no board for it.
         """
         client = session.client
-        if session.role is not None:
+        if session.role is not None or session.claims is not None:
             raise ProtocolError("a second Hello")
         if hello.version != PROTOCOL_VERSION:
             text = (
@@ -112,7 +115,9 @@ class Greeter:
         if hello.reclaim:
             awaited = self.sessions.get(hello.reclaim - 1)
             if awaited is not None and awaited.awaited and same_process(awaited, session):
-                self._resume(session, awaited, request_id, hello.name)
+                session.claims, session.name = awaited.client, hello.name
+                welcome = self._welcome(awaited, reclaimed=True)
+                self._outgoing.reply(client, request_id, welcome, Descriptor.WAKE)
                 return
         if hello.role is Role.SUCCESSOR:
             if not session.trusted:
@@ -132,16 +137,26 @@ class Greeter:
         if hello.role is Role.SUBSCRIBER:
             self._outgoing.replay(client, self._table)
 
-    def _resume(self, session: Session, awaited: Session, request_id: int, name: str) -> None:
-        """Let a client whose store has died go on with all that it has, over a new connection."""
-        del self.sessions[session.client]
-        awaited.awaited, awaited.resumed, awaited.name = False, True, name
-        self._outgoing.effects.append(Adopt(session.client, awaited.client))
-        self._outgoing.reply(awaited.client, request_id, self._welcome(awaited), Descriptor.WAKE)
+    def resume(self, session: Session) -> int:
+        """Let a client go on with all that it has over the connection that claims it; return its number.
 
-    def _welcome(self, session: Session) -> Welcome:
+        Raises
+        ------
+        ProtocolError
+            That client is not awaited any more.
+        """
+        assert session.claims is not None
+        awaited = self.sessions.get(session.claims)
+        if awaited is None or not awaited.awaited:
+            raise ProtocolError("what it claims went on over another connection")
+        del self.sessions[session.client]
+        awaited.awaited, awaited.resumed, awaited.name = False, True, session.name
+        self._outgoing.effects.append(Adopt(session.client, awaited.client))
+        return awaited.client
+
+    def _welcome(self, session: Session, *, reclaimed: bool = False) -> Welcome:
         return Welcome(
-            self._token, session.board, self._memory.has_barrier, session.resumed, *self._segment
+            self._token, session.board, self._memory.has_barrier, reclaimed, *self._segment
         )
 
     def grant(self, session: Session) -> int:

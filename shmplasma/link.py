@@ -13,6 +13,14 @@ What is repeated, and why it may be
     *Abort* that was carried out finds nothing any more: it is done.
     All others change nothing, or the same again.
 
+Interrupts
+    A new connection only *claims* this client until the store gets its first message after the `Welcome`
+    (`shmplasma.greeting`); if it ends before that, nothing has happened, and the store goes on waiting.  The link
+    sends none before it keeps the connection, by one assignment to `Link.channel`.  So an interrupt (Ctrl-C)
+    before the assignment costs an attempt, one after it finds the client connected, and in neither case does the
+    store take a living client for dead.  What the store has to be told first (`Link.options`) waits in the
+    channel for the first message, whoever sends it.
+
 A store that was ended has removed its segment; one that was started with nothing is another one.  Both end the
 link for good: what this client had is gone, and it must be told so.
 """
@@ -36,12 +44,12 @@ from shmplasma.arrow_errors import (
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
 from shmplasma.outbox import Outbox
-from shmplasma.protocol import PROTOCOL_VERSION, Frame
+from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
 from shmplasma.requests import Abort, Detach, Flush, Hello, Post, Request, Role, SetOptions
 from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
 
-__all__ = ["Link", "expect", "greet"]
+__all__ = ["Link", "expect", "greet", "greet_again"]
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.005
@@ -90,8 +98,31 @@ def greet(
             # A store that died just now may be back soon.
             if num_retries <= 0 or not (isinstance(error, ConnectionError) and may_come_back(path)):
                 raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
+        except BaseException:
+            exchange.close()
+            raise
         num_retries -= 1
         time.sleep(RETRY_SECONDS)
+
+
+def greet_again(
+    path: str, role: Role, name: str, reclaim: int, patience_seconds: float
+) -> tuple[Exchange, Welcome]:
+    """Introduce this process to a store that has died and may come back, once it has; otherwise as `greet`.
+
+    Parameters
+    ----------
+    patience_seconds : float
+        How long to wait for it.
+    """
+    end = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return greet(path, 0, role, name, reclaim)
+        except NotConnectedError:
+            if time.monotonic() >= end or not may_come_back(path):
+                raise
+        time.sleep(_RETRY_SECONDS)
 
 
 class Link:
@@ -124,6 +155,8 @@ class Link:
         What a store that comes back has to be told.
     channel : Channel
         The connection at this moment.
+    patience_seconds : float
+        As given.
 
     Notes
     -----
@@ -150,7 +183,7 @@ class Link:
         self._token = token
         self._outbox = outbox
         self._renew_wake = renew_wake
-        self._patience_seconds = patience_seconds
+        self.patience_seconds = patience_seconds
         self._when_lost = when_lost
         self._lost = False
         self._connecting = threading.Lock()
@@ -186,11 +219,13 @@ class Link:
         while True:
             channel = self.channel
             try:
-                return expect(expected, _exchange(channel, kind, body, dispose or _no_disposal))
+                reply = _exchange(channel, kind, body, dispose or _no_disposal)
             except ConnectionError as error:
                 self.reconnect(channel, error)
                 if before_again is not None:
                     before_again()
+            else:
+                return expect(expected, reply)
 
     def abort(self, object_id: bytes) -> None:
         """Ask for an object to be removed that this client has not sealed.
@@ -223,9 +258,21 @@ class Link:
                 if channel.post(self._outbox, kind, body):
                     return
             except ConnectionError as error:
-                self.reconnect(channel, error)
+                self._announce(channel, error)
                 return
             self.call(Flush(), Done)
+
+    def _announce(self, broken: Channel, error: ConnectionError) -> None:
+        """Tell a store that comes back of a record which could not be told of by the broken connection."""
+        while True:
+            self.reconnect(broken, error)
+            broken = self.channel
+            try:
+                broken.send(Post.KIND, b"")
+            except ConnectionError as another:
+                error = another
+            else:
+                return
 
     def leave(self) -> None:
         """Drop what was not sealed and end all requests; a store that is not there is not waited for."""
@@ -239,7 +286,7 @@ class Link:
         self.channel.abandon()
 
     def reconnect(self, broken: Channel, error: ConnectionError) -> None:
-        """Return when there is another connection than the broken one.
+        """Return when there is another connection than the broken one; the caller sends something by it.
 
         Parameters
         ----------
@@ -256,42 +303,39 @@ class Link:
         with self._connecting:
             if self.channel is not broken:
                 return
+            reason = broken.hear_out()
             if broken.is_final or self._lost:
-                raise _gone(error)
-            end = time.monotonic() + self._patience_seconds
-            exchange, welcome = self._greet_again(error, end)
+                raise _gone(reason) from error
+            exchange, welcome = self._greet_again(reason)
             try:
-                if welcome.token != self._token or not welcome.reclaimed:
+                if not welcome.reclaimed or welcome.token != self._token:
                     self._lose()
-                    raise NotConnectedError(
-                        "the store was started anew, without the objects that were in it; "
-                        "connect again"
-                    ) from error
+                    raise NotConnectedError(_not_reclaimed(welcome.token, self._token)) from error
                 renew_wake = self._renew_wake()
                 assert renew_wake is not None, "who calls the link keeps its owner"
                 renew_wake(exchange.take_descriptor())
-                channel = Channel(exchange.detach())
+                channel = Channel(exchange.detach(), self._first_message())
             except BaseException:
                 exchange.close()
                 raise
-            with suppress(ConnectionError):  # the next call will see it
-                channel.send(Post.KIND, b"")
-                if self.options is not None:
-                    _exchange(channel, SetOptions.KIND, self.options.encode(), _no_disposal)
-            self.channel = channel
+            self.channel = (
+                channel  # which others may use from here on, so nothing here may close it
+            )
 
-    def _greet_again(self, error: ConnectionError, end: float) -> tuple[Exchange, Welcome]:
+    def _first_message(self) -> bytes:
+        """Return what a store that has come back is to be told before anything else."""
+        options = self.options
+        return b"" if options is None else encode_frame(options.KIND, ONE_WAY, options.encode())
+
+    def _greet_again(self, reason: str) -> tuple[Exchange, Welcome]:
         """Introduce this client to the store that has come back, once it has."""
-        while True:
-            try:
-                return greet(self._path, 0, Role.CLIENT, self._name, self._board + 1)
-            except NotConnectedError as reason:
-                if not may_come_back(self._path):
-                    self._lose()
-                    raise _gone(error) from reason
-                if time.monotonic() >= end:
-                    raise _gone(error) from reason
-                time.sleep(_RETRY_SECONDS)
+        reclaim, patience = self._board + 1, self.patience_seconds
+        try:
+            return greet_again(self._path, Role.CLIENT, self._name, reclaim, patience)
+        except NotConnectedError as error:
+            if not may_come_back(self._path):
+                self._lose()
+            raise _gone(reason) from error
 
     def _lose(self) -> None:
         self._lost = True
@@ -348,9 +392,16 @@ def _refusal(failed: Failed) -> ShmPlasmaError:
             assert_never(failed.failure)
 
 
-def _gone(error: ConnectionError) -> NotConnectedError:
+def _gone(reason: str) -> NotConnectedError:
     """Return what a user is to see when the connection has ended."""
-    return NotConnectedError(f"the connection to the store has ended: {error}")
+    return NotConnectedError(f"the connection to the store has ended: {reason}")
+
+
+def _not_reclaimed(token: bytes, own: bytes) -> str:
+    """Return what a user is to see when the store that answers knows this client no more."""
+    if token == own:
+        return "the store has dropped this client, and its log says why; connect again"
+    return "the store was started anew, without the objects that were in it; connect again"
 
 
 def _no_disposal(_: Frame) -> None:

@@ -215,6 +215,8 @@ class ObjectStore:
                 return NOTHING
             if type(request) is Hello:
                 self._greeter.hello(session, frame.request_id, request)
+            elif session.claims is not None:
+                return self.handle(self._greeter.resume(session), frame, now_ns)
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:

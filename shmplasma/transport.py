@@ -13,7 +13,8 @@ each such call is made by a C loop, ``list.extend(map(call, ...))``, which store
 interpreter looks for signals again.
 
 A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done
-with it then.
+with it then.  That is done while reading, and may itself ask, hence wait for a connection to be made anew; so
+whoever makes one does not wait for those who read the old one, or not for long (`Channel.hear_out`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ _SEND_BYTES: Final = 32 << 10
 """What may wait unread at the store: some 80 small messages instead of 270.  An answer that needs a drain
 waits for all that others have sent."""
 RETRY_SECONDS: Final = 0.1
+_LAST_WORDS_SECONDS: Final = 0.1
+"""Who reads a connection that has ended is done with it in far less, unless he waits for who would wait for him."""
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
 
@@ -119,7 +122,8 @@ class Exchange:
         ProtocolError
             The other end does not speak the protocol.
         """
-        self._sock.sendall(encode_frame(kind, 1, body))
+        with suppress(ConnectionError):  # who has closed the connection may have said why
+            self._sock.sendall(encode_frame(kind, 1, body))
         decoder = FrameDecoder(MAX_REPLY_BYTES)
         while True:
             # Not a byte beyond the reply: what follows may be no frame (see `Role.SUBSCRIBER`).
@@ -161,6 +165,8 @@ class Channel:
     ----------
     sock : socket.socket
         Connected and blocking; the channel owns it from now on.
+    first : bytes, optional
+        What is to be sent before whatever is sent first.
 
     Notes
     -----
@@ -168,12 +174,12 @@ class Channel:
     closed when the channel is collected.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, first: bytes = b"") -> None:
         self._sock = sock
         self._spin_ns = SPIN_NS if system.processors() > 1 else 0
         self._sending = threading.Lock()
         self._reading = threading.Lock()
-        self._outgoing: tuple[bytes, list[int]] = (b"", [])
+        self._outgoing: tuple[bytes, list[int]] = (first, [])
         self._received: list[bytes] = []
         self._next_id = 0
         self._replies: dict[int, Frame] = {}
@@ -224,7 +230,7 @@ class Channel:
             raise ConnectionError(self._error)
         unsent, sent = self._outgoing
         if unsent and sum(sent) < len(unsent):
-            # What an interrupt kept from being sent goes first.
+            # What is to be sent first, or what an interrupt kept from being sent.
             data = unsent[sum(sent) :] + data
         while data:
             # One assignment changes what is to be sent and what of it has been: there is no moment at
@@ -313,6 +319,24 @@ class Channel:
                 self._reading.release()
                 self._pass_on()
 
+    def hear_out(self) -> str:
+        """Read what the other end has said last, which may be why it has ended; return how it ended.
+
+        Only for a connection that has ended.
+        """
+        acquired: list[bool] = []
+        try:
+            acquired.extend(map(self._reading.acquire, (True,), (_LAST_WORDS_SECONDS,)))
+            if acquired[0]:
+                self._deliver()
+                while self._receive(socket.MSG_DONTWAIT) and self._received[-1]:
+                    self._deliver()
+        finally:
+            if acquired and acquired[0]:
+                self._reading.release()
+                self._pass_on()
+        return self._error
+
     def _lead(self, request_id: int, deadline: float | None) -> Frame | None:
         """Read for all until the reply is there."""
         while True:
@@ -338,13 +362,14 @@ class Channel:
         return True
 
     def _receive(self, flags: int) -> bool:
-        """Take what the socket has, or its failure; tell whether there was either."""
+        """Take what the socket has, or its end; tell whether there was either."""
         try:
             self._received.extend(map(self._sock.recv, (_READ_BYTES,), (flags,)))
         except BlockingIOError:
             return False
         except OSError as error:
             self._fail(str(error))
+            self._received.append(b"")
         return True
 
     def _deliver(self) -> None:
@@ -398,8 +423,8 @@ class Channel:
             self._fail(str(error))
             return
         if isinstance(reply, Failed):
+            self._error = reply.text  # whatever has failed since failed for this
             self.is_final = True
-            self._fail(reply.text)
 
     def _fail(self, reason: str) -> None:
         # A text: an exception would keep, by its traceback, the channel that keeps it.
