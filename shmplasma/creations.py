@@ -11,6 +11,7 @@ from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
+from shmplasma.publishing import Publishing
 from shmplasma.replies import Created, Failed, Failure
 from shmplasma.requests import Create
 from shmplasma.room import Room
@@ -24,17 +25,24 @@ class Creations:
 
     Parameters
     ----------
-    table, boards, room, objects, outgoing
+    table, boards, room, objects, publishing, outgoing
         The parts of the store that it joins.
     """
 
     def __init__(
-        self, table: Table, boards: Boards, room: Room, objects: Lifecycle, outgoing: Outgoing
+        self,
+        table: Table,
+        boards: Boards,
+        room: Room,
+        objects: Lifecycle,
+        publishing: Publishing,
+        outgoing: Outgoing,
     ) -> None:
         self._table = table
         self._boards = boards
         self._room = room
         self._objects = objects
+        self._publishing = publishing
         self._outgoing = outgoing
         self._waiting: dict[int, tuple[int, int]] = {}
 
@@ -68,7 +76,7 @@ class Creations:
             entry = self._objects.create(client, request, session.limit_bytes, now_ns)
         except Refused as refused:
             # Leases are never the reason: they come back first.
-            if refused.failed.failure is not Failure.FULL or not self._objects.recall_leases():
+            if refused.failed.failure is not Failure.FULL or not self._publishing.recall():
                 raise
             return False
         offset, data_size, metadata_size = self._table.location(entry)

@@ -15,7 +15,7 @@ Invariants
   first whether the last release has come.
 * A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
   not free.
-* What a lease covers beyond its cursor is used space without an object (see `shmplasma.leases`).
+* What a lease covers beyond its cursor is used space without an object (see `shmplasma.publishing`).
 * While anything is doomed or in limbo the header's WAKE word is set, so that the release of a pin wakes the
   store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
   barrier is seen by this reading, one after it sees the word.
@@ -24,22 +24,18 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
 
-from shmplasma.control import Control
 from shmplasma.errors import CommitError
-from shmplasma.layout import ALIGNMENT, EntryState, HeaderWord, Layout
-from shmplasma.leases import MIN_LEASE_BYTES, Leases
+from shmplasma.layout import EntryState, HeaderWord, Layout
+from shmplasma.leases import Leases
 from shmplasma.pins import Boards
 from shmplasma.recovery import Findings, examine
-from shmplasma.replies import Failed, Failure, Leased
-from shmplasma.requests import Create, Publish
+from shmplasma.replies import Failed, Failure
+from shmplasma.requests import Create
 from shmplasma.room import Memory, Room
 from shmplasma.table import NO_ENTRY, Table
 
-__all__ = ["Lifecycle", "Refused"]
-
-_SEALED: Final = int(EntryState.SEALED)
+__all__ = ["Lifecycle", "Refused", "existing"]
 
 
 class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
@@ -59,7 +55,7 @@ class Lifecycle:
         The segment's layout.
     words : memoryview
         The segment as native 8-byte words, writable.
-    control, table, boards, room
+    table, boards, room, leases
         The parts that it joins.
     memory : Memory
         Issues barriers.
@@ -71,10 +67,10 @@ class Lifecycle:
         self,
         layout: Layout,
         words: memoryview,
-        control: Control,
         table: Table,
         boards: Boards,
         room: Room,
+        leases: Leases,
         memory: Memory,
         gone: Callable[[bytes], None],
     ) -> None:
@@ -85,7 +81,7 @@ class Lifecycle:
         self._room = room
         self._memory = memory
         self._gone = gone
-        self._leases = Leases(layout, words, control)
+        self._leases = leases
         self._creators: dict[int, int] = {}
         self._unsealed: dict[int, set[int]] = {}
         self._doomed: set[int] = set()
@@ -124,6 +120,11 @@ class Lifecycle:
         return self.bytes_of(self._creators)
 
     @property
+    def leased_bytes(self) -> int:
+        """Bytes that are leased and not published."""
+        return self._leases.held_bytes
+
+    @property
     def awaits_release(self) -> int:
         """How many entries wait for somebody to let go of them."""
         return len(self._doomed) + len(self._limbo)
@@ -143,10 +144,10 @@ class Lifecycle:
         """
         object_id = request.object_id
         size = request.data_size + request.metadata_size
-        if self._exists(object_id):
+        if self.exists(object_id):
             entry = self._table.find(object_id)
             if not self._is_repeated(client, entry, request):
-                raise _existing(object_id)
+                raise existing(object_id)
             self._boards.pin(request.slot, entry)
             return entry
         if limit_bytes:
@@ -168,7 +169,7 @@ class Lifecycle:
         self._boards.pin(request.slot, entry)
         return entry
 
-    def _exists(self, object_id: bytes) -> bool:
+    def exists(self, object_id: bytes) -> bool:
         """Tell whether an id is taken, sealed or not."""
         if self._doomed:
             self.find_sealed(object_id)  # which lets go of it, if it has waited for that
@@ -191,7 +192,7 @@ class Lifecycle:
             self.wake()
         offset, evicted = self._room.allocate(size_bytes)
         if evicted:
-            self._evicted(evicted)
+            self.note_evicted(evicted)
         return offset
 
     def _insert(self, request: Create, offset: int, size: int, now_ns: int) -> int:
@@ -204,7 +205,7 @@ class Lifecycle:
             try:
                 # What is committed for the objects of leases stays theirs.
                 if not self._table.prepare(self._leases.objects_left + 1):
-                    self._evicted(self._room.evict(0, objects=1)[1])
+                    self.note_evicted(self._room.evict(0, objects=1)[1])
                     continue
                 entry = self._table.insert(
                     request.object_id,
@@ -221,107 +222,6 @@ class Lifecycle:
             return entry
         self._room.give_back(offset, size)
         raise self._refused(size, text)
-
-    # -- leases --------------------------------------------------------------------------------
-
-    def lease(self, client: int, board: int, needed_bytes: int) -> Leased:
-        """Give back what is left of a client's lease and grant it a new one, of size 0 if none is to be had.
-
-        In a full store a lease is as small as can be, and evicts what lies in its way.
-        """
-        self._room.give_back(*self._leases.end(client))
-        size = self._leases.size_for(client, needed_bytes)
-        none = Leased(0, 0, 0, 0)
-        if not size:
-            return none
-        smallest = max(MIN_LEASE_BYTES, 4 * needed_bytes)
-        wanted = self._leases.objects_left + self._leases.objects_for(size)
-        try:
-            if not self._table.prepare(wanted):
-                return none
-            offset = self._room.lease(size)
-            while offset is None and size // 2 >= smallest:
-                size = size // 2 & -ALIGNMENT
-                offset = self._room.lease(size)
-            if offset is None and smallest == MIN_LEASE_BYTES > self._room.largest_bytes:
-                size = smallest
-                self._evicted(self._room.make_room(size))
-                offset = self._room.lease(size)
-        except CommitError:
-            return none
-        if offset is None:
-            return none
-        objects, epoch = self._leases.grant(client, board, offset, size)
-        return Leased(offset, size, objects, epoch)
-
-    def publish(self, client: int, message: Publish, now_ns: int) -> int:
-        """Enter an object that a client has written to its lease; return its entry.
-
-        Raises
-        ------
-        Refused
-            The id exists; the room goes back.
-        ProtocolError
-            It is not in the client's lease.
-        """
-        object_id, offset, data_size, metadata_size, codec = message
-        size = data_size + metadata_size
-        start, skipped = self._leases.publish(client, offset, size)
-        if skipped:
-            self._room.give_back(start, skipped)
-        if self._exists(object_id):
-            self._room.give_back(offset, size)
-            self._leases.note_published(client)
-            raise _existing(object_id)
-        entry = self._table.insert(
-            object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
-        )
-        self._leases.note_published(client)
-        self._room.sealed(entry)
-        return entry
-
-    def was_published(self, client: int, offset: int) -> bool:
-        """Tell whether a store that has died had entered the object that a client wrote there."""
-        return self._leases.was_published(client, offset)
-
-    def is_repeated(self, client: int, message: Publish) -> bool:
-        """Tell whether a store that has died had entered this object, and could not say so any more.
-
-        Raises
-        ------
-        Refused
-            It had refused it, because the id exists.
-        """
-        if not self._leases.was_published(client, message.offset):
-            return False
-        entry = self._table.find(message.object_id)
-        if entry != NO_ENTRY and self._table.location(entry)[0] != message.offset:
-            raise _existing(message.object_id)
-        return True
-
-    def recall_leases(self) -> bool:
-        """Ask for all leases back; tell whether some may come back soon."""
-        self._leases.recall()
-        self._memory.barrier()
-        return self._leases.worth_waiting
-
-    def note_idle_leases(self) -> None:
-        """See which recalled leases are at rest; all outboxes are to be read after this."""
-        self._leases.note_idle()
-
-    def take_idle_leases(self) -> None:
-        """Take back the recalled leases that were at rest when all outboxes were read."""
-        for start, size in self._leases.take_idle():
-            self._room.give_back(start, size)
-
-    def end_lease(self, client: int) -> None:
-        """Take back the lease of a client that has left."""
-        self._room.give_back(*self._leases.forget(client))
-
-    @property
-    def leased_bytes(self) -> int:
-        """Bytes that are leased and not published."""
-        return self._leases.held_bytes
 
     # -- seal, abort ---------------------------------------------------------------------------
 
@@ -398,7 +298,7 @@ class Lifecycle:
     def evict(self, size_bytes: int) -> int:
         """Evict at least so many bytes if possible; return data plus metadata of what went."""
         freed, evicted = self._room.evict(size_bytes) if size_bytes > 0 else (0, [])
-        self._evicted(evicted)
+        self.note_evicted(evicted)
         return freed
 
     def wake(self) -> None:
@@ -428,7 +328,8 @@ class Lifecycle:
             self._gone(self._table.object_id(entry))
         self._forget_doomed()
 
-    def _evicted(self, object_ids: Iterable[bytes]) -> None:
+    def note_evicted(self, object_ids: Iterable[bytes]) -> None:
+        """Take note of objects that were evicted, and tell of them."""
         for object_id in object_ids:
             self.evictions += 1
             self._gone(object_id)
@@ -526,6 +427,7 @@ class Lifecycle:
         assert self._words[HeaderWord.WAKE] == waits, "nobody will wake the store, or for nothing"
 
 
-def _existing(object_id: bytes) -> Refused:
+def existing(object_id: bytes) -> Refused:
+    """Return the refusal of an id that is taken."""
     text = f"object {object_id.hex()} exists already; use another id or delete it first"
     return Refused(Failed(Failure.EXISTS, text))

@@ -1,8 +1,9 @@
 """The store's state machine: requests in, effects out.  Pure; `shmplasma.server` carries the effects out.
 
 It joins the parts that each own a piece of the state: `shmplasma.lifecycle` (what becomes of objects),
-`shmplasma.gets` (who waits for them), `shmplasma.pins` (who holds them).  What is left here is the
-conversation with each connection.
+`shmplasma.publishing` (how they come from leases), `shmplasma.gets` (who waits for them), `shmplasma.pins` (who
+holds them); `shmplasma.dispatch` says which part answers what.  What is left here is the conversation with each
+connection: its frames, its outbox, its end.
 
 Invariants
 ----------
@@ -21,64 +22,36 @@ a question was asked is always found.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, assert_never
 
 from shmplasma.answers import Answers
 from shmplasma.control import Control
 from shmplasma.creations import Creations
-from shmplasma.effects import Descriptor, Drop, Effect
+from shmplasma.dispatch import Dispatch, Unsettled
+from shmplasma.effects import Drop, Effect
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
+from shmplasma.leases import Leases
 from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.outbox import RECORDS, read_record
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, Frame
-from shmplasma.replies import (
-    Done,
-    Leased,
-    Listing,
-    Number,
-    Text,
-)
-from shmplasma.reports import describe, list_objects
+from shmplasma.publishing import Publishing
 from shmplasma.requests import (
-    Abort,
-    AnswerNow,
     AskLease,
-    Attach,
-    Contains,
-    Create,
-    Debug,
-    Delete,
-    Detach,
-    Evict,
-    Flush,
-    Get,
-    Grow,
     Hello,
-    List,
     Post,
     Publish,
-    Request,
     Role,
-    Seal,
-    SetOptions,
     decode_posted,
     decode_request,
 )
 from shmplasma.room import Memory, Room
-from shmplasma.table import NO_ENTRY, Table
+from shmplasma.table import Table
 
 __all__ = ["ObjectStore"]
-
-
-Unsettled = tuple[int, int, Request, int]
-"""Client, request id, request and its time: what waits until all outboxes are read."""
-_DONE: Final = Done()
 
 
 class ObjectStore:
@@ -121,16 +94,18 @@ class ObjectStore:
         self._boards = Boards(layout, words, raw, self._control, memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
         self._room = Room(layout, words, self._table, self._boards, visited, memory)
+        leases = Leases(layout, words, self._control)
         self._objects = Lifecycle(
             layout,
             words,
-            self._control,
             self._table,
             self._boards,
             self._room,
+            leases,
             memory,
             self._outgoing.gone,
         )
+        self._publishing = Publishing(self._table, self._room, leases, self._objects, memory)
         self._greeter = Greeter(
             layout,
             token,
@@ -150,9 +125,25 @@ class ObjectStore:
             self._greeter.sessions,
         )
         self._creations = Creations(
-            self._table, self._boards, self._room, self._objects, self._outgoing
+            self._table,
+            self._boards,
+            self._room,
+            self._objects,
+            self._publishing,
+            self._outgoing,
         )
-        self._unsettled: list[Unsettled] = []
+        self._dispatch = Dispatch(
+            layout,
+            self._table,
+            self._boards,
+            self._room,
+            self._objects,
+            self._publishing,
+            self._greeter,
+            self._answers,
+            self._creations,
+            self._outgoing,
+        )
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -181,8 +172,8 @@ class ObjectStore:
         del self._greeter.sessions[client]
         self._outgoing.subscribers.discard(client)
         self._boards.revoke(client)
-        self._forget(client)
-        self._objects.end_lease(client)
+        self._dispatch.forget(client)
+        self._publishing.end(client)
         return self.wake()
 
     def expel(self, client: int) -> bool:
@@ -198,12 +189,6 @@ class ObjectStore:
         self._outgoing.subscribers.discard(client)
         self._answers.forget(client)
         return session.role is Role.CLIENT
-
-    def _forget(self, client: int) -> None:
-        """Drop what a client waits for and what it has not sealed."""
-        self._answers.forget(client)
-        self._creations.forget(client)
-        self._objects.abort_all(client)
 
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
         """Carry out one request and return what is to be done."""
@@ -222,7 +207,10 @@ class ObjectStore:
             elif type(request) is Post:
                 self._heed(session, now_ns)
             else:
-                self._request(session, frame.request_id, request, now_ns)
+                if type(request) is AskLease:
+                    # Its last message may have been interrupted; the next lease takes what the last one has left.
+                    self._heed(session, now_ns)
+                self._dispatch.request(session, frame.request_id, request, now_ns)
         except Refused as refused:
             self._outgoing.reply(client, frame.request_id, refused.failed)
         except ProtocolError as error:
@@ -231,9 +219,9 @@ class ObjectStore:
 
     def take_unsettled(self) -> list[Unsettled]:
         """Return the requests that wait until all outboxes are read, for `settle`."""
-        if self._unsettled:
-            self._objects.note_idle_leases()
-        unsettled, self._unsettled = self._unsettled, []
+        unsettled, self._dispatch.unsettled = self._dispatch.unsettled, []
+        if unsettled:
+            self._publishing.note_idle()
         return unsettled
 
     def settle(self, unsettled: Iterable[Unsettled]) -> Sequence[Effect]:
@@ -243,13 +231,13 @@ class ObjectStore:
         """
         unsettled = list(unsettled)
         self._heed_all(max((each[-1] for each in unsettled), default=0))
-        self._objects.take_idle_leases()
+        self._publishing.take_idle()
         for client, request_id, request, now_ns in unsettled:
             session = self._greeter.sessions.get(client)
             if session is None or session.detached:
                 continue
             try:
-                self._settle(session, request_id, request, now_ns)
+                self._dispatch.settle(session, request_id, request, now_ns)
             except Refused as refused:
                 self._outgoing.reply(client, request_id, refused.failed)
         return self._outgoing.take()
@@ -262,12 +250,12 @@ class ObjectStore:
     @property
     def n_unsettled(self) -> int:
         """How many requests wait until all outboxes are read."""
-        return len(self._unsettled)
+        return len(self._dispatch.unsettled)
 
     @property
     def has_unsettled(self) -> bool:
         """Whether requests wait until all outboxes are read."""
-        return bool(self._unsettled)
+        return bool(self._dispatch.unsettled)
 
     def wake(self) -> Sequence[Effect]:
         """Let go what waited for a release and is pinned no more."""
@@ -349,10 +337,10 @@ class ObjectStore:
                 recovering
                 and not count
                 and isinstance(message, Publish)
-                and self._objects.was_published(session.client, message.offset)
+                and self._publishing.was_published(session.client, message.offset)
             ):
                 try:
-                    self._request(session, ONE_WAY, message, now_ns)
+                    self._dispatch.request(session, ONE_WAY, message, now_ns)
                 except Refused as refused:
                     self._outgoing.reply(session.client, ONE_WAY, refused.failed)
             acknowledged += 1
@@ -393,129 +381,13 @@ class ObjectStore:
         self._creations.advance()
         return self._outgoing.take()
 
-    # -- requests ------------------------------------------------------------------------------
-
-    def _request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
-        self, session: Session, request_id: int, request: Request, now_ns: int
-    ) -> None:
-        client = session.client
-        match request:
-            case Publish():
-                self._publish(session, request_id, request, now_ns)
-            case Create():
-                if not self._boards.may_lend_one(client, request.slot):
-                    raise ProtocolError(f"slot {request.slot} is not its to lend")
-                if not self._creations.create(session, request_id, request, now_ns):
-                    self._unsettled.append((client, request_id, request, now_ns))
-            case Seal():
-                if self._creations and self._table.find(request.object_id) in self._creations:
-                    raise ProtocolError("it seals what it was not told the place of")
-                entry = self._objects.seal(client, request.object_id, now_ns)
-                self._answers.announce(entry)
-                self._outgoing.reply(client, request_id, _DONE)
-            case Get():
-                if not self._answers.get(client, request_id, request):
-                    self._unsettled.append((client, request_id, request, now_ns))
-            case AskLease():
-                # Its last message may have been interrupted; the next lease takes what the last one has left.
-                self._heed(session, now_ns)
-                needed = request.needed_bytes
-                # What a client with a limit stores is counted object by object.
-                none = Leased(0, 0, 0, 0)
-                limited = session.limit_bytes > 0
-                lease = none if limited else self._objects.lease(client, session.board, needed)
-                self._outgoing.reply(client, request_id, lease)
-            case Flush():
-                self._outgoing.reply(client, request_id, _DONE)
-            case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
-                self._outgoing.reply(client, request_id, Number(1))
-            case AnswerNow() if request_id != ONE_WAY:
-                raise ProtocolError("an AnswerNow that asks for an answer of its own")
-            case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
-                self._unsettled.append((client, request_id, request, now_ns))
-            case Abort():
-                self._creations.take_back(client, self._table.find(request.object_id))
-                self._objects.abort(client, request.object_id)
-                self._outgoing.reply(client, request_id, _DONE)
-            case SetOptions():
-                session.name, session.limit_bytes = request.name, request.limit_bytes
-                self._objects.recall_leases()
-                self._outgoing.reply(client, request_id, _DONE)
-            case Grow():
-                self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))
-            case Attach():
-                self._outgoing.reply(client, request_id, Done(), Descriptor.SEGMENT)
-            case Detach():
-                session.detached = True
-                self._forget(client)
-                self._objects.end_lease(client)
-                self._outgoing.reply(client, request_id, _DONE)
-            case Hello() | Post():
-                raise AssertionError("it was handled before")
-            case _:
-                assert_never(request)
-
-    def _settle(self, session: Session, request_id: int, request: Request, now_ns: int) -> None:
-        client = session.client
-        match request:
-            case Create():
-                if not self._creations.create(session, request_id, request, now_ns):
-                    self._unsettled.append((client, request_id, request, now_ns))
-            case Contains():
-                found = self._objects.find_sealed(request.object_id) != NO_ENTRY
-                self._outgoing.reply(client, request_id, Number(found))
-            case Get():
-                self._answers.answer_now(client, request_id)
-            case AnswerNow():
-                self._answers.answer_now(client, request.request_id)
-            case Delete():
-                self._objects.delete(request.object_ids)
-                self._outgoing.reply(client, request_id, _DONE)
-            case Evict():
-                self._outgoing.reply(
-                    client, request_id, Number(self._objects.evict(request.size_bytes))
-                )
-            case List():
-                self._outgoing.reply(client, request_id, self._list(request.start))
-            case Debug():
-                self._outgoing.reply(client, request_id, Text(self.describe()))
-            case _:
-                raise AssertionError(f"{request} is answered at once")
-
-    def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
-        """Enter a published object; the hot path of putting."""
-        repeatable = session.resumed and request_id != ONE_WAY
-        if repeatable and self._objects.is_repeated(session.client, message):
-            self._outgoing.reply(session.client, request_id, _DONE)
-            return
-        entry = self._objects.publish(session.client, message, now_ns)
-        self._answers.announce(entry)  # whoever has waited is told before the writer is
-        self._outgoing.reply(session.client, request_id, _DONE)
-
     # -- describing ----------------------------------------------------------------------------
-
-    def _list(self, start: int) -> Listing:
-        holders = Counter(
-            e for client in self._greeter.sessions for e in self._objects.held_by(client)
-        )
-        return list_objects(self._table, holders, start)
 
     def describe(self) -> str:
         """Return the store's figures, one a line."""
-        clients = [
-            f"{_shown(session.name)} (pid {session.pid})"
-            for client, session in self._greeter.sessions.items()
-            if session.role is Role.CLIENT
-            and (not session.detached or self._objects.held_by(client))
-        ]
-        return describe(self._layout, self._table, self._boards, self._room, self._objects, clients)
+        return self._dispatch.describe()
 
     def check(self) -> None:
         """Prove the invariants of all parts."""
         self._objects.check()
         self._answers.check()
-
-
-def _shown(name: str) -> str:
-    """Return a client's name as it stands in the store's description: in one line, whatever it is."""
-    return "".join(c if c.isprintable() else "?" for c in name) or "unnamed"

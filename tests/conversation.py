@@ -34,6 +34,7 @@ from shmplasma.replies import (
     Welcome,
     decode_reply,
 )
+from shmplasma.reports import list_objects
 from shmplasma.requests import (
     Abort,
     AnswerNow,
@@ -361,6 +362,6 @@ class Conversation:
 
     def ids(self) -> set[bytes]:
         """Return the ids of all objects, sealed or not, as a listing has them."""
-        listing = self.store._list(0)
+        listing = list_objects(self.store._table, {}, 0)
         assert listing.next_start == 0
         return {record[0] for record in listing.records}

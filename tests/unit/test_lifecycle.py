@@ -6,6 +6,7 @@ import pytest
 
 from shmplasma.control import Control
 from shmplasma.layout import BOARD_WORDS, EntryState, HeaderWord, Layout
+from shmplasma.leases import Leases
 from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.pins import Boards, slots_of
 from shmplasma.replies import Failure
@@ -34,10 +35,10 @@ class Household:
         self.objects = Lifecycle(
             layout,
             self.words,
-            control,
             self.table,
             self.boards,
             self.room,
+            Leases(layout, self.words, control),
             self.memory,
             self.gone.append,
         )

@@ -1,0 +1,235 @@
+"""Dispatch: which part of the store answers which request.  Pure.
+
+A request is answered at once, or by the part that it was given to, or it is left *unsettled*: its answer depends
+on something not being there, and `shmplasma.store` comes back with it when all outboxes have been read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final, assert_never
+
+from shmplasma.answers import Answers
+from shmplasma.creations import Creations
+from shmplasma.effects import Descriptor
+from shmplasma.errors import ProtocolError
+from shmplasma.greeting import Greeter, Session
+from shmplasma.layout import Layout
+from shmplasma.lifecycle import Lifecycle
+from shmplasma.outgoing import Outgoing
+from shmplasma.pins import Boards
+from shmplasma.protocol import ONE_WAY
+from shmplasma.publishing import Publishing
+from shmplasma.replies import Done, Leased, Listing, Number, Text
+from shmplasma.reports import describe, list_objects
+from shmplasma.requests import (
+    Abort,
+    AnswerNow,
+    AskLease,
+    Attach,
+    Contains,
+    Create,
+    Debug,
+    Delete,
+    Detach,
+    Evict,
+    Flush,
+    Get,
+    Grow,
+    Hello,
+    List,
+    Post,
+    Publish,
+    Request,
+    Role,
+    Seal,
+    SetOptions,
+)
+from shmplasma.room import Room
+from shmplasma.table import NO_ENTRY, Table
+
+__all__ = ["Dispatch", "Unsettled"]
+
+Unsettled = tuple[int, int, Request, int]
+"""Client, request id, request and its time: what waits until all outboxes are read."""
+
+_DONE: Final = Done()
+
+
+class Dispatch:
+    """Requests of clients that have introduced themselves.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    table, boards, room, objects, publishing, greeter, answers, creations, outgoing
+        The parts of the store that it joins.
+
+    Attributes
+    ----------
+    unsettled : list of Unsettled
+        Requests that are to be settled.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        table: Table,
+        boards: Boards,
+        room: Room,
+        objects: Lifecycle,
+        publishing: Publishing,
+        greeter: Greeter,
+        answers: Answers,
+        creations: Creations,
+        outgoing: Outgoing,
+    ) -> None:
+        self._layout = layout
+        self._table = table
+        self._boards = boards
+        self._room = room
+        self._objects = objects
+        self._publishing = publishing
+        self._greeter = greeter
+        self._sessions = greeter.sessions
+        self._answers = answers
+        self._creations = creations
+        self._outgoing = outgoing
+        self.unsettled: list[Unsettled] = []
+
+    def request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
+        self, session: Session, request_id: int, request: Request, now_ns: int
+    ) -> None:
+        """Answer a request, or leave it unsettled.
+
+        Raises
+        ------
+        ProtocolError
+            It may not come here.
+        Refused
+            It is not granted.
+        """
+        client = session.client
+        match request:
+            case Publish():
+                self._publish(session, request_id, request, now_ns)
+            case Create():
+                if not self._boards.may_lend_one(client, request.slot):
+                    raise ProtocolError(f"slot {request.slot} is not its to lend")
+                if not self._creations.create(session, request_id, request, now_ns):
+                    self.unsettled.append((client, request_id, request, now_ns))
+            case Seal():
+                if self._creations and self._table.find(request.object_id) in self._creations:
+                    raise ProtocolError("it seals what it was not told the place of")
+                entry = self._objects.seal(client, request.object_id, now_ns)
+                self._answers.announce(entry)
+                self._outgoing.reply(client, request_id, _DONE)
+            case Get():
+                if not self._answers.get(client, request_id, request):
+                    self.unsettled.append((client, request_id, request, now_ns))
+            case AskLease():
+                needed = request.needed_bytes
+                # What a client with a limit stores is counted object by object.
+                none = Leased(0, 0, 0, 0)
+                limited = session.limit_bytes > 0
+                lease = none if limited else self._publishing.lease(client, session.board, needed)
+                self._outgoing.reply(client, request_id, lease)
+            case Flush():
+                self._outgoing.reply(client, request_id, _DONE)
+            case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
+                self._outgoing.reply(client, request_id, Number(1))
+            case AnswerNow() if request_id != ONE_WAY:
+                raise ProtocolError("an AnswerNow that asks for an answer of its own")
+            case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
+                self.unsettled.append((client, request_id, request, now_ns))
+            case Abort():
+                self._creations.take_back(client, self._table.find(request.object_id))
+                self._objects.abort(client, request.object_id)
+                self._outgoing.reply(client, request_id, _DONE)
+            case SetOptions():
+                session.name, session.limit_bytes = request.name, request.limit_bytes
+                self._publishing.recall()
+                self._outgoing.reply(client, request_id, _DONE)
+            case Grow():
+                self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))
+            case Attach():
+                self._outgoing.reply(client, request_id, Done(), Descriptor.SEGMENT)
+            case Detach():
+                session.detached = True
+                self.forget(client)
+                self._publishing.end(client)
+                self._outgoing.reply(client, request_id, _DONE)
+            case Hello() | Post():
+                raise AssertionError("it was handled before")
+            case _:
+                assert_never(request)
+
+    def settle(self, session: Session, request_id: int, request: Request, now_ns: int) -> None:
+        """Answer a request that was left unsettled, now that all outboxes are read.
+
+        Raises
+        ------
+        Refused
+            It is not granted.
+        """
+        client = session.client
+        match request:
+            case Create():
+                if not self._creations.create(session, request_id, request, now_ns):
+                    self.unsettled.append((client, request_id, request, now_ns))
+            case Contains():
+                found = self._objects.find_sealed(request.object_id) != NO_ENTRY
+                self._outgoing.reply(client, request_id, Number(found))
+            case Get():
+                self._answers.answer_now(client, request_id)
+            case AnswerNow():
+                self._answers.answer_now(client, request.request_id)
+            case Delete():
+                self._objects.delete(request.object_ids)
+                self._outgoing.reply(client, request_id, _DONE)
+            case Evict():
+                self._outgoing.reply(
+                    client, request_id, Number(self._objects.evict(request.size_bytes))
+                )
+            case List():
+                self._outgoing.reply(client, request_id, self._list(request.start))
+            case Debug():
+                self._outgoing.reply(client, request_id, Text(self.describe()))
+            case _:
+                raise AssertionError(f"{request} is answered at once")
+
+    def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
+        """Enter a published object; the hot path of putting."""
+        repeatable = session.resumed and request_id != ONE_WAY
+        if repeatable and self._publishing.is_repeated(session.client, message):
+            self._outgoing.reply(session.client, request_id, _DONE)
+            return
+        entry = self._publishing.publish(session.client, message, now_ns)
+        self._answers.announce(entry)  # whoever has waited is told before the writer is
+        self._outgoing.reply(session.client, request_id, _DONE)
+
+    def forget(self, client: int) -> None:
+        """Drop what a client waits for and what it has not sealed."""
+        self._answers.forget(client)
+        self._creations.forget(client)
+        self._objects.abort_all(client)
+
+    def _list(self, start: int) -> Listing:
+        holders = Counter(e for client in self._sessions for e in self._objects.held_by(client))
+        return list_objects(self._table, holders, start)
+
+    def describe(self) -> str:
+        """Return the store's figures, one a line."""
+        clients = [
+            f"{_shown(session.name)} (pid {session.pid})"
+            for client, session in self._sessions.items()
+            if session.role is Role.CLIENT
+            and (not session.detached or self._objects.held_by(client))
+        ]
+        return describe(self._layout, self._table, self._boards, self._room, self._objects, clients)
+
+
+def _shown(name: str) -> str:
+    """Return a client's name as it stands in the store's description: in one line, whatever it is."""
+    return "".join(c if c.isprintable() else "?" for c in name) or "unnamed"
