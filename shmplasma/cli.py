@@ -22,11 +22,13 @@ from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Final
 
 from shmplasma import __version__, system
+from shmplasma.backing import default_capacity
 from shmplasma.endpoint import Endpoint, default_socket_path
 from shmplasma.errors import AttachError, CommitError, EndpointError, LayoutError
 from shmplasma.layout import TOKEN_BYTES
 from shmplasma.orphans import sweep
-from shmplasma.segment import Segment, SegmentName, default_capacity
+from shmplasma.segment import Segment
+from shmplasma.segment_name import SegmentName
 from shmplasma.server import Server
 from shmplasma.sizes import parse_size
 from shmplasma.succession import replace

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Final, Self
 from shmplasma.client import PlasmaClient, connect
 from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError, ShmPlasmaError
-from shmplasma.segment import SegmentName
+from shmplasma.segment_name import SegmentName
 from shmplasma.sizes import parse_size
 
 if TYPE_CHECKING:

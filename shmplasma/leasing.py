@@ -14,10 +14,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from shmplasma.attachment import Attachment
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.replies import Leased
-from shmplasma.segment import Attachment
 
 __all__ = ["MAX_OBJECT_BYTES", "LeaseWriter"]
 

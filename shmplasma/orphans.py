@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
+from shmplasma.backing import SHM_DIRECTORY
 from shmplasma.errors import LayoutError
 from shmplasma.layout import HEADER_BYTES, Layout
-from shmplasma.segment import SHM_DIRECTORY, SegmentName
+from shmplasma.segment_name import SegmentName
 
 __all__ = ["sweep"]
 

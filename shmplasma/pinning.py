@@ -21,9 +21,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
+from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
 from shmplasma.pins import FIRST_SLOT
-from shmplasma.segment import Attachment
 
 __all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard"]
 

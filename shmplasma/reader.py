@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from shmplasma.attachment import Attachment
 from shmplasma.layout import ENTRY_BYTES, STATE_MASK, EntryState, Layout
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import BoardPool, Located, Pin
-from shmplasma.segment import Attachment
 
 __all__ = ["FastReader"]
 

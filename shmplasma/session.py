@@ -32,6 +32,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma import system
+from shmplasma.attachment import Attachment
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.inheritance import register
 from shmplasma.layout import CONTROL_BYTES, HEADER_BYTES, ControlWord, Layout
@@ -63,7 +64,7 @@ from shmplasma.requests import (
     Role,
     SetOptions,
 )
-from shmplasma.segment import Attachment, SegmentName
+from shmplasma.segment_name import SegmentName
 from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
 
 __all__ = ["Session"]

@@ -19,7 +19,7 @@ from shmplasma.errors import EndpointError, ProtocolError
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.replies import Done, Failed, decode_reply
 from shmplasma.requests import Hello, Role
-from shmplasma.segment import SegmentName
+from shmplasma.segment_name import SegmentName
 from shmplasma.transport import Exchange
 
 __all__ = ["replace"]

@@ -33,7 +33,7 @@ import shmplasma
 from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError
 from shmplasma.objects import ObjectID
-from shmplasma.segment import SegmentName
+from shmplasma.segment_name import SegmentName
 from tests.crash.workload import (
     Crew,
     Known,

@@ -57,7 +57,7 @@ from shmplasma.requests import (
     Role,
     decode_request,
 )
-from shmplasma.segment import SegmentName
+from shmplasma.segment_name import SegmentName
 from tests.processes import in_forked_child, until
 
 if TYPE_CHECKING:  # the attackers are forked, and must not have Arrow's threads

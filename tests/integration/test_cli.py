@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shmplasma import __version__, connect, system
-from shmplasma.segment import SegmentName
+from shmplasma.segment_name import SegmentName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

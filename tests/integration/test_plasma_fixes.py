@@ -29,6 +29,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
 import shmplasma as plasma
+from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, PROTOCOL_VERSION, encode_frame
@@ -50,7 +51,7 @@ from shmplasma.requests import (
     Role,
     Seal,
 )
-from shmplasma.segment import Attachment, SegmentName
+from shmplasma.segment_name import SegmentName
 from shmplasma.transport import Channel
 from tests.attacker import Attacker
 from tests.clients import MISSING, figure, new_id

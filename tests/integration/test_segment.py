@@ -15,15 +15,12 @@ import pytest
 
 from shmplasma import layout as layouts
 from shmplasma import system
+from shmplasma.attachment import Attachment
+from shmplasma.backing import check_room, default_capacity
 from shmplasma.errors import AttachError, CommitError, LayoutError
 from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, Layout
-from shmplasma.segment import (
-    Attachment,
-    Segment,
-    SegmentName,
-    check_room,
-    default_capacity,
-)
+from shmplasma.segment import Segment
+from shmplasma.segment_name import SegmentName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,116 @@
+"""What is behind a segment: the file system and the memory that are to give it its pages.
+
+Invariants
+----------
+* What is said to be free is the least of all that limits it: the file system, the memory, the
+  control group, the pool of huge pages.
+* An error about room names the remedy that fits the place.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Final
+
+from shmplasma import system
+from shmplasma.errors import AttachError, CommitError
+from shmplasma.layout import Layout
+
+__all__ = [
+    "SHM_DIRECTORY",
+    "check_room",
+    "default_capacity",
+    "free_bytes",
+    "remedy",
+    "segment_page_bytes",
+]
+
+SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked how full it is
+"""Where Linux keeps POSIX shared memory; elsewhere it has no directory."""
+
+_DEFAULT_SHARE: Final = 0.3
+"""Ray gives its Plasma store the same: the values that users compute need the greater part."""
+
+
+def default_capacity(directory: str | None = None) -> int:
+    """Return the capacity in bytes of a store whose operator names none: 30 % of what is free."""
+    return max(1, int(free_bytes(directory) * _DEFAULT_SHARE))
+
+
+def check_room(layout: Layout, directory: str | None) -> None:
+    """See to it that a segment's capacity is not an empty promise.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment that is to be.
+    directory : str or None
+        Where its file is to be; None for POSIX shared memory.
+
+    Raises
+    ------
+    CommitError
+        The file system, the memory or the control group behind it has less room than the capacity
+        and the regions beside it will take.
+
+    Notes
+    -----
+    The table's entries are not counted, as they cost memory by the number of objects; but the first
+    object's are.  On huge pages everything is counted, as one page holds a whole region.
+    """
+    needed = layout.segment_bytes
+    if layout.page_bytes == mmap.PAGESIZE:
+        needed -= layout.data - layout.boards + layout.control - layout.entries
+        needed += 4 * layout.page_bytes
+    free = free_bytes(directory)
+    if free < needed:
+        raise CommitError(needed, free, remedy(needed - free, directory))
+
+
+def segment_page_bytes(directory: str | None, *, huge_pages: bool) -> int:
+    """Return the page size of a segment in this place.
+
+    Raises
+    ------
+    AttachError
+        Huge pages are asked for, and it is no hugetlbfs.
+    """
+    huge = None if directory is None else system.huge_page_bytes(directory)
+    if huge_pages and huge is None:
+        raise AttachError(
+            "huge pages need a directory on a hugetlbfs; mount one (mount -t hugetlbfs none "
+            "/mnt/hugepages) and name it with -d"
+        )
+    return huge or mmap.PAGESIZE
+
+
+def free_bytes(directory: str | None) -> int:
+    """Return what the file system of a segment, and the memory behind it, can still give."""
+    place = directory or SHM_DIRECTORY
+    if directory is None and not os.path.isdir(place):
+        return system.available_memory()
+    status = os.statvfs(place)
+    # A file system without a limit of its own has no blocks at all.
+    limits = [status.f_bavail * status.f_frsize] if status.f_blocks else []
+    kind = system.file_system(place)
+    if kind == "hugetlbfs":
+        limits.append(system.huge_pages(status.f_bsize).available * status.f_bsize)
+    elif kind == "tmpfs" or not limits:
+        limits.append(system.available_memory())
+    return min(limits)
+
+
+def remedy(missing_bytes: int, directory: str | None) -> str:
+    """Return what an operator can do about missing bytes."""
+    if directory is None:
+        return (
+            "start the store with a smaller -m, with -d DIRECTORY on a file system that has the "
+            "room, or enlarge /dev/shm (in a container: docker run --shm-size=...)"
+        )
+    page = system.huge_page_bytes(directory)
+    if page is None:
+        return f"make room in {directory}, name another directory with -d, or a smaller -m"
+    pool = system.huge_pages(page)
+    wanted = pool.total + -(-missing_bytes // page)
+    return f"provide more huge pages (echo {wanted} > {pool.setting}), or name a smaller -m"
