@@ -109,6 +109,10 @@ class Answers:
         """Drop all gets of a client that has left."""
         self._queue.forget(client)
 
+    def __bool__(self) -> bool:
+        """Tell whether anybody waits for an object."""
+        return bool(self._queue)
+
     def check(self) -> None:
         """Prove that the queue is in order."""
         self._queue.check()

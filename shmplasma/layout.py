@@ -111,6 +111,8 @@ class HeaderWord(IntEnum):
     """Above all boards that were ever used."""
     WATERMARK = 35
     """Bytes of the data region behind which there is memory."""
+    POLLED = 36
+    """Not zero while the store reads the outboxes unasked (see `shmplasma.outbox`)."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
 

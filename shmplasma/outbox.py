@@ -1,16 +1,18 @@
 """Outboxes: what clients tell the store without asking, kept where the death of a store does not reach.
 
 A put, a seal or an abort is one record in the client's outbox, a ring of `RECORDS` records in the segment, and
-one empty message which says that there is something in it.  Messages that a store has not read die with it;
-records stay.  A store that recovers the segment handles all that was not acknowledged.
+at times an empty message which says that there is something in it.  Messages that a store has not read die with
+it; records stay.  A store that recovers the segment handles all that was not acknowledged.
 
 ::
 
-    client                                              store, at a message, a recovery, or the client's end
+    client                                              store: before it handles a request of the client or says
+                                                        that something is not there, and when it polls
     1. record n is handled (n < ACKNOWLEDGED + RECORDS)  1. a = ACKNOWLEDGED
     2. write kind, length and body to place n % RECORDS  2. number at place a % RECORDS is a + 1?  no: done
     3. write number n + 1 there                          3. copy the record, carry it out
-    4. send the message                                  4. ACKNOWLEDGED = a + 1, and again
+    4. POLLED and n % ANNOUNCED_EVERY: done              4. ACKNOWLEDGED = a + 1, and again
+    5. send the message
 
 Why nothing is lost, and nothing done twice
     x86-64 keeps the order of stores, and what a killed process has stored stays in the segment; so a record
@@ -19,20 +21,36 @@ Why nothing is lost, and nothing done twice
     3 and 4 leaves a record that is handled with the next one, or at the client's end; one between 3 and its
     own counting is noticed at the next `append`, which finds the number there already.
 
+When the message is spared
+    A store that has just read a record will read the next ones within a millisecond, unasked, and says so in
+    the header's POLLED word; clients then send a message with every `ANNOUNCED_EVERY`-th record only, so that
+    the ring does not fill.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and
+    reads all outboxes once more: a record written before the barrier is seen by this reading; the client of
+    one after it sees POLLED cleared, and sends.  The client's write of the record and its look at POLLED may
+    pass each other in its CPU; the barrier forbids that, as it does for pins (see `shmplasma.pins`).  While
+    somebody waits for an object, or for room, or is to be told of each, the store does not poll.
+    A store that dies polling leaves POLLED set; its successor clears it, and issues a
+    barrier, before its first reading.
+
 A record is the client's to write at any time, as a message is; so it is copied before it is looked at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
-from shmplasma.layout import OUTBOX_BYTES
+from shmplasma.layout import OUTBOX_BYTES, HeaderWord
 
-__all__ = ["RECORDS", "Outbox", "read_record"]
+__all__ = ["ANNOUNCED_EVERY", "RECORDS", "Outbox", "Polling", "read_record"]
 
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
+ANNOUNCED_EVERY: Final = RECORDS // 4
+"""How many records a client writes at most without a message."""
+_FRUITLESS: Final = 2
+"""How often a store looks in vain before it has itself be told."""
 _MASK: Final = RECORDS - 1
 _CONTENT: Final = Struct("@HH52s")
 _RECORD: Final = Struct("@QHH52s")
@@ -48,18 +66,21 @@ class Outbox:
         The client's outbox as native 8-byte words, writable.
     acknowledged : memoryview
         The one word in which the store counts.
+    polled : memoryview
+        The header's POLLED word; where barriers do not reach this process, one that is always 0.
 
     Notes
     -----
     Not thread-safe: the caller holds a lock.
     """
 
-    __slots__ = ("_acknowledged", "_count", "_raw", "_words")
+    __slots__ = ("_acknowledged", "_count", "_polled", "_raw", "_words")
 
-    def __init__(self, page: memoryview, acknowledged: memoryview) -> None:
+    def __init__(self, page: memoryview, acknowledged: memoryview, polled: memoryview) -> None:
         self._words = page
         self._raw = page.cast("B")
         self._acknowledged = acknowledged
+        self._polled = polled
         self._count = int(acknowledged[0])
 
     def append(self, kind: int, body: bytes) -> bool:
@@ -76,6 +97,57 @@ class Outbox:
         self._count = count + 1
         return True
 
+    @property
+    def is_to_be_announced(self) -> bool:
+        """Whether the store is to be told of the record just written."""
+        return not (self._polled[0] and self._count % ANNOUNCED_EVERY)
+
+
+class Polling:
+    """The store's end of POLLED: whether it looks by itself.
+
+    Parameters
+    ----------
+    words : memoryview
+        The segment as native 8-byte words, writable.
+    barrier : callable
+        Makes every client's CPU pass a full memory barrier.
+    possible : bool
+        Whether there is such a barrier; else every record is announced.
+    """
+
+    __slots__ = ("_barrier", "_fruitless", "_possible", "_words", "is_on")
+
+    def __init__(self, words: memoryview, barrier: Callable[[], None], *, possible: bool) -> None:
+        self._words = words
+        self._barrier = barrier
+        self._possible = possible
+        self._fruitless = 0
+        self.is_on = False
+        self._words[HeaderWord.POLLED] = 0
+
+    def found(self, count: int) -> None:
+        """Take note of how many records a look has found; after too many in vain, `stop` is due."""
+        self._fruitless = 0 if count else self._fruitless + 1
+
+    @property
+    def is_fruitless(self) -> bool:
+        """Whether there is nothing to be had by looking any more."""
+        return self._fruitless >= _FRUITLESS
+
+    def start(self) -> None:
+        """Let clients be silent: all outboxes will be read soon, again and again, until `stop`."""
+        self._fruitless = 0
+        if self._possible and not self.is_on:
+            self.is_on = True
+            self._words[HeaderWord.POLLED] = 1
+
+    def stop(self) -> None:
+        """Have clients announce their records again; all outboxes are to be read after this."""
+        self.is_on = False
+        self._words[HeaderWord.POLLED] = 0
+        self._barrier()
+
 
 def read_record(page: memoryview, acknowledged: int) -> tuple[int, bytes] | None:
     """Return kind and body of the next record, or None when there is none.
@@ -89,8 +161,8 @@ def read_record(page: memoryview, acknowledged: int) -> tuple[int, bytes] | None
 
     Examples
     --------
-    >>> page, counter = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
-    >>> Outbox(page.cast("Q"), counter).append(5, b"body")
+    >>> page, zero = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
+    >>> Outbox(page.cast("Q"), zero, zero).append(5, b"body")
     True
     >>> read_record(page, 0)
     (5, b'body')

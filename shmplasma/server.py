@@ -43,6 +43,9 @@ _WAKE_BYTES: Final = 1 << 16
 _LOOK_AGAIN_SECONDS: Final = 0.1
 """While the listener is shut for want of descriptors, or where a release may not wake the store."""
 
+_POLL_SECONDS: Final = 0.001
+"""How often the outboxes are looked into while clients do not announce what they put there."""
+
 _COLLECT_AFTER: Final = 100_000
 
 _READ: Final = selectors.EVENT_READ
@@ -186,6 +189,8 @@ class Server:
                     self._process_backlog(_FRAMES_A_TURN)
                 if self._store.has_unsettled:
                     self._settle()
+                if self._store.is_to_stop_polling:
+                    self._carry_out(self._store.stop_polling(time.time_ns()))
                 if self._paused:
                     self._drop_the_deaf()
                 if not events or self._store.has_urgent_work:
@@ -196,6 +201,8 @@ class Server:
 
     def close(self) -> None:
         """Close all connections; what their clients have is theirs still if another store takes over."""
+        if not self.is_handed_over and self._store.polls:
+            self._carry_out(self._store.stop_polling(time.time_ns()))
         for client, connection in tuple(self._connections.items()):
             if self.is_handed_over:
                 connection.hang_up()
@@ -221,8 +228,19 @@ class Server:
         end = time.monotonic_ns() + self._spin_ns
         while not (events := select(0)):
             if time.monotonic_ns() > end:
-                return select(timeout)
+                return self._sleep(timeout)
+            if self._store.polls:
+                self._carry_out(self._store.glance(time.time_ns()))
             os.sched_yield()
+        return events
+
+    def _sleep(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for an event, or for what a client has put into its outbox while this store polls."""
+        if not self._store.polls:
+            return self._selector.select(timeout)
+        events = self._selector.select(_POLL_SECONDS)
+        if not events:
+            self._carry_out(self._store.poll(time.time_ns()))
         return events
 
     def _timeout(self) -> float | None:

@@ -35,7 +35,7 @@ from shmplasma import system
 from shmplasma.attachment import Attachment
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.inheritance import register
-from shmplasma.layout import CONTROL_BYTES, HEADER_BYTES, ControlWord, Layout
+from shmplasma.layout import CONTROL_BYTES, HEADER_BYTES, ControlWord, HeaderWord, Layout
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link, expect, greet
 from shmplasma.outbox import Outbox
@@ -75,6 +75,8 @@ _GIVE_UP_SECONDS: Final = 0.1
 _POPULATE_BYTES: Final = 256 << 10
 """Objects from this size on have their pages mapped in one call before they are filled: writing through
 fresh page-table entries runs at 1.2-3.6 GB/s, filling them in advance at 18 GB/s."""
+
+_NEVER: Final = memoryview(bytes(8)).cast("Q")
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
@@ -159,6 +161,7 @@ class Session:
         board = welcome.board
         lifeline = Lifeline(attachment, wake_fd, path, name)
         count = (attachment.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+        polled = attachment.words[HeaderWord.POLLED : HeaderWord.POLLED + 1] if ordered else _NEVER
         # An embedded store that was killed is started again by nobody.
         returns = not Layout.scratch(attachment.words[: HEADER_BYTES // 8])
         link = Link(
@@ -167,7 +170,7 @@ class Session:
             name,
             board,
             attachment.token,
-            Outbox(attachment.outbox(board), attachment.words[count : count + 1]),
+            Outbox(attachment.outbox(board), attachment.words[count : count + 1], polled),
             weakref.WeakMethod(lifeline.renew_wake),
             num_retries * RETRY_SECONDS if returns else 0,
             when_lost,

@@ -13,8 +13,9 @@ Invariants
 
 Order
 -----
-What clients tell the store one-way lies in their outboxes, which the store reads when a message says so; that
-may come after another client has asked.  So an answer that depends on something *not* being there (contains
+What clients tell the store one-way lies in their outboxes, which the store reads when a message says so, or
+when it looks; that may come after another client has asked.  What a client itself has told is read before its
+next request is.  So an answer that depends on something *not* being there (contains
 false, a get that found too little, and whatever describes the store as a whole) is not given at once: the
 request is left unsettled, and `ObjectStore.settle` reads all outboxes before it answers.  What was sealed before
 a question was asked is always found.
@@ -34,13 +35,12 @@ from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.leases import Leases
 from shmplasma.lifecycle import Lifecycle, Refused
-from shmplasma.outbox import RECORDS, read_record
+from shmplasma.outbox import RECORDS, Polling, read_record
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, Frame
 from shmplasma.publishing import Publishing
 from shmplasma.requests import (
-    AskLease,
     Hello,
     Post,
     Publish,
@@ -144,6 +144,8 @@ class ObjectStore:
             self._creations,
             self._outgoing,
         )
+        self._polling = Polling(words, memory.barrier, possible=memory.has_barrier)
+        self._latest = -1
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -193,6 +195,7 @@ class ObjectStore:
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
         """Carry out one request and return what is to be done."""
         session = self._greeter.sessions[client]
+        self._latest = client
         try:
             request = decode_request(frame)
             if session.detached:
@@ -205,11 +208,10 @@ class ObjectStore:
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
-                self._heed(session, now_ns)
+                if self._heed(session, now_ns) and not self._has_listeners:
+                    self._polling.start()
             else:
-                if type(request) is AskLease:
-                    # Its last message may have been interrupted; the next lease takes what the last one has left.
-                    self._heed(session, now_ns)
+                self._heed(session, now_ns)
                 self._dispatch.request(session, frame.request_id, request, now_ns)
         except Refused as refused:
             self._outgoing.reply(client, frame.request_id, refused.failed)
@@ -257,6 +259,44 @@ class ObjectStore:
         """Whether requests wait until all outboxes are read."""
         return bool(self._dispatch.unsettled)
 
+    @property
+    def polls(self) -> bool:
+        """Whether clients count on the store to look into their outboxes soon: see `poll`."""
+        return self._polling.is_on
+
+    @property
+    def is_to_stop_polling(self) -> bool:
+        """Whether clients count on the store's looking while somebody waits for what they do."""
+        return self._polling.is_on and self._has_listeners
+
+    @property
+    def _has_listeners(self) -> bool:
+        """Whether somebody waits for what others do."""
+        return bool(self._outgoing.subscribers or self._answers or self._creations)
+
+    def poll(self, now_ns: int) -> Sequence[Effect]:
+        """Read all outboxes unasked; have clients announce again when nothing comes of it any more."""
+        if self._polling.is_fruitless:
+            return self.stop_polling(now_ns)
+        self._polling.found(self._heed_all(now_ns))
+        return self._outgoing.take()
+
+    def glance(self, now_ns: int) -> Sequence[Effect]:
+        """Read the outbox of the client that was handled last, which most likely goes on."""
+        session = self._greeter.sessions.get(self._latest)
+        if session is not None and session.role is Role.CLIENT and not session.detached:
+            try:
+                self._heed(session, now_ns)
+            except ProtocolError as error:
+                self._outgoing.effects.append(Drop(session.client, str(error)))
+        return self._outgoing.take()
+
+    def stop_polling(self, now_ns: int) -> Sequence[Effect]:
+        """Have clients announce what they put into their outboxes, and read what they did not."""
+        self._polling.stop()
+        self._heed_all(now_ns)
+        return self._outgoing.take()
+
     def wake(self) -> Sequence[Effect]:
         """Let go what waited for a release and is pinned no more."""
         self._objects.wake()
@@ -295,6 +335,7 @@ class ObjectStore:
             session.board, session.awaited = board, True
             self._greeter.sessions[board] = session
         n_posted = 0
+        self._polling.stop()
         for session in self._greeter.sessions.values():
             try:
                 n_posted += self._heed(session, now_ns, recovering=True)
@@ -311,14 +352,16 @@ class ObjectStore:
         )
         return pids, summary
 
-    def _heed_all(self, now_ns: int) -> None:
-        """Carry out whatever anybody has posted."""
+    def _heed_all(self, now_ns: int) -> int:
+        """Carry out whatever anybody has posted, and return how much that was."""
+        count = 0
         for session in tuple(self._greeter.sessions.values()):
             if session.role is Role.CLIENT and not session.detached:
                 try:
-                    self._heed(session, now_ns)
+                    count += self._heed(session, now_ns)
                 except ProtocolError as error:
                     self._outgoing.effects.append(Drop(session.client, str(error)))
+        return count
 
     def _heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
         """Carry out what a client has posted, and return how much that was.

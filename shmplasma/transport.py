@@ -210,14 +210,15 @@ class Channel:
         self._send(encode_frame(kind, request_id, body))
 
     def post(self, outbox: Outbox, kind: int, body: bytes) -> bool:
-        """Write a record to the client's outbox and tell the store; False when the outbox is full.
+        """Write a record to the client's outbox, and tell the store unless it looks; False when it is full.
 
         Raises ConnectionError after the record was written: a store that comes back finds it.
         """
         with self._sending:
             if not outbox.append(kind, body):
                 return False
-            self._push(_POST)
+            if outbox.is_to_be_announced:
+                self._push(_POST)
         return True
 
     def _send(self, data: bytes) -> None:

@@ -68,6 +68,8 @@ def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
     return raw.cast("Q"), raw
 
 
+POLLED = int(HeaderWord.POLLED)
+
 class RecordedMemory:
     """The machine's memory: it notes commits and barriers, and can refuse to commit.
 
@@ -345,7 +347,7 @@ class Conversation:
         start = (self.layout.outboxes + board * OUTBOX_BYTES) // 8
         count = (self.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
         page = self.words[start : start + OUTBOX_BYTES // 8]
-        return Outbox(page, self.words[count : count + 1])
+        return Outbox(page, self.words[count : count + 1], self.words[POLLED : POLLED + 1])
 
     def write_slot(self, slot: int, word: int) -> None:
         """Write a word to a board."""

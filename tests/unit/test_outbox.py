@@ -15,6 +15,7 @@ MAX_BODY = RECORD_BYTES - 12
 """What a record holds beside its number, its kind and its length."""
 KINDS = st.integers(0, 0xFFFF)
 BODIES = st.binary(max_size=MAX_BODY)
+NEVER_POLLED = memoryview(bytes(8)).cast("Q")
 
 
 class Page:
@@ -25,7 +26,7 @@ class Page:
         self.words = self.raw.cast("Q")
         self.counter = memoryview(bytearray(8)).cast("Q")
         self.counter[0] = acknowledged
-        self.outbox = Outbox(self.words, self.counter)
+        self.outbox = Outbox(self.words, self.counter, NEVER_POLLED)
 
     @property
     def handled(self) -> int:
@@ -188,7 +189,7 @@ def test_an_outbox_goes_on_where_it_was() -> None:
     for _ in range(RECORDS + 5):
         assert page.outbox.append(1, b"")
         page.handle()
-    again = Outbox(page.words, page.counter)
+    again = Outbox(page.words, page.counter, NEVER_POLLED)
     assert again.append(2, b"after")
     assert page.handle() == (2, b"after")
 
