@@ -124,7 +124,6 @@ class Polling:
         self._possible = possible
         self._fruitless = 0
         self.is_on = False
-        self._words[HeaderWord.POLLED] = 0
 
     def found(self, count: int) -> None:
         """Take note of how many records a look has found; after too many in vain, `stop` is due."""

@@ -70,6 +70,7 @@ def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
 
 POLLED = int(HeaderWord.POLLED)
 
+
 class RecordedMemory:
     """The machine's memory: it notes commits and barriers, and can refuse to commit.
 
@@ -315,6 +316,10 @@ class Conversation:
     def advance(self) -> None:
         """Commit one step of memory."""
         self.carry_out(self.store.advance())
+
+    def poll(self) -> None:
+        """Have the store look into the outboxes."""
+        self.carry_out(self.store.poll(self.now_ns))
 
     def wake(self) -> None:
         """Have the store look for releases."""

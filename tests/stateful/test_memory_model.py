@@ -1,8 +1,8 @@
-"""The three protocols without a message, under every interleaving that x86-TSO allows.
+"""The four protocols without a message, under every interleaving that x86-TSO allows.
 
 Each model repeats the steps of the code: `shmplasma.reader` and `shmplasma.room` (pin and take),
 `shmplasma.leasing` and `shmplasma.leases` (lease and recall), `shmplasma.pinning` and `shmplasma.lifecycle` (the
-wake word).  The bounds are those of `explore`'s arguments.  Each model has twins in which one step is left out or
+wake word), `shmplasma.outbox` (polling).  The bounds are those of `explore`'s arguments.  Each model has twins in which one step is left out or
 two are swapped: that the explorer finds what is then wrong shows that it would find it in the original.
 
 The numbers of states are asserted so that a model which no longer runs as far as it should is noticed.
@@ -653,3 +653,113 @@ def test_nobody_sleeps_for_ever(clients: int, states: int) -> None:
 def test_the_wake_word_done_wrong(case: Wake) -> None:
     """Without one of the barriers, or with two steps swapped, the store sleeps for ever."""
     assert explore_wake(case).violation.endswith("although all pins were released")
+
+
+# -- the outboxes that are polled --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Poll:
+    """Clients that write records while a store which has polled goes to sleep.
+
+    Attributes
+    ----------
+    clients, records : int
+        CPUs 0 to clients - 1, and how many records each writes; the store is the next.
+    barrier, clear_first, record_first : bool
+        Whether the membarrier is there; POLLED is cleared before the outboxes are read for the last time; a record
+        is written before POLLED is read.
+    """
+
+    clients: int = 1
+    records: int = 2
+    barrier: bool = True
+    clear_first: bool = True
+    record_first: bool = True
+
+
+def post(case: Poll, client: int, number: int) -> Program:
+    """Write a record and announce it unless the store polls: `Channel.post`.
+
+    A socket has one byte, so that it is often full; sending is a system call, and passes a barrier.
+    """
+    if number == case.records:
+        return "posted"
+    polled = 0 if case.record_first else (yield Load("polled"))
+    yield Store(f"record {client} {number}", 1)
+    if case.record_first:
+        polled = yield Load("polled")
+    if not polled:
+        yield Fence()
+        if not (yield Load("socket")):
+            yield Store("socket", 1)
+    return Stage(post, (case, client, number + 1))
+
+
+def stop_polling(case: Poll) -> Program:
+    """Clear POLLED, let a barrier pass, and read the outboxes: `ObjectStore.stop_polling`."""
+    if case.clear_first:
+        yield Store("polled", 0)
+        if case.barrier:
+            yield from membarrier(range(case.clients))
+        return Stage(heed_all, (case,))
+    read = yield from heeded(case)
+    yield Store("polled", 0)
+    yield from membarrier(range(case.clients))
+    return "all" if read == case.clients * case.records else Stage(await_message, (case,))
+
+
+def heed_all(case: Poll) -> Program:
+    """Read the outboxes: `ObjectStore._heed_all`."""
+    read = yield from heeded(case)
+    return "all" if read == case.clients * case.records else Stage(await_message, (case,))
+
+
+def heeded(case: Poll) -> Any:
+    """Read all outboxes and return how many records are there."""
+    count = 0
+    for client in range(case.clients):
+        for number in range(case.records):
+            if not (yield Load(f"record {client} {number}")):
+                break
+            count += 1
+    return count
+
+
+def await_message(case: Poll) -> Program:
+    """Sleep until a message comes, and read the outboxes: `Server._sleep`."""
+    yield Await("socket", 1)
+    yield Store("socket", 0)
+    yield Fence()
+    return Stage(heed_all, (case,))
+
+
+def explore_poll(case: Poll) -> Report:
+    """Explore clients that post against a store that stops polling."""
+    words = {"polled": 1, "socket": 0}
+    for client in range(case.clients):
+        words |= {f"record {client} {number}": 0 for number in range(case.records)}
+
+    def at_end(_: Mapping[str, int], results: Sequence[Any]) -> None:
+        require(results[-1] == "all", "the store sleeps over a record")
+
+    stages = [Stage(post, (case, client, 0)) for client in range(case.clients)]
+    return explore([*stages, Stage(stop_polling, (case,))], words, buffer_size=3, at_end=at_end)
+
+
+@pytest.mark.parametrize(
+    ("case", "states"), [(Poll(records=3), 356), (Poll(clients=2), 7_200)], ids=repr
+)
+def test_no_record_is_slept_over(case: Poll, states: int) -> None:
+    """A record that was not announced is read before the store sleeps, however the steps fall."""
+    report = explore_poll(case)
+    assert report.violation == ""
+    assert report.states == states
+
+
+@pytest.mark.parametrize(
+    "case", [Poll(barrier=False), Poll(clear_first=False), Poll(record_first=False)], ids=repr
+)
+def test_polling_done_wrong(case: Poll) -> None:
+    """Without the membarrier, or with two steps swapped, the store sleeps over a record."""
+    assert explore_poll(case).violation.endswith("the store sleeps over a record")

@@ -6,9 +6,9 @@ import pytest
 
 from shmplasma.effects import Descriptor
 from shmplasma.errors import CommitError
-from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord
+from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord, HeaderWord
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
-from shmplasma.outbox import RECORDS
+from shmplasma.outbox import ANNOUNCED_EVERY, RECORDS
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -1313,6 +1313,72 @@ def test_what_was_not_announced_counts_at_the_end(tenant: Tenant) -> None:
     tenant.talk.disconnect(tenant.peer)
     assert flags(tenant.talk.client(), A, B) == [1, 1]
     tenant.talk.store.check()
+
+
+def test_a_store_that_looks_is_not_told(tenant: Tenant) -> None:
+    """After a message clients are silent, but for every 16th record, until the store has looked in vain."""
+    store, outbox = tenant.talk.store, tenant.peer.outbox
+    tenant.peer.write(Publish(name(0), tenant.next, 64, 0, 3))
+    assert store.polls
+    told = []
+    for number in range(1, 2 * ANNOUNCED_EVERY + 1):
+        tenant.peer.write_silently(Publish(name(number), tenant.next + 64 * number, 64, 0, 3))
+        told.append(outbox.is_to_be_announced)
+    assert sum(told) == 2
+    tenant.talk.poll()
+    assert tenant.control(ControlWord.ACKNOWLEDGED) >= 2 * ANNOUNCED_EVERY + 1
+    barriers = tenant.talk.memory.barriers
+    looks = 0
+    while tenant.talk.words[HeaderWord.POLLED]:
+        assert store.polls
+        tenant.talk.poll()
+        looks += 1
+    assert looks == 3
+    assert tenant.talk.memory.barriers == barriers + 1
+    assert outbox.is_to_be_announced
+    store.check()
+
+
+def test_a_record_at_the_barrier_is_not_slept_over(tenant: Tenant) -> None:
+    """What a client writes while it still sees that the store looks is read before the store stops looking."""
+    tenant.peer.write(Publish(A, tenant.next, 64, 0, 3))
+    message = Publish(B, tenant.next + 64, 64, 0, 3)
+    tenant.talk.memory.at_barrier = lambda: tenant.peer.write_silently(message)
+    while tenant.talk.store.polls:
+        tenant.talk.poll()
+    assert tenant.control(ControlWord.ACKNOWLEDGED) == 2
+    assert flags(tenant.talk.client(), A, B) == [1, 1]
+
+
+def test_who_waits_is_not_kept_waiting_by_silence(tenant: Tenant) -> None:
+    """While a get waits, or somebody subscribes, every record is announced."""
+    reader = tenant.talk.client()
+    tenant.peer.write(Publish(A, tenant.next, 64, 0, 3))
+    stops = [tenant.talk.store.is_to_stop_polling]
+    request_id = reader.post(reader.wanted([B], wait=True))
+    stops.append(tenant.talk.store.is_to_stop_polling)
+    assert stops == [False, True]
+    tenant.peer.write_silently(Publish(B, tenant.next + 64, 64, 0, 3))
+    tenant.talk.carry_out(tenant.talk.store.stop_polling(tenant.talk.now_ns))
+    assert reader.take(request_id, Objects).found[0] != ABSENT
+    tenant.talk.subscriber()
+    tenant.peer.write(Publish(C, tenant.next + 128, 64, 0, 3))
+    assert not tenant.talk.store.polls
+    assert tenant.peer.outbox.is_to_be_announced
+
+
+def test_a_glance_reads_the_last_client(tenant: Tenant) -> None:
+    """What the client of the last request has written since is read by a glance, what others wrote is not."""
+    tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    tenant.talk.client()
+    tenant.talk.carry_out(tenant.talk.store.glance(tenant.talk.now_ns))
+    assert tenant.control(ControlWord.ACKNOWLEDGED) == 0
+    tenant.peer.ask(Contains(B), Number)
+    tenant.peer.write_silently(Publish(B, tenant.next + 64, 64, 0, 3))
+    tenant.talk.carry_out(tenant.talk.store.glance(tenant.talk.now_ns))
+    assert tenant.control(ControlWord.ACKNOWLEDGED) == 2
+    tenant.talk.disconnect(tenant.peer)
+    assert not tenant.talk.store.glance(tenant.talk.now_ns)
 
 
 def test_a_full_outbox_and_one_message(tenant: Tenant) -> None:
