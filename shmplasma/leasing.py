@@ -84,8 +84,9 @@ class LeaseWriter:
         Notes
         -----
         An interrupt ends the put and leaves neither the lock nor BUSY behind (the lock is taken in a way
-        that `shmplasma.transport` explains).  Room that was taken and not published goes back with the
-        next object that is.
+        that `shmplasma.transport` explains), nor the lease: a `Publish` that is a request may be on its way
+        still, and the store reads records, which lie in the outbox, before requests.  The next put asks for
+        another lease, which the store does after that.
         """
         if size_bytes > MAX_OBJECT_BYTES:
             return False
@@ -107,7 +108,9 @@ class LeaseWriter:
             self._cursor = (offset + size_bytes + ALIGNMENT - 1) & -ALIGNMENT
             self._objects -= 1
             start = offset - self._data
+            end, self._end = self._end, 0
             fill(self._memory[start : start + size_bytes], offset)
+            self._end = end
             return True
         finally:
             if acquired and acquired[0]:
