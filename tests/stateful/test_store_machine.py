@@ -387,7 +387,7 @@ class StoreMachine(RuleBasedStateMachine):
         thing = self.new_thing(peer, object_id, share * self.capacity // 1024, metadata_size)
         wanted = align_up(thing.size, 64)
         request = Create(object_id, thing.data_size, metadata_size, CODEC, peer.free_slots.pop())
-        fits = self.largest_gap(self.used()) >= wanted
+        fits = thing.size <= self.capacity and self.largest_gap(self.used()) >= wanted
         gone_before = self.gone
 
         def judge_reply(reply: Reply) -> None:
