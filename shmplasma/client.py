@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from operator import index
 from typing import Final, NoReturn, SupportsIndex, TypedDict
 
@@ -164,11 +164,10 @@ class PlasmaClient(Reading, Writing):
 
         All objects that are sealed come first.  A second call begins anew.
         """
-        self._live()
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None
-        self._subscription = Subscription(self._path, program_name())
+        self._subscription = self._subscribe()
 
     def get_next_notification(self) -> tuple[ObjectID, int, int]:
         """Wait for the next notification.
@@ -188,6 +187,25 @@ class PlasmaClient(Reading, Writing):
         if self._subscription is None:
             raise NotConnectedError("this client has no subscription; call subscribe() first")
         return self._subscription.next()
+
+    def notifications(self) -> AsyncGenerator[tuple[ObjectID, int, int], None]:
+        """Return an asynchronous iterator over notifications, with a subscription of its own.
+
+        It gives what `get_next_notification` returns; all objects that are sealed come first.  It subscribes at its
+        first step, and its subscription ends with it; `contextlib.aclosing` tells when.
+
+        Raises
+        ------
+        NotConnectedError
+            While iterating: no store answers, or it has gone, or has dropped who did not keep up.
+        """
+        from shmplasma import aio  # noqa: PLC0415 - asyncio takes 30 ms to import
+
+        return aio.notifications(self._subscribe)
+
+    def _subscribe(self) -> Subscription:
+        self._live()
+        return Subscription(self._path, program_name())
 
     def get_notification_socket(self) -> socket.socket:
         """Return the socket that carries notifications, to wait for several things at once.

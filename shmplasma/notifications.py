@@ -16,9 +16,11 @@ from shmplasma.objects import ObjectID
 from shmplasma.replies import NOTIFICATION
 from shmplasma.requests import Role
 
-__all__ = ["Subscription", "decode"]
+__all__ = ["ENDED", "LENGTH_BYTES", "Subscription", "decode"]
 
-_LENGTH_BYTES: Final = 8
+LENGTH_BYTES: Final = 8
+"""What stands before a notification: how many bytes it has."""
+ENDED: Final = "the store has ended the subscription; subscribe again"
 
 
 def decode(notification: bytes) -> tuple[list[ObjectID], list[int], list[int]]:
@@ -80,14 +82,14 @@ class Subscription:
         NotConnectedError
             The store has gone, or has dropped a subscriber that did not keep up.
         """
-        length = int.from_bytes(self._read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(self._read(LENGTH_BYTES), "little")
         ids, data_sizes, metadata_sizes = decode(self._read(length))
         return ids[0], data_sizes[0], metadata_sizes[0]
 
     def _read(self, size_bytes: int) -> bytes:
         data = self.sock.recv(size_bytes, socket.MSG_WAITALL)
         if len(data) < size_bytes:
-            raise NotConnectedError("the store has ended the subscription; subscribe again")
+            raise NotConnectedError(ENDED)
         return data
 
     def close(self) -> None:

@@ -17,15 +17,16 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
 from shmplasma.pins import FIRST_SLOT
+from shmplasma.replies import ABSENT, Found
 
-__all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard"]
+__all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard", "located"]
 
 
 @runtime_checkable
@@ -189,6 +190,14 @@ Located = tuple[int, int, int, int, Pin]
 """An object that is pinned: offset, data size, metadata size (bytes), codec, pin."""
 
 
+def located(found: Sequence[Found], pins: Sequence[Pin]) -> list[Located | None]:
+    """Return what a get has found with the pins that it lent; None for what is not there."""
+    # A pin that was not used dies with its list, which gives its slot back.
+    return [
+        None if where == ABSENT else (*where, pin) for where, pin in zip(found, pins, strict=True)
+    ]
+
+
 class BoardPool:
     """All boards of a client.
 
@@ -224,15 +233,22 @@ class BoardPool:
 
     def take(self, count: int) -> list[Pin]:
         """Return pins of free slots, to be lent to the store."""
-        pins: list[Pin] = []
-        board = self._boards[-1]
+        pins = self.take_free(count)
         while len(pins) < count:
-            try:
-                word = board.free.pop()
-            except IndexError:
-                board = self.with_room()
-                continue
-            pin = Pin()
-            pin.board, pin.word = board, word
-            pins.append(pin)
+            self.with_room()
+            pins += self.take_free(count - len(pins))
+        return pins
+
+    def take_free(self, count: int) -> list[Pin]:
+        """Return so many pins, or fewer if there are not more free slots; asks the store for nothing."""
+        pins: list[Pin] = []
+        for board in reversed(self._boards):
+            while len(pins) < count:
+                try:
+                    word = board.free.pop()
+                except IndexError:
+                    break
+                pin = Pin()
+                pin.board, pin.word = board, word
+                pins.append(pin)
         return pins

@@ -161,14 +161,45 @@ class Reading(Connected):
             return _value(
                 session, self._locate(session, (object_ids,), timeout_ms)[0], serialization_context
             )
-        if not isinstance(object_ids, Sequence):
-            raise TypeError(
-                f"get takes an ObjectID or a sequence of them, not {type(object_ids).__name__}"
-            )
         return [
             _value(session, got, serialization_context)
-            for got in self._locate(session, object_ids, timeout_ms)
+            for got in self._locate(session, _sequence(object_ids), timeout_ms)
         ]
+
+    async def get_async(
+        self,
+        object_ids: ObjectID | Sequence[ObjectID],
+        timeout_ms: float = -1,
+        serialization_context: SerializationContext | None = None,
+    ) -> Any:
+        """Return the values of objects, without holding up the event loop.
+
+        Parameters, result and errors are those of `get`.
+
+        Notes
+        -----
+        What is there is returned at once, without leaving the event loop.  Waiting takes no thread, however many
+        tasks wait.  A task that is cancelled takes its request back.  Tasks of several event loops and threads may
+        use one client.
+        """
+        session = self._session
+        if session is None:
+            from shmplasma.aio import off_loop  # noqa: PLC0415 - asyncio takes 30 ms to import
+
+            session = await off_loop(self._live)
+        ids = (object_ids,) if isinstance(object_ids, ObjectID) else _sequence(object_ids)
+        items, misses = self._find(session, ids)
+        if misses:
+            deadline, wait = _deadline(timeout_ms)
+            names = [checked(ids[at]).id_bytes for at in misses]
+            asked: list[Located | None] = []
+            for start in range(0, len(names), _IDS_A_REQUEST):
+                part = names[start : start + _IDS_A_REQUEST]
+                asked += await session.get_async(part, deadline, wait=wait)
+            for at, got in zip(misses, asked, strict=True):
+                items[at] = got
+        values = [_value(session, got, serialization_context) for got in items]
+        return values[0] if isinstance(object_ids, ObjectID) else values
 
     def contains(self, object_id: ObjectID) -> bool:
         """Tell whether a sealed object of this id is in the store.
@@ -209,29 +240,29 @@ class Reading(Connected):
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
     ) -> list[Located | None]:
         """Find and pin objects, those that are there without a message."""
-        if session.reader is None:
-            return self._ask(session, ids, timeout_ms)
-        try:
-            items, misses = session.reader.find(ids)
-        except AttributeError:
-            _refuse(ids)
+        items, misses = self._find(session, ids)
         if misses:
             missing = [ids[position] for position in misses]
             for position, got in zip(misses, self._ask(session, missing, timeout_ms), strict=True):
                 items[position] = got
         return items
 
+    def _find(
+        self, session: Session, ids: Sequence[ObjectID]
+    ) -> tuple[list[Located | None], Sequence[int]]:
+        """Find and pin what can be without a message; return the positions of the rest as well."""
+        if session.reader is None:
+            return [None] * len(ids), range(len(ids))
+        try:
+            return session.reader.find(ids)
+        except AttributeError:
+            _refuse(ids)
+
     def _ask(
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
     ) -> list[Located | None]:
         """Find and pin objects by the store."""
-        if not isinstance(timeout_ms, (int, float, np.number)):
-            raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
-        if isnan(timeout_ms):
-            raise ValueError("timeout_ms is not a number")
-        endless = timeout_ms < 0 or timeout_ms > _LONGEST_MS
-        deadline = None if endless else time.monotonic() + timeout_ms / 1000
-        wait = timeout_ms != 0
+        deadline, wait = _deadline(timeout_ms)
         names = [checked(object_id).id_bytes for object_id in ids]
         result: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
@@ -244,6 +275,25 @@ def _ids(object_ids: ObjectID | Iterable[ObjectID]) -> Sequence[ObjectID]:
     if isinstance(object_ids, ObjectID):
         return (object_ids,)
     return object_ids if isinstance(object_ids, (list, tuple)) else list(object_ids)
+
+
+def _sequence(object_ids: Sequence[ObjectID]) -> Sequence[ObjectID]:
+    """Return a sequence that is one; raise TypeError for anything else."""
+    if not isinstance(object_ids, Sequence):
+        raise TypeError(
+            f"get takes an ObjectID or a sequence of them, not {type(object_ids).__name__}"
+        )
+    return object_ids
+
+
+def _deadline(timeout_ms: float) -> tuple[float | None, bool]:
+    """Return the time of `time.monotonic` to stop waiting at, None for never, and whether to wait at all."""
+    if not isinstance(timeout_ms, (int, float, np.number)):
+        raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
+    if isnan(timeout_ms):
+        raise ValueError("timeout_ms is not a number")
+    endless = timeout_ms < 0 or timeout_ms > _LONGEST_MS
+    return None if endless else time.monotonic() + timeout_ms / 1000, bool(timeout_ms != 0)
 
 
 def _refuse(object_ids: Iterable[ObjectID]) -> NoReturn:

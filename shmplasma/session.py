@@ -39,11 +39,10 @@ from shmplasma.layout import CONTROL_BYTES, HEADER_BYTES, ControlWord, HeaderWor
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link, expect, greet
 from shmplasma.outbox import Outbox
-from shmplasma.pinning import BoardPool, Lifeline, Located, Pin
+from shmplasma.pinning import BoardPool, Lifeline, Located, Pin, located
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import (
-    ABSENT,
     Created,
     Done,
     Leased,
@@ -274,12 +273,15 @@ class Session:
         pins = self._boards.take(len(object_ids))
         request = Get(wait, object_ids, [pin.slot for pin in pins])
         frame = self._ask_get(request, deadline, pins)
-        found = expect(Objects, frame).found
-        # A pin that was not used dies here, which gives its slot back.
-        return [
-            None if where == ABSENT else (*where, pin)
-            for where, pin in zip(found, pins, strict=True)
-        ]
+        return located(expect(Objects, frame).found, pins)
+
+    async def get_async(
+        self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
+    ) -> list[Located | None]:
+        """Find and pin objects as `get` does, without holding up the event loop."""
+        from shmplasma import aio  # noqa: PLC0415 - asyncio takes 30 ms to import
+
+        return await aio.get(self._link, self._boards, object_ids, deadline, wait=wait)
 
     def _ask_get(self, request: Get, deadline: float | None, pins: list[Pin]) -> Frame:
         """Send a get, to another store if this one dies, and return the answer."""

@@ -15,11 +15,14 @@ interpreter looks for signals again.
 A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done
 with it then.  That is done while reading, and may itself ask, hence wait for a connection to be made anew; so
 whoever makes one does not wait for those who read the old one, or not for long (`Channel.hear_out`).
+An event loop gives its requests up before it sends them: it reads when the socket has something, and is called by
+whichever thread reads the reply (`shmplasma.aio`).
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import select
 import socket
@@ -181,7 +184,7 @@ class Channel:
         self._reading = threading.Lock()
         self._outgoing: tuple[bytes, list[int]] = (first, [])
         self._received: list[bytes] = []
-        self._next_id = 0
+        self._ids = itertools.count()
         self._replies: dict[int, Frame] = {}
         self._waiters: dict[int, SimpleQueue[None]] = {}
         self._given_up: dict[int, Callable[[Frame], None]] = {}
@@ -197,9 +200,7 @@ class Channel:
 
     def new_request(self) -> int:
         """Return an id for a request that is about to be sent."""
-        with self._sending:
-            self._next_id = request_id = self._next_id % _MAX_REQUEST_ID + 1
-        return request_id
+        return next(self._ids) % _MAX_REQUEST_ID + 1
 
     def request(self, kind: int, request_id: int, body: bytes) -> None:
         """Send a request.
@@ -221,17 +222,32 @@ class Channel:
                 self._push(_POST)
         return True
 
+    def offer(self, messages: list[bytes]) -> bool:
+        """Send without blocking; tell whether nothing is left to be sent.
+
+        Takes the messages out of the list, unless another thread is sending.  What the socket does not take goes first
+        when anybody sends again.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False
+        try:
+            data = b"".join(messages)
+            messages.clear()
+            return self._push(data, socket.MSG_DONTWAIT)
+        finally:
+            self._sending.release()
+
     def _send(self, data: bytes) -> None:
         with self._sending:
             self._push(data)
 
-    def _push(self, data: bytes) -> None:
-        """Send, holding the lock."""
+    def _push(self, data: bytes, flags: int = 0) -> bool:
+        """Send, holding the lock; tell whether all was sent."""
         if self._error:
             raise ConnectionError(self._error)
         unsent, sent = self._outgoing
         if unsent and sum(sent) < len(unsent):
-            # What is to be sent first, or what an interrupt kept from being sent.
+            # What is to be sent first, or what an interrupt or a full socket kept from being sent.
             data = unsent[sum(sent) :] + data
         while data:
             # One assignment changes what is to be sent and what of it has been: there is no moment at
@@ -239,11 +255,14 @@ class Channel:
             sent = []
             self._outgoing = data, sent
             try:
-                sent.extend(map(self._sock.send, (data,)))
+                sent.extend(map(self._sock.send, (data,), (flags,)))
+            except BlockingIOError:
+                return False
             except OSError as error:
                 self._fail(str(error))
                 raise ConnectionError(str(error)) from error
             data = data[sum(sent) :]
+        return True
 
     # -- receiving -----------------------------------------------------------------------------
 
@@ -312,9 +331,11 @@ class Channel:
         acquired: list[bool] = []
         try:
             acquired.extend(map(self._reading.acquire, (False,)))
-            while acquired[0] and not done() and not self._error and self._readable(deadline):
-                self._receive(0)
+            while acquired[0]:
                 self._deliver()
+                if done() or self._error or not self._readable(deadline):
+                    break
+                self._receive(0)
         finally:
             if acquired and acquired[0]:
                 self._reading.release()
@@ -390,6 +411,7 @@ class Channel:
             frames, consumed, _ = split_frames(data, MAX_REPLY_BYTES)
         except ProtocolError as error:
             self._fail(str(error))
+            self._stop_reading()  # event loops learn of the end by the socket
             return
         for frame in frames:
             if frame.request_id == ONE_WAY:
@@ -433,10 +455,22 @@ class Channel:
 
     # -- the end -------------------------------------------------------------------------------
 
+    @property
+    def error(self) -> str:
+        """How the connection has ended; empty as long as it has not."""
+        return self._error
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for who waits for several things; only the channel reads from it."""
+        return self._sock.fileno()
+
     def retire(self) -> None:
         """End all requests, now and later, with a ConnectionError; the other end still sees us."""
         self.is_final = True
         self._fail("the client was disconnected")
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
         with suppress(OSError):  # the other end may have gone before
             self._sock.shutdown(socket.SHUT_RD)
 
