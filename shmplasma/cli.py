@@ -109,7 +109,7 @@ def _serve(options: argparse.Namespace) -> None:
             stack.callback(_remove_directory, os.path.dirname(options.socket))
         path = default_socket_path() if options.socket is None else options.socket
         if options.replace:
-            replace(path, lambda left: _open_left(left, options).close())
+            replace(path, lambda left: _check_left(left, options))
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
         segment, is_recovered = _segment(endpoint, options)
         stack.callback(_leave_to_successor, endpoint, segment.name)
@@ -190,9 +190,10 @@ def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, 
     """Return the segment to serve, and whether a store that died at this endpoint has left it."""
     left = SegmentName.decode(endpoint.read_note())
     if left is not None and not options.fresh:
-        segment = _left_segment(left, options)
+        segment = _open_left(left, options)
         if segment is not None:
             return segment, True
+        _LOG.warning("the store that died here left nothing to recover")
     if left is not None and left.remove():
         _LOG.info("removed %s, the segment of a store that has died here", left.path)
     for name in sweep(options.directory):
@@ -213,25 +214,24 @@ def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, 
     return segment, False
 
 
-def _left_segment(left: SegmentName, options: argparse.Namespace) -> Segment | None:
-    """Open the segment of a store that has died; None if there is none, or it cannot be used.
+def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment | None:
+    """Open the segment of another store that was here; None if there is none.
 
     Raises
     ------
     EndpointError
-        There are objects in it, and the options are for another store.
+        The options are for another store, or this release cannot read it.
     """
-    try:
-        return _open_left(left, options)
-    except (AttachError, LayoutError) as error:
-        _LOG.warning("the store that died here left nothing to recover: %s", error)
-        return None
-
-
-def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment:
-    """Open the segment of another store that was here, if the options are for it."""
     directory = os.path.dirname(left.path) if left.kind == "file" else None
-    segment = Segment.recover(left, directory)
+    try:
+        segment = Segment.recover(left, directory)
+    except (AttachError, LayoutError) as error:
+        raise EndpointError(
+            f"the segment {left.path} of the store that was here cannot be taken over: {error}. It stays; "
+            "--fresh gives it up and starts empty"
+        ) from error
+    if segment is None:
+        return None
     wanted = None if options.directory is None else os.path.abspath(options.directory)
     capacity = segment.layout.capacity
     if wanted == directory and options.memory in (None, capacity):
@@ -242,6 +242,20 @@ def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment:
         f"the store that was here left its objects in a segment of {capacity} bytes; start with "
         f"-m {capacity}{place} to have them back, or with --fresh to give them up"
     )
+
+
+def _check_left(left: SegmentName, options: argparse.Namespace) -> None:
+    """See whether the segment of a store that is to be replaced can be taken over.
+
+    Raises
+    ------
+    EndpointError
+        It cannot.
+    """
+    segment = _open_left(left, options)
+    if segment is None:
+        raise EndpointError(f"somebody has removed {left.path}, which the store still uses")
+    segment.close()
 
 
 def _follow(fd: int, server: Server, end: Callable[[], None], stack: ExitStack) -> None:

@@ -330,6 +330,11 @@ class Layout:
         words[0] = MAGIC
 
     @staticmethod
+    def is_unfinished(words: memoryview) -> bool:
+        """Tell whether a store has died before its new segment had a header, hence before anything was in it."""
+        return not words[0] and not words[HeaderWord.ENTRIES_END]
+
+    @staticmethod
     def scratch(words: memoryview) -> bytes:
         """Return the socket path of a store that nobody will start again; empty for any other."""
         start = (HeaderWord.SCRATCH_BYTES + 1) * 8
@@ -355,7 +360,7 @@ class Layout:
         if words[1] != LAYOUT_VERSION:
             raise LayoutError(
                 f"the segment has layout version {words[1]}, this shmplasma reads version "
-                f"{LAYOUT_VERSION}; run the same release in the store and its clients"
+                f"{LAYOUT_VERSION}; run the release that made it"
             )
         layout = cls(*(words[number] for number in range(4, 4 + len(fields(cls)))))
         try:

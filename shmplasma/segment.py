@@ -131,7 +131,7 @@ class Segment:
         return self
 
     @classmethod
-    def recover(cls, name: SegmentName, directory: str | None) -> Segment:
+    def recover(cls, name: SegmentName, directory: str | None) -> Segment | None:
         """Open the segment that a store left behind when it died.
 
         Parameters
@@ -141,21 +141,36 @@ class Segment:
         directory : str or None
             Where its file is; None for POSIX shared memory.
 
+        Returns
+        -------
+        Segment or None
+            None where it is not there any more, or was never finished: nothing was ever in it.
+
         Raises
         ------
         AttachError, LayoutError
-            It is not there, is damaged, or is of another layout version.
+            It cannot be opened, is damaged, or is of another layout version.
+        CommitError
+            Memory that the dead store had cannot be had any more.
         """
         try:
             fd = open_segment(name, create=False)
+        except (FileNotFoundError, posix_ipc.ExistentialError):
+            return None
         except (OSError, ValueError, posix_ipc.Error) as error:
             raise refusal("open", name, error) from error
         try:
             size = os.fstat(fd).st_size
+            if not size:
+                os.close(fd)
+                return None
             if size < HEADER_BYTES:
-                raise AttachError(f"{name.path} is not a segment: it has only {size} bytes")
+                raise AttachError(f"the segment {name.path} is damaged: it has only {size} bytes")
             raw = memoryview(map_segment(fd, 0, size, writable=True))
             words = raw[: size & -8].cast("Q")
+            if Layout.is_unfinished(words[: HEADER_BYTES // 8]):
+                os.close(fd)
+                return None
             layout, token = Layout.read(words[: HEADER_BYTES // 8])
             if layout.segment_bytes != size or SegmentName.plan(token, directory) != name:
                 raise AttachError(f"the segment {name.path} is damaged: size or identity is wrong")

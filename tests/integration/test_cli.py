@@ -9,19 +9,18 @@ import socket
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from shmplasma import __version__, connect, system
+from shmplasma.layout import LAYOUT_VERSION, HeaderWord
 from shmplasma.segment_name import SegmentName
+from tests.command import PROGRAM, killed, run, running, segment_in, until_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-PROGRAM = [sys.executable, "-m", "shmplasma.cli"]
+    from collections.abc import Callable, Iterator
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this")
 
@@ -47,44 +46,6 @@ def small_tmpfs(tmp_path: Path) -> Iterator[str]:
         pytest.skip(f"this machine does not mount a tmpfs: {done.stderr.strip()}")
     yield str(target)
     subprocess.run(["umount", str(target)], check=True)
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run([*PROGRAM, *arguments], check=False, capture_output=True, text=True)
-
-
-def until_ready(process: subprocess.Popen[str]) -> str:
-    """Return what a store says until it is ready, that line included."""
-    assert process.stderr is not None
-    said = ""
-    while "ready:" not in said:
-        line = process.stderr.readline()
-        assert line, f"the store ended: {said}"
-        said += line
-    return said
-
-
-@contextmanager
-def running(*arguments: str, **options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a store for the duration of a block; give the process and what it said."""
-    with subprocess.Popen(
-        [*PROGRAM, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,  # type: ignore[call-overload]  # Popen's overloads know no such dictionary
-    ) as process:
-        try:
-            yield process, until_ready(process)
-        finally:
-            process.terminate()
-
-
-def segment_in(said: str) -> str:
-    """Return the segment that a store says it has."""
-    match = re.search(r"segment (\S+) \(", said)
-    assert match
-    return match[1]
 
 
 def exists(name: str) -> bool:
@@ -219,6 +180,86 @@ def test_objects_of_a_dead_store_are_not_given_up_by_mistake(path: str) -> None:
     assert exists(dead)
     with running("-m", "10MB", "-s", path) as (_, said):
         assert segment_in(said) == dead
+
+
+def overwrite(segment: str, word: HeaderWord | int, value: int) -> None:
+    """Write a word of a segment's header."""
+    with Path("/dev/shm", segment[1:]).open("r+b") as file:
+        file.seek(8 * word)
+        file.write(value.to_bytes(8, sys.byteorder))
+
+
+def shorten(segment: str, size: int) -> None:
+    """Truncate a segment."""
+    os.truncate(f"/dev/shm{segment}", size)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda segment: overwrite(segment, 0, 0), "no magic number"),
+        (lambda segment: overwrite(segment, 0, 1), "no magic number"),
+        (
+            lambda segment: overwrite(segment, 1, LAYOUT_VERSION + 1),
+            f"layout version {LAYOUT_VERSION + 1}, this shmplasma reads version {LAYOUT_VERSION}; run",
+        ),
+        (lambda segment: overwrite(segment, 2, 0), "identity"),
+        (lambda segment: overwrite(segment, 5, 1), "header is damaged"),
+        (lambda segment: shorten(segment, 100), "only 100 bytes"),
+        (lambda segment: shorten(segment, 1 << 20), "size"),
+    ],
+)
+def test_what_cannot_be_recovered_is_not_given_up_by_mistake(
+    path: str, damage: Callable[[str], None], says: str
+) -> None:
+    """A header that is damaged, or another release's, is refused; only --fresh removes the segment."""
+    with killed("-m", "10MB", "-s", path) as said:
+        segment = segment_in(said)
+        with connect(path) as client:
+            client.put(1)
+    damage(segment)
+    for _ in range(2):
+        refused = run("-s", path)
+        assert refused.returncode == 1
+        assert refused.stderr.count("\n") == 1
+        assert says in refused.stderr
+        assert "--fresh" in refused.stderr
+        assert exists(segment)
+    with running("-m", "10MB", "-s", path, "--fresh"):
+        assert not exists(segment)
+
+
+@linux
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda segment: shorten(segment, 0),
+        lambda segment: overwrite(segment, 0, 0),  # which is written last
+        lambda segment: Path("/dev/shm", segment[1:]).unlink(),
+    ],
+)
+def test_a_segment_in_which_nothing_ever_was(path: str, end: Callable[[str], None]) -> None:
+    """A store that dies while it makes its segment, or whose segment is gone, is succeeded by an empty one."""
+    with killed("-m", "10MB", "-s", path) as said:
+        segment = segment_in(said)
+    end(segment)
+    with running("-m", "10MB", "-s", path) as (_, said):
+        assert "nothing to recover" in said
+        assert not exists(segment)
+
+
+@linux
+def test_another_releases_store_is_not_replaced(path: str) -> None:
+    """A store whose segment the new one cannot read serves on."""
+    with running("-m", "10MB", "-s", path) as (_, said):
+        overwrite(segment_in(said), 1, LAYOUT_VERSION + 1)
+        refused = run("-s", path, "--replace")
+        assert refused.returncode == 1
+        assert "run the release that made it" in refused.stderr
+        overwrite(segment_in(said), 1, LAYOUT_VERSION)
+        with connect(path) as client:
+            assert client.get(client.put(1)) == 1
 
 
 def test_a_store_is_replaced(path: str) -> None:

@@ -173,7 +173,7 @@ def test_another_version_is_refused_with_the_remedy(version: int) -> None:
     """Who attaches to a segment of another release is told both versions and what to do."""
     words = header_of(Layout.plan(1, 4096))
     words[1] = version
-    with pytest.raises(LayoutError, match=f"version {version}, .* run the same release"):
+    with pytest.raises(LayoutError, match=f"version {version}, .* run the release that made it"):
         Layout.read(words)
 
 

@@ -6,7 +6,13 @@ import pytest
 
 from shmplasma.effects import Descriptor
 from shmplasma.errors import CommitError
-from shmplasma.layout import BOARD_BYTES, CONTROL_BYTES, ControlWord, HeaderWord
+from shmplasma.layout import (
+    BOARD_BYTES,
+    BOARD_WORDS,
+    CONTROL_BYTES,
+    ControlWord,
+    HeaderWord,
+)
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.outbox import ANNOUNCED_EVERY, RECORDS
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
@@ -21,6 +27,7 @@ from shmplasma.replies import (
     Number,
     Objects,
     Text,
+    Welcome,
 )
 from shmplasma.requests import (
     Abort,
@@ -47,6 +54,7 @@ from shmplasma.requests import (
 )
 from shmplasma.room import COMMIT_STEP
 from tests.conversation import TOKEN, Conversation, Peer, name
+from tests.crash.damage import Reopened
 
 A, B, C = (bytes([letter]) * 20 for letter in (0xA, 0xB, 0xC))
 MAX = (1 << 63) - 1
@@ -1618,3 +1626,52 @@ def test_entries_are_kept_for_leases(tenant: Tenant) -> None:
     assert before is None
     assert after is not None
     tenant.talk.store.check()
+
+
+# -- clients of a store that has died ----------------------------------------------------------------
+
+
+def claim(talk: Conversation, board: int) -> tuple[Peer, bool]:
+    """Return a connection of a client that wants to go on, and whether the store takes it for that."""
+    peer = talk.connect()
+    return peer, peer.ask(Hello(PROTOCOL_VERSION, Role.CLIENT, "", board + 1), Welcome).reclaimed
+
+
+def test_a_connection_is_the_client_that_it_claims_from_its_next_message_on(
+    talk: Conversation,
+) -> None:
+    """One that ends before that has changed nothing; then no other connection may be that client."""
+    peer = talk.client()
+    peer.put(A, 1000)
+    (slot,) = peer.get(A)[1]
+    board = slot // BOARD_WORDS
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    for _ in range(3):
+        interrupted, reclaimed = claim(later, board)
+        assert reclaimed
+        later.disconnect(interrupted)
+        assert talk.read_slot(slot) == 1
+    first, reclaimed = claim(later, board)
+    assert reclaimed
+    second, reclaimed = claim(later, board)
+    assert reclaimed
+    second.tell(Post())
+    assert second.number == board
+    first.tell(Post())
+    assert first.dropped == "what it claims went on over another connection"
+    _, reclaimed = claim(later, board)
+    assert not reclaimed
+    assert talk.read_slot(slot) == 1
+    later.disconnect(second)
+    assert talk.read_slot(slot) == 0
+    later.store.check()
+
+
+def test_a_connection_that_claims_a_client_introduces_itself_once(talk: Conversation) -> None:
+    """A second Hello costs it the connection, and the client is awaited still."""
+    talk.client()
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    peer, _ = claim(later, 0)
+    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, "", 1))
+    assert peer.dropped == "a second Hello"
+    assert claim(later, 0)[1]

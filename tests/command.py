@@ -1,0 +1,62 @@
+"""Stores that are run by their command, as an operator runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["PROGRAM", "killed", "run", "running", "segment_in", "until_ready"]
+
+PROGRAM = [sys.executable, "-m", "shmplasma.cli"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run([*PROGRAM, *arguments], check=False, capture_output=True, text=True)
+
+
+def until_ready(process: subprocess.Popen[str]) -> str:
+    """Return what a store says until it is ready, that line included."""
+    assert process.stderr is not None
+    said = ""
+    while "ready:" not in said:
+        line = process.stderr.readline()
+        assert line, f"the store ended: {said}"
+        said += line
+    return said
+
+
+@contextmanager
+def running(*arguments: str, **options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a store for the duration of a block; give the process and what it said."""
+    with subprocess.Popen(
+        [*PROGRAM, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]  # Popen's overloads know no such dictionary
+    ) as process:
+        try:
+            yield process, until_ready(process)
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def killed(*arguments: str) -> Iterator[str]:
+    """Run a store for the duration of a block, and kill it; give what it said."""
+    with running(*arguments) as (process, said):
+        try:
+            yield said
+        finally:
+            process.kill()
+            process.wait()
+
+
+def segment_in(said: str) -> str:
+    """Return the segment that a store says it has."""
+    match = re.search(r"segment (\S+) \(", said)
+    assert match
+    return match[1]

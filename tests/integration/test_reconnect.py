@@ -1,0 +1,149 @@
+"""Clients whose connection ends under them: interrupted while they connect again, or dropped between two calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import shmplasma as plasma
+from tests.clients import figure
+from tests.command import killed, running
+from tests.processes import Child, run_python
+
+INTERRUPTED = """
+    import dis, sys
+    import shmplasma as plasma
+    from shmplasma import link, pinning, transport
+
+    client = plasma.connect(sys.argv[1])
+    client.set_client_options("interrupted", 500_000)
+    object_id = client.put_raw_buffer(b"held" * 1000)
+    missing = plasma.ObjectID.from_random()
+    held = client.get_buffers(object_id)
+    modules = {module.__file__ for module in (link, pinning, transport)}
+    left = 0
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in modules:
+            return None
+        frame.f_trace_opcodes = True
+        last = ""
+
+        def each(frame, event, _):
+            nonlocal last
+            global left
+            if event == "opcode":
+                # Between others the interpreter does not look for signals; a `with` counts on that.
+                if last.startswith(("CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "RESUME")):
+                    left -= 1
+                    if not left:
+                        raise KeyboardInterrupt
+                last = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            return each
+
+        return each
+
+    def interrupted_after(count):
+        global left
+        left = count
+        sys.settrace(trace)
+        try:
+            client.contains(missing)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    def connection():
+        return client._session._link.channel
+
+    count = 1
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        broken = connection()
+        while connection() is broken and interrupted_after(count):
+            count += 1
+        assert not client.contains(missing)
+        assert bytes(held) == b"held" * 1000
+        print(count, flush=True)
+        count += 1
+"""
+
+
+def test_interrupts_while_connecting_again(tmp_path: Path) -> None:
+    """Wherever Ctrl-C meets a client that connects again, its pins and limits stay its own.
+
+    Up to the point at which it keeps the new connection all points are tried on one store; those behind it, some of
+    them, take a store each.
+    """
+    path = str(tmp_path / "s")
+    points = [0]
+    with killed("-m", "1MB", "-s", path):
+        child = Child(INTERRUPTED, path)
+        assert child.hear() == "ready"
+    with child:
+        for _ in range(10):
+            with killed("-s", path), plasma.connect(path) as other:
+                child.say()
+                points.append(int(child.hear()))
+                assert figure(other, "pinned objects") == 1
+                assert "interrupted (pid" in other.debug_string()
+                (object_id,) = other.list()
+                with pytest.raises(plasma.PlasmaStoreFull):
+                    other.put_raw_buffer(bytes(1_000_000))
+                assert object_id in other.list()
+    with running("-s", path) as (_, said):
+        assert "1 objects" in said
+    assert points[1] > 50, points
+    assert points[-1] > points[1], points
+
+
+DROPPED = """
+    import select, sys
+    from threading import Thread
+    import shmplasma as plasma
+
+    path, use, beside = sys.argv[1:]
+    missing = plasma.ObjectID.from_random()
+    client = plasma.connect(path)
+    mine = plasma.ObjectID.from_random()
+    client.create(mine, 100)
+    client.put(b"takes a lease")
+    uses = {
+        "asks": lambda: client.contains(missing),
+        "seals": lambda: client.seal(mine),
+        "puts": lambda: client.put(b"by the lease"),
+        "gets": lambda: client.get(missing, timeout_ms=10),
+    }
+    heard = []
+
+    def hear(task):
+        try:
+            task()
+        except plasma.NotConnectedError as error:
+            heard.append(str(error))
+
+    threads = [Thread(target=hear, args=(lambda: client.get(missing),)) for _ in range(int(beside))]
+    for thread in threads:
+        thread.start()
+    channel = client._session._link.channel
+    channel.send(999, b"")
+    poll = select.poll()
+    poll.register(channel._sock, 0)
+    assert poll.poll(), "the store drops this client"
+    hear(uses[use])
+    hear(uses["asks"])
+    for thread in threads:
+        thread.join()
+    assert len(heard) == 2 + len(threads), heard
+    assert all("dropped this client" in each and "999" in each for each in heard), heard
+"""
+
+
+@pytest.mark.parametrize("use", ["asks", "seals", "puts", "gets"])
+@pytest.mark.parametrize("beside", [0, 2])
+def test_who_was_dropped_hears_why(store: plasma.Store, use: str, beside: int) -> None:
+    """A client that is dropped while it does not look hears the reason at its next call, whatever that is."""
+    run_python(DROPPED, store.store_socket_name, use, str(beside))
