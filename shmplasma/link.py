@@ -318,9 +318,8 @@ class Link:
             except BaseException:
                 exchange.close()
                 raise
-            self.channel = (
-                channel  # which others may use from here on, so nothing here may close it
-            )
+            # Others may use it from here on, so nothing here may close it.
+            self.channel = channel
 
     def _first_message(self) -> bytes:
         """Return what a store that has come back is to be told before anything else."""

@@ -104,6 +104,7 @@ DROPPED = """
     import select, sys
     from threading import Thread
     import shmplasma as plasma
+    from shmplasma.layout import HeaderWord
 
     path, use, beside = sys.argv[1:]
     missing = plasma.ObjectID.from_random()
@@ -133,6 +134,8 @@ DROPPED = """
     poll = select.poll()
     poll.register(channel._sock, 0)
     assert poll.poll(), "the store drops this client"
+    while client._session.attachment.words[HeaderWord.POLLED]:
+        pass  # until the store has to be told of records
     hear(uses[use])
     hear(uses["asks"])
     for thread in threads:
