@@ -2,7 +2,8 @@
 
 Invariants
 ----------
-* What waits to be sent is in order, and of it at most `_MAX_UNREAD_BYTES`: beyond that `DeafError`.
+* Before it has introduced itself, nothing is read but its first message, which is short.
+* What waits to be sent is in order, and of it at most `_MAX_UNREAD_BYTES`: beyond that `StalledError`.
 * The selector looks for writing exactly while something waits, and for reading unless the connection is paused.
 * Errors of the socket go to the caller, which decides what is to become of the client.
 """
@@ -18,9 +19,13 @@ from typing import Final
 
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
 
-__all__ = ["Connection", "DeafError", "close_socket"]
+__all__ = ["Connection", "StalledError", "close_socket"]
 
 _READ_BYTES: Final = 1 << 16
+_FIRST_BYTES: Final = 1024
+"""Longest body of a first message: a `Hello` has a fourth of it."""
+_HELLO_SECONDS: Final = 10.0
+"""How long a client may take to introduce itself."""
 _PAUSE_BYTES: Final = 1 << 16
 """Beyond what the socket takes (208 KiB): more than any but the longest replies."""
 _PATIENCE_SECONDS: Final = 10.0
@@ -32,8 +37,8 @@ _READ: Final = selectors.EVENT_READ
 _WRITE: Final = selectors.EVENT_WRITE
 
 
-class DeafError(Exception):
-    """A client does not read what is sent to it."""
+class StalledError(Exception):
+    """A client has kept the store waiting for too long: it does not read, or does not say who it is."""
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -71,6 +76,7 @@ class Connection:
 
     __slots__ = (
         "_decoder",
+        "_hello_by",
         "_out",
         "_out_bytes",
         "_selector",
@@ -90,7 +96,8 @@ class Connection:
         self.paused_at: float | None = None
         self._sock = sock
         self._selector = selector
-        self._decoder = FrameDecoder(MAX_REQUEST_BYTES)
+        self._decoder = FrameDecoder(_FIRST_BYTES)
+        self._hello_by: float | None = time.monotonic() + _HELLO_SECONDS
         self._out: deque[bytes] = deque()
         self._out_bytes = 0
         sock.setblocking(False)
@@ -123,11 +130,16 @@ class Connection:
             The connection has failed.
         """
         try:
-            data = self._sock.recv(_READ_BYTES)
+            data = self._sock.recv(
+                _READ_BYTES if self._hello_by is None else self._decoder.missing_bytes
+            )
         except (BlockingIOError, InterruptedError):
             return True
         if data:
             self.frames += self._decoder.feed(data)
+            if self._hello_by is not None and self.frames:
+                self._decoder = FrameDecoder(MAX_REQUEST_BYTES)
+                self._hello_by = None
         return bool(data)
 
     # -- writing -------------------------------------------------------------------------------
@@ -142,7 +154,7 @@ class Connection:
 
         Raises
         ------
-        DeafError
+        StalledError
             Too much waits for it already.
         OSError
             The connection has failed.
@@ -158,19 +170,19 @@ class Connection:
             if sent == len(data):
                 return
             if fd is not None and not sent:
-                raise DeafError("it asks for a descriptor and does not read")
+                raise StalledError("it asks for a descriptor and does not read")
             data = data[sent:]
         elif fd is not None:
-            raise DeafError("it asks for a descriptor and does not read")
+            raise StalledError("it asks for a descriptor and does not read")
         self._out.append(data)
         self._out_bytes += len(data)
         if len(self._out) == 1:
             self._watch(_READ | _WRITE)
         if self._out_bytes > _MAX_UNREAD_BYTES:
-            raise DeafError(f"it does not read: {self._out_bytes} bytes wait for it")
+            raise StalledError(f"it does not read: {self._out_bytes} bytes wait for it")
 
-    def flush(self) -> bool:
-        """Send of what waits as much as the socket takes; tell whether that was all.
+    def flush(self) -> None:
+        """Send of what waits as much as the socket takes; when that was all, a pause ends.
 
         Raises
         ------
@@ -182,17 +194,16 @@ class Connection:
             try:
                 sent = self._sock.send(out[0])
             except (BlockingIOError, InterruptedError):
-                return False
+                return
             self._out_bytes -= sent
             if self.paused_at is not None:
                 self.paused_at = time.monotonic()
             if sent < len(out[0]):
                 out[0] = out[0][sent:]
-                return False
+                return
             out.popleft()
         self.paused_at = None
         self._watch(_READ)
-        return True
 
     def pause(self) -> None:
         """Read nothing more from it until all that waits is sent.
@@ -205,21 +216,31 @@ class Connection:
         self.paused_at = time.monotonic()
         self._watch(_WRITE)
 
-    def check_patience(self) -> None:
-        """See to it that a pause does not last.
+    def is_awaited(self, now: float) -> bool:
+        """Tell whether something is awaited of the client that it should do soon.
+
+        Parameters
+        ----------
+        now : float
+            The time, as `time.monotonic` has it.
 
         Raises
         ------
-        DeafError
-            It has read nothing for too long.
+        StalledError
+            It has not done so for too long.
         """
+        if self._hello_by is not None:
+            if now > self._hello_by:
+                raise StalledError(f"it has not introduced itself within {_HELLO_SECONDS:.0f} s")
+            return True
         if self.paused_at is None:
-            return
-        since = time.monotonic() - self.paused_at
+            return False
+        since = now - self.paused_at
         if since > _PATIENCE_SECONDS:
-            raise DeafError(
+            raise StalledError(
                 f"it does not read: {self._out_bytes} bytes have waited for {since:.0f} s"
             )
+        return True
 
     def _watch(self, events: int) -> None:
         self._selector.modify(self._sock, events, self)

@@ -154,6 +154,10 @@ class Dispatch:
             case Grow():
                 self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))
             case Attach():
+                if session.attached:
+                    # What nobody reads would use up the descriptors that may be under way.
+                    raise ProtocolError("a second Attach")
+                session.attached = True
                 self._outgoing.reply(client, request_id, Done(), Descriptor.SEGMENT)
             case Detach():
                 session.detached = True

@@ -44,6 +44,7 @@ class Session:
     trusted: bool = False
     awaited: bool = False
     resumed: bool = False
+    attached: bool = False
     claims: int | None = None
     lent: set[int] = field(default_factory=set)
     """Slots of its gets that wait: each waits with slots of its own, so there is an end to their number."""

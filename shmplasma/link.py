@@ -84,6 +84,11 @@ def greet(
     while True:
         try:
             exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
+        except PermissionError as error:
+            raise NotConnectedError(
+                f"the store at {path!r} is another user's ({error}); its operator can admit others: start it with "
+                "--group NAME --mode 0660, or with --mode 0666"
+            ) from error
         except OSError as error:
             raise NotConnectedError(
                 f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"

@@ -12,7 +12,6 @@ queue while the others are served.
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -24,11 +23,12 @@ from contextlib import suppress
 from typing import Final
 
 from shmplasma import system
-from shmplasma.connections import Connection, DeafError, close_socket
+from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.exits import Exits, close_descriptor
 from shmplasma.protocol import ONE_WAY, SPIN_NS, encode_frame
+from shmplasma.reception import Reception
 from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
 from shmplasma.store import ObjectStore
@@ -46,6 +46,7 @@ _LOOK_AGAIN_SECONDS: Final = 0.1
 _POLL_SECONDS: Final = 0.001
 """How often the outboxes are looked into while clients do not announce what they put there."""
 
+_LOOK_AT_AWAITED_SECONDS: Final = 1.0
 _COLLECT_AFTER: Final = 100_000
 
 _READ: Final = selectors.EVENT_READ
@@ -110,10 +111,8 @@ class Server:
         recover: bool = False,
         may_be_replaced: bool = True,
     ) -> None:
-        self._listener = listener
         self._segment = segment
         self._path = socket_path
-        self._shared = shared
         self._may_be_replaced = may_be_replaced
         self.is_handed_over = False
         self._store = ObjectStore(
@@ -127,9 +126,9 @@ class Server:
         )
         self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
-        self._paused: set[Connection] = set()
+        self._awaited: set[Connection] = set()  # to read, or to introduce themselves
+        self._look_at = 0.0
         self._clients = segment.layout.n_boards  # lower numbers are of clients that are recovered
-        self._accepting = True
         self._commit_ahead = True
         self._stopping = False
         self._spin_ns = SPIN_NS if system.processors() > 1 else 0
@@ -138,7 +137,7 @@ class Server:
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
-        self._selector.register(listener, _READ, self._accept)
+        self._reception = Reception(listener, self._selector, shared=shared, admit=self._admit)
         self._selector.register(self._wake_reader, _READ, self._wake)
         if recover:
             self._recover()
@@ -191,8 +190,8 @@ class Server:
                     self._settle()
                 if self._store.is_to_stop_polling:
                     self._carry_out(self._store.stop_polling(time.time_ns()))
-                if self._paused:
-                    self._drop_the_deaf()
+                if self._awaited:
+                    self._drop_the_slow()
                 if not events or self._store.has_urgent_work:
                     self._advance(idle=not events)
         finally:
@@ -249,51 +248,20 @@ class Server:
             return 0
         if self._commit_ahead and store.has_idle_work:
             return 0
-        if not self._accepting or store.may_miss_a_release:
+        if not self._reception.is_open or store.may_miss_a_release:
             return _LOOK_AGAIN_SECONDS
-        return 1.0 if self._paused else None
+        return _LOOK_AT_AWAITED_SECONDS if self._awaited else None
 
     # -- connections ---------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
-                _LOG.warning(
-                    "no descriptor or memory for a new connection (%s); it waits. Raise the limit "
-                    "of open files (ulimit -n)",
-                    error,
-                )
-                self._selector.unregister(self._listener)
-                self._accepting = False
-            return
-        try:
-            peer = system.peer(sock)
-            if not self._shared and peer.uid not in (None, 0, os.geteuid()):
-                _LOG.warning("refused pid %s of uid %s: not this user", peer.pid, peer.uid)
-                close_socket(sock)
-                return
-            connection = Connection(self._clients + 1, peer.pid, sock, self._selector)
-        except OSError as error:
-            _LOG.warning("a client left before it was looked at, or cannot be served: %s", error)
-            close_socket(sock)
-            return
+    def _admit(self, sock: socket.socket, peer: system.Peer) -> None:
+        connection = Connection(self._clients + 1, peer.pid, sock, self._selector)
         self._clients += 1
         self._connections[connection.client] = connection
+        self._awaited.add(connection)
         pid = peer.pid or 0
         trusted = self._may_be_replaced and peer.uid in (0, os.geteuid())
         self._store.connect(connection.client, pid, system.start_time(pid) or 0, trusted=trusted)
-
-    def _accept_again(self) -> None:
-        if self._accepting:
-            return
-        try:
-            self._selector.register(self._listener, _READ, self._accept)
-        except OSError as error:
-            _LOG.warning("new connections still have to wait: %s", error)
-        else:
-            self._accepting = True
 
     def _close(self, client: int) -> None:
         """End a connection that its client has ended: its objects and pins go."""
@@ -307,9 +275,9 @@ class Server:
     def _hang_up(self, client: int, last: bytes = b"") -> None:
         connection = self._connections.pop(client)
         self._backlog.discard(client)
-        self._paused.discard(connection)
+        self._awaited.discard(connection)
         connection.hang_up(last)
-        self._accept_again()
+        self._reception.open()
 
     def _lose(self, client: int, error: OSError) -> None:
         """End a connection that can be neither read nor written any more.
@@ -414,19 +382,26 @@ class Server:
         """Answer what depends on something not being there."""
         self._carry_out(self._store.settle(self._store.take_unsettled()))
 
-    # -- clients that do not read ----------------------------------------------------------------
+    # -- clients that are waited for ---------------------------------------------------------------
 
     def _pause(self, connection: Connection) -> None:
         """Take nothing more from a client until it reads."""
-        self._paused.add(connection)
+        self._awaited.add(connection)
         self._backlog.discard(connection.client)
         connection.pause()
 
-    def _drop_the_deaf(self) -> None:
-        for connection in tuple(self._paused):
+    def _drop_the_slow(self) -> None:
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_AT_AWAITED_SECONDS
+        for connection in tuple(self._awaited):
+            if connection not in self._awaited:
+                continue  # it went with another one
             try:
-                connection.check_patience()
-            except DeafError as error:
+                if not connection.is_awaited(now):
+                    self._awaited.discard(connection)
+            except StalledError as error:
                 self._drop(connection.client, str(error))
 
     def _wake(self) -> None:
@@ -450,7 +425,7 @@ class Server:
                 self._commit_ahead = False
         if idle:
             self._segment.check_size()
-            self._accept_again()
+            self._reception.open()
             self._carry_out(store.wake())
 
     # -- writing -------------------------------------------------------------------------------
@@ -481,21 +456,20 @@ class Server:
                 and connection.client not in self._store.subscribers
             ):
                 self._pause(connection)
-        except DeafError as error:
+        except StalledError as error:
             self._drop(connection.client, str(error))
         except OSError as error:
             self._lose(connection.client, error)
 
     def _flush(self, connection: Connection) -> None:
+        was_paused = connection.paused_at is not None
         try:
-            done = connection.flush()
+            connection.flush()
         except OSError as error:
             self._lose(connection.client, error)
             return
-        if done and connection in self._paused:
-            self._paused.discard(connection)
-            if connection.frames:
-                self._backlog.add(connection.client)
+        if was_paused and connection.paused_at is None and connection.frames:
+            self._backlog.add(connection.client)
 
     def _descriptor(self, descriptor: Descriptor) -> int:
         return self._segment.fd if descriptor is Descriptor.SEGMENT else self._wake_writer

@@ -1,12 +1,12 @@
 """Measures an honest pair of clients alone, and beside clients that stop in the middle or never read.
 
-A hundred connections have sent half of a frame's header, and say no more.  Twenty clients ask for lists, descriptions
+A hundred connections have sent half of a frame's header, half of them without an introduction, and say no more.  Twenty clients ask for lists, descriptions
 and what is there, as fast as their sockets take it, and read no answer; a subscriber reads no notification.  The
 honest pair puts, finds, misses and creates, one request after the other::
 
     python -m tests.crash.slow_clients --seconds 30
 
-Those that do not read have to be dropped, with a reason in the log; what waits for them is bounded until then.
+Those that do not read, or do not say who they are, have to be dropped, with a reason in the log; what waits for them is bounded until then.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ CAPACITY: Final = 32 << 20
 N_OBJECTS: Final = 1000
 """They make an answer to `List` 61 KB long."""
 _UNREAD: Final = "it does not read"
+_STRANGE: Final = "it has not introduced itself"
 _PAUSE_SECONDS: Final = 0.001
 _LOOK_EACH_SECONDS: Final = 0.1
 
@@ -105,6 +106,11 @@ class Summary:
     def unread_drops(self) -> int:
         """How many were dropped because they did not read."""
         return sum(n for reason, n in self.drops.items() if reason.startswith(_UNREAD))
+
+    @property
+    def stranger_drops(self) -> int:
+        """How many were dropped because they did not say who they are."""
+        return sum(n for reason, n in self.drops.items() if reason.startswith(_STRANGE))
 
     def __str__(self) -> str:
         return "\n".join(

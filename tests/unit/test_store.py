@@ -259,6 +259,15 @@ def test_the_segment_is_passed_on_request(talk: Conversation) -> None:
     assert peer.descriptors == [Descriptor.WAKE, Descriptor.SEGMENT]
 
 
+def test_a_client_attaches_once(talk: Conversation) -> None:
+    """Descriptors under way are counted by the system, so one who does not read them is not to have many."""
+    peer = talk.client()
+    peer.ask(Attach(), Done)
+    peer.post(Attach())
+    assert peer.dropped == "a second Attach"
+    assert len(peer.descriptors) == 2
+
+
 WRONG_SLOTS = {"word 0": 0, "another's": 513, "nobody's": 1025, "no board's": 2**32 - 1, "used": 5}
 
 

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import array
+import fcntl
+import selectors
+import socket
+import termios
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from shmplasma.connections import Connection, StalledError
+from shmplasma.errors import ProtocolError
+from shmplasma.protocol import PROTOCOL_VERSION, encode_frame
+from shmplasma.requests import MAX_NAME_BYTES, Get, Hello, Role
+
+HELLO = encode_frame(
+    Hello.KIND, 1, Hello(PROTOCOL_VERSION, Role.CLIENT, MAX_NAME_BYTES * "n").encode()
+)
+LONG_BODY = Get(True, [bytes(20)] * 10_000, range(10_000)).encode()
+LONG = encode_frame(Get.KIND, 2, LONG_BODY)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Connection, socket.socket, socket.socket]]:
+    """Give a connection as the store has it, its socket, and the client's."""
+    ours, theirs = socket.socketpair()
+    with selectors.DefaultSelector() as selector, ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        connection = Connection(1, None, ours, selector)
+        yield connection, ours, theirs
+        connection.hang_up()
+
+
+def unread(sock: socket.socket) -> int:
+    """Return how many bytes a socket holds."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return count[0]
+
+
+def read_first(connection: Connection) -> None:
+    """Read until the first message is there."""
+    while not connection.frames:
+        assert connection.read()
+
+
+def test_before_the_introduction_nothing_else_is_read(
+    ends: tuple[Connection, socket.socket, socket.socket],
+) -> None:
+    """Of all that a stranger sends, the store takes its first message; the rest is read after that."""
+    connection, ours, theirs = ends
+    theirs.sendall(HELLO + LONG)
+    read_first(connection)
+    assert unread(ours) == len(LONG)
+    assert [frame.kind for frame in connection.frames] == [Hello.KIND]
+    while len(connection.frames) < 2:
+        assert connection.read()
+    assert connection.frames[1].body == LONG_BODY
+
+
+def test_a_first_message_is_short(ends: tuple[Connection, socket.socket, socket.socket]) -> None:
+    """Of a stranger's long message not more than the header is read."""
+    connection, ours, theirs = ends
+    theirs.sendall(LONG)
+    with pytest.raises(ProtocolError, match="limit"):
+        read_first(connection)
+    assert unread(ours) == len(LONG_BODY)
+
+
+@pytest.mark.parametrize("sent", [b"", HELLO[:5], HELLO[:-1]])
+def test_an_introduction_takes_not_for_ever(
+    ends: tuple[Connection, socket.socket, socket.socket], sent: bytes
+) -> None:
+    """Who stops before the end of its first message is given 10 s."""
+    connection, ours, theirs = ends
+    theirs.sendall(sent)
+    while unread(ours):
+        connection.read()
+    now = time.monotonic()
+    assert connection.is_awaited(now)
+    with pytest.raises(StalledError, match="not introduced itself within 10 s"):
+        connection.is_awaited(now + 11)
+    theirs.sendall(HELLO[len(sent) :])
+    read_first(connection)
+    assert not connection.is_awaited(now + 11)
+
+
+def test_who_does_not_read_is_awaited(
+    ends: tuple[Connection, socket.socket, socket.socket],
+) -> None:
+    """A pause lasts until all is sent, and is too long when nothing is read for 10 s."""
+    connection, _, theirs = ends
+    theirs.sendall(HELLO)
+    read_first(connection)
+    size = 8 << 20
+    connection.send(bytes(size), None)
+    assert connection.is_slow
+    connection.pause()
+    now = time.monotonic()
+    assert connection.is_awaited(now)
+    with pytest.raises(StalledError, match="does not read"):
+        connection.is_awaited(now + 11)
+    while size:
+        size -= len(theirs.recv(1 << 20))
+        connection.flush()
+    assert not connection.is_awaited(now + 11)
+
+
+def test_what_waits_has_an_end(ends: tuple[Connection, socket.socket, socket.socket]) -> None:
+    """For one who does not read, neither bytes without end nor descriptors wait."""
+    connection, ours, _ = ends
+    connection.send(bytes(9 << 20), None)
+    with pytest.raises(StalledError, match="descriptor"):
+        connection.send(b"reply", ours.fileno())
+    with pytest.raises(StalledError, match="bytes wait for it"):
+        connection.send(bytes(9 << 20), None)
