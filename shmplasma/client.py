@@ -17,7 +17,7 @@ from shmplasma.notifications import Subscription, decode
 from shmplasma.objects import ObjectID
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
-from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, List, SetOptions
+from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, Keep, List, SetOptions
 from shmplasma.writing import MAX_SIZE, ObjectArray, Writing
 
 __all__ = ["ObjectArray", "ObjectInfo", "ObjectNotAvailable", "PlasmaClient", "connect"]
@@ -29,7 +29,8 @@ class ObjectInfo(TypedDict):
     """What `PlasmaClient.list` says of an object.
 
     Sizes are bytes, `create_time` is in seconds since 1970, `construct_duration` in seconds (-1 until it is
-    sealed), `ref_count` the number of clients that hold it, `state` "created" or "sealed".
+    sealed), `ref_count` the number of clients that hold it, `state` "created" or "sealed"; `keep` says whether it
+    is never evicted.
     """
 
     data_size: int
@@ -38,6 +39,7 @@ class ObjectInfo(TypedDict):
     create_time: int
     construct_duration: int
     state: str
+    keep: bool
 
 
 class PlasmaClient(Reading, Writing):
@@ -59,15 +61,47 @@ class PlasmaClient(Reading, Writing):
 
         Until then it can be found and got, and its id is taken.
         """
-        if isinstance(object_ids, ObjectID):
-            object_ids = [object_ids]
-        ids = [checked(object_id).id_bytes for object_id in object_ids]
+        ids = _id_bytes(object_ids)
         session = self._live()
         for start in range(0, len(ids), _IDS_A_REQUEST):
             session.call(Delete(ids[start : start + _IDS_A_REQUEST]), Done)
 
+    def keep(self, object_ids: ObjectID | Iterable[ObjectID]) -> None:
+        """Have objects never be evicted; only `delete` removes them.
+
+        Parameters
+        ----------
+        object_ids : ObjectID or iterable of ObjectID
+            Sealed objects, or unsealed ones of this client.
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            One of them is not there.  Of a request's objects (65,536 go in one) none is changed then.
+
+        Notes
+        -----
+        One round trip.  Holds until `cache` is called, also across the death of a store.
+        """
+        self._say_keep(object_ids, keep=True)
+
+    def cache(self, object_ids: ObjectID | Iterable[ObjectID]) -> None:
+        """Let objects be evicted when room is needed, as is the default; undoes `keep`.
+
+        Parameters, errors and costs are those of `keep`.
+        """
+        self._say_keep(object_ids, keep=False)
+
+    def _say_keep(self, object_ids: ObjectID | Iterable[ObjectID], *, keep: bool) -> None:
+        ids = _id_bytes(object_ids)
+        session = self._live()
+        for start in range(0, len(ids), _IDS_A_REQUEST):
+            session.call(Keep(keep, ids[start : start + _IDS_A_REQUEST]), Done)
+
     def evict(self, num_bytes: SupportsIndex) -> int:
-        """Evict sealed objects that nobody holds until `num_bytes` are free that were not.
+        """Evict sealed objects that nobody holds or keeps until `num_bytes` are free that were not.
+
+        None goes that the others make up for.
 
         Returns
         -------
@@ -97,6 +131,7 @@ class PlasmaClient(Reading, Writing):
                 created_ns,
                 construct_ns,
                 sealed,
+                keep,
             ) in listing.records:
                 objects[ObjectID(object_id)] = ObjectInfo(
                     data_size=data,
@@ -105,6 +140,7 @@ class PlasmaClient(Reading, Writing):
                     create_time=created_ns // 10**9,
                     construct_duration=construct_ns // 10**9 if sealed else -1,
                     state="sealed" if sealed else "created",
+                    keep=keep,
                 )
             start = listing.next_start
             if not start:
@@ -226,6 +262,12 @@ class PlasmaClient(Reading, Writing):
     ) -> tuple[builtins.list[ObjectID], builtins.list[int], builtins.list[int]]:
         """Return the ids, data sizes and metadata sizes in the bytes of a notification."""
         return decode(buf)
+
+
+def _id_bytes(object_ids: ObjectID | Iterable[ObjectID]) -> list[bytes]:
+    if isinstance(object_ids, ObjectID):
+        object_ids = [object_ids]
+    return [checked(object_id).id_bytes for object_id in object_ids]
 
 
 def connect(store_socket_name: str | None = None, num_retries: int = -1) -> PlasmaClient:

@@ -37,6 +37,7 @@ from shmplasma.requests import (
     Get,
     Grow,
     Hello,
+    Keep,
     List,
     Post,
     Publish,
@@ -141,7 +142,7 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Number(1))
             case AnswerNow() if request_id != ONE_WAY:
                 raise ProtocolError("an AnswerNow that asks for an answer of its own")
-            case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug():
+            case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug() | Keep():
                 self.unsettled.append((client, request_id, request, now_ns))
             case Abort():
                 self._creations.take_back(client, self._table.find(request.object_id))
@@ -191,6 +192,9 @@ class Dispatch:
                 self._answers.answer_now(client, request.request_id)
             case Delete():
                 self._objects.delete(request.object_ids)
+                self._outgoing.reply(client, request_id, _DONE)
+            case Keep():
+                self._objects.keep(client, request.object_ids, request.keep)
                 self._outgoing.reply(client, request_id, _DONE)
             case Evict():
                 self._outgoing.reply(

@@ -62,7 +62,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -148,6 +148,8 @@ class EntryWord(IntEnum):
     """Checksum of words 1 to 6, the generation, and whether the object is complete (see `shmplasma.table`)."""
     OWNER = 11
     """Slot + 1 that its creator lent, which says whose it is while it is CREATED."""
+    KEEP = 12
+    """0 for an object that may be evicted; for one that may not, all ones, so that no flipped bit drops it."""
 
 
 class ControlWord(IntEnum):

@@ -125,6 +125,11 @@ class Lifecycle:
         return self._leases.held_bytes
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of sealed objects that are never evicted."""
+        return self.bytes_of(self._room.kept)
+
+    @property
     def awaits_release(self) -> int:
         """How many entries wait for somebody to let go of them."""
         return len(self._doomed) + len(self._limbo)
@@ -215,6 +220,7 @@ class Lifecycle:
                     request.metadata_size,
                     now_ns,
                     owner=request.slot + 1,
+                    keep=request.keep,
                 )
             except CommitError as error:
                 text = str(error)
@@ -295,6 +301,29 @@ class Lifecycle:
             self._doomed |= entries
             self._await_release()
 
+    def keep(self, client: int, object_ids: Iterable[bytes], keep: bool) -> None:
+        """Say of objects, sealed or this client's own, whether they are never to be evicted.
+
+        Raises
+        ------
+        Refused
+            One of them is not there; nothing is changed.
+        """
+        entries: list[int] = []
+        for object_id in object_ids:
+            entry = self.find_sealed(object_id)
+            if entry == NO_ENTRY:
+                entry = self._table.find(object_id)
+                if self._creators.get(entry) != client:
+                    text = f"there is no object {object_id.hex()}, or another client is writing it"
+                    raise Refused(Failed(Failure.NOT_FOUND, text))
+            entries.append(entry)
+        for entry in entries:
+            if entry in self._creators:
+                self._table.set_keep(entry, keep)
+            else:
+                self._room.keep(entry, keep)
+
     def evict(self, size_bytes: int) -> int:
         """Evict at least so many bytes if possible; return data plus metadata of what went."""
         freed, evicted = self._room.evict(size_bytes) if size_bytes > 0 else (0, [])
@@ -359,7 +388,7 @@ class Lifecycle:
         """
         memory = self._memory
         found = examine(self._layout, self._table, self._boards, memory.barrier)
-        self._room.recover(found.sealed, found.sealed_bytes, found.used)
+        self._room.recover(found.cached, found.cached_bytes, found.kept, found.used)
         for client, (cursor, end) in found.leases.items():
             self._leases.restore(client, client, cursor, end)
         self._table.prepare(self._leases.objects_left)

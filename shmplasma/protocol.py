@@ -35,7 +35,7 @@ __all__ = [
     "split_frames",
 ]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 ONE_WAY: Final = 0
 
 MAX_REQUEST_BYTES: Final = 2 << 20

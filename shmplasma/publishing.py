@@ -82,7 +82,7 @@ class Publishing:
         ProtocolError
             It is not in the client's lease.
         """
-        object_id, offset, data_size, metadata_size, codec = message
+        object_id, offset, data_size, metadata_size, codec, keep = message
         size = data_size + metadata_size
         start, skipped = self._leases.publish(client, offset, size)
         if skipped:
@@ -92,7 +92,7 @@ class Publishing:
             self._leases.note_published(client)
             raise existing(object_id)
         entry = self._table.insert(
-            object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED
+            object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
         self._leases.note_published(client)
         self._room.sealed(entry)

@@ -59,10 +59,13 @@ class Findings:
     ----------
     owners : dict
         The clients, by their first board; some may have ended.
-    sealed : list of int
-        Entries of sealed objects, doomed ones included, in the order in which they were sealed.
-    sealed_bytes : int
+    cached : list of int
+        Entries of sealed objects that may be evicted, doomed ones included, in the order in which they were
+        sealed.
+    cached_bytes : int
         The sum of their extents.
+    kept : set of int
+        Entries of sealed objects that may not be evicted, doomed ones included.
     doomed : set of int
         Those that were deleted while they were pinned.
     created : dict
@@ -78,8 +81,9 @@ class Findings:
     """
 
     owners: dict[int, Owner]
-    sealed: list[int] = field(default_factory=list)
-    sealed_bytes: int = 0
+    cached: list[int] = field(default_factory=list)
+    cached_bytes: int = 0
+    kept: set[int] = field(default_factory=set)
     doomed: set[int] = field(default_factory=set)
     created: dict[int, int] = field(default_factory=dict)
     limbo: set[int] = field(default_factory=set)
@@ -132,15 +136,15 @@ def examine(
             findings.doomed.add(remains.entry)
         elif remains.entry not in findings.created and remains.state != EntryState.SEALED:
             table.set_state(remains.entry, EntryState.SEALED)
-    in_order = sorted(kept, key=attrgetter("sealed_ns"))
-    findings.sealed = [each.entry for each in in_order if each.entry not in findings.created]
+    sealed = [remains for remains in kept if remains.entry not in findings.created]
+    findings.kept = {remains.entry for remains in sealed if remains.keep}
+    cached = [remains for remains in sealed if not remains.keep]
+    cached.sort(key=attrgetter("sealed_ns"))
+    findings.cached = [remains.entry for remains in cached]
+    findings.cached_bytes = sum(align_up(remains.size_bytes, ALIGNMENT) for remains in cached)
     objects = [(remains.object_id, remains.entry) for remains in kept]
     entries = [remains.entry for remains in kept]
     table.relink(objects, set(range(end)).difference(entries, findings.limbo))
-    created = findings.created
-    findings.sealed_bytes = sum(
-        align_up(each.size_bytes, ALIGNMENT) for each in kept if each.entry not in created
-    )
     extents.sort()
     findings.leases = _leases(findings.owners, extents)
     leased = [(cursor, stop - cursor) for cursor, stop in findings.leases.values()]

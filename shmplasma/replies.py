@@ -206,10 +206,10 @@ class Number:
         return cls(*unpack("<q", body))
 
 
-ListRecord = tuple[bytes, int, int, int, int, int, bool]
+ListRecord = tuple[bytes, int, int, int, int, int, bool, bool]
 """Id, data size, metadata size, clients that hold it, time of creation (ns since 1970), time from then to
-the seal (ns), whether it is sealed."""
-_RECORD: Final = Struct("<20sQQIQQ?")
+the seal (ns), whether it is sealed, whether it is kept."""
+_RECORD: Final = Struct("<20sQQIQQ??")
 
 
 @dataclass(frozen=True, slots=True)

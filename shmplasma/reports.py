@@ -47,6 +47,7 @@ def list_objects(table: Table, holders: Mapping[int, int], start: int) -> Listin
                 created_ns,
                 construct_ns,
                 state != EntryState.CREATED,
+                table.is_kept(entry),
             )
         )
     return Listing(stop if stop < table.end else 0, records)
@@ -85,6 +86,7 @@ def describe(
             f"pinned bytes: {objects.bytes_of(held)}",
             f"unsealed bytes: {objects.unsealed_bytes}",
             f"leased bytes: {objects.leased_bytes}",
+            f"kept bytes: {objects.kept_bytes}",
             f"objects: {len(table)}",
             f"pinned objects: {len(held)}",
             f"objects that wait for a release: {objects.awaits_release}",

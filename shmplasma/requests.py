@@ -29,6 +29,7 @@ __all__ = [
     "Get",
     "Grow",
     "Hello",
+    "Keep",
     "List",
     "Post",
     "Publish",
@@ -95,7 +96,7 @@ class Attach(Empty):
     KIND: ClassVar[int] = 2
 
 
-_CREATE: Final = Struct("<20sqqII")
+_CREATE: Final = Struct("<20sqqII?")
 
 
 class _CreateFields(NamedTuple):
@@ -104,10 +105,11 @@ class _CreateFields(NamedTuple):
     metadata_size: int
     codec: int
     slot: int
+    keep: bool = False
 
 
 class Create(_CreateFields):
-    """Ask for a new object; `slot` will pin it for the writer.
+    """Ask for a new object; `slot` will pin it for the writer, and with `keep` it is never evicted.
 
     A tuple, like `Publish`, for the same reason.
     """
@@ -193,6 +195,12 @@ class Contains(OneId):
     object_id: bytes
 
 
+def _ids(body: bytes) -> list[bytes]:
+    if len(body) % ID_BYTES:
+        raise ValueError("not a whole number of ids")
+    return [body[at : at + ID_BYTES] for at in range(0, len(body), ID_BYTES)]
+
+
 @dataclass(frozen=True, slots=True)
 class Delete:
     """Delete sealed objects, those in use at their last release."""
@@ -207,9 +215,7 @@ class Delete:
     @classmethod
     def decode(cls, body: bytes) -> Delete:
         """Return the message of a body."""
-        if len(body) % ID_BYTES:
-            raise ValueError("not a whole number of ids")
-        return cls([body[at : at + ID_BYTES] for at in range(0, len(body), ID_BYTES)])
+        return cls(_ids(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +298,8 @@ class AskLease:
         return cls(*_LEASE.unpack(body))
 
 
-PUBLISH: Final = Struct("<20sQQII")
-"""Object id, offset, data size, metadata size, codec."""
+PUBLISH: Final = Struct("<20sQQII?")
+"""Object id, offset, data size, metadata size, codec, and whether it is never to be evicted."""
 
 
 class _PublishFields(NamedTuple):
@@ -302,6 +308,7 @@ class _PublishFields(NamedTuple):
     data_size: int
     metadata_size: int
     codec: int
+    keep: bool = False
 
 
 class Publish(_PublishFields):
@@ -338,6 +345,26 @@ class Post(Empty):
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Say of objects whether they are never to be evicted; all of them have to be there."""
+
+    KIND: ClassVar[int] = 20
+    keep: bool
+    object_ids: Sequence[bytes]
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return pack("<?", self.keep) + b"".join(self.object_ids)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Keep:
+        """Return the message of a body."""
+        if body[0] > 1:
+            raise ValueError("neither to keep nor not to")
+        return cls(bool(body[0]), _ids(body[1:]))
+
+
+@dataclass(frozen=True, slots=True)
 class Grow(Empty):
     """Ask for one more board."""
 
@@ -371,6 +398,7 @@ Request = (
     | Publish
     | Flush
     | Post
+    | Keep
 )
 
 _KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}

@@ -7,7 +7,7 @@ Invariants
 ----------
 * Each entry of the table that holds an object of size > 0 owns one extent; free extents and these tile the
   data region (`Room.check`).
-* Exactly the sealed objects are in the eviction queue.
+* Each sealed object is either in the eviction queue or kept, as its KEEP word says.
 * An extent is handed out only when it lies below the watermark, so that no client ever writes to a page
   which the file system cannot give (that would be a SIGBUS).
 * An object is freed only when no board pins it.
@@ -16,6 +16,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
@@ -94,7 +95,8 @@ class Room:
         self._allocator = Allocator(self._start, self._end)
         self._queue = Sieve(visited)
         self._visited = visited
-        self._sealed_bytes = 0
+        self._cached_bytes = 0
+        self._kept: set[int] = set()
         self.takes = 0
         self.takes_that_met_a_pin = 0
         self._watermark = self._start
@@ -186,9 +188,32 @@ class Room:
             self._allocator.free(offset, size_bytes)
 
     def sealed(self, entry: int) -> None:
-        """Take note that the entry's object was sealed: from now on it may be evicted."""
-        self._queue.insert(entry)
-        self._sealed_bytes += self._extent_bytes(entry)
+        """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
+        if self._table.is_kept(entry):
+            self._kept.add(entry)
+        else:
+            self._queue.insert(entry)
+            self._cached_bytes += self._extent_bytes(entry)
+
+    def _forget(self, entry: int) -> None:
+        """Undo `sealed`."""
+        if entry in self._kept:
+            self._kept.remove(entry)
+        else:
+            self._queue.remove(entry)
+            self._cached_bytes -= self._extent_bytes(entry)
+
+    def keep(self, entry: int, keep: bool) -> None:
+        """Say of a sealed object whether it is never to be evicted; one that may be is taken for new."""
+        if keep != (entry in self._kept):
+            self._forget(entry)
+            self._table.set_keep(entry, keep)
+            self.sealed(entry)
+
+    @property
+    def kept(self) -> AbstractSet[int]:
+        """The entries of sealed objects that are never evicted."""
+        return self._kept
 
     def read(self, entry: int) -> None:
         """Take note that the object was read."""
@@ -222,8 +247,7 @@ class Room:
                 self.takes_that_met_a_pin += 1
                 table.set_state(entry, state)
                 continue
-            self._queue.remove(entry)
-            self._sealed_bytes -= self._extent_bytes(entry)
+            self._forget(entry)
             table.unlink(entry)
             self.free(entry)
             taken.append(entry)
@@ -248,11 +272,28 @@ class Room:
     def _evict(
         self, measure: Callable[[int], int], size_bytes: int, objects: int = 0
     ) -> tuple[int, list[bytes]]:
-        """Evict until the sum of what `measure` says of each entry, and the count, are reached."""
+        """Evict until the sum of what `measure` says of each entry, and the count, are reached.
+
+        None goes that the others make up for.
+        """
         freed, evicted = 0, list[bytes]()
         batch: list[int] = []
         batch_bytes = 0
         pinned = self._boards.pinned()
+
+        def spare() -> list[int]:
+            """Take out of the batch what it does without, what would be last to go first."""
+            spared: set[int] = set()
+            excess = freed + batch_bytes - size_bytes
+            for entry in batch[::-1]:
+                if len(evicted) + len(batch) - len(spared) <= objects:
+                    break
+                if measure(entry) <= excess:
+                    excess -= measure(entry)
+                    spared.add(entry)
+            left = [entry for entry in batch if entry in spared]
+            batch[:] = [entry for entry in batch if entry not in spared]
+            return left
 
         def take_batch() -> int:
             taken = self.take(batch)
@@ -266,10 +307,12 @@ class Room:
             batch.append(entry)
             batch_bytes += measure(entry)
             if freed + batch_bytes >= size_bytes and len(evicted) + len(batch) >= objects:
+                spared = spare()
                 freed += take_batch()
-                batch_bytes = 0
                 if freed >= size_bytes and len(evicted) >= objects:
                     break
+                batch += spared  # somebody has pinned a victim just then
+                batch_bytes = sum(map(measure, batch))
         if batch:
             freed += take_batch()
         return freed, evicted
@@ -286,7 +329,7 @@ class Room:
         pinned = sum(
             self._extent_bytes(entry) for entry in self._boards.pinned() if entry in self._queue
         )
-        return self._sealed_bytes - pinned
+        return self._cached_bytes - pinned
 
     # -- commitment ----------------------------------------------------------------------------
 
@@ -313,16 +356,22 @@ class Room:
     # -- recovering ----------------------------------------------------------------------------
 
     def recover(
-        self, sealed: Sequence[int], sealed_bytes: int, used: Iterable[tuple[int, int]]
+        self,
+        cached: Sequence[int],
+        cached_bytes: int,
+        kept: Iterable[int],
+        used: Iterable[tuple[int, int]],
     ) -> None:
         """Take over the data region of a store that has died.
 
         Parameters
         ----------
-        sealed : sequence of int
+        cached : sequence of int
             The entries that may be evicted, in the order in which they were sealed.
-        sealed_bytes : int
+        cached_bytes : int
             The sum of their extents.
+        kept : iterable of int
+            The sealed entries that may not.
         used : iterable of (offset, size)
             All extents that are not free, by address; none overlaps another.
 
@@ -355,8 +404,9 @@ class Room:
         else:
             while not self.commit_step(end):
                 pass
-        self._queue.fill(sealed)
-        self._sealed_bytes = sealed_bytes
+        self._queue.fill(cached)
+        self._cached_bytes = cached_bytes
+        self._kept = set(kept)
 
     # -- proof ---------------------------------------------------------------------------------
 
@@ -364,19 +414,24 @@ class Room:
         """Prove that extents, those of leases included, tile the region, and that the queue is right."""
         table = self._table
         used = list(leased)
-        sealed = 0
-        queued = 0
+        cached = queued = n_kept = 0
         for entry in table.entries(0, table.end):
             offset, data_size, metadata_size = table.location(entry)
             size = data_size + metadata_size
             if size:
                 used.append((offset, align_up(size, ALIGNMENT)))
             is_sealed = table.state(entry) in (EntryState.SEALED, EntryState.DOOMED)
-            assert is_sealed == (entry in self._queue), f"entry {entry} and the queue disagree"
-            if is_sealed:
-                sealed += align_up(size, ALIGNMENT)
+            is_cached = is_sealed and not table.is_kept(entry)
+            assert is_cached == (entry in self._queue), f"entry {entry} and the queue disagree"
+            assert (is_sealed and not is_cached) == (entry in self._kept), (
+                f"{entry} is kept wrongly"
+            )
+            n_kept += is_sealed and not is_cached
+            if is_cached:
+                cached += align_up(size, ALIGNMENT)
                 queued += 1
         self._allocator.check(used)
         self._queue.check()
         assert queued == len(self._queue), "the queue holds what is not there"
-        assert sealed == self._sealed_bytes, "the sum of sealed bytes is wrong"
+        assert n_kept == len(self._kept), "something is kept that is not there"
+        assert cached == self._cached_bytes, "the sum of evictable bytes is wrong"

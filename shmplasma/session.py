@@ -211,7 +211,7 @@ class Session:
         self._link.abort(object_id)
 
     def create(
-        self, object_id: bytes, data_size: int, metadata_size: int, codec: int
+        self, object_id: bytes, data_size: int, metadata_size: int, codec: int, *, keep: bool
     ) -> npt.NDArray[np.uint8]:
         """Make an object and return its data followed by its metadata, to be filled.
 
@@ -232,7 +232,7 @@ class Session:
             if frame.kind == Created.KIND:
                 self.post(Abort.KIND, object_id)
 
-        request = Create(object_id, data_size, metadata_size, codec, pin.slot)
+        request = Create(object_id, data_size, metadata_size, codec, pin.slot, keep)
         offset = self._link.call(request, Created, undo, pin.clear).offset
         size = data_size + metadata_size
         if size >= _POPULATE_BYTES:

@@ -346,7 +346,7 @@ class ObjectStore:
                 self.disconnect(session.client, now_ns)
         pids = {session.client: session.pid for session in self._greeter.sessions.values()}
         summary = (
-            f"{len(found.sealed)} objects, {len(found.created)} unsealed, {n_posted} announced "
+            f"{len(found.cached) + len(found.kept)} objects, {len(found.created)} unsealed, {n_posted} announced "
             f"since, {len(pids)} living clients; {found.dropped} unsealed, torn or damaged entries "
             "dropped"
         )

@@ -58,6 +58,7 @@ _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
 
 _CHECK: Final = int(EntryWord.CHECK)
 _OWNER: Final = int(EntryWord.OWNER)
+_KEEP: Final = int(EntryWord.KEEP)
 
 _FREE: Final = int(EntryState.FREE)
 _CREATED: Final = int(EntryState.CREATED)
@@ -66,9 +67,9 @@ _SEALED: Final = int(EntryState.SEALED)
 _OBJECT: Final = Struct("@20sIQQQ")
 """Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
 _OBJECT_BYTES: Final = _OBJECT.size
-_RECORD: Final = Struct("@48sQQQQQ")
-"""All of an entry but its state: these, and words 7 to 11."""
-_SCAN: Final = Struct("@Q48sQQQQQ32x")
+_RECORD: Final = Struct("@48sQQQQQQ")
+"""All of an entry but its state: these, and words 7 to 12."""
+_SCAN: Final = Struct("@Q48sQQQQQQ24x")
 _PRESENT: Final = 1 << 32
 """Keeps the checksum of whatever from being 0, which an entry has that was never used."""
 _ALL_ONES: Final = (1 << 64) - 1
@@ -104,6 +105,8 @@ class Remains(NamedTuple):
         When it was sealed, or created.
     slot : int
         The slot of its creator, -1 if there is none.
+    keep : bool
+        Whether it is never to be evicted.
     """
 
     entry: int
@@ -114,6 +117,7 @@ class Remains(NamedTuple):
     size_bytes: int
     sealed_ns: int
     slot: int
+    keep: bool
 
 
 class Table:
@@ -205,6 +209,10 @@ class Table:
         at = self._entries_word + entry * ENTRY_WORDS
         return self._words[at + _CREATED_NS], self._words[at + _CONSTRUCT_NS]
 
+    def is_kept(self, entry: int) -> bool:
+        """Tell whether the object is never to be evicted."""
+        return bool(self._words[self._entries_word + entry * ENTRY_WORDS + _KEEP])
+
     @property
     def end(self) -> int:
         """The index above all entries that were ever used."""
@@ -233,10 +241,13 @@ class Table:
         now_ns: int,
         state: int = _CREATED,
         owner: int = 0,
+        *,
+        keep: bool = False,
     ) -> int:
         """Add an object, CREATED or SEALED, and return its entry, or `NO_ENTRY` when the table is full.
 
-        The caller has made sure that the id is not there.  `owner` is the slot + 1 of who creates it.
+        The caller has made sure that the id is not there.  `owner` is the slot + 1 of who creates it, `keep`
+        whether it is never to be evicted.
 
         Raises
         ------
@@ -257,8 +268,8 @@ class Table:
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
         fields = _OBJECT.pack(object_id, codec, offset, data_size, metadata_size)
         check = _PRESENT | crc32(fields, _seed(generation, state == _SEALED))
-        self._raw[at * 8 + 8 : at * 8 + 96] = _RECORD.pack(
-            fields, words[bucket], now_ns, 0, check, owner
+        self._raw[at * 8 + 8 : at * 8 + 104] = _RECORD.pack(
+            fields, words[bucket], now_ns, 0, check, owner, _ALL_ONES if keep else 0
         )
         words[bucket] = entry + 1
         words[at] = generation << GENERATION_SHIFT | state
@@ -273,6 +284,10 @@ class Table:
         """Change the state and keep the generation."""
         at = self._entries_word + entry * ENTRY_WORDS
         self._words[at] = self._words[at] >> GENERATION_SHIFT << GENERATION_SHIFT | state
+
+    def set_keep(self, entry: int, keep: bool) -> None:
+        """Say whether the object is never to be evicted: one word, in no checksum, so that it may change."""
+        self._words[self._entries_word + entry * ENTRY_WORDS + _KEEP] = _ALL_ONES if keep else 0
 
     def seal(self, entry: int, now_ns: int) -> None:
         """Make a created object readable; its fields never change again."""
@@ -356,7 +371,8 @@ class Table:
         start = self._layout.entries
         region = self._raw[start : start + self._used_once * ENTRY_BYTES]
         records = _SCAN.iter_unpack(region)
-        for entry, (word, fields, _, created_ns, construct_ns, check, owner) in enumerate(records):
+        for entry, record in enumerate(records):
+            word, fields, _, created_ns, construct_ns, check, owner, keep = record
             generation, state = word >> GENERATION_SHIFT, word & STATE_MASK
             verdict = Verdict.NOTHING
             if check == _PRESENT | crc32(fields, _seed(generation, sealed=True)):
@@ -368,7 +384,9 @@ class Table:
             object_id, _, offset, data_size, metadata_size = _OBJECT.unpack(fields)
             size = data_size + metadata_size
             sealed_ns = created_ns + construct_ns
-            yield Remains(entry, state, verdict, object_id, offset, size, sealed_ns, owner - 1)
+            yield Remains(
+                entry, state, verdict, object_id, offset, size, sealed_ns, owner - 1, bool(keep)
+            )
 
     def owner(self, entry: int) -> int:
         """Return the slot of the object's creator, -1 where there is none."""

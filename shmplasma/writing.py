@@ -56,6 +56,8 @@ class Writing(Connected):
         object_id: ObjectID,
         data_size: SupportsIndex,
         metadata: bytes | bytearray = b"",
+        *,
+        keep: bool = False,
     ) -> pa.Buffer:
         """Make a new object and return its data for writing; `seal` completes it.
 
@@ -67,6 +69,8 @@ class Writing(Connected):
             Bytes of data, 0 or more.
         metadata : bytes or bytearray, optional
             Kept beside the data; takes room as well.
+        keep : bool, optional
+            Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
         Returns
         -------
@@ -88,10 +92,16 @@ class Writing(Connected):
         client leaves or dies.
         """
         session = self._live()
-        return pa.py_buffer(self._create(session, object_id, data_size, metadata, Codec.RAW).data)
+        room = self._create(session, object_id, data_size, metadata, Codec.RAW, keep=keep)
+        return pa.py_buffer(room.data)
 
     def create_array(
-        self, object_id: ObjectID, shape: int | Sequence[int], dtype: npt.DTypeLike = float
+        self,
+        object_id: ObjectID,
+        shape: int | Sequence[int],
+        dtype: npt.DTypeLike = float,
+        *,
+        keep: bool = False,
     ) -> ObjectArray:
         """Make a new object that holds an array, and return the array for writing.
 
@@ -103,6 +113,8 @@ class Writing(Connected):
             The array's shape; elements lie in C order.
         dtype : data-type, optional
             Of the elements; not one with Python objects.
+        keep : bool, optional
+            Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
         Returns
         -------
@@ -126,16 +138,20 @@ class Writing(Connected):
             if length < 0:
                 raise ValueError(f"an array cannot have the shape {shape}")
             count *= length
-        target = self._create(
-            session, object_id, len(head) + count * dtype.itemsize, b"", Codec.NDARRAY
-        )
+        size = len(head) + count * dtype.itemsize
+        target = self._create(session, object_id, size, b"", Codec.NDARRAY, keep=keep)
         target[: len(head)] = np.frombuffer(head, np.uint8)
         array = ObjectArray(shape, dtype, target.data, len(head))
         array.unsealed = self, object_id
         return array
 
     def create_and_seal(
-        self, object_id: ObjectID, data: Source, metadata: bytes | bytearray = b""
+        self,
+        object_id: ObjectID,
+        data: Source,
+        metadata: bytes | bytearray = b"",
+        *,
+        keep: bool = False,
     ) -> None:
         """Store bytes under an id of one's own.
 
@@ -147,13 +163,15 @@ class Writing(Connected):
             What to store.
         metadata : bytes or bytearray, optional
             Kept beside it.
+        keep : bool, optional
+            Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
         Raises
         ------
         PlasmaObjectExists, PlasmaStoreFull
             As `create`.
         """
-        self.put_raw_buffer(data, checked(object_id), metadata)
+        self.put_raw_buffer(data, checked(object_id), metadata, keep=keep)
 
     def put_raw_buffer(
         self,
@@ -161,6 +179,8 @@ class Writing(Connected):
         object_id: ObjectID | None = None,
         metadata: bytes | bytearray = b"",
         memcopy_threads: int = 6,
+        *,
+        keep: bool = False,
     ) -> ObjectID:
         """Store bytes.
 
@@ -174,6 +194,8 @@ class Writing(Connected):
             Kept beside it.
         memcopy_threads : int, optional
             Upper limit on the threads that copy a large value; there are never more than processors.
+        keep : bool, optional
+            Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
         Returns
         -------
@@ -189,7 +211,7 @@ class Writing(Connected):
         """
         size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
         payload = Payload(Codec.RAW, size, ((0, size, value),))
-        return self._put(payload, object_id, metadata, memcopy_threads)
+        return self._put(payload, object_id, metadata, memcopy_threads, keep=keep)
 
     def put(
         self,
@@ -197,6 +219,8 @@ class Writing(Connected):
         object_id: ObjectID | None = None,
         memcopy_threads: int = 6,
         serialization_context: SerializationContext | None = None,
+        *,
+        keep: bool = False,
     ) -> ObjectID:
         """Store a Python value.
 
@@ -210,6 +234,8 @@ class Writing(Connected):
             Upper limit on the threads that copy large parts; there are never more than processors.
         serialization_context : SerializationContext, optional
             Serializers for types of one's own; the process's default context if not given.
+        keep : bool, optional
+            Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
         Returns
         -------
@@ -229,7 +255,7 @@ class Writing(Connected):
         trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, serialization_context)
-        return self._put(payload, object_id, b"", memcopy_threads)
+        return self._put(payload, object_id, b"", memcopy_threads, keep=keep)
 
     def _put(
         self,
@@ -237,6 +263,8 @@ class Writing(Connected):
         object_id: ObjectID | None,
         metadata: bytes | bytearray,
         threads: int,
+        *,
+        keep: bool,
     ) -> ObjectID:
         """Store a payload: in the lease if it is small, else in room that a round trip gets."""
         session = self._session or self._live()
@@ -249,7 +277,7 @@ class Writing(Connected):
                     room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
                     room = room[:data_size]
                 payload.write(room, threads)
-                fields = target_id.id_bytes, offset, data_size, metadata_size, payload.codec
+                fields = target_id.id_bytes, offset, data_size, metadata_size, payload.codec, keep
                 # A fresh id cannot be taken; for another one the store has to decide.
                 if object_id is None:
                     session.post(_PUBLISH, PUBLISH.pack(*fields))
@@ -258,7 +286,8 @@ class Writing(Connected):
 
             if session.leasing.put(data_size + metadata_size, fill):
                 return target_id
-        target = self._create(session, target_id, payload.size_bytes, metadata, payload.codec)
+        size = payload.size_bytes
+        target = self._create(session, target_id, size, metadata, payload.codec, keep=keep)
         with self._completing(session, target_id):
             payload.write(target, threads)
         return target_id
@@ -313,6 +342,8 @@ class Writing(Connected):
         data_size: SupportsIndex,
         metadata: bytes | bytearray,
         codec: Codec,
+        *,
+        keep: bool,
     ) -> npt.NDArray[np.uint8]:
         """Create an object, fill in its metadata, and return its data."""
         _checked_metadata(metadata)
@@ -322,7 +353,7 @@ class Writing(Connected):
         if size > MAX_SIZE:
             raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
         id_bytes = checked(object_id).id_bytes
-        target = session.create(id_bytes, size, len(metadata), codec)
+        target = session.create(id_bytes, size, len(metadata), codec, keep=keep)
         self._unsealed.add(id_bytes)
         if not metadata:
             return target

@@ -252,6 +252,7 @@ def _valid(kind: type[Any], rng: random.Random, board: int, lease: Leased | None
         "slots": slots[:count],
         "slot": slots[0],
         "wait": rng.random() < 0.5,
+        "keep": rng.random() < 0.1,
         "data_size": size,
         "metadata_size": rng.choice((0, 0, 0, 7)),
         "codec": rng.randrange(4),

@@ -92,8 +92,8 @@ def test_killed_after_each_step(number: int) -> None:
     talk.turn()
     talk.store.check()
     records = other.ask(List(0), Listing).records
-    assert {record[0] for record in records if record[-1]} == complete
-    assert all(record[-1] for record in records), "an unsealed object is left"
+    assert {record[0] for record in records if record[6]} == complete
+    assert all(record[6] for record in records), "an unsealed object is left"
     assert used_bytes(talk) == sum(align_up(record[1] + record[2], 64) for record in records)
     assert talk.read_slot(held) == shared_entry(talk) + 1
     later = talk.client()

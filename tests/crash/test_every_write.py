@@ -17,12 +17,16 @@ from shmplasma.requests import (
     Delete,
     Evict,
     Get,
+    Keep,
     List,
     Publish,
     Seal,
 )
 from tests.conversation import Peer, name
 from tests.crash.damage import Mortal
+
+KEPT = name(4)
+"""What is published under this name is kept."""
 
 
 class Story:
@@ -42,9 +46,11 @@ class Story:
 
     # -- what clients do -----------------------------------------------------------------------
 
-    def create(self, peer: Peer, object_id: bytes, size: int = 200) -> Create:
+    def create(
+        self, peer: Peer, object_id: bytes, size: int = 200, *, keep: bool = False
+    ) -> Create:
         """Create an object and fill it."""
-        request = Create(object_id, size, 0, 0, peer.free_slots.pop())
+        request = Create(object_id, size, 0, 0, peer.free_slots.pop(), keep)
         offset = self.talk.call(peer, request, Created).offset
         self.fill(object_id, offset, size)
         self.held[request.slot] = object_id
@@ -88,18 +94,18 @@ class Story:
         offset = lease.offset + 64
         for object_id in object_ids:
             self.fill(object_id, offset, 100)
-            self.talk.tell(peer, Publish(object_id, offset, 100, 0, 0))
+            self.talk.tell(peer, Publish(object_id, offset, 100, 0, 0, object_id == KEPT))
             offset += 128
         self.talk.words[board + BUSY_WORD] = 0
 
-    def there(self) -> dict[bytes, bool]:
-        """Return which objects there are, and whether they are sealed."""
+    def there(self) -> dict[bytes, tuple[bool, bool]]:
+        """Return which objects there are, whether they are sealed, and whether they are kept."""
         listing = self.talk.call(self.one, List(0), Listing)
-        return {record[0]: record[-1] for record in listing.records}
+        return {record[0]: (record[6], record[7]) for record in listing.records}
 
     # -- the story -----------------------------------------------------------------------------
 
-    def run(self) -> dict[bytes, bool]:
+    def run(self) -> dict[bytes, tuple[bool, bool]]:
         """Tell it from the beginning, and return which objects are there at the end."""
         talk, one, other = self.talk, self.one, self.other
         a, b, c, d, e, f, g, h = map(name, range(1, 9))
@@ -108,7 +114,8 @@ class Story:
         self.get(other, a)
         self.publish(other, b, c, d)
         self.get(one, b, d)
-        self.create(one, e, 3000)
+        self.create(one, e, 3000, keep=True)
+        talk.call(other, Keep(True, [b]), Done)
         dropped = self.create(other, f)
         talk.tell(other, Abort(f))
         self.release(dropped.slot)
@@ -130,6 +137,8 @@ class Story:
         self.get(other, h)
         self.seal(one, e)
         self.get(other, e)
+        talk.call(other, Keep(True, [g, h]), Done)
+        talk.call(one, Keep(False, [h]), Done)
         self.judge()
         self.get(one, a)  # which was deleted, and goes at the last release
         for slot in [slot for slot, object_id in self.held.items() if object_id == a]:

@@ -105,7 +105,7 @@ def test_plasmas_classes_are_there(name: str) -> None:
     ],
 )
 def test_calls_of_plasma_are_accepted(function: Callable[..., object], signature: str) -> None:
-    """Whatever binds to Plasma's signature, by position or by name, binds to ours and means the same."""
+    """Whatever binds to Plasma's signature, by position or by name, binds to ours; what is new is by name only."""
     ours = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
     for parameter, theirs in zip(ours, filter(None, signature.split(", ")), strict=False):
         name, _, default = theirs.partition("=")
@@ -113,7 +113,9 @@ def test_calls_of_plasma_are_accepted(function: Callable[..., object], signature
         assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if default:
             assert repr(parameter.default) == default
-    assert len(ours) == len(list(filter(None, signature.split(", "))))
+    for parameter in ours[len(list(filter(None, signature.split(", ")))) :]:
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default is not parameter.empty
 
 
 def test_start_plasma_store() -> None:
@@ -539,7 +541,7 @@ def test_a_deferred_delete_goes_with_its_holder(
 
 
 def test_list(client: plasma.PlasmaClient, client2: plasma.PlasmaClient) -> None:
-    """Each object has Plasma's six fields, with Plasma's units and types."""
+    """Each object has Plasma's six fields, with Plasma's units and types, and whether it is kept."""
     before = int(time.time())
     sealed = client.put_raw_buffer(bytes(100), metadata=b"12345")
     created = new_id()
@@ -549,7 +551,7 @@ def test_list(client: plasma.PlasmaClient, client2: plasma.PlasmaClient) -> None
     listing = client.list()
     assert set(listing) == {sealed, created}
     one, other = listing[sealed], listing[created]
-    fields = "data_size metadata_size ref_count create_time construct_duration state"
+    fields = "data_size metadata_size ref_count create_time construct_duration state keep"
     assert set(one) == set(other) == set(fields.split())
     assert (one["data_size"], one["metadata_size"], one["state"]) == (100, 5, "sealed")
     assert (other["data_size"], other["metadata_size"], other["state"]) == (70, 1, "created")

@@ -47,6 +47,7 @@ from shmplasma.requests import (
     Detach,
     Evict,
     Get,
+    Keep,
     List,
     Publish,
     Request,
@@ -74,6 +75,7 @@ class Thing:
     offset: int = 0
     is_sealed: bool = False
     is_doomed: bool = False
+    is_kept: bool = False
 
     @property
     def size(self) -> int:
@@ -196,6 +198,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.gone = 0
         self.incarnations = 0
         self.seen = 0
+        self.deleting: list[bytes] = []
         self.witness: Peer | None = None
         self.talk = Watched(capacity, self.gone_for_reply.clear, self.judge)
         while self.talk.store.has_idle_work:
@@ -244,6 +247,8 @@ class StoreMachine(RuleBasedStateMachine):
         thing = self.model.things.pop(object_id)
         assert thing.is_sealed
         assert not self.model.is_pinned(thing), "an object in use has gone"
+        is_deleted = thing.is_doomed or object_id in self.deleting
+        assert is_deleted or not thing.is_kept, "an object that was to be kept has gone"
         for wait in self.model.waits.values():
             if not wait.is_handled:
                 wait.filled = {at: t for at, t in wait.filled.items() if t is not thing}
@@ -282,7 +287,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Return all extents that no eviction can free."""
         model = self.model
         things = model.limbo | {
-            t for t in model.things.values() if not t.is_sealed or model.is_pinned(t)
+            t for t in model.things.values() if not t.is_sealed or t.is_kept or model.is_pinned(t)
         }
         rents = [(r.start, r.end - r.start) for r in model.rents.values() if r.making]
         return [(thing.offset, thing.size) for thing in things] + rents
@@ -380,13 +385,23 @@ class StoreMachine(RuleBasedStateMachine):
         """Write an object's content to its place."""
         self.talk.raw[thing.offset : thing.offset + thing.size] = thing.content
 
-    @rule(which=NUMBERS, object_id=IDS, share=SHARES, metadata_size=st.integers(0, 99))
-    def create(self, which: int, object_id: bytes, share: int, metadata_size: int) -> None:
+    @rule(
+        which=NUMBERS,
+        object_id=IDS,
+        share=SHARES,
+        metadata_size=st.integers(0, 99),
+        keep=st.booleans(),
+    )
+    def create(
+        self, which: int, object_id: bytes, share: int, metadata_size: int, keep: bool
+    ) -> None:
         """Ask for a new object, and write to it as soon as the store says where."""
         peer, model = pick(self.active, which), self.model
         thing = self.new_thing(peer, object_id, share * self.capacity // 1024, metadata_size)
+        thing.is_kept = keep
         wanted = align_up(thing.size, 64)
-        request = Create(object_id, thing.data_size, metadata_size, CODEC, peer.free_slots.pop())
+        slot = peer.free_slots.pop()
+        request = Create(object_id, thing.data_size, metadata_size, CODEC, slot, keep)
         fits = thing.size <= self.capacity and self.largest_gap(self.used()) >= wanted
         gone_before = self.gone
 
@@ -553,7 +568,7 @@ class StoreMachine(RuleBasedStateMachine):
         def judge_reply(reply: Reply) -> None:
             assert isinstance(reply, Listing)
             assert reply.next_start == 0
-            listed = {record[0]: (*record[1:4], record[6]) for record in reply.records}
+            listed = {record[0]: (*record[1:4], *record[6:]) for record in reply.records}
             assert len(listed) == len(reply.records)
             held = [self.model.held_by(p, self.is_of) for p in self.active + self.detached]
             assert listed == {
@@ -562,6 +577,7 @@ class StoreMachine(RuleBasedStateMachine):
                     thing.metadata_size,
                     sum(thing in things for things in held),
                     thing.is_sealed,
+                    thing.is_kept,
                 )
                 for object_id, thing in self.model.things.items()
             }
@@ -573,16 +589,35 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4))
     def delete(self, which: int, object_ids: list[bytes]) -> None:
         """Delete objects; those in use go at their last release."""
+        self.deleting += object_ids
 
         def judge_reply(reply: Reply) -> None:
             assert reply == Done()
             for object_id in object_ids:
+                self.deleting.remove(object_id)
                 thing = self.model.sealed().get(object_id)
                 if thing is not None:
                     assert self.model.is_pinned(thing), "a deleted object stayed"
                     thing.is_doomed = True
 
         self.send(pick(self.active, which), Delete(object_ids), judge_reply)
+
+    @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=3), keep=st.booleans())
+    def keep(self, which: int, object_ids: list[bytes], keep: bool) -> None:
+        """Have objects kept, or let them be evicted; all of them must be there."""
+        peer, things = pick(self.active, which), self.model.things
+
+        def judge_reply(reply: Reply) -> None:
+            found = [things.get(object_id) for object_id in object_ids]
+            if all(t is not None and (t.is_sealed or t.creator is peer) for t in found):
+                assert reply == Done()
+                for object_id in object_ids:
+                    things[object_id].is_kept = keep
+            else:
+                assert isinstance(reply, Failed)
+                assert reply.failure is Failure.NOT_FOUND
+
+        self.send(peer, Keep(keep, object_ids), judge_reply)
 
     @rule(which=NUMBERS, size_bytes=st.integers(-5, 70000) | st.integers(1, 300))
     def evict(self, which: int, size_bytes: int) -> None:
@@ -593,9 +628,13 @@ class StoreMachine(RuleBasedStateMachine):
             assert reply == Number(freed)
             if size_bytes <= 0:
                 assert freed == 0
-            elif freed < size_bytes:
-                things = self.model.sealed().values()
-                left = [t for t in things if t.size and not self.model.is_pinned(t)]
+            elif freed >= size_bytes:
+                least = min(thing.size for thing in self.gone_for_reply)
+                assert freed - least < size_bytes, "an object went that was not needed"
+            else:
+                model = self.model
+                things = model.sealed().values()
+                left = [t for t in things if t.size and not t.is_kept and not model.is_pinned(t)]
                 assert not left, "there was more to evict"
 
         self.send(pick(self.active, which), Evict(size_bytes), judge_reply)

@@ -42,6 +42,7 @@ from shmplasma.requests import (
     Get,
     Grow,
     Hello,
+    Keep,
     List,
     Post,
     Publish,
@@ -67,7 +68,7 @@ def get_of(wait: bool, wanted: list[tuple[bytes, int]]) -> Get:
 REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Hello: st.builds(Hello, U16, st.sampled_from(Role), TEXTS, U32),
     Attach: st.just(Attach()),
-    Create: st.builds(Create, IDS, S64, S64, U32, U32),
+    Create: st.builds(Create, IDS, S64, S64, U32, U32, st.booleans()),
     Seal: st.builds(Seal, IDS),
     Abort: st.builds(Abort, IDS),
     Get: st.builds(get_of, st.booleans(), st.lists(st.tuples(IDS, U32), max_size=8)),
@@ -81,11 +82,12 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Grow: st.just(Grow()),
     Detach: st.just(Detach()),
     AskLease: st.builds(AskLease, U64),
-    Publish: st.builds(Publish, IDS, U64, U64, U32, U32),
+    Publish: st.builds(Publish, IDS, U64, U64, U32, U32, st.booleans()),
     Flush: st.just(Flush()),
     Post: st.just(Post()),
+    Keep: st.builds(Keep, st.booleans(), st.lists(IDS, max_size=8)),
 }
-RECORDS = st.tuples(IDS, U64, U64, U32, U64, U64, st.booleans())
+RECORDS = st.tuples(IDS, U64, U64, U32, U64, U64, st.booleans(), st.booleans())
 REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
     Welcome: st.builds(
         Welcome,

@@ -44,6 +44,7 @@ from shmplasma.requests import (
     Get,
     Grow,
     Hello,
+    Keep,
     List,
     Post,
     Publish,
@@ -685,7 +686,7 @@ def test_what_was_sealed_before_a_question_is_found(talk: Conversation) -> None:
     talk.carry_out(talk.store.settle(unsettled))
     assert reader.take(ids[0], Number).value == 1
     assert ABSENT not in reader.take(ids[1], Objects).found
-    assert reader.take(ids[2], Listing).records[0][-1] is True
+    assert reader.take(ids[2], Listing).records[0][6] is True
     reader.take(ids[3], Done)
     assert reader.replies == {}
     assert talk.wake_word == 1, "the delete has found the object, which is pinned"
@@ -779,6 +780,7 @@ def test_the_list_tells_all_about_objects(talk: Conversation) -> None:
     writer.create(A, 10, 2)
     created = talk.now_ns
     writer.create(B, 3)
+    writer.ask(Keep(True, [B]), Done)
     writer.tell(Seal(A))
     sealed = talk.now_ns
     reader.get(A, A)
@@ -788,9 +790,9 @@ def test_the_list_tells_all_about_objects(talk: Conversation) -> None:
     assert listing.next_start == 0
     by_id = {record[0]: record[1:] for record in listing.records}
     assert by_id.keys() == {A, B}
-    assert by_id[A] == (10, 2, 2, created, sealed - created, True)
+    assert by_id[A] == (10, 2, 2, created, sealed - created, True, False)
     assert by_id[B][:3] == (3, 0, 1)
-    assert by_id[B][4:] == (0, False)
+    assert by_id[B][4:] == (0, False, True)
 
 
 def test_a_long_list_comes_in_parts() -> None:
