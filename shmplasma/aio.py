@@ -37,9 +37,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.link import Link, expect
-from shmplasma.notifications import ENDED, LENGTH_BYTES, Subscription, decode
+from shmplasma.notifications import LENGTH_BYTES, Subscription, decode
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import BoardPool, Located, Pin, located
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
@@ -274,23 +273,29 @@ async def notifications(
     ------
     NotConnectedError
         The store has gone, or has dropped a subscriber that did not keep up.
+
+    Warns
+    -----
+    RuntimeWarning
+        It has died and come back; see `shmplasma.notifications.Subscription.renew`.
     """
     loop = asyncio.get_running_loop()
     subscription = await off_loop(subscribe)
     try:
-        subscription.sock.setblocking(False)
-        received = b""
-        while data := await loop.sock_recv(subscription.sock, _READ_BYTES):
-            received += data
-            while len(received) >= LENGTH_BYTES:
-                end = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little")
-                if len(received) < end:
-                    break
-                for notification in zip(*decode(received[LENGTH_BYTES:end]), strict=True):
-                    yield notification
-                received = received[end:]
-        raise NotConnectedError(ENDED)
-    except ConnectionResetError as error:
-        raise NotConnectedError(ENDED) from error
+        while True:
+            subscription.sock.setblocking(False)
+            received = b""
+            with suppress(ConnectionResetError):
+                while data := await loop.sock_recv(subscription.sock, _READ_BYTES):
+                    received += data
+                    while len(received) >= LENGTH_BYTES:
+                        end = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little")
+                        if len(received) < end:
+                            break
+                        records = decode(received[LENGTH_BYTES:end])
+                        received = received[end:]
+                        for record in zip(*records, strict=True):
+                            yield record
+            await off_loop(subscription.renew)
     finally:
         subscription.close()

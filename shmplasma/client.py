@@ -218,7 +218,12 @@ class PlasmaClient(Reading, Writing):
         Raises
         ------
         OSError
-            `subscribe` was not called, or the store has gone.
+            `subscribe` was not called, or the store has gone, or has dropped who did not keep up.
+
+        Warns
+        -----
+        RuntimeWarning
+            The store has died and come back: all that is sealed comes again, and what went meanwhile is not told.
         """
         if self._subscription is None:
             raise NotConnectedError("this client has no subscription; call subscribe() first")
@@ -234,19 +239,24 @@ class PlasmaClient(Reading, Writing):
         ------
         NotConnectedError
             While iterating: no store answers, or it has gone, or has dropped who did not keep up.
+
+        Warns
+        -----
+        RuntimeWarning
+            As `get_next_notification` does.
         """
         from shmplasma import aio  # noqa: PLC0415 - asyncio takes 30 ms to import
 
         return aio.notifications(self._subscribe)
 
     def _subscribe(self) -> Subscription:
-        self._live()
-        return Subscription(self._path, program_name())
+        return Subscription(self._path, program_name(), self._live().patience_seconds)
 
     def get_notification_socket(self) -> socket.socket:
         """Return the socket that carries notifications, to wait for several things at once.
 
-        Each is an 8-byte little-endian length and so many bytes for `decode_notifications`.
+        Each is an 8-byte little-endian length and so many bytes for `decode_notifications`.  It ends with its store;
+        `subscribe` makes another one.
 
         Raises
         ------

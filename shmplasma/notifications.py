@@ -3,24 +3,37 @@
 The store sends them on a connection of their own, each as an 8-byte little-endian length and then so many
 bytes, which hold one or more records (`shmplasma.replies.NOTIFICATION`).  This is how Plasma framed them;
 what is inside the bytes is ours to choose, as only `decode` reads it.
+
+A subscription outlasts a store that dies and comes back, as a client does.  A new one begins with all that is
+sealed; so what was sealed meanwhile is told, and what was told before is told again.  What went meanwhile is not:
+a warning says so.
 """
 
 from __future__ import annotations
 
 import socket
+import warnings
 from typing import Final
 
+from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError
-from shmplasma.link import greet
+from shmplasma.link import greet, greet_again
 from shmplasma.objects import ObjectID
 from shmplasma.replies import NOTIFICATION
 from shmplasma.requests import Role
 
-__all__ = ["ENDED", "LENGTH_BYTES", "Subscription", "decode"]
+__all__ = ["LENGTH_BYTES", "Subscription", "decode"]
 
 LENGTH_BYTES: Final = 8
 """What stands before a notification: how many bytes it has."""
-ENDED: Final = "the store has ended the subscription; subscribe again"
+_ENDED: Final = "the store has ended the subscription; subscribe again"
+_UNREAD: Final = (
+    "the store has dropped this subscription, as too much of it was unread; subscribe again"
+)
+_GAP: Final = (
+    "the store has died and come back: notifications go on with all objects that are sealed, and those that went "
+    "meanwhile are not told of; compare with list()"
+)
 
 
 def decode(notification: bytes) -> tuple[list[ObjectID], list[int], list[int]]:
@@ -58,11 +71,13 @@ class Subscription:
         The store's socket.
     name : str
         What the store calls this client.
+    patience_seconds : float
+        How long a store that has died is waited for.
 
     Attributes
     ----------
     sock : socket.socket
-        The connection, for those who wait for several things at once.
+        The connection, for those who wait for several things at once; another one after `renew`.
 
     Raises
     ------
@@ -70,9 +85,14 @@ class Subscription:
         No store answers there.
     """
 
-    def __init__(self, path: str, name: str) -> None:
-        exchange, _ = greet(path, 0, Role.SUBSCRIBER, name)
+    def __init__(self, path: str, name: str, patience_seconds: float) -> None:
+        exchange, welcome = greet(path, 0, Role.SUBSCRIBER, name)
         self.sock: socket.socket = exchange.detach()
+        self._path = path
+        self._name = name
+        self._patience_seconds = patience_seconds
+        self._token = welcome.token
+        self._store = _process(self.sock)
 
     def next(self) -> tuple[ObjectID, int, int]:
         """Wait for the next notification and return id, data size and metadata size.
@@ -81,17 +101,63 @@ class Subscription:
         ------
         NotConnectedError
             The store has gone, or has dropped a subscriber that did not keep up.
+
+        Warns
+        -----
+        RuntimeWarning
+            As `renew` does.
         """
-        length = int.from_bytes(self._read(LENGTH_BYTES), "little")
-        ids, data_sizes, metadata_sizes = decode(self._read(length))
-        return ids[0], data_sizes[0], metadata_sizes[0]
+        while True:
+            try:
+                length = int.from_bytes(self._read(LENGTH_BYTES), "little")
+                ids, data_sizes, metadata_sizes = decode(self._read(length))
+            except ConnectionResetError:
+                self.renew()
+            else:
+                return ids[0], data_sizes[0], metadata_sizes[0]
 
     def _read(self, size_bytes: int) -> bytes:
         data = self.sock.recv(size_bytes, socket.MSG_WAITALL)
         if len(data) < size_bytes:
-            raise NotConnectedError(ENDED)
+            raise ConnectionResetError("the store closed the connection")
         return data
+
+    def renew(self) -> None:
+        """Go on, after the end of the connection, with the store that comes back if this one has died.
+
+        Raises
+        ------
+        NotConnectedError
+            There is none, or one with other objects; or the store lives, and did not want this subscriber.
+
+        Warns
+        -----
+        RuntimeWarning
+            There is one, and it does not tell of objects that went meanwhile.
+        """
+        try:
+            exchange, welcome = greet_again(
+                self._path, Role.SUBSCRIBER, self._name, 0, self._patience_seconds
+            )
+        except NotConnectedError as error:
+            raise NotConnectedError(_ENDED) from error
+        sock = exchange.detach()
+        store = _process(sock)
+        lives = store is not None and store == self._store
+        if lives or welcome.token != self._token:
+            sock.close()
+            raise NotConnectedError(_UNREAD if lives else _ENDED)
+        self.sock.close()
+        self.sock, self._store = sock, store
+        warnings.warn(_GAP, RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
         """End the subscription."""
         self.sock.close()
+
+
+def _process(sock: socket.socket) -> tuple[int, int] | None:
+    """Return pid and start time of the store at the other end, where they can be seen."""
+    pid = system.peer(sock).pid
+    start_time = system.start_time(pid) if pid else None
+    return (pid, start_time) if pid and start_time else None

@@ -177,6 +177,11 @@ class Session:
         lifeline.connection = link
         return cls(link, lifeline, attachment, board, fast=fast)
 
+    @property
+    def patience_seconds(self) -> float:
+        """How long a store that has died is waited for."""
+        return self._link.patience_seconds
+
     # -- requests ------------------------------------------------------------------------------
 
     def call(self, request: Request, expected: type[_ReplyT]) -> _ReplyT:

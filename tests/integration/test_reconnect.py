@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,68 @@ DROPPED = """
 def test_who_was_dropped_hears_why(store: plasma.Store, use: str, beside: int) -> None:
     """A client that is dropped while it does not look hears the reason at its next call, whatever that is."""
     run_python(DROPPED, store.store_socket_name, use, str(beside))
+
+
+def test_a_subscriber_of_a_store_that_comes_back(tmp_path: Path) -> None:
+    """It hears of all that is sealed, and on of what comes, and a warning says that something may be missing."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+        client.subscribe()
+        kept, gone, late, later = (plasma.ObjectID.from_random() for _ in range(4))
+        for object_id in (kept, gone):
+            client.put_raw_buffer(b"", object_id)
+        client.flush()
+        assert client.get_next_notification()[0] == kept
+    with client:
+        with killed("-s", path):
+            client.delete([gone])
+            client.put_raw_buffer(b"late", late)
+            assert client.get_next_notification() == (gone, 0, 0), "it was there before"
+            with pytest.warns(RuntimeWarning, match="went meanwhile are not told of"):
+                assert client.get_next_notification() == (kept, 0, 0)
+            assert client.get_next_notification() == (late, 4, 0)
+            client.put_raw_buffer(b"later", later)
+            assert client.get_next_notification() == (later, 5, 0)
+        with running("-s", path, "--fresh"):
+            with pytest.raises(plasma.NotConnectedError, match="has ended the subscription"):
+                client.get_next_notification()
+            with pytest.raises(plasma.NotConnectedError, match="started anew"):
+                client.contains(plasma.ObjectID.from_random())
+            client.subscribe()
+            client.put_raw_buffer(b"late", late)
+            assert client.get_next_notification() == (late, 4, 0)
+
+
+def test_an_iterator_over_notifications_of_a_store_that_comes_back(tmp_path: Path) -> None:
+    """It goes on as well, without blocking its event loop."""
+    path = str(tmp_path / "s")
+
+    async def main() -> None:
+        with killed("-m", "1MB", "-s", path):
+            client = plasma.connect(path)
+            kept = client.put_raw_buffer(b"kept")
+            notifications = client.notifications()
+            assert await anext(notifications) == (kept, 4, 0)
+        with client, running("-s", path):
+            with pytest.warns(RuntimeWarning, match="died and come back"):
+                assert await anext(notifications) == (kept, 4, 0)
+            late = client.put_raw_buffer(b"late")
+            assert await anext(notifications) == (late, 4, 0)
+            await notifications.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_subscriber_that_does_not_keep_up(
+    store: plasma.Store, client: plasma.PlasmaClient
+) -> None:
+    """One that is dropped by a store that lives is told so, instead of being told all objects again and again."""
+    with store.connect() as subscriber:
+        subscriber.subscribe()
+        subscriber.get_notification_socket().send(b"this is no message")
+        with pytest.raises(plasma.NotConnectedError, match="has dropped this subscription"):
+            subscriber.get_next_notification()
+        subscriber.subscribe()
+        object_id = client.put_raw_buffer(b"12345")
+        assert subscriber.get_next_notification() == (object_id, 5, 0)
