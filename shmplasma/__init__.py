@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from shmplasma.codecs import DeserializationError, SerializationError
     from shmplasma.embedded import Store, start_plasma_store
-    from shmplasma.errors import ShmPlasmaError
+    from shmplasma.errors import Holder, ShmPlasmaError
     from shmplasma.objects import ObjectID
     from shmplasma.serialization import SerializationContext, register_serializer
 
@@ -39,6 +39,7 @@ __version__: Final = "0.1.0"
 
 __all__ = [
     "DeserializationError",
+    "Holder",
     "NotConnectedError",
     "ObjectArray",
     "ObjectID",
@@ -76,7 +77,7 @@ _HOMES: Final = {
     ),
     "shmplasma.codecs": ("DeserializationError", "SerializationError"),
     "shmplasma.embedded": ("Store", "start_plasma_store"),
-    "shmplasma.errors": ("ShmPlasmaError",),
+    "shmplasma.errors": ("Holder", "ShmPlasmaError"),
     "shmplasma.objects": ("ObjectID",),
     "shmplasma.serialization": ("SerializationContext", "register_serializer"),
 }

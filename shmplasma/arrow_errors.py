@@ -5,9 +5,11 @@ They are apart from `shmplasma.errors` because their bases need Arrow, which the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyarrow.lib import ArrowException, ArrowTypeError
 
-from shmplasma.errors import ShmPlasmaError
+from shmplasma.errors import Holder, ShmPlasmaError
 
 __all__ = [
     "NotConnectedError",
@@ -45,6 +47,16 @@ class PlasmaStoreFull(ShmPlasmaError, ArrowException):  # noqa: N818 - Plasma's 
         Bytes of objects that clients hold buffers of.
     unsealed_bytes : int
         Bytes of objects that are still being written.
+    leased_bytes : int
+        Bytes that clients have set aside for small objects; they come back before anything fails.
+    kept_bytes : int
+        Bytes of objects that are never evicted.
+    spillable_bytes : int
+        Those of them that nobody pins: an external store could take them.
+    limit_bytes, held_bytes : int
+        What this client may hold, and what it does hold, if that is the reason; else 0.
+    holders : tuple of Holder
+        Who holds most, the largest first.
     """
 
     def __init__(
@@ -55,6 +67,12 @@ class PlasmaStoreFull(ShmPlasmaError, ArrowException):  # noqa: N818 - Plasma's 
         largest_bytes: int = 0,
         pinned_bytes: int = 0,
         unsealed_bytes: int = 0,
+        leased_bytes: int = 0,
+        kept_bytes: int = 0,
+        spillable_bytes: int = 0,
+        limit_bytes: int = 0,
+        held_bytes: int = 0,
+        holders: Sequence[Holder] = (),
     ) -> None:
         super().__init__(text)
         self.requested_bytes = requested_bytes
@@ -62,6 +80,12 @@ class PlasmaStoreFull(ShmPlasmaError, ArrowException):  # noqa: N818 - Plasma's 
         self.largest_bytes = largest_bytes
         self.pinned_bytes = pinned_bytes
         self.unsealed_bytes = unsealed_bytes
+        self.leased_bytes = leased_bytes
+        self.kept_bytes = kept_bytes
+        self.spillable_bytes = spillable_bytes
+        self.limit_bytes = limit_bytes
+        self.held_bytes = held_bytes
+        self.holders = tuple(holders)
 
 
 class NotConnectedError(ShmPlasmaError, ConnectionError):

@@ -124,6 +124,7 @@ def _serve(options: argparse.Namespace) -> None:
                 shared=shared,
                 recover=is_recovered,
                 may_be_replaced=options.owner is None,
+                client_limit_bytes=options.client_limit or 0,
             )
             endpoint.write_note(segment.name.encode())
             on_failure.pop_all()
@@ -344,6 +345,12 @@ def _parser() -> argparse.ArgumentParser:
         help="permissions of the socket and the segment (default: 0600)",
     )
     add("--group", type=_group, metavar="NAME", help="group of the socket and the segment")
+    add(
+        "--client-limit",
+        metavar="BYTES",
+        type=_size,
+        help="what a client may hold or have unsealed that sets no limit of its own (default: no limit)",
+    )
     add(
         "--fresh",
         action="store_true",

@@ -6,7 +6,10 @@ import os
 import sys
 import threading
 import weakref
+from math import isnan
 from typing import Final, Self
+
+import numpy as np
 
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.notifications import Subscription
@@ -14,10 +17,13 @@ from shmplasma.objects import ObjectID
 from shmplasma.requests import MAX_NAME_BYTES, SetOptions
 from shmplasma.session import Session
 
-__all__ = ["DEFAULT_RETRIES", "Connected", "checked", "program_name"]
+__all__ = ["DEFAULT_RETRIES", "Connected", "checked", "program_name", "wait_seconds"]
 
 DEFAULT_RETRIES: Final = 80
 """8 seconds of attempts, as in Plasma."""
+
+_LONGEST_MS: Final = 10**9
+"""Beyond these eleven days, which the system's calls can still count, a wait is without an end."""
 
 _clients: weakref.WeakSet[Connected] = weakref.WeakSet()
 
@@ -117,6 +123,21 @@ class Connected:
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None
+
+
+def wait_seconds(timeout_ms: float) -> float | None:
+    """Return how long to wait, in seconds; None without an end.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no number.
+    """
+    if not isinstance(timeout_ms, (int, float, np.number)):
+        raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
+    if isnan(timeout_ms):
+        raise ValueError("timeout_ms is not a number")
+    return None if timeout_ms < 0 or timeout_ms > _LONGEST_MS else float(timeout_ms / 1000)
 
 
 def checked(object_id: ObjectID) -> ObjectID:

@@ -1,32 +1,53 @@
-"""Creations: objects whose writers are told where they lie once memory stands behind them.  Pure.
+"""Creations: objects whose writers are told where they lie once there is room, and memory behind it.  Pure.
 
-Memory is committed in steps between requests, so that nobody waits for another one's gigabytes.
+A creation that finds no room is refused, or waits for it if it may (`shmplasma.waiters`).  One that has room may still
+wait for memory, which is committed in steps between requests, so that nobody waits for another one's gigabytes.
+
+While anybody waits for room
+
+* whoever lets go of a pin wakes the store (`shmplasma.lifecycle` has the WAKE word);
+* leases are recalled, and none is granted;
+* the loop calls `Creations.offer` in each turn: any message may have made room, and it costs little to look.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.greeting import Session
-from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
+from shmplasma.refusals import Refusals
 from shmplasma.replies import Created, Failed, Failure
 from shmplasma.requests import Create
 from shmplasma.room import Room
 from shmplasma.table import Table
+from shmplasma.waiters import Offer, RoomQueue, Waiter
 
-__all__ = ["Creations"]
+__all__ = ["Creations", "Creator"]
+
+
+@dataclass(slots=True, eq=False)
+class Creator(Waiter):
+    """A creation that waits for room."""
+
+    session: Session = field(kw_only=True)
+    request: Create = field(kw_only=True)
 
 
 class Creations:
-    """All creations, and those that wait for memory.
+    """All creations, and those that wait for room or for memory.
 
     Parameters
     ----------
-    table, boards, room, objects, publishing, outgoing
+    table, boards, room, objects, publishing, refusals, outgoing
         The parts of the store that it joins.
+    queue : RoomQueue
+        Those that wait for room.
     """
 
     def __init__(
@@ -36,26 +57,41 @@ class Creations:
         room: Room,
         objects: Lifecycle,
         publishing: Publishing,
+        refusals: Refusals,
         outgoing: Outgoing,
+        queue: RoomQueue[Creator],
     ) -> None:
         self._table = table
         self._boards = boards
         self._room = room
         self._objects = objects
         self._publishing = publishing
+        self._refusals = refusals
         self._outgoing = outgoing
-        self._waiting: dict[int, tuple[int, int]] = {}
+        self._queue = queue
+        self._waiting: dict[int, tuple[int, int, int]] = {}
 
-    def __bool__(self) -> bool:
-        """Tell whether a creator waits for memory."""
+    @property
+    def await_memory(self) -> bool:
+        """Whether a creator waits for memory."""
         return bool(self._waiting)
 
+    @property
+    def await_room(self) -> bool:
+        """Whether a creator waits for room."""
+        return len(self._queue) > 0
+
+    @property
+    def n_waiting(self) -> int:
+        """How many creators wait for room."""
+        return len(self._queue)
+
     def __contains__(self, entry: int) -> bool:
-        """Tell whether the creator of this entry does."""
+        """Tell whether the creator of this entry waits for memory."""
         return entry in self._waiting
 
     def create(self, session: Session, request_id: int, request: Create, now_ns: int) -> bool:
-        """Make an object and tell its writer where, at once or when its memory is committed.
+        """Make an object and tell its writer where, at once or when there is room and memory.
 
         Returns
         -------
@@ -65,30 +101,124 @@ class Creations:
         Raises
         ------
         ProtocolError
-            The sizes are impossible.
-        Refused
+            The sizes are impossible, or it waits under a request id that is not its to use.
+        Refused, NoRoom
             It is not granted.
         """
-        client = session.client
+        client, queue = session.client, self._queue
+        may_wait = request.timeout_ns != 0
         if request.data_size < 0 or request.metadata_size < 0:
             raise ProtocolError(f"an object of {request.data_size}+{request.metadata_size} bytes")
+        if request.slot in session.lent:
+            raise ProtocolError("a create names a slot that another request waits with")
+        if may_wait and (request_id == ONE_WAY or (client, request_id) in queue):
+            raise ProtocolError(f"a create that waits under the request id {request_id}")
+        if self.await_room and not self._objects.exists(request.object_id):
+            if may_wait:
+                self._join(session, request_id, request)
+                return True
+            if not queue.may_be_passed:
+                raise NoRoom(request.data_size + request.metadata_size, may_come=True)
         try:
             entry = self._objects.create(client, request, session.limit_bytes, now_ns)
-        except Refused as refused:
+        except NoRoom as no_room:
             # Leases are never the reason: they come back first.
-            if refused.failed.failure is not Failure.FULL or not self._publishing.recall():
+            if not no_room.may_come or not (self._publishing.recall() or may_wait):
                 raise
-            return False
+            if may_wait:
+                self._join(session, request_id, request)
+            return may_wait
+        queue.note_pass()
+        self._grant(client, request_id, entry, now_ns)
+        return True
+
+    def _grant(self, client: int, request_id: int, entry: int, now_ns: int) -> None:
+        """Tell a writer where its object lies, if there is memory."""
         offset, data_size, metadata_size = self._table.location(entry)
         if data_size + metadata_size and offset + data_size + metadata_size > self._room.watermark:
-            self._waiting[entry] = (client, request_id)
+            self._waiting[entry] = (client, request_id, now_ns)
         else:
             self._outgoing.reply(client, request_id, Created(offset))
-        return True
+
+    # -- waiting for room ----------------------------------------------------------------------
+
+    def _join(self, session: Session, request_id: int, request: Create) -> None:
+        self._publishing.recall()
+        timeout_ns = request.timeout_ns
+        creator = Creator(session.client, request_id, timeout_ns, session=session, request=request)
+        self._queue.join(creator)
+        session.lent.add(request.slot)
+        self._objects.await_room(wanted=True)
+
+    def _left(self, creator: Creator) -> None:
+        """Take note that a creator has left the queue, or is about to."""
+        creator.session.lent.discard(creator.request.slot)
+
+    def offer(self, steady_ns: int, now_ns: int) -> None:
+        """Serve those that wait for room as far as there is any, and refuse those whose time is over.
+
+        Parameters
+        ----------
+        steady_ns : int
+            The time, on a clock that only goes forward; deadlines are counted by it.
+        now_ns : int
+            The time, in nanoseconds since 1970.
+        """
+        attainable = self._room.attainable_bytes
+
+        def serve(creator: Creator) -> Offer:
+            nonlocal attainable
+            request = creator.request
+            size = request.data_size + request.metadata_size
+            if size > attainable and not self._objects.exists(request.object_id):
+                return Offer.NOT_ENOUGH
+            limit = creator.session.limit_bytes
+            try:
+                entry = self._objects.create(creator.client, request, limit, now_ns)
+            except NoRoom as no_room:
+                if no_room.may_come:
+                    return Offer.NOT_ENOUGH
+                failed = self._refusals.answer(no_room, now_ns)
+            except Refused as refused:
+                failed = refused.failed
+            else:
+                self._left(creator)
+                self._grant(creator.client, creator.request_id, entry, now_ns)
+                attainable = self._room.attainable_bytes
+                return Offer.TAKEN
+            self._left(creator)
+            self._outgoing.reply(creator.client, creator.request_id, failed)
+            return Offer.REFUSED
+
+        self._queue.offer(serve)
+        for creator in self._queue.expire(steady_ns):
+            self._refuse(creator, now_ns)
+        self._objects.await_room(wanted=self.await_room)
+
+    def answer_now(self, client: int, request_id: int, now_ns: int) -> None:
+        """Refuse a creation that waits for room, as it is not to wait any more."""
+        creator = self._queue.remove(client, request_id)
+        if creator is not None:
+            self._refuse(creator, now_ns)
+            self._objects.await_room(wanted=self.await_room)
+
+    def _refuse(self, creator: Creator, now_ns: int) -> None:
+        self._left(creator)
+        size = creator.request.data_size + creator.request.metadata_size
+        failed = self._refusals.answer(NoRoom(size), now_ns)
+        self._outgoing.reply(creator.client, creator.request_id, failed)
+
+    def withdraw(self, client: int) -> None:
+        """Take out of the queue whatever a client waits for room with."""
+        for creator in self._queue.forget(client):
+            self._left(creator)
+        self._objects.await_room(wanted=self.await_room)
+
+    # -- waiting for memory --------------------------------------------------------------------
 
     def take_back(self, client: int, entry: int) -> None:
         """Answer a creation that waits for memory, if this is one, because it is not wanted any more."""
-        creator, request_id = self._waiting.get(entry, (None, ONE_WAY))
+        creator, request_id, _ = self._waiting.get(entry, (None, ONE_WAY, 0))
         if creator == client:
             del self._waiting[entry]
             self._boards.unpin_all(client, entry)
@@ -96,8 +226,9 @@ class Creations:
             self._outgoing.reply(client, request_id, failed)
 
     def forget(self, client: int) -> None:
-        """Answer all that a client waits for, because it leaves."""
-        for entry, (creator, _) in list(self._waiting.items()):
+        """End all that a client waits for, because it leaves."""
+        self.withdraw(client)
+        for entry, (creator, _, _) in list(self._waiting.items()):
             if creator == client:
                 self.take_back(client, entry)
 
@@ -112,7 +243,7 @@ class Creations:
         if not self._waiting:
             self._room.commit_step(self._room.idle_target)
             return
-        entry, (client, request_id) = next(iter(self._waiting.items()))
+        entry, (client, request_id, now_ns) = next(iter(self._waiting.items()))
         offset, data_size, metadata_size = self._table.location(entry)
         try:
             if self._room.commit_step(offset + data_size + metadata_size):
@@ -122,5 +253,9 @@ class Creations:
             del self._waiting[entry]
             self._boards.unpin_all(client, entry)
             self._objects.abort(client, self._table.object_id(entry))
-            refused = self._objects.full(data_size + metadata_size, str(error))
-            self._outgoing.reply(client, request_id, refused.failed)
+            no_room = NoRoom(data_size + metadata_size, str(error))
+            self._outgoing.reply(client, request_id, self._refusals.answer(no_room, now_ns))
+
+    def check(self) -> None:
+        """Prove that the queue is in order."""
+        self._queue.check()

@@ -21,7 +21,7 @@ from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.replies import Done, Leased, Listing, Number, Text
-from shmplasma.reports import describe, list_objects
+from shmplasma.reports import describe, list_objects, printable
 from shmplasma.requests import (
     Abort,
     AnswerNow,
@@ -108,7 +108,7 @@ class Dispatch:
         ------
         ProtocolError
             It may not come here.
-        Refused
+        Refused, NoRoom
             It is not granted.
         """
         client = session.client
@@ -121,7 +121,10 @@ class Dispatch:
                 if not self._creations.create(session, request_id, request, now_ns):
                     self.unsettled.append((client, request_id, request, now_ns))
             case Seal():
-                if self._creations and self._table.find(request.object_id) in self._creations:
+                if (
+                    self._creations.await_memory
+                    and self._table.find(request.object_id) in self._creations
+                ):
                     raise ProtocolError("it seals what it was not told the place of")
                 entry = self._objects.seal(client, request.object_id, now_ns)
                 self._answers.announce(entry)
@@ -130,11 +133,12 @@ class Dispatch:
                 if not self._answers.get(client, request_id, request):
                     self.unsettled.append((client, request_id, request, now_ns))
             case AskLease():
-                needed = request.needed_bytes
-                # What a client with a limit stores is counted object by object.
-                none = Leased(0, 0, 0, 0)
-                limited = session.limit_bytes > 0
-                lease = none if limited else self._publishing.lease(client, session.board, needed)
+                # What a client with a limit stores is counted object by object; and who waits for room is first.
+                if session.limit_bytes or self._creations.await_room:
+                    self._publishing.end(client)
+                    lease = Leased(0, 0, 0, 0)
+                else:
+                    lease = self._publishing.lease(client, session.board, request.needed_bytes)
                 self._outgoing.reply(client, request_id, lease)
             case Flush():
                 self._outgoing.reply(client, request_id, _DONE)
@@ -149,7 +153,8 @@ class Dispatch:
                 self._objects.abort(client, request.object_id)
                 self._outgoing.reply(client, request_id, _DONE)
             case SetOptions():
-                session.name, session.limit_bytes = request.name, request.limit_bytes
+                session.name = request.name
+                session.limit_bytes = request.limit_bytes or self._greeter.limit_bytes
                 self._publishing.recall()
                 self._outgoing.reply(client, request_id, _DONE)
             case Grow():
@@ -175,7 +180,7 @@ class Dispatch:
 
         Raises
         ------
-        Refused
+        Refused, NoRoom
             It is not granted.
         """
         client = session.client
@@ -190,6 +195,7 @@ class Dispatch:
                 self._answers.answer_now(client, request_id)
             case AnswerNow():
                 self._answers.answer_now(client, request.request_id)
+                self._creations.answer_now(client, request.request_id, now_ns)
             case Delete():
                 self._objects.delete(request.object_ids)
                 self._outgoing.reply(client, request_id, _DONE)
@@ -230,14 +236,17 @@ class Dispatch:
     def describe(self) -> str:
         """Return the store's figures, one a line."""
         clients = [
-            f"{_shown(session.name)} (pid {session.pid})"
+            f"{printable(session.name) or 'unnamed'} (pid {session.pid})"
             for client, session in self._sessions.items()
             if session.role is Role.CLIENT
             and (not session.detached or self._objects.held_by(client))
         ]
-        return describe(self._layout, self._table, self._boards, self._room, self._objects, clients)
-
-
-def _shown(name: str) -> str:
-    """Return a client's name as it stands in the store's description: in one line, whatever it is."""
-    return "".join(c if c.isprintable() else "?" for c in name) or "unnamed"
+        return describe(
+            self._layout,
+            self._table,
+            self._boards,
+            self._room,
+            self._objects,
+            clients,
+            self._creations.n_waiting,
+        )

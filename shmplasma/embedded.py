@@ -46,6 +46,9 @@ class Store:
         Directory of the file that holds the objects; POSIX shared memory if not given.
     huge_pages : bool, optional
         Use huge pages; `directory` is then a hugetlbfs.
+    client_limit : int or str, optional
+        What a client may hold or have unsealed that sets no limit of its own, as bytes or as a text; no limit if not
+        given.
 
     Attributes
     ----------
@@ -74,6 +77,7 @@ class Store:
         socket: str | None = None,
         directory: str | None = None,
         huge_pages: bool = False,
+        client_limit: int | str | None = None,
     ) -> None:
         size = parse_size(memory) if isinstance(memory, str) else index(memory)
         arguments = ["-m", str(size)]
@@ -86,6 +90,8 @@ class Store:
             arguments += ["-d", directory]
         if huge_pages:
             arguments.append("-h")
+        if client_limit is not None:
+            arguments += ["--client-limit", str(client_limit)]
         self.store_socket_name = socket
         self._scratch = scratch
         self._owner_pid = os.getpid()

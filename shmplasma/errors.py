@@ -1,16 +1,19 @@
 """The errors of the layers below the client, and the root of them all.
 
-This module is pure and imports nothing, so that the server starts without Arrow.  The errors which
+This module is pure and imports nothing of the others, so that the server starts without Arrow.  The errors which
 a user of the client meets under Plasma's names need Arrow's base classes and live in
 `shmplasma.arrow_errors`; they share the root `ShmPlasmaError`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 __all__ = [
     "AttachError",
     "CommitError",
     "EndpointError",
+    "Holder",
     "LayoutError",
     "ProtocolError",
     "ShmPlasmaError",
@@ -58,3 +61,28 @@ class CommitError(ShmPlasmaError):
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
         self.remedy = remedy
+
+
+class Holder(NamedTuple):
+    """A client that holds memory of a store, as a `PlasmaStoreFull` names it.
+
+    Attributes
+    ----------
+    name : str
+        What the client calls itself: its program, or what `set_client_options` said.
+    pid : int
+        Its process; 0 if the store cannot see it (another pid namespace).
+    command : str
+        That process's command line when it connected, up to 255 bytes of it; empty if it cannot be seen.
+    held_bytes : int
+        Data and metadata of the objects that it holds buffers of or has not sealed; what several hold counts
+        for each of them.
+    age_seconds : float
+        How long it has been connected (to this store, or since it was recovered); the store cannot know when a buffer was got.
+    """
+
+    name: str
+    pid: int
+    command: str
+    held_bytes: int
+    age_seconds: float

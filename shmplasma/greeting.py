@@ -8,7 +8,7 @@ from typing import Final
 from shmplasma.effects import Adopt, Descriptor, HandOver
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.layout import BOARD_BYTES, Layout
-from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.lifecycle import NoRoom, Refused
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import PROTOCOL_VERSION
@@ -39,6 +39,8 @@ class Session:
     role: Role | None = None
     detached: bool = False
     limit_bytes: int = 0
+    command: str = ""
+    connected_ns: int = 0
     board: int = 0
     n_boards: int = 0
     trusted: bool = False
@@ -63,8 +65,10 @@ class Greeter:
         Kind and path of the segment, by which clients find it.
     memory : Memory
         Says whether clients may pin without a message.
-    table, boards, objects, outgoing
+    table, boards, outgoing
         The parts of the store that it needs.
+    limit_bytes : int
+        What a client may hold that has no limit of its own; 0 for no limit.
 
     Attributes
     ----------
@@ -79,9 +83,9 @@ class Greeter:
         segment: tuple[str, str],
         table: Table,
         boards: Boards,
-        objects: Lifecycle,
         outgoing: Outgoing,
         memory: Memory,
+        limit_bytes: int,
     ) -> None:
         self._layout = layout
         self._token = token
@@ -89,8 +93,8 @@ class Greeter:
         self._memory = memory
         self._table = table
         self._boards = boards
-        self._objects = objects
         self._outgoing = outgoing
+        self.limit_bytes = limit_bytes
         self.sessions: dict[int, Session] = {}
 
     def hello(self, session: Session, request_id: int, hello: Hello) -> None:
@@ -100,7 +104,7 @@ class Greeter:
         ------
         ProtocolError
             It is none, or not to be granted.
-        Refused
+        Refused, NoRoom
             There is no board for it.
         """
         client = session.client
@@ -152,6 +156,7 @@ class Greeter:
             raise ProtocolError("what it claims went on over another connection")
         del self.sessions[session.client]
         awaited.awaited, awaited.resumed, awaited.name = False, True, session.name
+        awaited.command = session.command
         self._outgoing.effects.append(Adopt(session.client, awaited.client))
         return awaited.client
 
@@ -167,6 +172,8 @@ class Greeter:
         ------
         Refused
             There is none for it.
+        NoRoom
+            There is no memory for it.
         """
         others_keep = self._layout.n_boards // _KEPT_FOR_OTHERS
         if session.n_boards and self._boards.n_free < others_keep:
@@ -178,7 +185,7 @@ class Greeter:
         try:
             board = self._boards.grant(session.client, session.pid, session.start_time)
         except CommitError as error:
-            raise self._objects.full(BOARD_BYTES, str(error)) from error
+            raise NoRoom(BOARD_BYTES, str(error)) from error
         if board is None:
             text = (
                 f"all {self._layout.n_boards} pin boards of the store are in use; close clients or "

@@ -226,6 +226,11 @@ class Leases:
                 lease.idle = not self._words[first + lease.board * BOARD_WORDS + BUSY_WORD]
 
     @property
+    def are_recalled(self) -> bool:
+        """Whether any lease was recalled that has not come back."""
+        return any(lease.recalled for lease in self._of_client.values())
+
+    @property
     def worth_waiting(self) -> bool:
         """Whether a recalled lease may still come back soon; a client that was stopped is not waited for."""
         return any(lease.recalled and lease.asked < _PATIENCE for lease in self._of_client.values())

@@ -16,8 +16,8 @@ Invariants
 * A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
   not free.
 * What a lease covers beyond its cursor is used space without an object (see `shmplasma.publishing`).
-* While anything is doomed or in limbo the header's WAKE word is set, so that the release of a pin wakes the
-  store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
+* While anything is doomed or in limbo, or anybody waits for room, the header's WAKE word is set, so that the
+  release of a pin wakes the store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
   barrier is seen by this reading, one after it sees the word.
 """
 
@@ -35,7 +35,7 @@ from shmplasma.requests import Create
 from shmplasma.room import Memory, Room
 from shmplasma.table import NO_ENTRY, Table
 
-__all__ = ["Lifecycle", "Refused", "existing"]
+__all__ = ["Lifecycle", "NoRoom", "Refused", "existing"]
 
 
 class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
@@ -44,6 +44,38 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.text)
         self.failed = failed
+
+
+class NoRoom(Exception):  # noqa: N818 - as `Refused`
+    """There is no room for a request; `shmplasma.refusals` has the words for it.
+
+    Attributes
+    ----------
+    requested_bytes : int
+        What was asked for.
+    text : str
+        The reason, if it is another than that the store is full.
+    may_come : bool
+        Whether there may be room when others let go of some.
+    limit_bytes, held_bytes : int
+        The client's limit and what it holds, if that is the reason; else 0.
+    """
+
+    def __init__(
+        self,
+        requested_bytes: int,
+        text: str = "",
+        *,
+        may_come: bool = False,
+        limit_bytes: int = 0,
+        held_bytes: int = 0,
+    ) -> None:
+        super().__init__(text)
+        self.requested_bytes = requested_bytes
+        self.text = text
+        self.may_come = may_come
+        self.limit_bytes = limit_bytes
+        self.held_bytes = held_bytes
 
 
 class Lifecycle:
@@ -87,6 +119,7 @@ class Lifecycle:
         self._doomed: set[int] = set()
         self._limbo: set[int] = set()
         self._recovered: set[int] = set()
+        self._room_is_awaited = False
         self.evictions = 0
 
     # -- asking --------------------------------------------------------------------------------
@@ -145,7 +178,9 @@ class Lifecycle:
         Raises
         ------
         Refused
-            The id exists, the client would exceed `limit_bytes` (0: none), or there is no room.
+            The id exists.
+        NoRoom
+            There is none, or the client would exceed `limit_bytes` (0: none).
         """
         object_id = request.object_id
         size = request.data_size + request.metadata_size
@@ -158,16 +193,13 @@ class Lifecycle:
         if limit_bytes:
             held = self.bytes_of(self.held_by(client))
             if held + size > limit_bytes:
-                raise self._refused(
-                    size,
-                    f"this client may hold {limit_bytes} bytes, holds {held}, and asks for {size} "
-                    "more; release buffers or raise the limit with set_client_options",
-                    Failure.OVER_QUOTA,
-                )
+                raise NoRoom(size, limit_bytes=limit_bytes, held_bytes=held)
         # The region is the capacity in whole cache lines, which users are not to notice.
-        offset = self._allocate(size) if size <= self._layout.capacity else None
+        if size > self._layout.capacity:
+            raise NoRoom(size)
+        offset = self._allocate(size)
         if offset is None:
-            raise self.full(size)
+            raise NoRoom(size, may_come=True)
         entry = self._insert(request, offset, size, now_ns)
         self._creators[entry] = client
         self._unsealed.setdefault(client, set()).add(entry)
@@ -204,8 +236,9 @@ class Lifecycle:
         """Insert the object, evicting one if the table is full; on failure free its extent."""
         text = (
             f"the object table is full ({self._layout.n_entries} objects, all of them in use); "
-            "release or delete objects, or start the store with a larger -m"
+            "release, delete or cache objects, or start the store with a larger -m"
         )
+        may_come = True
         for _ in range(2):
             try:
                 # What is committed for the objects of leases stays theirs.
@@ -223,11 +256,11 @@ class Lifecycle:
                     keep=request.keep,
                 )
             except CommitError as error:
-                text = str(error)
+                text, may_come = str(error), False
                 break
             return entry
         self._room.give_back(offset, size)
-        raise self._refused(size, text)
+        raise NoRoom(size, text, may_come=may_come)
 
     # -- seal, abort ---------------------------------------------------------------------------
 
@@ -341,13 +374,31 @@ class Lifecycle:
             self._room.free(entry)
         self._lower_wake_word()
 
+    def await_room(self, *, wanted: bool) -> None:
+        """Say whether somebody waits for room, so that releases wake the store.
+
+        Room has to be looked for once more after this: see the WAKE word.
+        """
+        if wanted != self._room_is_awaited:
+            self._room_is_awaited = wanted
+            if wanted:
+                self._words[HeaderWord.WAKE] = 1
+                self._memory.barrier()
+            else:
+                self._lower_wake_word()
+
+    @property
+    def is_to_be_woken(self) -> bool:
+        """Whether releases have to wake the store."""
+        return self._room_is_awaited or self.awaits_release > 0
+
     def _await_release(self) -> None:
         self._words[HeaderWord.WAKE] = 1
         self._memory.barrier()
         self.wake()
 
     def _lower_wake_word(self) -> None:
-        if not self.awaits_release:
+        if not self.is_to_be_woken:
             self._words[HeaderWord.WAKE] = 0
 
     def _take(self, entries: set[int]) -> None:
@@ -404,34 +455,6 @@ class Lifecycle:
             self._lower_wake_word()
         return found
 
-    # -- refusing ------------------------------------------------------------------------------
-
-    def full(self, requested_bytes: int, text: str = "") -> Refused:
-        """Return the refusal of a request for want of room, which says how the room is used."""
-        room = self._room
-        return self._refused(
-            requested_bytes,
-            text
-            or f"the store is full: {requested_bytes} bytes were asked for; of "
-            f"{self._layout.capacity} bytes {room.free_bytes} are free (the largest extent has "
-            f"{room.largest_bytes}), {self.bytes_of(self._boards.pinned())} are pinned by clients, "
-            f"{self.unsealed_bytes} are not sealed yet; release buffers, delete objects, or start "
-            "the store with a larger -m",
-        )
-
-    def _refused(self, requested_bytes: int, text: str, failure: Failure = Failure.FULL) -> Refused:
-        return Refused(
-            Failed(
-                failure,
-                text,
-                requested_bytes,
-                self._room.free_bytes,
-                self._room.largest_bytes,
-                self.bytes_of(self._boards.pinned()),
-                self.unsealed_bytes,
-            )
-        )
-
     # -- proof ---------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -452,7 +475,7 @@ class Lifecycle:
         for entry in range(self._table.end):
             doomed = state(entry) == EntryState.DOOMED
             assert doomed == (entry in self._doomed), f"entry {entry} is doomed for ever"
-        waits = self.awaits_release > 0
+        waits = self.is_to_be_woken
         assert self._words[HeaderWord.WAKE] == waits, "nobody will wake the store, or for nothing"
 
 

@@ -7,7 +7,8 @@ whoever calls sees a pause.
 
 What is repeated, and why it may be
     *One-way messages* are records of the outbox; the store has them (`shmplasma.outbox`).
-    *Create* names a slot, by which a store knows a creation that its predecessor granted and could not answer.
+    *Create* names a slot, by which a store knows a creation that its predecessor granted and could not answer; one
+    that waits for room joins the queue anew, for as long as it has left.
     *Publish* names an offset in the lease, likewise.
     *Get* begins anew; the pins that the dead store wrote are cleared first, and the slots are lent again.
     *Abort* that was carried out finds nothing any more: it is done.
@@ -46,7 +47,17 @@ from shmplasma.errors import ProtocolError, ShmPlasmaError
 from shmplasma.outbox import Outbox
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
-from shmplasma.requests import Abort, Detach, Flush, Hello, Post, Request, Role, SetOptions
+from shmplasma.requests import (
+    Abort,
+    AnswerNow,
+    Detach,
+    Flush,
+    Hello,
+    Post,
+    Request,
+    Role,
+    SetOptions,
+)
 from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
 
 __all__ = ["Link", "expect", "greet", "greet_again"]
@@ -198,7 +209,9 @@ class Link:
         request: Request,
         expected: type[_ReplyT],
         dispose: Callable[[Frame], None] | None = None,
-        before_again: Callable[[], None] | None = None,
+        again: Callable[[], Request] | None = None,
+        *,
+        may_wait: bool = False,
     ) -> _ReplyT:
         """Send a request and return its reply.
 
@@ -210,8 +223,10 @@ class Link:
             The reply if it is granted.
         dispose : callable, optional
             Gets the reply if waiting for it is interrupted.
-        before_again : callable, optional
-            Called before it is sent to another store.
+        again : callable, optional
+            Returns what is to be sent to another store, if that is not the same.
+        may_wait : bool, optional
+            Whether the store may take its time; then it is told when waiting is interrupted.
 
         Raises
         ------
@@ -220,15 +235,15 @@ class Link:
         ShmPlasmaError
             The store refused; the subclass says why.
         """
-        kind, body = request.KIND, request.encode()
         while True:
             channel = self.channel
+            kind, body = request.KIND, request.encode()
             try:
-                reply = _exchange(channel, kind, body, dispose or _no_disposal)
+                reply = _exchange(channel, kind, body, dispose or _no_disposal, may_wait=may_wait)
             except ConnectionError as error:
                 self.reconnect(channel, error)
-                if before_again is not None:
-                    before_again()
+                if again is not None:
+                    request = again()
             else:
                 return expect(expected, reply)
 
@@ -348,7 +363,14 @@ class Link:
             when_lost()
 
 
-def _exchange(channel: Channel, kind: int, body: bytes, dispose: Callable[[Frame], None]) -> Frame:
+def _exchange(
+    channel: Channel,
+    kind: int,
+    body: bytes,
+    dispose: Callable[[Frame], None],
+    *,
+    may_wait: bool = False,
+) -> Frame:
     """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
     request_id = channel.new_request()
     try:
@@ -358,6 +380,9 @@ def _exchange(channel: Channel, kind: int, body: bytes, dispose: Callable[[Frame
         raise
     except BaseException:
         channel.give_up(request_id, dispose)
+        if may_wait:
+            with suppress(ConnectionError):  # the interrupt is what the caller is to see
+                channel.send(AnswerNow.KIND, AnswerNow(request_id).encode())
         raise
     assert reply is not None
     return reply
@@ -389,6 +414,12 @@ def _refusal(failed: Failed) -> ShmPlasmaError:
                 failed.largest_bytes,
                 failed.pinned_bytes,
                 failed.unsealed_bytes,
+                failed.leased_bytes,
+                failed.kept_bytes,
+                failed.spillable_bytes,
+                failed.limit_bytes,
+                failed.held_bytes,
+                failed.holders,
             )
         case Failure.VERSION | Failure.DROPPED:
             return NotConnectedError(failed.text)

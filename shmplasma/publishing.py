@@ -123,6 +123,11 @@ class Publishing:
         self._memory.barrier()
         return self._leases.worth_waiting
 
+    @property
+    def are_recalled(self) -> bool:
+        """Whether leases were recalled that have not come back."""
+        return self._leases.are_recalled
+
     def note_idle(self) -> None:
         """See which recalled leases are at rest; all outboxes are to be read after this."""
         self._leases.note_idle()

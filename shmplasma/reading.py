@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from math import isnan
 from typing import Any, Final, NoReturn, overload
 
-import numpy as np
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaObjectNotFound
-from shmplasma.connected import Connected, checked
+from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.hashing import object_hash
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import Located
@@ -26,8 +24,6 @@ from shmplasma.session import Session
 
 __all__ = ["ObjectNotAvailable", "Reading"]
 
-_LONGEST_MS: Final = 10**9
-"""Beyond these eleven days, which the system's calls can still count, a wait is without an end."""
 _IDS_A_REQUEST: Final = 1 << 16
 
 
@@ -288,12 +284,8 @@ def _sequence(object_ids: Sequence[ObjectID]) -> Sequence[ObjectID]:
 
 def _deadline(timeout_ms: float) -> tuple[float | None, bool]:
     """Return the time of `time.monotonic` to stop waiting at, None for never, and whether to wait at all."""
-    if not isinstance(timeout_ms, (int, float, np.number)):
-        raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
-    if isnan(timeout_ms):
-        raise ValueError("timeout_ms is not a number")
-    endless = timeout_ms < 0 or timeout_ms > _LONGEST_MS
-    return None if endless else time.monotonic() + timeout_ms / 1000, bool(timeout_ms != 0)
+    seconds = wait_seconds(timeout_ms)
+    return None if seconds is None else time.monotonic() + seconds, bool(timeout_ms != 0)
 
 
 def _refuse(object_ids: Iterable[ObjectID]) -> NoReturn:

@@ -8,6 +8,7 @@ from enum import IntEnum
 from struct import Struct, pack, unpack
 from typing import ClassVar, Final, get_args
 
+from shmplasma.errors import Holder
 from shmplasma.messages import Empty, decode_message
 from shmplasma.protocol import Frame
 
@@ -80,6 +81,16 @@ class Done(Empty):
     KIND: ClassVar[int] = 65
 
 
+_FAILED: Final = Struct("<H10QB")
+_HOLDER: Final = Struct("<IQdBB")
+"""Pid, held bytes, age in seconds, and the lengths of name and command, which follow."""
+
+
+def _cut(text: str) -> bytes:
+    """Return as much of a text as fits 255 bytes."""
+    return text.encode(errors="replace")[:255].decode(errors="ignore").encode()
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """It was refused.
@@ -90,39 +101,71 @@ class Failed:
         Why.
     text : str
         The fact and the remedy.
-    requested_bytes, free_bytes, largest_bytes, pinned_bytes, unsealed_bytes : int
+    holders : sequence of Holder
+        At most 255, whose names and commands are cut at 255 bytes.
+    requested_bytes, free_bytes, ..., spillable_bytes : int
         The store's room at that moment, for a failure that is about room; else 0.
+    limit_bytes, held_bytes : int
+        The client's limit and what it holds, if that is the reason; else 0.
     """
 
     KIND: ClassVar[int] = 66
     failure: Failure
     text: str
+    holders: Sequence[Holder] = ()
     requested_bytes: int = 0
     free_bytes: int = 0
     largest_bytes: int = 0
     pinned_bytes: int = 0
     unsealed_bytes: int = 0
+    leased_bytes: int = 0
+    kept_bytes: int = 0
+    spillable_bytes: int = 0
+    limit_bytes: int = 0
+    held_bytes: int = 0
 
     def encode(self) -> bytes:
         """Return the body."""
-        return (
-            pack(
-                "<H5Q",
+        parts = [
+            _FAILED.pack(
                 self.failure,
                 self.requested_bytes,
                 self.free_bytes,
                 self.largest_bytes,
                 self.pinned_bytes,
                 self.unsealed_bytes,
+                self.leased_bytes,
+                self.kept_bytes,
+                self.spillable_bytes,
+                self.limit_bytes,
+                self.held_bytes,
+                len(self.holders),
             )
-            + self.text.encode()
-        )
+        ]
+        for holder in self.holders:
+            name, command = _cut(holder.name), _cut(holder.command)
+            sizes = len(name), len(command)
+            figures = holder.pid, holder.held_bytes, holder.age_seconds
+            parts += [_HOLDER.pack(*figures, *sizes), name, command]
+        return b"".join(parts) + self.text.encode()
 
     @classmethod
     def decode(cls, body: bytes) -> Failed:
         """Return the message of a body."""
-        failure, *room = unpack("<H5Q", body[:42])
-        return cls(Failure(failure), body[42:].decode(), *room)
+        failure, *figures, n_holders = _FAILED.unpack_from(body)
+        at = _FAILED.size
+        holders: list[Holder] = []
+        for _ in range(n_holders):
+            pid, held_bytes, age_seconds, *sizes = _HOLDER.unpack_from(body, at)
+            at += _HOLDER.size
+            texts: list[str] = []
+            for size in sizes:
+                texts.append(body[at : at + size].decode())
+                at += size
+            holders.append(Holder(texts[0], pid, texts[1], held_bytes, age_seconds))
+        if at > len(body):
+            raise ValueError("a holder's name is missing")
+        return cls(Failure(failure), body[at:].decode(), holders, *figures)
 
 
 _OFFSET: Final = Struct("<Q")

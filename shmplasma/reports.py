@@ -12,7 +12,7 @@ from shmplasma.replies import NOTIFICATION, Listing, ListRecord
 from shmplasma.room import Room
 from shmplasma.table import Table
 
-__all__ = ["describe", "list_objects", "notification", "sealed_notifications"]
+__all__ = ["describe", "list_objects", "notification", "printable", "sealed_notifications"]
 
 _LIST_WINDOW: Final = 4096
 """Entries that one `Listing` covers: a few milliseconds of the loop's time."""
@@ -74,6 +74,7 @@ def describe(
     room: Room,
     objects: Lifecycle,
     clients: Sequence[str],
+    n_waiting: int,
 ) -> str:
     """Return the store's figures, one a line."""
     held = boards.pinned()
@@ -90,9 +91,15 @@ def describe(
             f"objects: {len(table)}",
             f"pinned objects: {len(held)}",
             f"objects that wait for a release: {objects.awaits_release}",
+            f"requests that wait for room: {n_waiting}",
             f"evictions: {objects.evictions}",
             f"takes: {room.takes}",
             f"takes that met a pin: {room.takes_that_met_a_pin}",
             f"clients: {', '.join(clients)}",
         )
     )
+
+
+def printable(text: str) -> str:
+    """Return a client's name or command as it may stand in a line for people, whatever it is."""
+    return "".join(c if c.isprintable() else "?" for c in text)

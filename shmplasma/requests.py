@@ -96,7 +96,7 @@ class Attach(Empty):
     KIND: ClassVar[int] = 2
 
 
-_CREATE: Final = Struct("<20sqqII?")
+_CREATE: Final = Struct("<20sqqII?q")
 
 
 class _CreateFields(NamedTuple):
@@ -106,10 +106,13 @@ class _CreateFields(NamedTuple):
     codec: int
     slot: int
     keep: bool = False
+    timeout_ns: int = 0
 
 
 class Create(_CreateFields):
     """Ask for a new object; `slot` will pin it for the writer, and with `keep` it is never evicted.
+
+    `timeout_ns` says how long to wait for room: 0 not at all, -1 without an end.
 
     A tuple, like `Publish`, for the same reason.
     """
@@ -124,7 +127,10 @@ class Create(_CreateFields):
     @classmethod
     def decode(cls, body: bytes) -> Create:
         """Return the message of a body."""
-        return cls._make(_CREATE.unpack(body))
+        create = cls._make(_CREATE.unpack(body))
+        if create.timeout_ns < -1:
+            raise ValueError("a timeout that is none")
+        return create
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +178,7 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class AnswerNow:
-    """Answer the get of that request id with what is there."""
+    """Answer the get of that request id with what is there; refuse the create of that id that waits."""
 
     KIND: ClassVar[int] = 7
     request_id: int

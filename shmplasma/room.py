@@ -113,6 +113,11 @@ class Room:
         return self._allocator.largest_free_bytes
 
     @property
+    def attainable_bytes(self) -> int:
+        """Bytes that are free, or would be if all that may go were evicted; O(boards)."""
+        return self.free_bytes + self._evictable_bytes()
+
+    @property
     def watermark(self) -> int:
         """The offset below which memory is committed."""
         return self._watermark
@@ -167,7 +172,7 @@ class Room:
         offset = self._allocator.allocate(size_bytes)
         if offset is None:
             wanted = align_up(size_bytes, ALIGNMENT)
-            if self.free_bytes + self._evictable_bytes() < wanted:
+            if self.attainable_bytes < wanted:
                 return None, evicted
             step = max(1, wanted - self.free_bytes)
             while offset is None:

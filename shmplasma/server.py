@@ -85,6 +85,8 @@ class Server:
         Whether the segment is that of a store which has died, with objects in it.
     may_be_replaced : bool
         Whether another store of the same user may take over.
+    client_limit_bytes : int
+        What a client may hold that has no limit of its own; 0 for no limit.
 
     Attributes
     ----------
@@ -110,6 +112,7 @@ class Server:
         shared: bool = False,
         recover: bool = False,
         may_be_replaced: bool = True,
+        client_limit_bytes: int = 0,
     ) -> None:
         self._segment = segment
         self._path = socket_path
@@ -123,6 +126,7 @@ class Server:
             segment.name.kind,
             segment.name.path,
             _SegmentMemory(segment),
+            client_limit_bytes,
         )
         self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
@@ -190,6 +194,9 @@ class Server:
                     self._settle()
                 if self._store.is_to_stop_polling:
                     self._carry_out(self._store.stop_polling(time.time_ns()))
+                if self._store.has_waiters:
+                    now = time.monotonic_ns(), time.time_ns()
+                    self._carry_out(self._store.offer_room(*now))
                 if self._awaited:
                     self._drop_the_slow()
                 if not events or self._store.has_urgent_work:
@@ -248,9 +255,14 @@ class Server:
             return 0
         if self._commit_ahead and store.has_idle_work:
             return 0
+        timeouts: list[float] = []
         if not self._reception.is_open or store.may_miss_a_release:
-            return _LOOK_AGAIN_SECONDS
-        return _LOOK_AT_AWAITED_SECONDS if self._awaited else None
+            timeouts.append(_LOOK_AGAIN_SECONDS)
+        if self._awaited:
+            timeouts.append(_LOOK_AT_AWAITED_SECONDS)
+        if (deadline_ns := store.deadline_ns) is not None:
+            timeouts.append(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9))
+        return min(timeouts, default=None)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -261,7 +273,14 @@ class Server:
         self._awaited.add(connection)
         pid = peer.pid or 0
         trusted = self._may_be_replaced and peer.uid in (0, os.geteuid())
-        self._store.connect(connection.client, pid, system.start_time(pid) or 0, trusted=trusted)
+        self._store.connect(
+            connection.client,
+            pid,
+            system.start_time(pid) or 0,
+            time.time_ns(),
+            command=system.command(pid),
+            trusted=trusted,
+        )
 
     def _close(self, client: int) -> None:
         """End a connection that its client has ended: its objects and pins go."""

@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from math import ceil
 from typing import Final, Literal, TypeVar
 
 import numpy as np
@@ -216,9 +217,18 @@ class Session:
         self._link.abort(object_id)
 
     def create(
-        self, object_id: bytes, data_size: int, metadata_size: int, codec: int, *, keep: bool
+        self,
+        object_id: bytes,
+        data_size: int,
+        metadata_size: int,
+        codec: int,
+        *,
+        keep: bool,
+        wait_seconds: float | None,
     ) -> npt.NDArray[np.uint8]:
         """Make an object and return its data followed by its metadata, to be filled.
+
+        It waits for room as long as `wait_seconds` says; None for ever.
 
         Returns
         -------
@@ -237,8 +247,18 @@ class Session:
             if frame.kind == Created.KIND:
                 self.post(Abort.KIND, object_id)
 
-        request = Create(object_id, data_size, metadata_size, codec, pin.slot, keep)
-        offset = self._link.call(request, Created, undo, pin.clear).offset
+        end = None if wait_seconds is None else time.monotonic() + wait_seconds
+        timeout_ns = -1 if wait_seconds is None else ceil(wait_seconds * 1e9)
+        request = Create(object_id, data_size, metadata_size, codec, pin.slot, keep, timeout_ns)
+
+        def again() -> Create:
+            pin.clear()
+            if end is None:
+                return request
+            return request._replace(timeout_ns=ceil(max(0.0, end - time.monotonic()) * 1e9))
+
+        may_wait = timeout_ns != 0
+        offset = self._link.call(request, Created, undo, again, may_wait=may_wait).offset
         size = data_size + metadata_size
         if size >= _POPULATE_BYTES:
             try:

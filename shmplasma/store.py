@@ -27,19 +27,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 from shmplasma.answers import Answers
 from shmplasma.control import Control
-from shmplasma.creations import Creations
+from shmplasma.creations import Creations, Creator
 from shmplasma.dispatch import Dispatch, Unsettled
 from shmplasma.effects import Drop, Effect
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.leases import Leases
-from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
 from shmplasma.outbox import RECORDS, Polling, read_record
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, Frame
 from shmplasma.publishing import Publishing
+from shmplasma.refusals import Refusals
 from shmplasma.requests import (
     Hello,
     Post,
@@ -50,6 +51,7 @@ from shmplasma.requests import (
 )
 from shmplasma.room import Memory, Room
 from shmplasma.table import Table
+from shmplasma.waiters import RoomQueue
 
 __all__ = ["ObjectStore"]
 
@@ -69,6 +71,8 @@ class ObjectStore:
         How a client finds the segment; passed on as they are.
     memory : Memory
         Commits pages and issues barriers.
+    client_limit_bytes : int, optional
+        What a client may hold that has no limit of its own; 0 for no limit.
 
     Notes
     -----
@@ -84,6 +88,7 @@ class ObjectStore:
         segment_kind: str,
         segment_path: str,
         memory: Memory,
+        client_limit_bytes: int = 0,
     ) -> None:
         self._layout = layout
         self._memory = memory
@@ -112,9 +117,9 @@ class ObjectStore:
             (segment_kind, segment_path),
             self._table,
             self._boards,
-            self._objects,
             self._outgoing,
             memory,
+            client_limit_bytes,
         )
         self._answers = Answers(
             self._table,
@@ -124,13 +129,18 @@ class ObjectStore:
             self._outgoing,
             self._greeter.sessions,
         )
+        self._queue = queue = RoomQueue[Creator]()
+        sessions = self._greeter.sessions
+        self._refusals = Refusals(layout, self._boards, self._room, self._objects, sessions, queue)
         self._creations = Creations(
             self._table,
             self._boards,
             self._room,
             self._objects,
             self._publishing,
+            self._refusals,
             self._outgoing,
+            queue,
         )
         self._dispatch = Dispatch(
             layout,
@@ -149,7 +159,16 @@ class ObjectStore:
 
     # -- connections ---------------------------------------------------------------------------
 
-    def connect(self, client: int, pid: int, start_time: int, *, trusted: bool = False) -> None:
+    def connect(
+        self,
+        client: int,
+        pid: int,
+        start_time: int,
+        now_ns: int,
+        *,
+        command: str = "",
+        trusted: bool = False,
+    ) -> None:
         """Take note of a new connection.
 
         Parameters
@@ -158,10 +177,16 @@ class ObjectStore:
             A number that was never used before, and no board's.
         pid, start_time : int
             The process at its other end; 0 where it cannot be seen.
+        now_ns : int
+            The time.
+        command : str, optional
+            That process's command line, for others who find the store full.
         trusted : bool, optional
             Whether it may have this store end in favour of another.
         """
-        self._greeter.sessions[client] = Session(client, pid, start_time, trusted=trusted)
+        session = Session(client, pid, start_time, trusted=trusted, command=command)
+        session.connected_ns, session.limit_bytes = now_ns, self._greeter.limit_bytes
+        self._greeter.sessions[client] = session
 
     def disconnect(self, client: int, now_ns: int) -> Sequence[Effect]:
         """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
@@ -190,6 +215,7 @@ class ObjectStore:
         session.detached = True
         self._outgoing.subscribers.discard(client)
         self._answers.forget(client)
+        self._creations.withdraw(client)
         return session.role is Role.CLIENT
 
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
@@ -215,6 +241,9 @@ class ObjectStore:
                 self._dispatch.request(session, frame.request_id, request, now_ns)
         except Refused as refused:
             self._outgoing.reply(client, frame.request_id, refused.failed)
+        except NoRoom as no_room:
+            failed = self._refusals.answer(no_room, now_ns)
+            self._outgoing.reply(client, frame.request_id, failed)
         except ProtocolError as error:
             self._outgoing.effects.append(Drop(client, str(error)))
         return self._outgoing.take()
@@ -242,6 +271,9 @@ class ObjectStore:
                 self._dispatch.settle(session, request_id, request, now_ns)
             except Refused as refused:
                 self._outgoing.reply(client, request_id, refused.failed)
+            except NoRoom as no_room:
+                failed = self._refusals.answer(no_room, now_ns)
+                self._outgoing.reply(client, request_id, failed)
         return self._outgoing.take()
 
     @property
@@ -272,7 +304,12 @@ class ObjectStore:
     @property
     def _has_listeners(self) -> bool:
         """Whether somebody waits for what others do."""
-        return bool(self._outgoing.subscribers or self._answers or self._creations)
+        return bool(
+            self._outgoing.subscribers
+            or self._answers
+            or self._creations.await_memory
+            or self._creations.await_room
+        )
 
     def poll(self, now_ns: int) -> Sequence[Effect]:
         """Read all outboxes unasked; have clients announce again when nothing comes of it any more."""
@@ -295,6 +332,34 @@ class ObjectStore:
         """Have clients announce what they put into their outboxes, and read what they did not."""
         self._polling.stop()
         self._heed_all(now_ns)
+        return self._outgoing.take()
+
+    # -- waiting for room ----------------------------------------------------------------------
+
+    @property
+    def has_waiters(self) -> bool:
+        """Whether somebody waits for room: then `offer_room` has to be called in each turn."""
+        return self._creations.await_room
+
+    @property
+    def deadline_ns(self) -> int | None:
+        """When `offer_room` has to be called at the latest, by its steady clock; None for no such time."""
+        return self._queue.deadline_ns
+
+    def offer_room(self, steady_ns: int, now_ns: int) -> Sequence[Effect]:
+        """Serve those that wait for room as far as there is any, and refuse those whose time is over.
+
+        Parameters
+        ----------
+        steady_ns : int
+            The time, on a clock that only goes forward.
+        now_ns : int
+            The time.
+        """
+        self._publishing.note_idle()
+        self._heed_all(now_ns)
+        self._publishing.take_idle()
+        self._creations.offer(steady_ns, now_ns)
         return self._outgoing.take()
 
     def wake(self) -> Sequence[Effect]:
@@ -333,6 +398,7 @@ class ObjectStore:
         for board, owner in found.owners.items():
             session = Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
             session.board, session.awaited = board, True
+            session.connected_ns, session.limit_bytes = now_ns, self._greeter.limit_bytes
             self._greeter.sessions[board] = session
         n_posted = 0
         self._polling.stop()
@@ -396,8 +462,10 @@ class ObjectStore:
     @property
     def may_miss_a_release(self) -> bool:
         """Whether something waits for a release which may not wake the store."""
-        if not self._objects.awaits_release:
+        if not self._objects.is_to_be_woken:
             return False
+        if self._publishing.are_recalled:  # a lease that comes to rest says nothing
+            return True
         # Who has not come back since a recovery has the wake-up pipe of the store that died.
         return not self._memory.has_barrier or any(
             session.awaited for session in self._greeter.sessions.values()
@@ -406,7 +474,7 @@ class ObjectStore:
     @property
     def has_urgent_work(self) -> bool:
         """Whether a creator waits for memory to be committed."""
-        return bool(self._creations)
+        return self._creations.await_memory
 
     @property
     def has_idle_work(self) -> bool:
@@ -434,3 +502,4 @@ class ObjectStore:
         """Prove the invariants of all parts."""
         self._objects.check()
         self._answers.check()
+        self._creations.check()

@@ -29,6 +29,7 @@ __all__ = [
     "HugePages",
     "Peer",
     "available_memory",
+    "command",
     "commit",
     "fast_path_available",
     "file_system",
@@ -76,6 +77,9 @@ _REGISTER_GLOBAL_EXPEDITED: Final = ctypes.c_long(1 << 2)
 _NO_FLAGS: Final = ctypes.c_long(0)
 
 _MADV_POPULATE_WRITE: Final = 23
+
+_COMMAND_LETTERS: Final = 255
+"""Enough to tell one program from another; the whole may have megabytes."""
 
 # <sys/un.h> and <sys/ucred.h> of macOS: version, uid, number of groups, groups (the first counts).
 _SOL_LOCAL: Final = 0
@@ -321,6 +325,12 @@ def start_time(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19]) if stat else None
 
 
+def command(pid: int) -> str:
+    """Return the beginning of a process's command line; empty where it cannot be seen."""
+    line = _read(f"/proc/{pid}/cmdline", _COMMAND_LETTERS) or ""
+    return line.replace("\0", " ").strip()
+
+
 def is_alive(pid: int, started: int) -> bool:
     """Tell whether the process of this pid still lives; true where that cannot be known.
 
@@ -459,10 +469,10 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), address)
 
 
-def _read(path: str) -> str | None:
+def _read(path: str, letters: int = -1) -> str | None:
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+            return file.read(letters)
     except OSError:
         return None
 

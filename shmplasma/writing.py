@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import Codec, Payload, Source, ndarray_head
-from shmplasma.connected import Connected, checked
+from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.objects import ObjectID
 from shmplasma.replies import Done
 from shmplasma.requests import PUBLISH, Abort, Flush, Publish, Seal
@@ -57,6 +57,7 @@ class Writing(Connected):
         data_size: SupportsIndex,
         metadata: bytes | bytearray = b"",
         *,
+        timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> pa.Buffer:
         """Make a new object and return its data for writing; `seal` completes it.
@@ -69,6 +70,9 @@ class Writing(Connected):
             Bytes of data, 0 or more.
         metadata : bytes or bytearray, optional
             Kept beside the data; takes room as well.
+        timeout_ms : float or None, optional
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
+            negative number without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -82,17 +86,20 @@ class Writing(Connected):
         PlasmaObjectExists
             The id is taken.
         PlasmaStoreFull
-            There is no room; its attributes and text say why.
+            There is no room, or none came in time; its attributes and text say why.
         ValueError
             `data_size` is negative.
 
         Notes
         -----
         One round trip.  Until it is sealed the object belongs to this client and is removed when the
-        client leaves or dies.
+        client leaves or dies.  Who waits for room is served in order (see `shmplasma.waiters`); other threads
+        may use the client meanwhile, and Ctrl-C interrupts the wait.
         """
         session = self._live()
-        room = self._create(session, object_id, data_size, metadata, Codec.RAW, keep=keep)
+        room = self._create(
+            session, object_id, data_size, metadata, Codec.RAW, timeout_ms=timeout_ms, keep=keep
+        )
         return pa.py_buffer(room.data)
 
     def create_array(
@@ -101,6 +108,7 @@ class Writing(Connected):
         shape: int | Sequence[int],
         dtype: npt.DTypeLike = float,
         *,
+        timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> ObjectArray:
         """Make a new object that holds an array, and return the array for writing.
@@ -113,6 +121,9 @@ class Writing(Connected):
             The array's shape; elements lie in C order.
         dtype : data-type, optional
             Of the elements; not one with Python objects.
+        timeout_ms : float or None, optional
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
+            negative number without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -139,7 +150,9 @@ class Writing(Connected):
                 raise ValueError(f"an array cannot have the shape {shape}")
             count *= length
         size = len(head) + count * dtype.itemsize
-        target = self._create(session, object_id, size, b"", Codec.NDARRAY, keep=keep)
+        target = self._create(
+            session, object_id, size, b"", Codec.NDARRAY, timeout_ms=timeout_ms, keep=keep
+        )
         target[: len(head)] = np.frombuffer(head, np.uint8)
         array = ObjectArray(shape, dtype, target.data, len(head))
         array.unsealed = self, object_id
@@ -151,6 +164,7 @@ class Writing(Connected):
         data: Source,
         metadata: bytes | bytearray = b"",
         *,
+        timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> None:
         """Store bytes under an id of one's own.
@@ -163,6 +177,9 @@ class Writing(Connected):
             What to store.
         metadata : bytes or bytearray, optional
             Kept beside it.
+        timeout_ms : float or None, optional
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
+            negative number without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -171,7 +188,7 @@ class Writing(Connected):
         PlasmaObjectExists, PlasmaStoreFull
             As `create`.
         """
-        self.put_raw_buffer(data, checked(object_id), metadata, keep=keep)
+        self.put_raw_buffer(data, checked(object_id), metadata, timeout_ms=timeout_ms, keep=keep)
 
     def put_raw_buffer(
         self,
@@ -180,6 +197,7 @@ class Writing(Connected):
         metadata: bytes | bytearray = b"",
         memcopy_threads: int = 6,
         *,
+        timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> ObjectID:
         """Store bytes.
@@ -194,6 +212,9 @@ class Writing(Connected):
             Kept beside it.
         memcopy_threads : int, optional
             Upper limit on the threads that copy a large value; there are never more than processors.
+        timeout_ms : float or None, optional
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
+            negative number without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -211,7 +232,9 @@ class Writing(Connected):
         """
         size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
         payload = Payload(Codec.RAW, size, ((0, size, value),))
-        return self._put(payload, object_id, metadata, memcopy_threads, keep=keep)
+        return self._put(
+            payload, object_id, metadata, memcopy_threads, timeout_ms=timeout_ms, keep=keep
+        )
 
     def put(
         self,
@@ -220,6 +243,7 @@ class Writing(Connected):
         memcopy_threads: int = 6,
         serialization_context: SerializationContext | None = None,
         *,
+        timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> ObjectID:
         """Store a Python value.
@@ -234,6 +258,9 @@ class Writing(Connected):
             Upper limit on the threads that copy large parts; there are never more than processors.
         serialization_context : SerializationContext, optional
             Serializers for types of one's own; the process's default context if not given.
+        timeout_ms : float or None, optional
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
+            negative number without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -255,7 +282,7 @@ class Writing(Connected):
         trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, serialization_context)
-        return self._put(payload, object_id, b"", memcopy_threads, keep=keep)
+        return self._put(payload, object_id, b"", memcopy_threads, timeout_ms=timeout_ms, keep=keep)
 
     def _put(
         self,
@@ -264,6 +291,7 @@ class Writing(Connected):
         metadata: bytes | bytearray,
         threads: int,
         *,
+        timeout_ms: float | None,
         keep: bool,
     ) -> ObjectID:
         """Store a payload: in the lease if it is small, else in room that a round trip gets."""
@@ -287,7 +315,9 @@ class Writing(Connected):
             if session.leasing.put(data_size + metadata_size, fill):
                 return target_id
         size = payload.size_bytes
-        target = self._create(session, target_id, size, metadata, payload.codec, keep=keep)
+        target = self._create(
+            session, target_id, size, metadata, payload.codec, timeout_ms=timeout_ms, keep=keep
+        )
         with self._completing(session, target_id):
             payload.write(target, threads)
         return target_id
@@ -343,6 +373,7 @@ class Writing(Connected):
         metadata: bytes | bytearray,
         codec: Codec,
         *,
+        timeout_ms: float | None,
         keep: bool,
     ) -> npt.NDArray[np.uint8]:
         """Create an object, fill in its metadata, and return its data."""
@@ -353,7 +384,10 @@ class Writing(Connected):
         if size > MAX_SIZE:
             raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
         id_bytes = checked(object_id).id_bytes
-        target = session.create(id_bytes, size, len(metadata), codec, keep=keep)
+        seconds = None if timeout_ms is None else wait_seconds(timeout_ms)
+        target = session.create(
+            id_bytes, size, len(metadata), codec, keep=keep, wait_seconds=seconds
+        )
         self._unsealed.add(id_bytes)
         if not metadata:
             return target

@@ -258,6 +258,7 @@ class Conversation:
         self.peers: dict[int, Peer] = {}
         self.successor: int | None = None
         self.now_ns = 1_000_000_000
+        self.steady_ns = 0
         self._connections = 0
 
     # -- connections ---------------------------------------------------------------------------
@@ -266,7 +267,7 @@ class Conversation:
         """Return a new connection that has not said anything."""
         self._connections += 1
         peer = self.peers[self._connections] = Peer(self, self._connections)
-        self.store.connect(peer.number, 4711, 1)
+        self.store.connect(peer.number, 4711, 1, self.now_ns)
         return peer
 
     def client(self, text: str = "") -> Peer:
@@ -304,8 +305,12 @@ class Conversation:
 
     def turn(self) -> None:
         """Do what a turn of the store's loop does: settle, and commit what somebody waits for."""
+        if self.store.has_waiters:
+            self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
         while self.store.has_unsettled or self.store.has_urgent_work:
             self.settle()
+            if self.store.has_waiters:
+                self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
             if self.store.has_urgent_work:
                 self.advance()
 

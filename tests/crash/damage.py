@@ -185,7 +185,7 @@ class Mortal(Conversation):
         self._connections += 1
         peer.number = self._connections
         self.peers[peer.number] = peer
-        self.store.connect(peer.number, 4711, 1)
+        self.store.connect(peer.number, 4711, 1, self.now_ns)
         hello = Hello(PROTOCOL_VERSION, Role.CLIENT, "", self._boards[peer] + 1)
         assert peer.ask(hello, Welcome).reclaimed
         self.deliver(peer, Post(), ONE_WAY)
@@ -208,6 +208,7 @@ class Reopened(Conversation):
         self.store = ObjectStore(layout, TOKEN, words, raw, "posix", "/segment", self.memory)
         self.peers = {}
         self.now_ns = 2_000_000_000
+        self.steady_ns = 0
         self._connections = layout.n_boards
         self.store.recover(lambda *_: True, self.now_ns)
         self.store.check()

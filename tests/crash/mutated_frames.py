@@ -253,6 +253,7 @@ def _valid(kind: type[Any], rng: random.Random, board: int, lease: Leased | None
         "slot": slots[0],
         "wait": rng.random() < 0.5,
         "keep": rng.random() < 0.1,
+        "timeout_ns": rng.choice((0, 0, 1, 10**6, -1)),
         "data_size": size,
         "metadata_size": rng.choice((0, 0, 0, 7)),
         "codec": rng.randrange(4),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmplasma.errors import ProtocolError
+from shmplasma.errors import Holder, ProtocolError
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Message
 from shmplasma.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Frame
@@ -56,7 +56,11 @@ from shmplasma.requests import (
 IDS = st.binary(min_size=ID_BYTES, max_size=ID_BYTES)
 U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 S64 = st.integers(-(2**63), 2**63 - 1)
+TIMEOUTS = st.integers(-1, 2**63 - 1)
 TEXTS = st.text(max_size=20)
+HOLDERS = st.lists(
+    st.builds(Holder, TEXTS, U32, TEXTS, U64, st.floats(allow_nan=False)), max_size=5
+)
 PATHS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
 
 
@@ -68,7 +72,7 @@ def get_of(wait: bool, wanted: list[tuple[bytes, int]]) -> Get:
 REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Hello: st.builds(Hello, U16, st.sampled_from(Role), TEXTS, U32),
     Attach: st.just(Attach()),
-    Create: st.builds(Create, IDS, S64, S64, U32, U32, st.booleans()),
+    Create: st.builds(Create, IDS, S64, S64, U32, U32, st.booleans(), TIMEOUTS),
     Seal: st.builds(Seal, IDS),
     Abort: st.builds(Abort, IDS),
     Get: st.builds(get_of, st.booleans(), st.lists(st.tuples(IDS, U32), max_size=8)),
@@ -99,7 +103,7 @@ REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
         PATHS,
     ),
     Done: st.just(Done()),
-    Failed: st.builds(Failed, st.sampled_from(Failure), TEXTS, U64, U64, U64, U64, U64),
+    Failed: st.builds(Failed, st.sampled_from(Failure), TEXTS, HOLDERS, *[U64] * 10),
     Created: st.builds(Created, U64),
     Objects: st.builds(Objects, st.lists(st.tuples(U64, U64, U64, U32), max_size=8)),
     Number: st.builds(Number, S64),

@@ -1,0 +1,137 @@
+"""Refusals for want of room: what is told to somebody who does not get any.  Pure; changes nothing.
+
+What the store knows of its holders are their boards and its own table.  It cannot see when a buffer was got, since
+that sends no message: the age of a holder is that of its connection.  Command and pid are what the system said of
+the process when it connected; a client in another pid namespace has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from typing import Final
+
+from shmplasma.errors import Holder
+from shmplasma.greeting import Session
+from shmplasma.layout import Layout
+from shmplasma.lifecycle import Lifecycle, NoRoom
+from shmplasma.pins import Boards
+from shmplasma.replies import Failed, Failure
+from shmplasma.reports import printable
+from shmplasma.room import Room
+
+__all__ = ["Refusals"]
+
+_MAX_HOLDERS: Final = 5
+_MAX_LETTERS: Final = 80
+"""Of a name or command in the text; as an attribute it has up to 255 bytes."""
+
+
+class Refusals:
+    """Says how the room of a store is used, and by whom.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    boards, room, objects
+        The parts of the store that know.
+    sessions : mapping
+        All connections, by their numbers.
+    waiting : sized
+        Those who wait for room.
+
+    Notes
+    -----
+    O(boards in use) for each refusal.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        boards: Boards,
+        room: Room,
+        objects: Lifecycle,
+        sessions: Mapping[int, Session],
+        waiting: Sized,
+    ) -> None:
+        self._capacity = layout.capacity
+        self._boards = boards
+        self._room = room
+        self._objects = objects
+        self._sessions = sessions
+        self._waiting = waiting
+
+    def answer(self, no_room: NoRoom, now_ns: int) -> Failed:
+        """Return the reply to a request for which there is no room."""
+        objects = self._objects
+        pinned = self._boards.pinned()
+        figures = {
+            "requested_bytes": no_room.requested_bytes,
+            "free_bytes": self._room.free_bytes,
+            "largest_bytes": self._room.largest_bytes,
+            "pinned_bytes": objects.bytes_of(pinned),
+            "unsealed_bytes": objects.unsealed_bytes,
+            "leased_bytes": objects.leased_bytes,
+            "kept_bytes": objects.kept_bytes,
+            "spillable_bytes": objects.bytes_of(self._room.kept - pinned),
+            "limit_bytes": no_room.limit_bytes,
+            "held_bytes": no_room.held_bytes,
+        }
+        holders = self._holders(now_ns)
+        if no_room.limit_bytes:
+            text = (
+                "this client may hold {limit_bytes} bytes, holds {held_bytes}, and asks for "
+                "{requested_bytes} more; release buffers, or raise the limit with set_client_options"
+            ).format(**figures)
+            return Failed(Failure.OVER_QUOTA, text, **figures, holders=holders)
+        text = no_room.text or self._use(figures)
+        if holders:
+            text += f"; held most: {'; '.join(map(_described, holders))}"
+        return Failed(Failure.FULL, text, **figures, holders=holders)
+
+    def _use(self, figures: Mapping[str, int]) -> str:
+        if figures["requested_bytes"] > self._capacity:
+            return (
+                f"an object of {figures['requested_bytes']} bytes is larger than the store, which has "
+                f"{self._capacity}; start it with a larger -m"
+            )
+        waiting = f", {len(self._waiting)} requests wait for room" if self._waiting else ""
+        return (
+            "the store is full: {requested_bytes} bytes were asked for; of {capacity} bytes "
+            "{free_bytes} are free (the largest extent has {largest_bytes}), {pinned_bytes} are pinned "
+            "by clients, {unsealed_bytes} are not sealed yet, {leased_bytes} are leased, {kept_bytes} "
+            "are kept ({spillable_bytes} of them not in use){waiting}; wait with timeout_ms, release "
+            "buffers, delete or cache objects, or start the store with a larger -m"
+        ).format(capacity=self._capacity, waiting=waiting, **figures)
+
+    def _holders(self, now_ns: int) -> list[Holder]:
+        """Return who holds most, the largest first."""
+        held = {
+            client: self._objects.bytes_of(self._objects.held_by(client))
+            for client in self._sessions
+        }
+        most = sorted((client for client in held if held[client]), key=held.__getitem__)[::-1]
+        return [
+            Holder(
+                self._sessions[client].name,
+                self._sessions[client].pid,
+                self._sessions[client].command,
+                held[client],
+                max(0, now_ns - self._sessions[client].connected_ns) / 1e9,
+            )
+            for client in most[:_MAX_HOLDERS]
+        ]
+
+
+def _described(holder: Holder) -> str:
+    process = f"pid {holder.pid}" if holder.pid else "a process that the store cannot see"
+    command = f", {_short(holder.command)}" if holder.command else ""
+    return (
+        f"{_short(holder.name) or 'unnamed'} ({process}{command}) holds {holder.held_bytes} bytes, "
+        f"connected for {holder.age_seconds:.0f} s"
+    )
+
+
+def _short(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 3]}..."
