@@ -16,7 +16,7 @@ from shmplasma.requests import Abort, Create, Get, Hello, Post, Publish, Request
 from shmplasma.store import ObjectStore
 from tests.conversation import TOKEN, Conversation, Peer, RecordedMemory
 
-__all__ = ["Mortal", "Reopened"]
+__all__ = ["Death", "Mortal", "Reopened"]
 
 _T = TypeVar("_T", bound=Reply)
 

@@ -22,8 +22,9 @@ from shmplasma.requests import (
     Publish,
     Seal,
 )
-from tests.conversation import Peer, name
-from tests.crash.damage import Mortal
+from shmplasma.waiters import FOR_EVER
+from tests.conversation import Conversation, Peer, name
+from tests.crash.damage import Death, Mortal
 
 KEPT = name(4)
 """What is published under this name is kept."""
@@ -85,6 +86,28 @@ class Story:
         content = bytes(self.talk.raw[offset : offset + size])
         assert content == (object_id * (size // 20 + 1))[:size]
 
+    def wait_for_room(self, peer: Peer, object_id: bytes, size: int, held: int) -> None:
+        """Create an object for which there is room when something that is held is let go."""
+        slot = peer.free_slots.pop()
+        request = Create(object_id, size, 0, 0, slot, timeout_ns=FOR_EVER)
+        asked: int | None = None
+        while slot not in self.held:
+            try:
+                if asked is None:
+                    asked = peer.post(request)
+                    self.talk.turn()
+                if held in self.held:
+                    assert asked not in peer.replies
+                    self.release(held)
+                Conversation.wake(self.talk)
+                self.talk.turn()
+                self.fill(object_id, peer.take(asked, Created).offset, size)
+                self.held[slot] = object_id
+            except Death:
+                self.talk.revive()
+                self.talk.write_slot(slot, 0)
+                asked = None
+
     def publish(self, peer: Peer, *object_ids: bytes) -> None:
         """Put objects into a lease, one of them beginning with room that is skipped."""
         board = self.talk.layout.boards // 8 + peer.free_slots[-1] // BOARD_WORDS * BOARD_WORDS
@@ -108,7 +131,7 @@ class Story:
     def run(self) -> dict[bytes, tuple[bool, bool]]:
         """Tell it from the beginning, and return which objects are there at the end."""
         talk, one, other = self.talk, self.one, self.other
-        a, b, c, d, e, f, g, h = map(name, range(1, 9))
+        a, b, c, d, e, f, g, h, large, larger = map(name, range(1, 11))
         created = self.create(one, a)
         self.seal(one, a)
         self.get(other, a)
@@ -143,6 +166,11 @@ class Story:
         self.get(one, a)  # which was deleted, and goes at the last release
         for slot in [slot for slot, object_id in self.held.items() if object_id == a]:
             self.release(slot)
+        self.judge()
+        filling = self.create(one, large, 3 << 20)
+        self.seal(one, large)
+        self.wait_for_room(other, larger, 2 << 20, filling.slot)
+        self.seal(other, larger)
         self.judge()
         return self.there()
 

@@ -54,6 +54,7 @@ from shmplasma.requests import (
     Seal,
     SetOptions,
 )
+from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
 
 N_IDS = 8
@@ -199,6 +200,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.incarnations = 0
         self.seen = 0
         self.deleting: list[bytes] = []
+        self.creators: dict[tuple[int, int], Thing] = {}
+        self.given_up: set[tuple[int, int]] = set()
         self.witness: Peer | None = None
         self.talk = Watched(capacity, self.gone_for_reply.clear, self.judge)
         while self.talk.store.has_idle_work:
@@ -350,6 +353,7 @@ class StoreMachine(RuleBasedStateMachine):
             peer.free_slots += [slots[at] for at in range(len(slots)) if at not in wait.filled]
         for key in [key for key in self.expected if key[0] == peer.number]:
             del self.expected[key]
+            self.creators.pop(key, None)
         self.model.rents.pop(peer.number, None)
         self.set_busy(peer, False)
 
@@ -433,6 +437,64 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.send(peer, request, judge_reply)
         assert not fits or self.gone == gone_before, "an object was evicted while there was room"
+        self.talk.turn()
+
+    @rule(
+        which=NUMBERS,
+        object_id=IDS,
+        share=SHARES,
+        timeout_ns=st.sampled_from([FOR_EVER, FOR_EVER, 10, 1000]),
+    )
+    def wait_for_room(self, which: int, object_id: bytes, share: int, timeout_ns: int) -> None:
+        """Ask for a new object, and wait until there is room for it."""
+        peer, model = pick(self.active, which), self.model
+        thing = self.new_thing(peer, object_id, share * self.capacity // 1024, 0)
+        request = Create(
+            object_id, thing.size, 0, CODEC, peer.free_slots.pop(), timeout_ns=timeout_ns
+        )
+        deadline_ns = self.talk.steady_ns + timeout_ns
+        key = peer.number, peer.last_id + 1
+
+        def judge_reply(reply: Reply) -> None:
+            del self.creators[key]
+            limit = model.limits.get(peer.number, 0)
+            held = sum(t.size for t in model.held_by(peer, self.is_of))
+            is_over = limit > 0 and held + thing.size > limit
+            if isinstance(reply, Created):
+                assert object_id not in model.things
+                assert not is_over
+                thing.offset = reply.offset
+                self.fill(thing)
+                model.things[object_id] = thing
+                model.pins[request.slot] = thing
+                return
+            assert isinstance(reply, Failed)
+            assert self.talk.read_slot(request.slot) == 0
+            peer.free_slots.append(request.slot)
+            if reply.failure is Failure.EXISTS:
+                assert object_id in model.things
+            elif reply.failure is Failure.OVER_QUOTA:
+                assert is_over
+            else:
+                is_late = timeout_ns != FOR_EVER and deadline_ns <= self.talk.steady_ns
+                assert key in self.given_up or is_late
+
+        self.creators[key] = thing
+        self.send(peer, request, judge_reply)
+        self.talk.turn()
+
+    @precondition(lambda self: self.creators)
+    @rule(which=NUMBERS)
+    def give_up_waiting(self, which: int) -> None:
+        """Have a creation not wait any longer: its client was interrupted."""
+        key = pick(sorted(self.creators), which)
+        self.given_up.add(key)
+        self.talk.peers[key[0]].tell(AnswerNow(key[1]))
+
+    @rule(ticks=st.sampled_from([1, 10, 1000]))
+    def pass_time(self, ticks: int) -> None:
+        """Let time pass: whose deadline it is does not wait any more."""
+        self.talk.steady_ns += ticks
         self.talk.turn()
 
     @rule(which=NUMBERS, number=NUMBERS, any_id=IDS, is_own=st.booleans(), one_way=st.booleans())
@@ -550,6 +612,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.talk.wake()
         self.model.note_wake()
         waits = bool(self.model.limbo) or any(t.is_doomed for t in self.model.things.values())
+        waits = waits or self.talk.store.has_waiters
         assert self.talk.wake_word == waits
 
     @rule(which=NUMBERS, object_id=IDS)
@@ -653,8 +716,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """Drain all sockets: then everything is answered but gets that wait."""
+        self.talk.wake()
+        self.model.note_wake()
         self.talk.turn()
-        for key in self.expected:
+        if self.creators:  # in the order in which they came
+            first = next(iter(self.creators.values()))
+            assert self.largest_gap(self.unmovable()) < align_up(first.size, 64), "nobody serves it"
+        for key in self.expected.keys() - self.creators.keys():
             wait = self.model.waits[key]
             assert not wait.may_be_partial
             assert len(wait.filled) < len(wait.request.object_ids)
@@ -766,6 +834,7 @@ class StoreMachine(RuleBasedStateMachine):
     def asks_to_be_woken(self) -> None:
         """Find the header's word set while anything waits for a release that is to come."""
         waits = any(self.model.is_pinned(thing) for thing in self.model.limbo)
+        waits = waits or self.talk.store.has_waiters
         if waits or any(thing.is_doomed for thing in self.model.things.values()):
             assert self.talk.wake_word == 1
 
