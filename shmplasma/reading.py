@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NoReturn, overload
+from typing import Any, Final, NamedTuple, NoReturn, overload
 
 import pyarrow as pa
 
@@ -22,13 +22,29 @@ from shmplasma.requests import Contains
 from shmplasma.serialization import SerializationContext, deserialize
 from shmplasma.session import Session
 
-__all__ = ["ObjectNotAvailable", "Reading"]
+__all__ = ["Encoded", "ObjectNotAvailable", "Reading"]
 
 _IDS_A_REQUEST: Final = 1 << 16
 
 
 class ObjectNotAvailable:
     """Stands for the value of an object that did not come in time; the class itself, as in Plasma."""
+
+
+class Encoded(NamedTuple):
+    """An object as it lies in the store.
+
+    Attributes
+    ----------
+    data, metadata : pyarrow.Buffer
+        Read-only; they keep the object.
+    codec : int
+        How the data is to be read (`shmplasma.codecs.Codec`).
+    """
+
+    data: pa.Buffer
+    metadata: pa.Buffer
+    codec: int
 
 
 class Reading(Connected):
@@ -120,6 +136,17 @@ class Reading(Connected):
             for got in self._locate(session, _ids(object_ids), timeout_ms)
         ]
         return items[0] if isinstance(object_ids, ObjectID) else items
+
+    def get_encoded(self, object_id: ObjectID, timeout_ms: float = -1) -> Encoded | None:
+        """Return an object as it lies in the store, without copying it, whatever it is.
+
+        Parameters are those of `get_buffers`; None if it is not there in time.
+        """
+        session = self._session or self._live()
+        (got,) = self._locate(session, (object_id,), timeout_ms)
+        if got is None:
+            return None
+        return Encoded(session.data(got), session.metadata(got), got[3])
 
     def get(
         self,

@@ -102,6 +102,23 @@ class Writing(Connected):
         )
         return pa.py_buffer(room.data)
 
+    def create_encoded(
+        self,
+        object_id: ObjectID,
+        data_size: SupportsIndex,
+        metadata: bytes | bytearray,
+        codec: int,
+        *,
+        keep: bool = False,
+    ) -> pa.Buffer:
+        """Make a new object to be filled with what `get_encoded` has returned, elsewhere perhaps.
+
+        Otherwise as `create`.  Whether the bytes are what the codec says is found out by who gets the object.
+        """
+        session = self._live()
+        room = self._create(session, object_id, data_size, metadata, codec, keep=keep)
+        return pa.py_buffer(room.data)
+
     def create_array(
         self,
         object_id: ObjectID,
@@ -371,7 +388,7 @@ class Writing(Connected):
         object_id: ObjectID,
         data_size: SupportsIndex,
         metadata: bytes | bytearray,
-        codec: Codec,
+        codec: int,
         *,
         timeout_ms: float | None,
         keep: bool,

@@ -44,3 +44,13 @@ def test_the_benchmarks_name_their_cases() -> None:
     done = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "get-raw" in done.stderr
+
+
+def test_the_flight_benchmark_gives_figures() -> None:
+    """A quick run prints a row with a figure for each way."""
+    program = [sys.executable, "-m", "benchmarks.flight", "--size", "1MB", "--rounds", "1"]
+    done = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 4
+    assert all(float(row[2]) > 0 for row in rows)
