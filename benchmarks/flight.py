@@ -50,7 +50,7 @@ class _MemoryServer(flight.FlightServerBase):
 
 def _table(size_bytes: int) -> pa.Table:
     rows = size_bytes // 8 // _COLUMNS
-    return pa.table({f"c{n}": np.arange(n, n + rows) for n in range(_COLUMNS)})
+    return pa.table({f"c{n}": pa.array(np.arange(n, n + rows)) for n in range(_COLUMNS)})
 
 
 def _serve(what: str, argument: str) -> None:
@@ -79,7 +79,10 @@ def _served(what: str, argument: str) -> Iterator[flight.FlightClient]:
 
 
 def _read(flights: flight.FlightClient, ticket: bytes, rows: int) -> None:
-    got = sum(chunk.data.num_rows for chunk in flights.do_get(flight.Ticket(ticket)))
+    got = 0
+    for chunk in flights.do_get(flight.Ticket(ticket)):
+        assert chunk.data is not None
+        got += chunk.data.num_rows
     assert got == rows, f"{got} rows came of {rows}"
 
 

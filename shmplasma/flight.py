@@ -246,10 +246,16 @@ def _fill(target: np.ndarray[Any, np.dtype[np.uint8]], chunks: Iterable[pa.Buffe
 
 def _chunks(reader: Iterable[Any]) -> Iterator[pa.Buffer]:
     for chunk in reader:
-        for value in chunk.data.column(0):
-            if not value.is_valid:
-                raise ValueError("a piece of an encoded object is null")
-            yield value.as_buffer()
+        column = chunk.data.column(0)
+        column.validate(full=True)  # its offsets are the sender's, and lead anywhere
+        if column.null_count:
+            raise ValueError("a piece of an encoded object is null")
+        _, ends, data = column.buffers()
+        if len(column):
+            # What is in a row lies in a row; its items, as scalars, would be copies.
+            width = np.int32 if column.type == pa.binary() else np.int64
+            bounds = np.frombuffer(ends, width)[column.offset : column.offset + len(column) + 1]
+            yield data.slice(int(bounds[0]), int(bounds[-1] - bounds[0]))
 
 
 # --- the client's end -----------------------------------------------------------------------------

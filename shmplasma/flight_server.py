@@ -105,7 +105,9 @@ class StoreFlightServer(flight.FlightServerBase):
                 receive(self._client, object_id, head, reader)
             else:
                 # How large it becomes in the segment is not known before all of it is there.
-                self._client.put(reader.read_all(), object_id)
+                table = reader.read_all()
+                table.validate(full=True)  # its offsets are the sender's, and lead anywhere
+                self._client.put(table, object_id)
 
     def get_flight_info(
         self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor
