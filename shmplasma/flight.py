@@ -192,7 +192,10 @@ def pieces(table: pa.Table) -> Iterator[pa.RecordBatch]:
 
 
 def receive(
-    client: PlasmaClient, object_id: ObjectID, head: Head, reader: Iterable[Any]
+    client: PlasmaClient,
+    object_id: ObjectID,
+    head: Head,
+    reader: Iterable[flight.FlightStreamChunk],
 ) -> pa.Buffer:
     """Store an object that comes in the encoded form, and return its data, which keeps it.
 
@@ -244,9 +247,11 @@ def _fill(target: np.ndarray[Any, np.dtype[np.uint8]], chunks: Iterable[pa.Buffe
         raise ValueError(f"{position} bytes came, and {target.size} were announced")
 
 
-def _chunks(reader: Iterable[Any]) -> Iterator[pa.Buffer]:
+def _chunks(reader: Iterable[flight.FlightStreamChunk]) -> Iterator[pa.Buffer]:
     for chunk in reader:
-        column = chunk.data.column(0)
+        if chunk.data is None:  # metadata of the sender's own
+            continue
+        column: Any = chunk.data.column(0)
         column.validate(full=True)  # its offsets are the sender's, and lead anywhere
         if column.null_count:
             raise ValueError("a piece of an encoded object is null")

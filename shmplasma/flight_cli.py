@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         token = None if options.no_token else _token(options.token_file)
         certificates = None
         if options.tls_cert is not None:
-            certificates = [(options.tls_cert.read_bytes(), options.tls_key.read_bytes())]
+            certificates = [(options.tls_cert.read_text(), options.tls_key.read_text())]
         with connect(options.socket) as client:
             scheme = "grpc" if certificates is None else "grpc+tls"
             server = StoreFlightServer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
 from pyarrow import flight
@@ -39,7 +39,7 @@ class StoreFlightServer(flight.FlightServerBase):
         Where to listen: ``grpc://HOST:PORT``, or ``grpc+tls://HOST:PORT``; port 0 for any that is free.
     token : str, optional
         What callers have to show, as ``authorization: Bearer TOKEN``.  Without one everybody is served.
-    tls_certificates : list of (bytes, bytes), optional
+    tls_certificates : list of (str, str), optional
         Certificate chain and key (PEM), for ``grpc+tls``.
     read_only : bool, optional
         Whether to refuse puts and deletes.
@@ -65,7 +65,7 @@ class StoreFlightServer(flight.FlightServerBase):
         location: str = "grpc://127.0.0.1:0",
         *,
         token: str | None = None,
-        tls_certificates: list[tuple[Any, Any]] | None = None,
+        tls_certificates: list[tuple[str, str]] | None = None,
         read_only: bool = False,
     ) -> None:
         self._client = client

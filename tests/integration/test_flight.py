@@ -315,6 +315,7 @@ def put_encoded(
     writer, _ = flights.do_put(command(object_id), schema)
     with writer:
         for piece in pieces:
+            writer.write_metadata(pa.py_buffer(b"the sender's own"))
             writer.write_batch(
                 pa.record_batch([pa.array([piece], pa.large_binary())], schema=schema)
             )
