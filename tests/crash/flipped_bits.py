@@ -1,7 +1,8 @@
 """A segment in which bits have flipped while no store looked after it.
 
 A store refuses a header that is damaged, and leaves the segment alone.  Whatever it makes of the rest, it must come
-up, be in order, and give nobody a byte that is not the object's.  An object's content follows from its id.  Run it by hand for as long as you like::
+up, be in order, and give nobody a byte that is not the object's.  An object's content follows from its id.  Run it
+by hand for as long as you like::
 
     python -m tests.crash.flipped_bits --count 10000
 """
