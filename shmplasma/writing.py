@@ -109,6 +109,7 @@ class Writing(Connected):
         metadata: bytes | bytearray,
         codec: int,
         *,
+        timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> pa.Buffer:
         """Make a new object to be filled with what `get_encoded` has returned, elsewhere perhaps.
@@ -116,7 +117,9 @@ class Writing(Connected):
         Otherwise as `create`.  Whether the bytes are what the codec says is found out by who gets the object.
         """
         session = self._live()
-        room = self._create(session, object_id, data_size, metadata, codec, keep=keep)
+        room = self._create(
+            session, object_id, data_size, metadata, codec, timeout_ms=timeout_ms, keep=keep
+        )
         return pa.py_buffer(room.data)
 
     def create_array(
