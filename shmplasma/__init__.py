@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shmplasma.errors import Holder, ShmPlasmaError
     from shmplasma.objects import ObjectID
     from shmplasma.serialization import SerializationContext, register_serializer
+    from shmplasma.store_ref import StoreRef
 
 __version__: Final = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "SerializationError",
     "ShmPlasmaError",
     "Store",
+    "StoreRef",
     "connect",
     "register_serializer",
     "start_plasma_store",
@@ -80,6 +82,7 @@ _HOMES: Final = {
     "shmplasma.errors": ("Holder", "ShmPlasmaError"),
     "shmplasma.objects": ("ObjectID",),
     "shmplasma.serialization": ("SerializationContext", "register_serializer"),
+    "shmplasma.store_ref": ("StoreRef",),
 }
 
 

@@ -27,6 +27,7 @@ from shmplasma.endpoint import Endpoint, default_socket_path
 from shmplasma.errors import AttachError, CommitError, EndpointError, LayoutError
 from shmplasma.layout import TOKEN_BYTES
 from shmplasma.orphans import sweep
+from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
 from shmplasma.server import Server
@@ -125,6 +126,7 @@ def _serve(options: argparse.Namespace) -> None:
                 recover=is_recovered,
                 may_be_replaced=options.owner is None,
                 client_limit_bytes=options.client_limit or 0,
+                ticket_seconds=options.ticket_seconds,
             )
             endpoint.write_note(segment.name.encode())
             on_failure.pop_all()
@@ -361,6 +363,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take over from the store that serves the socket; its clients lose nothing",
     )
+    add(
+        "--ticket-seconds",
+        type=_seconds,
+        default=TICKET_NS / 1e9,
+        metavar="SECONDS",
+        help="how long a reference that nobody has received outlives its sender, and keeps its object "
+        "from being evicted (default: 600)",
+    )
     add("-v", dest="verbose", action="store_true", help="log more")
     add(
         "--version",
@@ -381,6 +391,14 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        seconds = float(text)
+        if 0 <= seconds < 1e9:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write 600 or 0.5")
 
 
 def _directory(text: str) -> str:

@@ -18,6 +18,8 @@ from shmplasma.objects import ObjectID
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
 from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, Keep, List, SetOptions
+from shmplasma.serialization import SerializationContext
+from shmplasma.store_ref import Home, StoreRef, home_of
 from shmplasma.writing import MAX_SIZE, ObjectArray, Writing
 
 __all__ = ["ObjectArray", "ObjectInfo", "ObjectNotAvailable", "PlasmaClient", "connect"]
@@ -53,6 +55,55 @@ class PlasmaClient(Reading, Writing):
 
     Buffers and values that were got stay valid after `disconnect` and after the client has gone.
     """
+
+    _home: Home | None = None
+    """Kept once it was used: the next reference needs no new connection."""
+
+    def disconnect(self) -> None:
+        """Leave the store: what is not sealed goes; buffers and references stay valid.
+
+        May be called again.
+        """
+        super().disconnect()
+        self._home = None
+
+    # -- references ----------------------------------------------------------------------------
+
+    def put_ref(
+        self,
+        value: object,
+        memcopy_threads: int = 6,
+        serialization_context: SerializationContext | None = None,
+        *,
+        timeout_ms: float | None = 0,
+    ) -> StoreRef:
+        """Store a value and return a handle that owns it.
+
+        Parameters
+        ----------
+        value, memcopy_threads, serialization_context, timeout_ms
+            As for `put`.
+
+        Returns
+        -------
+        StoreRef
+            The object is deleted when this handle and all that came of it by pickling are gone, and not evicted
+            before.
+
+        Raises
+        ------
+        PlasmaStoreFull, SerializationError
+            As `put`.
+
+        Notes
+        -----
+        As `put`; over the connection that all references of this process to this store share.
+        """
+        home = self._home
+        if home is None:
+            self._live()
+            home = self._home = home_of(self._path)
+        return home.put_ref(value, memcopy_threads, serialization_context, timeout_ms)
 
     # -- the store -----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ on something not being there, and `shmplasma.store` comes back with it when all 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Final, assert_never
 
 from shmplasma.answers import Answers
@@ -14,7 +15,8 @@ from shmplasma.creations import Creations
 from shmplasma.effects import Descriptor
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Greeter, Session
-from shmplasma.layout import Layout
+from shmplasma.layout import REFERENCED, Layout
+from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
@@ -27,6 +29,7 @@ from shmplasma.requests import (
     AnswerNow,
     AskLease,
     Attach,
+    Bequeath,
     Contains,
     Create,
     Debug,
@@ -37,10 +40,14 @@ from shmplasma.requests import (
     Get,
     Grow,
     Hello,
+    Hold,
     Keep,
+    Lend,
     List,
     Post,
     Publish,
+    Redeem,
+    Release,
     Request,
     Role,
     Seal,
@@ -64,8 +71,10 @@ class Dispatch:
     ----------
     layout : Layout
         The segment's layout.
-    table, boards, room, objects, publishing, greeter, answers, creations, outgoing
+    table, boards, room, objects, publishing, greeter, answers, creations, ledger, outgoing
         The parts of the store that it joins.
+    heed_all : callable
+        ``heed_all(now_ns)`` reads all outboxes.
 
     Attributes
     ----------
@@ -84,7 +93,9 @@ class Dispatch:
         greeter: Greeter,
         answers: Answers,
         creations: Creations,
+        ledger: Ledger,
         outgoing: Outgoing,
+        heed_all: Callable[[int], object],
     ) -> None:
         self._layout = layout
         self._table = table
@@ -96,7 +107,9 @@ class Dispatch:
         self._sessions = greeter.sessions
         self._answers = answers
         self._creations = creations
+        self._ledger = ledger
         self._outgoing = outgoing
+        self._heed_all = heed_all
         self.unsettled: list[Unsettled] = []
 
     def request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
@@ -127,7 +140,15 @@ class Dispatch:
                 ):
                     raise ProtocolError("it seals what it was not told the place of")
                 entry = self._objects.seal(client, request.object_id, now_ns)
+                self._ledger.sealed(client, entry)
                 self._answers.announce(entry)
+                self._outgoing.reply(client, request_id, _DONE)
+            case Lend() | Redeem() | Release():
+                self._ledger.handle(client, request, now_ns)
+                self._outgoing.reply(client, request_id, _DONE)
+            case Hold() | Bequeath():
+                self._heed_all(now_ns)
+                self._ledger.handle(client, request, now_ns)
                 self._outgoing.reply(client, request_id, _DONE)
             case Get():
                 if not self._answers.get(client, request_id, request):
@@ -167,7 +188,7 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Done(), Descriptor.SEGMENT)
             case Detach():
                 session.detached = True
-                self.forget(client)
+                self.forget(client, now_ns)
                 self._publishing.end(client)
                 self._outgoing.reply(client, request_id, _DONE)
             case Hello() | Post():
@@ -220,14 +241,21 @@ class Dispatch:
             self._outgoing.reply(session.client, request_id, _DONE)
             return
         entry = self._publishing.publish(session.client, message, now_ns)
+        if message.codec & REFERENCED:
+            self._ledger.sealed(session.client, entry)
         self._answers.announce(entry)  # whoever has waited is told before the writer is
         self._outgoing.reply(session.client, request_id, _DONE)
 
-    def forget(self, client: int) -> None:
-        """Drop what a client waits for and what it has not sealed."""
+    def forget(self, client: int, now_ns: int) -> None:
+        """Drop what a client waits for, what it has not sealed, and what it holds."""
         self._answers.forget(client)
         self._creations.forget(client)
         self._objects.abort_all(client)
+        references = self._ledger.references
+        if references.is_ahead:
+            self._heed_all(now_ns)
+            references.forget_ahead()
+        references.forget_client(client, now_ns)
 
     def _list(self, start: int) -> Listing:
         holders = Counter(e for client in self._sessions for e in self._objects.held_by(client))
@@ -247,6 +275,7 @@ class Dispatch:
             self._boards,
             self._room,
             self._objects,
+            self._ledger.references,
             clients,
             self._creations.n_waiting,
         )

@@ -49,6 +49,9 @@ class Store:
     client_limit : int or str, optional
         What a client may hold or have unsealed that sets no limit of its own, as bytes or as a text; no limit if not
         given.
+    ticket_seconds : float, optional
+        How long a reference that nobody has received outlives its sender, and keeps its object from being
+        evicted.
 
     Attributes
     ----------
@@ -78,9 +81,10 @@ class Store:
         directory: str | None = None,
         huge_pages: bool = False,
         client_limit: int | str | None = None,
+        ticket_seconds: float = 600,
     ) -> None:
         size = parse_size(memory) if isinstance(memory, str) else index(memory)
-        arguments = ["-m", str(size)]
+        arguments = ["-m", str(size), "--ticket-seconds", str(ticket_seconds)]
         scratch = None
         if socket is None:
             scratch = Path(tempfile.mkdtemp(prefix="shmplasma-"))

@@ -50,6 +50,7 @@ __all__ = [
     "ID_FIELD",
     "LAYOUT_VERSION",
     "OUTBOX_BYTES",
+    "REFERENCED",
     "STATE_MASK",
     "TOKEN_BYTES",
     "ControlWord",
@@ -83,6 +84,9 @@ OUTBOX_BYTES: Final = 4096
 """One for each board, of which a client uses that of its first one (see `shmplasma.outbox`)."""
 CONTROL_BYTES: Final = 64
 """A cache line for each board, so that words to different clients do not share one."""
+
+REFERENCED: Final = 1 << 31
+"""The bit of an object's codec by which the object belongs to references (see `shmplasma.references`)."""
 
 GENERATION_SHIFT: Final = 8
 STATE_MASK: Final = (1 << GENERATION_SHIFT) - 1

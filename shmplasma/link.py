@@ -31,7 +31,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar, assert_never
 
@@ -53,14 +53,18 @@ from shmplasma.requests import (
     Detach,
     Flush,
     Hello,
+    Hold,
     Post,
+    Release,
     Request,
     Role,
     SetOptions,
 )
 from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
 
-__all__ = ["Link", "expect", "greet", "greet_again"]
+__all__ = ["HOLDS_A_REQUEST", "Link", "expect", "greet", "greet_again"]
+
+HOLDS_A_REQUEST: Final = 1 << 16
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.005
@@ -173,6 +177,8 @@ class Link:
         The connection at this moment.
     patience_seconds : float
         As given.
+    holds : weakref.WeakMethod or None
+        Returns the references that a store that comes back has to be told of (`shmplasma.references`).
 
     Notes
     -----
@@ -201,6 +207,7 @@ class Link:
         self._renew_wake = renew_wake
         self.patience_seconds = patience_seconds
         self._when_lost = when_lost
+        self.holds: weakref.WeakMethod[Callable[[], Sequence[tuple[bytes, int]]]] | None = None
         self._lost = False
         self._connecting = threading.Lock()
 
@@ -294,6 +301,23 @@ class Link:
             else:
                 return
 
+    def tell(self, request: Request) -> None:
+        """Send a one-way message, once more if its store has died.
+
+        Raises
+        ------
+        NotConnectedError
+            The store has gone.
+        """
+        while True:
+            channel = self.channel
+            try:
+                channel.send(request.KIND, request.encode())
+            except ConnectionError as error:
+                self.reconnect(channel, error)
+            else:
+                return
+
     def leave(self) -> None:
         """Drop what was not sealed and end all requests; a store that is not there is not waited for."""
         channel = self.channel
@@ -334,17 +358,29 @@ class Link:
                 renew_wake = self._renew_wake()
                 assert renew_wake is not None, "who calls the link keeps its owner"
                 renew_wake(exchange.take_descriptor())
-                channel = Channel(exchange.detach(), self._first_message())
+                told = self._held()
+                channel = Channel(exchange.detach(), self._first_message(told))
             except BaseException:
                 exchange.close()
                 raise
             # Others may use it from here on, so nothing here may close it.
             self.channel = channel
+            # What has been let go meanwhile has told the channel that was broken.
+            for hold in set(told).difference(self._held()):
+                channel.send_soon(Release.KIND, Release(*hold).encode())
 
-    def _first_message(self) -> bytes:
+    def _first_message(self, held: Sequence[tuple[bytes, int]]) -> bytes:
         """Return what a store that has come back is to be told before anything else."""
-        options = self.options
-        return b"" if options is None else encode_frame(options.KIND, ONE_WAY, options.encode())
+        requests: list[Request] = [] if self.options is None else [self.options]
+        requests += [
+            Hold(0, held[start : start + HOLDS_A_REQUEST])
+            for start in range(0, len(held), HOLDS_A_REQUEST)
+        ]
+        return b"".join(encode_frame(each.KIND, ONE_WAY, each.encode()) for each in requests)
+
+    def _held(self) -> Sequence[tuple[bytes, int]]:
+        holds = None if self.holds is None else self.holds()
+        return () if holds is None else holds()
 
     def _greet_again(self, reason: str) -> tuple[Exchange, Welcome]:
         """Introduce this client to the store that has come back, once it has."""

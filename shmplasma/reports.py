@@ -8,6 +8,7 @@ from typing import Final
 from shmplasma.layout import EntryState, Layout
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.pins import Boards
+from shmplasma.references import References
 from shmplasma.replies import NOTIFICATION, Listing, ListRecord
 from shmplasma.room import Room
 from shmplasma.table import Table
@@ -73,6 +74,7 @@ def describe(
     boards: Boards,
     room: Room,
     objects: Lifecycle,
+    references: References,
     clients: Sequence[str],
     n_waiting: int,
 ) -> str:
@@ -92,6 +94,9 @@ def describe(
             f"pinned objects: {len(held)}",
             f"objects that wait for a release: {objects.awaits_release}",
             f"requests that wait for room: {n_waiting}",
+            f"referenced objects: {len(references)}",
+            f"references: {references.n_holds}",
+            f"references on their way: {references.n_tickets}",
             f"evictions: {objects.evictions}",
             f"takes: {room.takes}",
             f"takes that met a pin: {room.takes_that_met_a_pin}",

@@ -19,6 +19,7 @@ __all__ = [
     "AnswerNow",
     "AskLease",
     "Attach",
+    "Bequeath",
     "Contains",
     "Create",
     "Debug",
@@ -29,10 +30,14 @@ __all__ = [
     "Get",
     "Grow",
     "Hello",
+    "Hold",
     "Keep",
+    "Lend",
     "List",
     "Post",
     "Publish",
+    "Redeem",
+    "Release",
     "Request",
     "Role",
     "Seal",
@@ -350,6 +355,110 @@ class Post(Empty):
     KIND: ClassVar[int] = 19
 
 
+_LEND: Final = Struct("<20sQI")
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """A reference is about to leave this client (see `shmplasma.references`); always in the outbox.
+
+    `receivers` is how many will redeem the ticket, 0 where nobody knows.
+    """
+
+    KIND: ClassVar[int] = 40
+    object_id: bytes
+    ticket: int
+    receivers: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _LEND.pack(self.object_id, self.ticket, self.receivers)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Lend:
+        """Return the message of a body."""
+        return cls(*_LEND.unpack(body))
+
+
+_REDEEM: Final = Struct("<20sQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Redeem:
+    """A reference has arrived: this client holds the object under `number`; one-way."""
+
+    KIND: ClassVar[int] = 41
+    object_id: bytes
+    ticket: int
+    number: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _REDEEM.pack(self.object_id, self.ticket, self.number)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Redeem:
+        """Return the message of a body."""
+        return cls(*_REDEEM.unpack(body))
+
+
+_HOLD: Final = Struct("<20sQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The client does not hold the object under `number` any more; one-way."""
+
+    KIND: ClassVar[int] = 42
+    object_id: bytes
+    number: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _HOLD.pack(self.object_id, self.number)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Release:
+        """Return the message of a body."""
+        return cls(*_HOLD.unpack(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What this client holds, and the ticket by which it came to it, 0 for none."""
+
+    KIND: ClassVar[int] = 43
+    ticket: int
+    holds: Sequence[tuple[bytes, int]]
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _LEASE.pack(self.ticket) + b"".join(_HOLD.pack(*hold) for hold in self.holds)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Hold:
+        """Return the message of a body."""
+        (ticket,) = _LEASE.unpack(body[:8])
+        return cls(ticket, [*_HOLD.iter_unpack(body[8:])])
+
+
+@dataclass(frozen=True, slots=True)
+class Bequeath:
+    """Lend all that this client holds, by one ticket, to a child that is about to be forked."""
+
+    KIND: ClassVar[int] = 44
+    ticket: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _LEASE.pack(self.ticket)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Bequeath:
+        """Return the message of a body."""
+        return cls(*_LEASE.unpack(body))
+
+
 @dataclass(frozen=True, slots=True)
 class Keep:
     """Say of objects whether they are never to be evicted; all of them have to be there."""
@@ -405,12 +514,18 @@ Request = (
     | Flush
     | Post
     | Keep
+    | Lend
+    | Redeem
+    | Release
+    | Hold
+    | Bequeath
 )
 
+Posted = Publish | Seal | Abort | Lend
+"""What may come by way of an outbox."""
+
 _KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}
-_POSTED: Final[dict[int, type[Publish | Seal | Abort]]] = {
-    cls.KIND: cls for cls in (Publish, Seal, Abort)
-}
+_POSTED: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 
 
 def decode_request(frame: Frame) -> Request:
@@ -418,6 +533,6 @@ def decode_request(frame: Frame) -> Request:
     return decode_message(_KINDS, frame)
 
 
-def decode_posted(kind: int, body: bytes) -> Publish | Seal | Abort:
+def decode_posted(kind: int, body: bytes) -> Posted:
     """Return what a record of an outbox says; raise ProtocolError when it says nothing."""
     return decode_message(_POSTED, Frame(kind, ONE_WAY, body))

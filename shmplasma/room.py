@@ -97,6 +97,7 @@ class Room:
         self._visited = visited
         self._cached_bytes = 0
         self._kept: set[int] = set()
+        self._protected: set[int] = set()
         self.takes = 0
         self.takes_that_met_a_pin = 0
         self._watermark = self._start
@@ -220,6 +221,18 @@ class Room:
         """The entries of sealed objects that are never evicted."""
         return self._kept
 
+    def protect(self, entry: int, protect: bool) -> None:
+        """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays."""
+        if protect:
+            self._protected.add(entry)
+        else:
+            self._protected.discard(entry)
+
+    @property
+    def protected(self) -> AbstractSet[int]:
+        """The entries of sealed objects that are not evicted for now."""
+        return self._protected
+
     def read(self, entry: int) -> None:
         """Take note that the object was read."""
         self._visited[entry] = 1
@@ -253,6 +266,7 @@ class Room:
                 table.set_state(entry, state)
                 continue
             self._forget(entry)
+            self._protected.discard(entry)
             table.unlink(entry)
             self.free(entry)
             taken.append(entry)
@@ -284,7 +298,7 @@ class Room:
         freed, evicted = 0, list[bytes]()
         batch: list[int] = []
         batch_bytes = 0
-        pinned = self._boards.pinned()
+        held = self._boards.pinned() | self._protected
 
         def spare() -> list[int]:
             """Take out of the batch what it does without, what would be last to go first."""
@@ -307,7 +321,7 @@ class Room:
             return sum(map(measure, taken))
 
         for entry in self._queue.sweep():
-            if entry in pinned:
+            if entry in held:
                 continue
             batch.append(entry)
             batch_bytes += measure(entry)
@@ -331,10 +345,10 @@ class Room:
         return self._boards.pinned()
 
     def _evictable_bytes(self) -> int:
-        pinned = sum(
-            self._extent_bytes(entry) for entry in self._boards.pinned() if entry in self._queue
+        held = self._boards.pinned() | self._protected
+        return self._cached_bytes - sum(
+            self._extent_bytes(entry) for entry in held if entry in self._queue
         )
-        return self._cached_bytes - pinned
 
     # -- commitment ----------------------------------------------------------------------------
 
@@ -437,6 +451,7 @@ class Room:
                 queued += 1
         self._allocator.check(used)
         self._queue.check()
+        assert all(entry in self._queue or entry in self._kept for entry in self._protected)
         assert queued == len(self._queue), "the queue holds what is not there"
         assert n_kept == len(self._kept), "something is kept that is not there"
         assert cached == self._cached_bytes, "the sum of evictable bytes is wrong"

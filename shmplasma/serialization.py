@@ -28,6 +28,7 @@ from shmplasma.codecs import (
     SerializationError,
     copy_into,
 )
+from shmplasma.layout import REFERENCED
 from shmplasma.pickling import (
     BUILT_IN,
     PROTOCOL,
@@ -298,6 +299,8 @@ def deserialize(buffer: pa.Buffer, codec: int, context: SerializationContext | N
         raise DeserializationError(
             f"the object cannot be read here: {type(error).__name__}: {error}"
         ) from error
+    if codec & REFERENCED:
+        return deserialize(buffer, codec & ~REFERENCED, context)
     raise DeserializationError(
         f"the object has the unknown codec {codec}: another release of shmplasma wrote it; "
         "run the same release in its writers and readers"

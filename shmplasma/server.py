@@ -29,6 +29,7 @@ from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.exits import Exits, close_descriptor
 from shmplasma.protocol import ONE_WAY, SPIN_NS, encode_frame
 from shmplasma.reception import Reception
+from shmplasma.references import TICKET_NS
 from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
 from shmplasma.store import ObjectStore
@@ -87,6 +88,8 @@ class Server:
         Whether another store of the same user may take over.
     client_limit_bytes : int
         What a client may hold that has no limit of its own; 0 for no limit.
+    ticket_seconds : float
+        How long a reference that is not received is kept (see `shmplasma.references`).
 
     Attributes
     ----------
@@ -113,6 +116,7 @@ class Server:
         recover: bool = False,
         may_be_replaced: bool = True,
         client_limit_bytes: int = 0,
+        ticket_seconds: float = TICKET_NS / 1e9,
     ) -> None:
         self._segment = segment
         self._path = socket_path
@@ -127,6 +131,7 @@ class Server:
             segment.name.path,
             _SegmentMemory(segment),
             client_limit_bytes,
+            round(ticket_seconds * 1e9),
         )
         self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
@@ -190,20 +195,26 @@ class Server:
                         key.data()
                 if self._backlog:
                     self._process_backlog(_FRAMES_A_TURN)
-                if self._store.has_unsettled:
-                    self._settle()
-                if self._store.is_to_stop_polling:
-                    self._carry_out(self._store.stop_polling(time.time_ns()))
-                if self._store.has_waiters:
-                    now = time.monotonic_ns(), time.time_ns()
-                    self._carry_out(self._store.offer_room(*now))
-                if self._awaited:
-                    self._drop_the_slow()
-                if not events or self._store.has_urgent_work:
-                    self._advance(idle=not events)
+                self._finish_turn(idle=not events)
         finally:
             if not self.is_handed_over:
                 self.close()
+
+    def _finish_turn(self, *, idle: bool) -> None:
+        """Do what messages, time, or the want of both have made due."""
+        store = self._store
+        if store.next_due_ns is not None:
+            store.expire(time.time_ns())
+        if store.has_unsettled:
+            self._settle()
+        if store.is_to_stop_polling:
+            self._carry_out(store.stop_polling(time.time_ns()))
+        if store.has_waiters:
+            self._carry_out(store.offer_room(time.monotonic_ns(), time.time_ns()))
+        if self._awaited:
+            self._drop_the_slow()
+        if idle or store.has_urgent_work:
+            self._advance(idle=idle)
 
     def close(self) -> None:
         """Close all connections; what their clients have is theirs still if another store takes over."""
@@ -262,6 +273,8 @@ class Server:
             timeouts.append(_LOOK_AT_AWAITED_SECONDS)
         if (deadline_ns := store.deadline_ns) is not None:
             timeouts.append(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9))
+        if store.next_due_ns is not None:
+            timeouts.append(max(0.001, (store.next_due_ns - time.time_ns()) / 1e9))
         return min(timeouts, default=None)
 
     # -- connections ---------------------------------------------------------------------------

@@ -212,6 +212,18 @@ class Session:
         """
         self._link.post(kind, body)
 
+    def tell(self, request: Request) -> None:
+        """Send a one-way message; errors as `post`."""
+        self._link.tell(request)
+
+    def tell_soon(self, request: Request) -> None:
+        """Send a one-way message from a finalizer."""
+        self._link.channel.send_soon(request.KIND, request.encode())
+
+    def restate(self, holds: weakref.WeakMethod[Callable[[], Sequence[tuple[bytes, int]]]]) -> None:
+        """Have a store that comes back told of what `holds` returns."""
+        self._link.holds = holds
+
     def abort(self, object_id: bytes) -> None:
         """Ask for an object to be removed that this client has not sealed; errors as `Link.abort`."""
         self._link.abort(object_id)

@@ -34,12 +34,14 @@ from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.leases import Leases
+from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
 from shmplasma.outbox import RECORDS, Polling, read_record
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, Frame
 from shmplasma.publishing import Publishing
+from shmplasma.references import TICKET_NS
 from shmplasma.refusals import Refusals
 from shmplasma.requests import (
     Hello,
@@ -73,6 +75,8 @@ class ObjectStore:
         Commits pages and issues barriers.
     client_limit_bytes : int, optional
         What a client may hold that has no limit of its own; 0 for no limit.
+    ticket_ns : int, optional
+        As for `shmplasma.references.References`.
 
     Notes
     -----
@@ -89,6 +93,7 @@ class ObjectStore:
         segment_path: str,
         memory: Memory,
         client_limit_bytes: int = 0,
+        ticket_ns: int = TICKET_NS,
     ) -> None:
         self._layout = layout
         self._memory = memory
@@ -108,9 +113,10 @@ class ObjectStore:
             self._room,
             leases,
             memory,
-            self._outgoing.gone,
+            self._gone,
         )
         self._publishing = Publishing(self._table, self._room, leases, self._objects, memory)
+        self._ledger = Ledger(self._table, self._room, self._objects, ticket_ns)
         self._greeter = Greeter(
             layout,
             token,
@@ -152,10 +158,17 @@ class ObjectStore:
             self._greeter,
             self._answers,
             self._creations,
+            self._ledger,
             self._outgoing,
+            self._heed_all,
         )
         self._polling = Polling(words, memory.barrier, possible=memory.has_barrier)
         self._latest = -1
+        self._now_ns = 0
+
+    def _gone(self, object_id: bytes) -> None:
+        self._ledger.references.forget_object(object_id)
+        self._outgoing.gone(object_id)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -190,6 +203,7 @@ class ObjectStore:
 
     def disconnect(self, client: int, now_ns: int) -> Sequence[Effect]:
         """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
+        self._now_ns = now_ns
         session = self._greeter.sessions[client]
         if session.role is Role.CLIENT and not session.detached:
             try:
@@ -199,8 +213,9 @@ class ObjectStore:
         del self._greeter.sessions[client]
         self._outgoing.subscribers.discard(client)
         self._boards.revoke(client)
-        self._dispatch.forget(client)
+        self._dispatch.forget(client, now_ns)
         self._publishing.end(client)
+        self._note_who_came_back()
         return self.wake()
 
     def expel(self, client: int) -> bool:
@@ -221,7 +236,7 @@ class ObjectStore:
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
         """Carry out one request and return what is to be done."""
         session = self._greeter.sessions[client]
-        self._latest = client
+        self._latest, self._now_ns = client, now_ns
         try:
             request = decode_request(frame)
             if session.detached:
@@ -230,7 +245,10 @@ class ObjectStore:
             if type(request) is Hello:
                 self._greeter.hello(session, frame.request_id, request)
             elif session.claims is not None:
-                return self.handle(self._greeter.resume(session), frame, now_ns)
+                number = self._greeter.resume(session)
+                effects = self.handle(number, frame, now_ns)
+                self._note_who_came_back()
+                return effects
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
@@ -260,8 +278,8 @@ class ObjectStore:
 
         Some may have to wait once more: see `has_unsettled`.
         """
-        unsettled = list(unsettled)
-        self._heed_all(max((each[-1] for each in unsettled), default=0))
+        self._heed_all(self._now_ns)
+        self._ledger.delete_nobodys()
         self._publishing.take_idle()
         for client, request_id, request, now_ns in unsettled:
             session = self._greeter.sessions.get(client)
@@ -288,8 +306,8 @@ class ObjectStore:
 
     @property
     def has_unsettled(self) -> bool:
-        """Whether requests wait until all outboxes are read."""
-        return bool(self._dispatch.unsettled)
+        """Whether something waits until all outboxes are read."""
+        return bool(self._dispatch.unsettled) or self._ledger.references.has_suspects
 
     @property
     def polls(self) -> bool:
@@ -367,6 +385,23 @@ class ObjectStore:
         self._objects.wake()
         return self._outgoing.take()
 
+    # -- references ----------------------------------------------------------------------------
+
+    @property
+    def next_due_ns(self) -> int | None:
+        """When `expire` is to be called; None if not for the sake of time."""
+        return self._ledger.references.next_due_ns
+
+    def expire(self, now_ns: int) -> None:
+        """Let references that were never received come to their end; `settle` has to follow."""
+        self._now_ns = now_ns
+        self._ledger.references.expire(now_ns)
+
+    def _note_who_came_back(self) -> None:
+        """See whether a client that the dead store had is still waited for."""
+        if not any(session.awaited for session in self._greeter.sessions.values()):
+            self._ledger.references.all_came_back(self._now_ns)
+
     # -- recovering ----------------------------------------------------------------------------
 
     def recover(
@@ -394,7 +429,9 @@ class ObjectStore:
         CommitError
             Memory that was there before cannot be had any more.
         """
+        self._now_ns = now_ns
         found = self._objects.recover()
+        self._ledger.recover({*found.cached, *found.kept} - found.doomed)
         for board, owner in found.owners.items():
             session = Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
             session.board, session.awaited = board, True
@@ -410,6 +447,7 @@ class ObjectStore:
         for session in tuple(self._greeter.sessions.values()):
             if not is_alive(session.pid, session.start_time):
                 self.disconnect(session.client, now_ns)
+        self._note_who_came_back()
         pids = {session.client: session.pid for session in self._greeter.sessions.values()}
         summary = (
             f"{len(found.cached) + len(found.kept)} objects, {len(found.created)} unsealed, {n_posted} announced "
@@ -503,3 +541,4 @@ class ObjectStore:
         self._objects.check()
         self._answers.check()
         self._creations.check()
+        self._ledger.references.check()

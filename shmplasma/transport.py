@@ -28,6 +28,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -183,6 +184,7 @@ class Channel:
         self._sending = threading.Lock()
         self._reading = threading.Lock()
         self._outgoing: tuple[bytes, list[int]] = (first, [])
+        self._later: deque[bytes] = deque()
         self._received: list[bytes] = []
         self._ids = itertools.count()
         self._replies: dict[int, Frame] = {}
@@ -197,6 +199,23 @@ class Channel:
     def send(self, kind: int, body: bytes) -> None:
         """Send a one-way message."""
         self._send(encode_frame(kind, ONE_WAY, body))
+
+    def send_soon(self, kind: int, body: bytes) -> None:
+        """Send a one-way message from a finalizer, which may have come in the middle of another one.
+
+        It takes no lock that somebody has: whoever is sending sends it afterwards.  Nobody is told that the other
+        end has gone.
+        """
+        self._later.append(encode_frame(kind, ONE_WAY, body))
+        self._send_later()
+
+    def _send_later(self) -> None:
+        while self._later and self._sending.acquire(blocking=False):
+            try:
+                with suppress(ConnectionError):
+                    self._push(b"")
+            finally:
+                self._sending.release()
 
     def new_request(self) -> int:
         """Return an id for a request that is about to be sent."""
@@ -220,6 +239,7 @@ class Channel:
                 return False
             if outbox.is_to_be_announced:
                 self._push(_POST)
+        self._send_later()
         return True
 
     def offer(self, messages: list[bytes]) -> bool:
@@ -236,13 +256,17 @@ class Channel:
             return self._push(data, socket.MSG_DONTWAIT)
         finally:
             self._sending.release()
+            self._send_later()
 
     def _send(self, data: bytes) -> None:
         with self._sending:
             self._push(data)
+        self._send_later()
 
     def _push(self, data: bytes, flags: int = 0) -> bool:
-        """Send, holding the lock; tell whether all was sent."""
+        """Send this, and before it what waits, holding the lock; tell whether all was sent."""
+        while self._later:
+            data = self._later.popleft() + data
         if self._error:
             raise ConnectionError(self._error)
         unsent, sent = self._outgoing

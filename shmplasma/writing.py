@@ -312,9 +312,12 @@ class Writing(Connected):
         threads: int,
         *,
         timeout_ms: float | None,
-        keep: bool,
+        keep: bool = False,
+        flags: int = 0,
+        fresh: bool = False,
     ) -> ObjectID:
         """Store a payload: in the lease if it is small, else in room that a round trip gets."""
+        codec = payload.codec | flags
         session = self._session or self._live()
         target_id = ObjectID.from_random() if object_id is None else checked(object_id)
         if session.leasing is not None:
@@ -325,9 +328,9 @@ class Writing(Connected):
                     room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
                     room = room[:data_size]
                 payload.write(room, threads)
-                fields = target_id.id_bytes, offset, data_size, metadata_size, payload.codec, keep
+                fields = target_id.id_bytes, offset, data_size, metadata_size, codec, keep
                 # A fresh id cannot be taken; for another one the store has to decide.
-                if object_id is None:
+                if fresh or object_id is None:
                     session.post(_PUBLISH, PUBLISH.pack(*fields))
                 else:
                     session.call(Publish._make(fields), Done)
@@ -336,7 +339,7 @@ class Writing(Connected):
                 return target_id
         size = payload.size_bytes
         target = self._create(
-            session, target_id, size, metadata, payload.codec, timeout_ms=timeout_ms, keep=keep
+            session, target_id, size, metadata, codec, timeout_ms=timeout_ms, keep=keep
         )
         with self._completing(session, target_id):
             payload.write(target, threads)

@@ -36,13 +36,12 @@ from shmplasma.replies import (
 )
 from shmplasma.reports import list_objects
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     Create,
     Get,
     Hello,
     Post,
-    Publish,
+    Posted,
     Request,
     Role,
     Seal,
@@ -166,12 +165,12 @@ class Peer:
         """Send a one-way message as a frame of its own, whatever a real client would do."""
         self._conversation.deliver(self, request, ONE_WAY)
 
-    def write(self, message: Publish | Seal | Abort) -> None:
+    def write(self, message: Posted) -> None:
         """Post something as clients do: a record, and a message which says that there is one."""
         self.write_silently(message)
         self.tell(Post())
 
-    def write_silently(self, message: Publish | Seal | Abort) -> None:
+    def write_silently(self, message: Posted) -> None:
         """Write a record, and be interrupted before the message that says so."""
         assert self.outbox.append(message.KIND, message.encode())
 
@@ -202,9 +201,11 @@ class Peer:
 
     # -- objects -------------------------------------------------------------------------------
 
-    def new(self, object_id: bytes, data_size: int = 64, metadata_size: int = 0) -> Create:
+    def new(
+        self, object_id: bytes, data_size: int = 64, metadata_size: int = 0, codec: int = 0
+    ) -> Create:
         """Return a request for a new object, with a slot that is free."""
-        return Create(object_id, data_size, metadata_size, 0, self.free_slots.pop())
+        return Create(object_id, data_size, metadata_size, codec, self.free_slots.pop())
 
     def create(self, object_id: bytes, data_size: int = 64, metadata_size: int = 0) -> int:
         """Create an object and return the slot that pins it."""
@@ -325,6 +326,12 @@ class Conversation:
     def poll(self) -> None:
         """Have the store look into the outboxes."""
         self.carry_out(self.store.poll(self.now_ns))
+
+    def later(self, seconds: float) -> None:
+        """Let time pass, and the store do what it then has to do."""
+        self.now_ns += round(seconds * 1e9)
+        self.store.expire(self.now_ns)
+        self.turn()
 
     def wake(self) -> None:
         """Have the store look for releases."""

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, get_args
 
 from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError, ProtocolError
-from shmplasma.layout import BOARD_WORDS, ID_BYTES
+from shmplasma.layout import BOARD_WORDS, ID_BYTES, REFERENCED
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
@@ -256,7 +256,11 @@ def _valid(kind: type[Any], rng: random.Random, board: int, lease: Leased | None
         "timeout_ns": rng.choice((0, 0, 1, 10**6, -1)),
         "data_size": size,
         "metadata_size": rng.choice((0, 0, 0, 7)),
-        "codec": rng.randrange(4),
+        "codec": rng.randrange(4) | rng.choice((0, REFERENCED)),
+        "holds": [(rng.choice(_IDS), rng.randrange(4)) for _ in range(count)],
+        "ticket": rng.randrange(8),
+        "number": rng.randrange(4),
+        "receivers": rng.randrange(3),
         "offset": start + rng.randrange(0, room, 64),
         "request_id": rng.randrange(1, 40),
         "size_bytes": rng.choice((0, 1, 10_000)),

@@ -1,0 +1,364 @@
+"""Handles that own an object of a store: `StoreRef` (`shmplasma.references` has the argument).
+
+All handles of one process to one store stand on one connection, the process's *home* at that store, whatever client
+they were made by.  It is made when the first of them is, and closed with the last; so a handle outlives the client that
+made it, and one that is unpickled needs none.  A handle tells the store when it begins and when it ends, by messages
+that nobody waits for.
+
+Two words are to be kept in step when a store dies: what this process holds, and what the store was told.  `Home._held` has the
+first.  A hold is in it before the store is told that it begins, and is taken out before the store is told that it ends;
+who connects to a successor tells it all of `_held`, and then the end of whatever is not in it any more
+(`shmplasma.link`).
+
+A forked child has the handles of its parent, and becomes their holder at once, by a connection of its own.  What another thread
+of the parent receives and drops again while the process forks is not protected for the child.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, Final, Self
+
+from shmplasma.arrow_errors import PlasmaObjectNotFound
+from shmplasma.connected import DEFAULT_RETRIES
+from shmplasma.errors import ShmPlasmaError
+from shmplasma.layout import REFERENCED
+from shmplasma.link import HOLDS_A_REQUEST
+from shmplasma.objects import ObjectID
+from shmplasma.reading import ObjectNotAvailable, Reading
+from shmplasma.replies import Done
+from shmplasma.requests import Bequeath, Hold, Lend, Redeem, Release
+from shmplasma.serialization import SerializationContext, serialize
+from shmplasma.session import Session
+from shmplasma.writing import Writing
+
+__all__ = ["Home", "Loan", "StoreRef", "home_of"]
+
+
+class Home(Reading, Writing):
+    """What all handles of this process to one store stand on; use `home_of`.
+
+    Parameters
+    ----------
+    path : str
+        The store's socket.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._held: set[tuple[bytes, int]] = set()
+        self._numbers = count(1)
+        self._ticket = 0
+        super().__init__(path, DEFAULT_RETRIES)
+
+    def _open(self, num_retries: int) -> Session:
+        session = super()._open(num_retries)
+        session.restate(weakref.WeakMethod(self._holds))
+        holds = self._holds()
+        for start in range(0, len(holds), HOLDS_A_REQUEST):
+            session.call(Hold(self._ticket, holds[start : start + HOLDS_A_REQUEST]), Done)
+        self._ticket = 0
+        return session
+
+    def _holds(self) -> Sequence[tuple[bytes, int]]:
+        return tuple(self._held)
+
+    def put_ref(
+        self,
+        value: object,
+        threads: int,
+        context: SerializationContext | None,
+        timeout_ms: float | None = 0,
+    ) -> StoreRef:
+        """Store a value and return what owns it; errors as `PlasmaClient.put`."""
+        payload = serialize(value, context)
+        ref = StoreRef(self, ObjectID.from_random(), 0)
+        try:
+            self._put(
+                payload,
+                ref.object_id,
+                b"",
+                threads,
+                timeout_ms=timeout_ms,
+                flags=REFERENCED,
+                fresh=True,
+            )
+        except BaseException:
+            ref.release()
+            raise
+        return ref
+
+    def begin(self, object_id: ObjectID, number: int) -> None:
+        """Take note of a handle."""
+        self._held.add((object_id.id_bytes, number))
+
+    def end(self, object_id: ObjectID, number: int) -> bool:
+        """Tell the store that a handle has ended; False if it had ended before.  For finalizers, too."""
+        hold = object_id.id_bytes, number
+        try:
+            self._held.remove(hold)
+        except KeyError:
+            return False
+        session = self._session
+        if session is not None:
+            session.tell_soon(Release(*hold))
+        return True
+
+    def lend(self, object_id: ObjectID, receivers: int) -> int:
+        """Announce that a handle is to leave this process; return its ticket."""
+        ticket = _new_ticket()
+        self._live().post(Lend.KIND, Lend(object_id.id_bytes, ticket, receivers).encode())
+        return ticket
+
+    def receive(self, object_id: ObjectID, ticket: int) -> StoreRef:
+        """Return a handle that has come with a ticket."""
+        number = next(self._numbers)
+        ref = StoreRef(self, object_id, number)
+        self._live().tell(Redeem(object_id.id_bytes, ticket, number))
+        return ref
+
+    def bequeath(self) -> int:
+        """Lend all that this process holds to a child; return the ticket, 0 where there is nothing to lend."""
+        session = self._session
+        if session is None or not self._held:
+            return 0
+        ticket = _new_ticket()
+        session.call(Bequeath(ticket), Done)
+        return ticket
+
+    def inherit(self, ticket: int) -> None:
+        """Hold, in a forked child, what the parent has lent."""
+        self._ticket = ticket
+        self._live()
+
+
+class StoreRef:
+    """A handle that owns an object of a store; made by `PlasmaClient.put_ref`.
+
+    The object stays as long as anybody has a handle of it, in whatever process; it is neither evicted nor deleted before, and is
+    deleted when the last is gone.  A handle can be pickled, and so be sent to any process of the machine by whatever
+    takes pickles; one that is on its way counts.
+
+    Attributes
+    ----------
+    object_id : ObjectID
+        The object's name, for whoever has a client.
+
+    Notes
+    -----
+    Thread-safe, and safe to fork.  A context manager: leaving it releases the handle.
+
+    What is on its way and never received counts until 600 seconds (``--ticket-seconds`` of the store) after the process
+    that sent it has gone; from 600 seconds after it was sent it does not keep the object from being evicted.
+    """
+
+    __slots__ = ("__weakref__", "_home", "_number", "object_id")
+
+    def __init__(self, home: Home, object_id: ObjectID, number: int) -> None:
+        self._home = home
+        self._number = number
+        self.object_id: Final = object_id
+        home.begin(object_id, number)
+
+    @property
+    def store_socket_name(self) -> str:
+        """The path of the store's socket."""
+        return self._home.store_socket_name
+
+    def get(self, serialization_context: SerializationContext | None = None) -> Any:
+        """Return the object's value.
+
+        Parameters
+        ----------
+        serialization_context : SerializationContext, optional
+            As for `PlasmaClient.put`.
+
+        Returns
+        -------
+        object
+            Arrays in it are read-only and lie in the store; they are good for as long as they live, also when
+            the handle has gone.
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            The object was deleted, or lost with its store.
+        ValueError
+            This handle was released.
+
+        Notes
+        -----
+        No message, as for `PlasmaClient.get`.
+        """
+        self._check()
+        value = self._home.get(self.object_id, 0, serialization_context)
+        if value is ObjectNotAvailable:
+            raise PlasmaObjectNotFound(
+                f"the object {self.object_id.binary().hex()} of this reference is gone: it was deleted, or its store was "
+                "started anew, or this is a second copy of a reference that nobody held meanwhile; put the "
+                "value again, and keep a reference until all copies have arrived, or send ref.lend(receivers)"
+            )
+        return value
+
+    def lend(self, receivers: int) -> Loan:
+        """Return what is to be sent in place of the handle if it is pickled once and unpickled so many times.
+
+        A handle itself may be unpickled more than once as well; but then the object stays only while somebody
+        has a handle, and for 5 seconds after each unpickling.
+
+        Parameters
+        ----------
+        receivers : int
+            How often the pickle will be unpickled; each time it becomes a handle.
+
+        Raises
+        ------
+        ValueError
+            `receivers` is below 1.
+        """
+        self._check()
+        if not 1 <= receivers < 1 << 32:
+            raise ValueError(f"a reference cannot be lent to {receivers} receivers")
+        return Loan(self, receivers)
+
+    def release(self) -> None:
+        """Let go of the object, as the end of the handle does; may be called again."""
+        self._home.end(self.object_id, self._number)
+        self._number = -1
+
+    def _check(self) -> None:
+        if self._number < 0:
+            raise ValueError("this reference was released; put the value again, or keep it longer")
+
+    def reduce(self, receivers: int) -> tuple[Any, ...]:
+        """Return what a pickle for so many receivers holds, 0 if nobody knows; it has to leave this process."""
+        self._check()
+        home, object_id = self._home, self.object_id
+        ticket = home.lend(object_id, receivers)
+        return _receive, (home.store_socket_name, object_id.binary(), ticket)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduce(0)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoreRef) and self.object_id == other.object_id
+
+    def __hash__(self) -> int:
+        return hash(self.object_id)
+
+    def __repr__(self) -> str:
+        return (
+            f"StoreRef({self.object_id.binary().hex()[:12]}...{', released' * (self._number < 0)})"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self._home.end(self.object_id, self._number)
+
+
+class Loan:
+    """A `StoreRef` that is to be unpickled a known number of times; see `StoreRef.lend`."""
+
+    __slots__ = ("_receivers", "_ref")
+
+    def __init__(self, ref: StoreRef, receivers: int) -> None:
+        self._ref = ref
+        self._receivers = receivers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._ref.reduce(self._receivers)
+
+
+def home_of(path: str) -> Home:
+    """Return this process's home at the store of a socket, made if there is none.
+
+    Raises
+    ------
+    NotConnectedError
+        No store answers there.
+    """
+    path = os.path.abspath(path)
+    with _registry.lock:
+        home = _registry.homes.get(path)
+        if home is None:
+            home = _registry.homes[path] = Home(path)
+        return home
+
+
+def _receive(path: str, object_id: bytes, ticket: int) -> StoreRef:
+    """Return the handle of a pickle, which names this function."""
+    return home_of(path).receive(ObjectID(object_id), ticket)
+
+
+def _new_ticket() -> int:
+    return int.from_bytes(os.urandom(8), "little") | 1
+
+
+class _Registry:
+    """The homes of this process, by path; each lasts as long as somebody has it."""
+
+    def __init__(self) -> None:
+        self.homes: weakref.WeakValueDictionary[str, Home] = weakref.WeakValueDictionary()
+        self.lock = threading.Lock()
+        self.lent: list[tuple[Home, int]] = []
+
+    def before_fork(self) -> None:
+        """Lend a child what this process holds."""
+        for home in list(self.homes.values()):
+            try:
+                ticket = home.bequeath()
+            except (ShmPlasmaError, OSError) as error:
+                _warn(error)
+                continue
+            if ticket:
+                self.lent.append((home, ticket))
+
+    def after_fork_in_parent(self) -> None:
+        """Forget what was lent."""
+        self.lent.clear()
+
+    def after_fork_in_child(self) -> None:
+        """Hold what was lent."""
+        self.lock = threading.Lock()
+        lent, self.lent = self.lent, []
+        for home, ticket in lent:
+            try:
+                home.inherit(ticket)
+            except (ShmPlasmaError, OSError) as error:
+                _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"references that the child inherits are not held by it, as no store answers: {error}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+_registry: Final = _Registry()
+
+os.register_at_fork(
+    before=_registry.before_fork,
+    after_in_parent=_registry.after_fork_in_parent,
+    after_in_child=_registry.after_fork_in_child,
+)

@@ -1,0 +1,399 @@
+"""References between real processes: whoever holds one has the object, and the last one takes it along."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shmplasma import (
+    ObjectID,
+    PlasmaClient,
+    PlasmaObjectNotFound,
+    PlasmaStoreFull,
+    Store,
+    connect,
+)
+from tests.clients import figure
+from tests.processes import Child, in_forked_child, until
+
+RECEIVER = """
+    import pickle, sys
+
+    for line in sys.stdin:
+        command, _, rest = line.strip().partition(" ")
+        if command == "take":
+            ref = pickle.loads(bytes.fromhex(rest))
+        elif command == "get":
+            print(int(ref.get().sum()), flush=True)
+        elif command == "send":
+            print(pickle.dumps(ref).hex(), flush=True)
+        elif command == "drop":
+            del ref
+            print("dropped", flush=True)
+        elif command == "put":
+            import numpy as np, shmplasma
+            ref = shmplasma.connect(rest).put_ref(np.arange(1000))
+            print(ref.object_id.binary().hex(), flush=True)
+"""
+
+
+def gone(client: PlasmaClient, object_id: ObjectID) -> None:
+    """Wait until an object has gone."""
+    until(lambda: object_id not in client.list(), "the object has gone")
+
+
+@contextmanager
+def short_store() -> Iterator[tuple[Store, PlasmaClient]]:
+    """Run a store that keeps what is on its way for 0.3 s only."""
+    with Store("10MB", ticket_seconds=0.3) as store, store.connect() as client:
+        yield store, client
+
+
+def test_a_reference(client: PlasmaClient) -> None:
+    """It gets the value without a copy, and takes the object along when it goes."""
+    ref = client.put_ref({"a": np.arange(10_000), "b": "text"})
+    array = ref.get()["a"]
+    assert np.array_equal(array, np.arange(10_000))
+    assert not array.flags.writeable
+    assert client.contains(ref.object_id)
+    assert repr(ref) == f"StoreRef({ref.object_id.binary().hex()[:12]}...)"
+    object_id = ref.object_id
+    del ref
+    assert array.sum() == 49_995_000
+    until(lambda: figure(client, "referenced objects") == 0, "the reference has gone")
+    assert client.contains(object_id), "it is in use"
+    del array
+    gone(client, object_id)
+
+
+def test_a_small_and_a_raw_value(client: PlasmaClient) -> None:
+    """What goes by a lease, and what no codec of ours knows, is owned as well."""
+    for value in (b"bytes", 1.5, None, [1, 2]):
+        with client.put_ref(value) as ref:
+            assert ref.get() == value
+            assert client.get(ref.object_id) == value
+        gone(client, ref.object_id)
+
+
+def test_equality(client: PlasmaClient) -> None:
+    """Handles of one object are equal, and hash alike; a copy in this process is the same."""
+    ref, other = client.put_ref(1), client.put_ref(1)
+    again = pickle.loads(pickle.dumps(ref))
+    assert again == ref
+    assert hash(again) == hash(ref)
+    assert ref != other
+    assert ref != ref.object_id
+    assert copy.copy(ref) is copy.deepcopy(ref) is ref
+
+
+def test_a_released_reference(client: PlasmaClient) -> None:
+    """It says so, whatever is asked of it."""
+    ref = client.put_ref(1)
+    ref.release()
+    ref.release()
+    assert repr(ref).endswith("..., released)")
+    with pytest.raises(ValueError, match="was released; put the value again"):
+        ref.get()
+    with pytest.raises(ValueError, match="was released"):
+        pickle.dumps(ref)
+    gone(client, ref.object_id)
+
+
+def test_a_deleted_object(client: PlasmaClient) -> None:
+    """A reference does not keep others from deleting; the error names causes and remedy."""
+    ref = client.put_ref(1)
+    client.delete(ref.object_id)
+    with pytest.raises(PlasmaObjectNotFound, match=r"was deleted.*put the value again"):
+        ref.get()
+
+
+def test_a_number_of_receivers_that_makes_no_sense(client: PlasmaClient) -> None:
+    """A loan is for one receiver at least."""
+    with client.put_ref(1) as ref, pytest.raises(ValueError, match="cannot be lent to 0"):
+        ref.lend(0)
+
+
+def test_a_client_that_is_closed(store: Store, client2: PlasmaClient) -> None:
+    """References outlive the client that made them."""
+    with store.connect() as client:
+        ref = client.put_ref(np.arange(1000))
+    assert ref.get().sum() == 499_500
+    object_id = ref.object_id
+    del ref
+    gone(client2, object_id)
+
+
+def test_garbage(client: PlasmaClient) -> None:
+    """A reference in a cycle goes when the collector comes by, in the middle of whatever."""
+    for _ in range(200):
+        cycle: list[object] = [client.put_ref(1)]
+        cycle.append(cycle)
+        del cycle
+    gc.collect()
+    until(lambda: not client.list(), "all have gone")
+
+
+def test_threads(client: PlasmaClient) -> None:
+    """Handles of the same objects come and go in many threads, and none is lost."""
+    refs = [client.put_ref(number) for number in range(8)]
+    wrong: list[object] = []
+
+    def work() -> None:
+        for turn in range(100):
+            ref = pickle.loads(pickle.dumps(refs[turn % 8]))
+            if ref.get() != turn % 8:
+                wrong.append(ref)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    until(lambda: figure(client, "references") == 8, "only the first are left")
+    refs.clear()
+    client.delete(client.list())
+
+
+def test_not_evicted(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """A store full of referenced objects refuses more, and takes it when they have gone."""
+    refs = [client.put_ref(np.zeros(9_000_000, np.uint8)) for _ in range(10)]
+    with pytest.raises(PlasmaStoreFull, match="belong to references; release"):
+        client2.put(np.zeros(20_000_000, np.uint8))
+    assert all(ref.get().size == 9_000_000 for ref in refs)
+    refs.clear()
+    until(lambda: not client2.list(), "all have gone")
+    client2.put(np.zeros(20_000_000, np.uint8))
+
+
+# -- other processes -------------------------------------------------------------------------------
+
+
+def test_a_reference_that_moves(client: PlasmaClient) -> None:
+    """The sender lets go at once; the receiver has the object, and takes it along."""
+    ref = client.put_ref(np.arange(1000))
+    object_id = ref.object_id
+    with Child(RECEIVER) as child:
+        data = pickle.dumps(ref.lend(1))
+        del ref
+        until(lambda: figure(client, "references") == 0, "the sender has let go")
+        assert client.contains(object_id)
+        child.say("take " + data.hex())
+        child.say("get")
+        assert child.hear() == "499500"
+        assert client.contains(object_id)
+        child.say("drop")
+        child.hear()
+        gone(client, object_id)
+
+
+@pytest.mark.usefixtures("spawning")
+def test_through_a_queue(client: PlasmaClient) -> None:
+    """References pass through queues of multiprocessing, and come back."""
+    context = get_context("spawn")
+    to, back = context.SimpleQueue(), context.SimpleQueue()
+    process = context.Process(target=double, args=(to, back))
+    process.start()
+    to.put(client.put_ref(np.arange(1000)))
+    result = back.get()
+    process.join()
+    process.close()
+    for queue in (to, back):
+        queue.close()
+    assert result.get().sum() == 999_000
+    assert client.contains(result.object_id)
+
+
+def double(to: object, back: object) -> None:
+    """Take a reference from one queue and put one to another."""
+    ref = to.get()  # type: ignore[attr-defined]
+    value = 2 * ref.get()
+    with connect(ref.store_socket_name) as client:
+        back.put(client.put_ref(value))  # type: ignore[attr-defined]
+
+
+def test_a_holder_that_is_killed(store: Store, client: PlasmaClient) -> None:
+    """What it alone had goes with it."""
+    with Child(RECEIVER) as child:
+        child.say("put " + store.store_socket_name)
+        object_id = ObjectID(bytes.fromhex(child.hear()))
+        assert client.contains(object_id)
+        child.kill()
+        gone(client, object_id)
+
+
+def test_a_receiver_that_is_killed() -> None:
+    """What has not been unpickled stays a while for somebody else, and goes then."""
+    with short_store() as (store, client), Child(RECEIVER) as sender:
+        sender.say("put " + store.store_socket_name)
+        object_id = ObjectID(bytes.fromhex(sender.hear()))
+        sender.say("send")
+        data = bytes.fromhex(sender.hear())
+        sender.say("drop")
+        sender.hear()
+        with Child(RECEIVER) as receiver:
+            receiver.kill()
+        assert client.contains(object_id)
+        assert pickle.loads(data).get().sum() == 499_500
+        sender.say("take " + data.hex())
+        sender.say("send")
+        assert data != bytes.fromhex(sender.hear())
+        sender.kill()
+        gone(client, object_id)
+
+
+def test_a_queue_that_is_thrown_away() -> None:
+    """While its sender lives, what nobody took is there, but gives way when it is old and room is needed."""
+    with short_store() as (_, client):
+        ref = client.put_ref(np.zeros(6_000_000, np.uint8))
+        pickle.dumps(ref.lend(1))
+        object_id = ref.object_id
+        del ref
+
+        def has_room() -> bool:
+            try:
+                client.put(np.zeros(6_000_000, np.uint8))
+            except PlasmaStoreFull:
+                return False
+            return True
+
+        until(has_room, "there is room again")
+        assert not client.contains(object_id)
+
+
+def test_one_pickle_for_many(client: PlasmaClient) -> None:
+    """The same bytes are taken by many processes, though each lets go before the next one takes them."""
+    ref = client.put_ref(np.arange(1000))
+    data = pickle.dumps(ref)
+    object_id = ref.object_id
+    del ref
+    for _ in range(3):
+        with Child(RECEIVER) as child:
+            child.say("take " + data.hex())
+            child.say("get")
+            assert child.hear() == "499500"
+            child.say("drop")
+            child.hear()
+    gone(client, object_id)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """A child has its parent's references, whatever becomes of the parent's."""
+    refs = [client.put_ref(np.arange(1000)), client.put_ref("other")]
+    ids = [ref.object_id for ref in refs]
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.close(writer)
+            os.read(reader, 1)
+            code = not (refs[0].get().sum() == 499_500 and refs[1].get() == "other")
+        finally:
+            os._exit(code)
+    os.close(reader)
+    refs.clear()
+    until(lambda: figure(client2, "references") == 2, "only the child has them")
+    assert all(map(client2.contains, ids))
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    until(lambda: not client2.list(), "the child has taken them along")
+
+
+def test_a_child_that_lets_go(client: PlasmaClient) -> None:
+    """A forked child's end is no affair of its parent's reference."""
+    ref = client.put_ref("of both")
+    refs = [pickle.loads(pickle.dumps(ref))]
+    assert in_forked_child(refs.clear) == 0
+    assert in_forked_child(lambda: client.put_ref("of the child").get()) == 0
+    until(lambda: figure(client, "references") == 2, "the children have gone")
+    assert ref.get() == "of both"
+
+
+# -- a store that dies -----------------------------------------------------------------------------
+
+
+@contextmanager
+def served(path: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a store that is killed at the end of the block."""
+    command = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path, *options]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a store, and what is in it."""
+    process.terminate()
+    process.wait()
+
+
+def test_a_store_that_is_killed(tmp_path: Path) -> None:
+    """Who holds holds on, what is on its way arrives, and what was dropped meanwhile goes."""
+    path = str(tmp_path / "s")
+    with Child(RECEIVER) as idle:
+        with served(path):
+            client = connect(path)
+            held, dropped, sent = (client.put_ref(np.arange(1000)) for _ in range(3))
+            ids = [ref.object_id for ref in (held, dropped, sent)]
+            idle.say("take " + pickle.dumps(held.lend(1)).hex())
+            idle.say("get")
+            assert idle.hear() == "499500"
+            data = pickle.dumps(sent.lend(1))
+            client.flush()
+        del dropped, sent
+        with served(path, "--ticket-seconds", "1") as process, client:
+            assert held.get().sum() == 499_500
+            received = pickle.loads(data)
+            assert received.get().sum() == 499_500
+            assert all(map(client.contains, ids))
+            # The child has not noticed, and it lives: nothing goes before it has come back.
+            idle.say("send")
+            idle.hear()
+            gone(client, ids[1])
+            del held
+            until(lambda: figure(client, "references") == 2, "the child holds it, and we the other")
+            del received
+            gone(client, ids[2])
+            assert client.contains(ids[0])
+            end(process)
+
+
+def test_a_store_that_is_started_anew(tmp_path: Path) -> None:
+    """A reference to what is gone says so; a new one is good."""
+    path = str(tmp_path / "s")
+    with served(path) as first:
+        client = connect(path)
+        old = client.put_ref(1)
+        end(first)
+    with served(path) as second, client:
+        until(lambda: is_there(path), "the store is there")
+        with pytest.raises(ConnectionError):
+            client.put_ref(2)
+        with pytest.raises(PlasmaObjectNotFound, match="started anew"):
+            old.get()
+        with client.put_ref(2) as ref:
+            assert ref.get() == 2
+        del old, ref
+        end(second)
+
+
+def is_there(path: str) -> bool:
+    """Tell whether a store serves a path."""
+    with connect(path):
+        return True

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import pytest
+
+from shmplasma.layout import REFERENCED
+from shmplasma.references import LINGER_NS, MAX_OF_A_CLIENT, TICKET_NS
+from shmplasma.replies import Created, Done, Failed, Failure, Number
+from shmplasma.requests import Bequeath, Delete, Evict, Hold, Lend, Post, Redeem, Release, Seal
+from tests.conversation import Conversation, Peer
+
+X, Y = (bytes([letter]) * 20 for letter in (0x10, 0x11))
+TICKET_SECONDS = TICKET_NS / 1e9
+LINGER_SECONDS = LINGER_NS / 1e9
+
+
+@pytest.fixture
+def talk() -> Conversation:
+    """Return a store of 64 KiB that nobody has talked to."""
+    return Conversation()
+
+
+def put(peer: Peer, object_id: bytes, size: int = 64) -> None:
+    """Put a referenced object, as its creator, who holds it under the number 0."""
+    request = peer.new(object_id, size, codec=REFERENCED)
+    peer.ask(request, Created)
+    peer.write(Seal(object_id))
+    peer.release(request.slot)
+
+
+def drop(talk: Conversation, peer: Peer, object_id: bytes, number: int = 0) -> None:
+    """Let go of a handle, and let the store do what it has to do."""
+    peer.tell(Release(object_id, number))
+    talk.turn()
+
+
+def test_the_last_handle(talk: Conversation) -> None:
+    """An object goes when its creator's handle goes, if that is the only one."""
+    creator = talk.client()
+    put(creator, X)
+    put(creator, Y)
+    drop(talk, creator, X)
+    assert talk.ids() == {Y}
+
+
+def test_a_handle_that_moves(talk: Conversation) -> None:
+    """From the sender's to the receiver's there is no moment at which the object is nobody's."""
+    sender, receiver = talk.client(), talk.client()
+    put(sender, X)
+    sender.write(Lend(X, 7, 1))
+    drop(talk, sender, X)
+    assert talk.ids() == {X}
+    receiver.tell(Redeem(X, 7, 1))
+    talk.turn()
+    assert talk.ids() == {X}
+    drop(talk, receiver, X, 1)
+    assert not talk.ids()
+
+
+def test_an_outbox_that_is_read_late(talk: Conversation) -> None:
+    """Object, loan and receipt may become known in the wrong order; the receiver holds all the same."""
+    sender, receiver, third = talk.client(), talk.client(), talk.client()
+    request = sender.new(X, codec=REFERENCED)
+    sender.ask(request, Created)
+    sender.write_silently(Seal(X))
+    sender.release(request.slot)
+    sender.write_silently(Lend(X, 7, 1))
+    receiver.tell(Redeem(X, 7, 1))
+    receiver.write_silently(Lend(X, 8, 1))
+    receiver.tell(Release(X, 1))
+    third.tell(Redeem(X, 8, 1))
+    talk.turn()
+    drop(talk, sender, X)
+    assert talk.ids() == {X}
+    assert talk.store.describe().count("references on their way: 0") == 1
+    drop(talk, third, X, 1)
+    assert not talk.ids()
+
+
+def test_a_receiver_that_leaves_before_the_object_is_known(talk: Conversation) -> None:
+    """What it had received goes with it, though the creator's outbox was not read before."""
+    sender, receiver = talk.client(), talk.client()
+    request = sender.new(X, codec=REFERENCED)
+    sender.ask(request, Created)
+    sender.write_silently(Seal(X))
+    sender.release(request.slot)
+    sender.write_silently(Lend(X, 7, 1))
+    receiver.tell(Redeem(X, 7, 1))
+    talk.disconnect(receiver)
+    talk.turn()
+    assert talk.ids() == {X}
+    drop(talk, sender, X)
+    assert not talk.ids()
+
+
+def test_a_holder_that_dies(talk: Conversation) -> None:
+    """Its handles go with it; what it has lent is on its way still, for a while."""
+    creator = talk.client()
+    put(creator, X)
+    put(creator, Y)
+    creator.write_silently(Lend(Y, 7, 1))
+    talk.disconnect(creator)
+    talk.turn()
+    assert talk.ids() == {Y}
+    talk.later(TICKET_SECONDS - 1)
+    assert talk.ids() == {Y}
+    talk.later(1)
+    assert not talk.ids()
+
+
+def test_a_loan_that_nobody_takes(talk: Conversation) -> None:
+    """It lasts as long as its sender, but keeps the object from being evicted for some time only."""
+    sender, other = talk.client(), talk.client()
+    put(sender, X)
+    sender.write(Lend(X, 7, 1))
+    drop(talk, sender, X)
+    talk.later(TICKET_SECONDS - 1)
+    assert other.ask(Evict(1), Number).value == 0
+    assert talk.ids() == {X}
+    talk.later(10 * TICKET_SECONDS)
+    assert talk.ids() == {X}
+    put(other, Y, 65_500)
+    assert talk.ids() == {Y}
+
+
+def test_the_same_bytes_to_many(talk: Conversation) -> None:
+    """Who sends one pickle to many need not keep the handle: it lingers after each that takes it."""
+    sender, *receivers = (talk.client() for _ in range(4))
+    put(sender, X)
+    sender.write(Lend(X, 7, 0))
+    drop(talk, sender, X)
+    for number, receiver in enumerate(receivers, start=1):
+        receiver.tell(Redeem(X, 7, number))
+        drop(talk, receiver, X, number)
+        assert talk.ids() == {X}
+        talk.later(LINGER_SECONDS - 1)
+        assert talk.ids() == {X}
+    talk.later(1)
+    assert not talk.ids()
+
+
+def test_a_known_number_of_receivers(talk: Conversation) -> None:
+    """A loan for three stands for three, and is used up by the third."""
+    sender, receiver = talk.client(), talk.client()
+    put(sender, X)
+    receiver.tell(Redeem(X, 7, 1))  # before the loan is known
+    sender.write(Lend(X, 7, 3))
+    drop(talk, sender, X)
+    drop(talk, receiver, X, 1)
+    for number in (2, 3):
+        assert talk.ids() == {X}
+        receiver.tell(Redeem(X, 7, number))
+        drop(talk, receiver, X, number)
+    assert not talk.ids()
+
+
+def test_a_second_copy_while_somebody_holds(talk: Conversation) -> None:
+    """Bytes that are unpickled again after their loan was used up make one more handle."""
+    sender, receiver = talk.client(), talk.client()
+    put(sender, X)
+    sender.write(Lend(X, 7, 1))
+    receiver.tell(Redeem(X, 7, 1))
+    receiver.tell(Redeem(X, 7, 2))
+    drop(talk, sender, X)
+    drop(talk, receiver, X, 1)
+    assert talk.ids() == {X}
+    drop(talk, receiver, X, 2)
+    assert not talk.ids()
+
+
+def test_a_handle_of_what_is_gone(talk: Conversation) -> None:
+    """A copy that comes too late, and one of an object that was deleted, leave nothing behind."""
+    sender, receiver = talk.client(), talk.client()
+    put(sender, X)
+    put(sender, Y)
+    sender.write(Lend(X, 7, 1))
+    sender.ask(Delete([X]), Done)
+    receiver.tell(Redeem(X, 7, 1))
+    receiver.tell(Redeem(bytes(20), 9, 2))
+    talk.turn()
+    assert talk.ids() == {Y}
+    assert "\nreferences: 1\nreferences on their way: 0\n" in talk.store.describe()
+    talk.store.check()
+
+
+def test_a_fork(talk: Conversation) -> None:
+    """A child holds what its parent held when it forked, whatever the parent does before the child says so."""
+    parent, child = talk.client(), talk.client()
+    put(parent, X)
+    put(parent, Y)
+    parent.ask(Bequeath(7), Done)
+    drop(talk, parent, X)
+    drop(talk, parent, Y)
+    assert talk.ids() == {X, Y}
+    child.ask(Hold(7, [(X, 0), (Y, 0)]), Done)
+    drop(talk, child, X)
+    assert talk.ids() == {Y}
+    talk.disconnect(child)
+    talk.turn()
+    assert not talk.ids()
+
+
+def test_what_is_pinned_goes_at_its_release(talk: Conversation) -> None:
+    """A buffer outlives the handle that it was got by."""
+    creator = talk.client()
+    put(creator, X)
+    _, (slot,) = creator.get(X)
+    drop(talk, creator, X)
+    assert talk.ids() == {X}
+    creator.release(slot)
+    talk.wake()
+    assert not talk.ids()
+
+
+def test_a_referenced_object_is_not_evicted(talk: Conversation) -> None:
+    """A store that is full of what is held refuses, and says why."""
+    creator, other = talk.client(), talk.client()
+    put(creator, X, 60_000)
+    assert other.ask(other.new(Y, 10_000), Failed).failure is Failure.FULL
+    text = creator.ask(creator.new(Y, 10_000), Failed).text
+    assert "60000 belong to references; release buffers and references" in text
+    drop(talk, creator, X)
+    put(other, Y, 10_000)
+
+
+def test_a_client_with_too_many(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says that he holds without end loses the connection, and nobody else anything."""
+    assert MAX_OF_A_CLIENT >= 1_000_000
+    monkeypatch.setattr("shmplasma.references.MAX_OF_A_CLIENT", 3)
+    creator, other = talk.client(), talk.client()
+    put(creator, X)
+    for number in (1, 2, 3, 4):
+        other.tell(Redeem(X, 7, number))
+    assert other.dropped == "it has 3 references"
+    talk.disconnect(other)
+    creator.tell(Post())
+    talk.turn()
+    assert talk.ids() == {X}
