@@ -155,6 +155,16 @@ class Attachment:
         start = offset - page
         return self._own[page][start : start + size].cast("Q")
 
+    def private(self, offset: int, size_bytes: int) -> memoryview:
+        """Map a part of the segment privately: what is written there stays here, and takes memory by the page."""
+        if self._fd < 0:
+            raise ValueError("the attachment is closed")
+        start = offset & -self.layout.page_bytes
+        end = align_up(offset + size_bytes, self.layout.page_bytes)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        whole = mmap.mmap(self._fd, end - start, mmap.MAP_PRIVATE, protection, offset=start)
+        return memoryview(whole)[offset - start : offset - start + size_bytes]
+
     def isolate(self) -> None:
         """Put private memory in the place of boards and outbox: for a forked child, whose they are not.
 

@@ -7,12 +7,13 @@ the store, all of it in one message.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple, NoReturn, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeAlias, overload
 
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaObjectNotFound
+from shmplasma.codecs import copy_into
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.hashing import object_hash
 from shmplasma.objects import ObjectID
@@ -22,7 +23,10 @@ from shmplasma.requests import Contains
 from shmplasma.serialization import SerializationContext, deserialize
 from shmplasma.session import Session
 
-__all__ = ["Encoded", "ObjectNotAvailable", "Reading"]
+__all__ = ["Encoded", "Mode", "ObjectNotAvailable", "Reading"]
+
+Mode: TypeAlias = Literal["view", "copy", "cow"]
+"""What the arrays of a value are that is got."""
 
 _IDS_A_REQUEST: Final = 1 << 16
 
@@ -153,6 +157,8 @@ class Reading(Connected):
         object_ids: ObjectID | Sequence[ObjectID],
         timeout_ms: float = -1,
         serialization_context: SerializationContext | None = None,
+        *,
+        mode: Mode = "view",
     ) -> Any:
         """Return the values of objects.
 
@@ -164,12 +170,16 @@ class Reading(Connected):
             As for `get_buffers`.
         serialization_context : SerializationContext, optional
             As for `put`.
+        mode : {"view", "copy", "cow"}, optional
+            What arrays are: read-only views of the store; private copies that can be written to; or private
+            mappings that can be written to and take memory only for the pages that are.  The last keep
+            the object in the store, as views do.
 
         Returns
         -------
         object, or list of objects
             The value, or the list of values for a sequence.  Arrays in them are read-only and lie in the
-            store; they keep it from giving the memory away.  `ObjectNotAvailable` stands for what is not
+            store, unless `mode` says otherwise; they keep it from giving the memory away.  `ObjectNotAvailable` stands for what is not
             there in time.  An object that was not stored by `put` comes as its buffer.
 
         Raises
@@ -178,14 +188,17 @@ class Reading(Connected):
             An object cannot be read in this process.
         NotConnectedError
             The store has gone.
+        ValueError
+            There is no such mode.
         """
         session = self._session or self._live()
+        value = _value if mode == "view" else _writable_value(mode)
         if isinstance(object_ids, ObjectID):
-            return _value(
+            return value(
                 session, self._locate(session, (object_ids,), timeout_ms)[0], serialization_context
             )
         return [
-            _value(session, got, serialization_context)
+            value(session, got, serialization_context)
             for got in self._locate(session, _sequence(object_ids), timeout_ms)
         ]
 
@@ -337,3 +350,30 @@ def _value(session: Session, got: Located | None, context: SerializationContext 
     # As `Session.data`, whose call would take as long as making the buffer.
     buffer = pa.foreign_buffer(session.address + offset, data_size, pin)
     return deserialize(buffer, codec, context)
+
+
+def _copied(session: Session, got: Located) -> pa.Buffer:
+    """Return a private copy of an object's data."""
+    data = session.data(got)
+    copy = pa.allocate_buffer(data.size)
+    copy_into(np.frombuffer(memoryview(copy), np.uint8), data)
+    return copy
+
+
+def _writable_value(mode: str) -> _Value:
+    """Return what makes values of a mode other than views."""
+    try:
+        make = _WRITABLE[mode]
+    except KeyError:
+        raise ValueError(f"there is no mode {mode!r}; the modes are view, copy and cow") from None
+
+    def value(session: Session, got: Located | None, context: SerializationContext | None) -> Any:
+        if got is None:
+            return ObjectNotAvailable
+        return deserialize(make(session, got), got[3], context)
+
+    return value
+
+
+_Value: TypeAlias = Callable[[Session, "Located | None", "SerializationContext | None"], Any]
+_WRITABLE: Final = {"copy": _copied, "cow": Session.private}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from math import ceil
@@ -36,11 +36,20 @@ from shmplasma import system
 from shmplasma.attachment import Attachment
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.inheritance import register
-from shmplasma.layout import CONTROL_BYTES, HEADER_BYTES, ControlWord, HeaderWord, Layout
+from shmplasma.layout import (
+    CONTROL_BYTES,
+    HEADER_BYTES,
+    ID_FIELD,
+    ControlWord,
+    EntryWord,
+    HeaderWord,
+    Layout,
+)
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link, expect, greet
 from shmplasma.outbox import Outbox
 from shmplasma.pinning import BoardPool, Lifeline, Located, Pin, located
+from shmplasma.pins import FIRST_SLOT
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import (
@@ -364,6 +373,35 @@ class Session:
     def data(self, located: Located) -> pa.Buffer:
         """Return a read-only buffer over an object's data, which keeps its pin."""
         return pa.foreign_buffer(self.address + located[0], located[1], located[4])
+
+    def pinned_at(self, address: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield id, offset and data size of the objects that this client pins and that cover an address."""
+        at = address - self.address
+        layout = self.layout
+        if not layout.data <= at < layout.segment_bytes:
+            return
+        words = self.attachment.words
+        entries = {word for board in self._lifeline.boards for word in board.words[FIRST_SLOT:]}
+        for entry in entries:
+            if not 0 < entry <= layout.n_entries:
+                continue
+            start = layout.entry(entry - 1)
+            offset = words[start // 8 + EntryWord.OFFSET]
+            size = words[start // 8 + EntryWord.DATA_SIZE]
+            if offset <= at < offset + size:
+                object_id, _ = ID_FIELD.unpack_from(
+                    self.attachment.read_map, start + EntryWord.ID * 8
+                )
+                yield object_id, offset, size
+
+    def private(self, located: Located) -> pa.Buffer:
+        """Return a writable buffer over an object's data, of which only changed pages are copied."""
+        offset, size, _, _, pin = located
+        if not size:
+            return self.data(located)
+        writable = _Writable((size,), np.uint8, self.attachment.private(offset, size))
+        writable.pin = pin
+        return pa.py_buffer(writable.data)
 
     def metadata(self, located: Located) -> pa.Buffer:
         """Return a read-only buffer over an object's metadata, which keeps its pin."""

@@ -24,16 +24,18 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, Final, Self
 
+import pyarrow as pa
+
 from shmplasma.arrow_errors import PlasmaObjectNotFound
 from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
 from shmplasma.link import HOLDS_A_REQUEST
 from shmplasma.objects import ObjectID
-from shmplasma.reading import ObjectNotAvailable, Reading
+from shmplasma.reading import Mode, ObjectNotAvailable, Reading
 from shmplasma.replies import Done
 from shmplasma.requests import Bequeath, Hold, Lend, Redeem, Release
-from shmplasma.serialization import SerializationContext, serialize
+from shmplasma.serialization import SerializationContext, deserialize, serialize
 from shmplasma.session import Session
 from shmplasma.writing import Writing
 
@@ -57,6 +59,7 @@ class Home(Reading, Writing):
         self._held: set[tuple[bytes, int]] = set()
         self._numbers = count(1)
         self._ticket = 0
+        self._refs: weakref.WeakValueDictionary[bytes, StoreRef] = weakref.WeakValueDictionary()
         super().__init__(path, DEFAULT_RETRIES)
 
     def _open(self, num_retries: int) -> Session:
@@ -74,8 +77,8 @@ class Home(Reading, Writing):
     def put_ref(
         self,
         value: object,
-        threads: int,
-        context: SerializationContext | None,
+        threads: int = 6,
+        context: SerializationContext | None = None,
         timeout_ms: float | None = 0,
     ) -> StoreRef:
         """Store a value and return what owns it; errors as `PlasmaClient.put`."""
@@ -99,6 +102,39 @@ class Home(Reading, Writing):
     def begin(self, object_id: ObjectID, number: int) -> None:
         """Take note of a handle."""
         self._held.add((object_id.id_bytes, number))
+
+    def buffer(self, ref: StoreRef) -> tuple[pa.Buffer, int]:
+        """Return the data of a handle's object, which keeps the handle, and its codec.
+
+        Raises
+        ------
+        PlasmaObjectNotFound
+            It is gone.
+        """
+        session = self._live()
+        (got,) = self._locate(session, (ref.object_id,), 0)
+        if got is None:
+            raise ref.gone()
+        offset, size, _, codec, pin = got
+        self._refs[ref.object_id.id_bytes] = ref
+        return pa.foreign_buffer(session.address + offset, size, (pin, ref)), codec
+
+    def owner_of(self, address: int, size_bytes: int) -> tuple[StoreRef, int] | None:
+        """Return the handle whose `buffer` covers these bytes, and where in it they begin; None if there is none.
+
+        Notes
+        -----
+        Goes by this process's pins: what a living buffer shows is pinned, and so is where it was.  O(pins).
+        """
+        session = self._session
+        if session is None:
+            return None
+        for object_id, offset, data_size in session.pinned_at(address):
+            ref = self._refs.get(object_id)
+            start = address - session.address - offset
+            if ref is not None and start + size_bytes <= data_size:
+                return ref, start
+        return None
 
     def end(self, object_id: ObjectID, number: int) -> bool:
         """Tell the store that a handle has ended; False if it had ended before.  For finalizers, too."""
@@ -173,19 +209,26 @@ class StoreRef:
         """The path of the store's socket."""
         return self._home.store_socket_name
 
-    def get(self, serialization_context: SerializationContext | None = None) -> Any:
+    def get(
+        self,
+        serialization_context: SerializationContext | None = None,
+        *,
+        mode: Mode = "view",
+    ) -> Any:
         """Return the object's value.
 
         Parameters
         ----------
         serialization_context : SerializationContext, optional
             As for `PlasmaClient.put`.
+        mode : {"view", "copy", "cow"}, optional
+            As for `PlasmaClient.get`.
 
         Returns
         -------
         object
-            Arrays in it are read-only and lie in the store; they are good for as long as they live, also when
-            the handle has gone.
+            Arrays in it are read-only and lie in the store, unless `mode` says otherwise.  Such a view keeps the
+            handle, and so the object, for as long as it lives.
 
         Raises
         ------
@@ -199,14 +242,26 @@ class StoreRef:
         No message, as for `PlasmaClient.get`.
         """
         self._check()
-        value = self._home.get(self.object_id, 0, serialization_context)
+        if mode == "view":
+            buffer, codec = self._home.buffer(self)
+            return deserialize(buffer, codec, serialization_context)
+        value = self._home.get(self.object_id, 0, serialization_context, mode=mode)
         if value is ObjectNotAvailable:
-            raise PlasmaObjectNotFound(
-                f"the object {self.object_id.binary().hex()} of this reference is gone: it was deleted, or its store was "
-                "started anew, or this is a second copy of a reference that nobody held meanwhile; put the "
-                "value again, and keep a reference until all copies have arrived, or send ref.lend(receivers)"
-            )
+            raise self.gone()
         return value
+
+    def buffer(self) -> pa.Buffer:
+        """Return the object's data; it keeps the handle."""
+        self._check()
+        return self._home.buffer(self)[0]
+
+    def gone(self) -> PlasmaObjectNotFound:
+        """Return what is to be said when the object is not there."""
+        return PlasmaObjectNotFound(
+            f"the object {self.object_id.binary().hex()} of this reference is gone: it was deleted, or its store was "
+            "started anew, or this is a second copy of a reference that nobody held meanwhile; put the "
+            "value again, and keep a reference until all copies have arrived, or send ref.lend(receivers)"
+        )
 
     def lend(self, receivers: int) -> Loan:
         """Return what is to be sent in place of the handle if it is pickled once and unpickled so many times.

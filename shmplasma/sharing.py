@@ -1,0 +1,305 @@
+"""Sharing: arrays and Arrow data that pass between processes as references instead of bytes.
+
+`multiprocessing` pickles whatever passes through a queue, a pipe or a pool with its `ForkingPickler`, which asks a table of
+reducers by type, at any depth of a value.  `share` enters reducers for NumPy arrays and Arrow's values there:
+
+* What is smaller than `min_bytes`, or has Python objects in it, passes as ever.  The threshold is for each array by itself.
+* A part of what lies in the store already (a slice of an array or table that came from a reference) passes as a
+  reference and a place in it.  Nothing is copied.
+* Anything else is stored once, and passes as a reference (`shmplasma.references`) for one receiver.
+* A data frame is no special case: its columns are such arrays.
+
+The receiver finds a read-only view.  In a full store everything passes as ever.
+
+What was stored once
+    A value that is sent again is not stored again: it is remembered by identity, as long as it lives, together with its
+    reference.  NumPy arrays may change in between, so theirs is compared by a hash of the contents, computed anew each time
+    (at memory speed, half the cost of a copy); an array that cannot change, as nothing can write to it, is not hashed.
+    Arrow's values never change.  When the store is full, what is remembered is let go first.
+
+Which processes have the reducers
+    Forked children inherit them.  Others learn by a reducer too: what describes a child for spawn and forkserver has
+    an authentication key in it, whose pickle then enters them as well.  In a child they stay for good.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # it is there
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from shmplasma.arrow_errors import PlasmaStoreFull
+from shmplasma.client import PlasmaClient
+from shmplasma.objects import ObjectID
+from shmplasma.store_ref import Home, StoreRef, home_of
+
+__all__ = ["DEFAULT_MIN_BYTES", "Sharing", "share"]
+
+DEFAULT_MIN_BYTES: Final = 1 << 16
+"""From about here on a reference, some 100 us at both ends together, costs less than the copies through a pipe."""
+
+_ABSENT: Final = ObjectID(20 * b"\0")
+_PLAIN_PROTOCOL: Final = 4
+"""What `ForkingPickler` uses by default; arrays of protocol 5 would hand over buffers, which it does not take."""
+
+
+class Sharing:
+    """Reducers that pass large values by the store of a client.
+
+    Parameters
+    ----------
+    path : str
+        The store's socket.
+    min_bytes : int
+        Smaller values pass as ever.
+
+    Notes
+    -----
+    Thread-safe.  Can be pickled; it remembers nothing then.
+    """
+
+    def __init__(self, path: str, min_bytes: int) -> None:
+        self._home: Home = home_of(path)
+        self._min_bytes = min_bytes
+        self._stored: dict[int, tuple[weakref.ref[Any], object, StoreRef]] = {}
+
+    def __reduce__(self) -> tuple[type[Sharing], tuple[str, int]]:
+        return Sharing, (self._home.store_socket_name, self._min_bytes)
+
+    @property
+    def reducers(self) -> dict[type, Callable[[Any], Any]]:
+        """What to enter into a pickler's table, by type."""
+        return {
+            StoreRef: self.reduce_ref,
+            np.ndarray: self.reduce_array,
+            pa.Buffer: self.reduce_buffer,
+            **dict.fromkeys(_arrow_types(), self.reduce_arrow),
+        }
+
+    # -- reducers ------------------------------------------------------------------------------
+
+    def reduce_ref(self, ref: StoreRef) -> Any:
+        """Reduce a reference, for the one receiver that a queue or pipe has."""
+        return ref.reduce(1)
+
+    def reduce_array(self, array: np.ndarray[Any, Any]) -> Any:
+        """Reduce an array."""
+        if array.nbytes < self._min_bytes or array.dtype.hasobject:
+            return array.__reduce_ex__(_PLAIN_PROTOCOL)
+        if not array.flags.writeable:
+            before, size = _extent(array)
+            owned = self._home.owner_of(array.ctypes.data - before, size)
+            if owned is not None:
+                owner, start = owned
+                return _view, (owner, start + before, array.shape, array.strides, array.dtype)
+        ref = self._store(array, _digest)
+        return array.__reduce_ex__(_PLAIN_PROTOCOL) if ref is None else (_value, (ref,))
+
+    def reduce_buffer(self, buffer: pa.Buffer) -> Any:
+        """Reduce a buffer of an Arrow value that passes in parts."""
+        owned = None
+        if buffer.size >= self._min_bytes and not buffer.is_mutable:
+            owned = self._home.owner_of(buffer.address, buffer.size)
+        if owned is None:
+            return buffer.__reduce_ex__(_PLAIN_PROTOCOL)
+        return _part, (*owned, buffer.size)
+
+    def reduce_arrow(self, value: Any) -> Any:
+        """Reduce an Arrow value: in parts if it lies in the store, else as a whole."""
+        whole = value.nbytes >= self._min_bytes and not self._is_owned(value)
+        ref = self._store(value, _no_digest) if whole else None
+        return value.__reduce_ex__(_PLAIN_PROTOCOL) if ref is None else (_value, (ref,))
+
+    def _is_owned(self, value: Any) -> bool:
+        largest = max(_buffers(value), key=lambda buffer: buffer.size, default=None)
+        return largest is not None and self._home.owner_of(largest.address, 1) is not None
+
+    # -- storing -------------------------------------------------------------------------------
+
+    def _store(self, value: Any, digest: Callable[[Any], object]) -> StoreRef | None:
+        """Return a reference to a copy of a value in the store; None if there is no room."""
+        state = digest(value)
+        known = self._stored.get(id(value))
+        if known is not None and known[0]() is value and known[1] == state:
+            return known[2]
+        ref = self._put(value)
+        if ref is not None and state is not _ANOTHER:
+            stored, key = self._stored, id(value)
+
+            def forget(gone: weakref.ref[Any]) -> None:
+                found = stored.get(key)
+                if found is not None and found[0] is gone:
+                    del stored[key]
+
+            stored[key] = weakref.ref(value, forget), state, ref
+        return ref
+
+    def _put(self, value: Any) -> StoreRef | None:
+        try:
+            return self._home.put_ref(value)
+        except PlasmaStoreFull:
+            if not self._stored:
+                return None
+        self._stored.clear()
+        self._home.contains(_ABSENT)  # when that is answered, what was let go has gone
+        try:
+            return self._home.put_ref(value)
+        except PlasmaStoreFull:
+            return None
+
+
+_ANOTHER: Final = object()
+"""The state of what cannot be known again."""
+
+
+def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return how many bytes of an array lie before its first element, and how many it covers in all."""
+    spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    before = -sum(span for span in spans if span < 0)
+    return before, before + sum(span for span in spans if span > 0) + array.itemsize
+
+
+def _digest(array: np.ndarray[Any, Any]) -> object:
+    """Return what changes when an array does."""
+    if _is_constant(array):
+        return None
+    if not array.flags.forc:
+        return _ANOTHER
+    content: Any = array.reshape(-1, order="A").view(np.uint8)
+    return xxhash.xxh3_128_intdigest(content), array.shape, array.dtype, array.flags.fnc
+
+
+def _is_constant(array: np.ndarray[Any, Any]) -> bool:
+    """Tell whether nothing can write to an array, by whatever view."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        if base.base is None:
+            return False  # its owner may make it writable
+        base = base.base
+    return isinstance(base, bytes) or (isinstance(base, pa.Buffer) and not base.is_mutable)
+
+
+def _no_digest(_: object) -> object:
+    return None
+
+
+def _buffers(value: Any) -> Iterator[pa.Buffer]:
+    """Yield the buffers of an Arrow value."""
+    if isinstance(value, pa.Array):
+        yield from (buffer for buffer in value.buffers() if buffer is not None)
+    elif isinstance(value, pa.ChunkedArray):
+        for chunk in value.chunks:
+            yield from _buffers(chunk)
+    else:
+        for column in value.columns:
+            yield from _buffers(column)
+
+
+@cache
+def _arrow_types() -> tuple[type, ...]:
+    """Return the types of Arrow's values: a pickler asks by the very type."""
+    named = (each for each in vars(pa.lib).values() if isinstance(each, type))
+    arrays = {each for each in named if issubclass(each, pa.Array)}
+    return (pa.Table, pa.RecordBatch, pa.ChunkedArray, *arrays)
+
+
+# -- what arrives; pickles name these functions ------------------------------------------------
+
+
+def _value(ref: StoreRef) -> Any:
+    return ref.get()
+
+
+def _view(
+    ref: StoreRef,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> np.ndarray[Any, Any]:
+    return np.ndarray(shape, dtype, ref.buffer(), start, strides)  # type: ignore[arg-type]  # a Buffer is one
+
+
+def _part(ref: StoreRef, start: int, size_bytes: int) -> pa.Buffer:
+    return ref.buffer().slice(start, size_bytes)
+
+
+# -- multiprocessing ---------------------------------------------------------------------------
+
+_active: list[Sharing] = []
+"""Those that are entered, the latest last."""
+
+
+def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> Any:
+    """Let large arrays and Arrow data pass between processes by a store.
+
+    Parameters
+    ----------
+    client : PlasmaClient
+        Of the store.
+    min_bytes : int, optional
+        Smaller values pass as ever, by themselves.
+
+    Returns
+    -------
+    context manager
+        Within it, all that `multiprocessing` and `concurrent.futures` pickle in this process passes so, and in the
+        children that are started within it all that they send, for as long as they live.
+
+    Notes
+    -----
+    The receiver gets read-only views.  What is written to an array after it was sent does not reach the receiver.
+    """
+    return _sharing(Sharing(client.store_socket_name, min_bytes))
+
+
+@contextmanager
+def _sharing(sharing: Sharing) -> Iterator[None]:
+    _enter(sharing)
+    try:
+        yield
+    finally:
+        _leave(sharing)
+
+
+def _enter(sharing: Sharing) -> None:
+    _active.append(sharing)
+    _register(sharing.reducers)
+    ForkingPickler.register(AuthenticationString, _reduce_key)
+
+
+def _leave(sharing: Sharing) -> None:
+    _active.remove(sharing)
+    table: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # noqa: SLF001 - there is no unregister
+    for cls in (*sharing.reducers, AuthenticationString):
+        table.pop(cls, None)
+    if _active:
+        _register(_active[-1].reducers)
+        ForkingPickler.register(AuthenticationString, _reduce_key)
+
+
+def _register(reducers: Mapping[type, Callable[[Any], Any]]) -> None:
+    for cls, reducer in reducers.items():
+        ForkingPickler.register(cls, reducer)
+
+
+def _reduce_key(key: AuthenticationString) -> Any:
+    """Have a child that is told its key enter what its parent has entered."""
+    _, (content,) = key.__reduce__()
+    return _learn, (_active[-1], content)
+
+
+def _learn(sharing: Sharing, content: bytes) -> AuthenticationString:
+    if not _active:
+        _enter(sharing)
+    return AuthenticationString(content)
