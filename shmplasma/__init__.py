@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from shmplasma.codecs import DeserializationError, SerializationError
     from shmplasma.embedded import Store, start_plasma_store
     from shmplasma.errors import Holder, ShmPlasmaError
+    from shmplasma.executor import StoreExecutor
     from shmplasma.objects import ObjectID
     from shmplasma.serialization import SerializationContext, register_serializer
+    from shmplasma.sharing import get_context, share
     from shmplasma.store_ref import StoreRef
 
 __version__: Final = "0.1.0"
@@ -56,9 +58,12 @@ __all__ = [
     "SerializationError",
     "ShmPlasmaError",
     "Store",
+    "StoreExecutor",
     "StoreRef",
     "connect",
+    "get_context",
     "register_serializer",
+    "share",
     "start_plasma_store",
 ]
 
@@ -80,8 +85,10 @@ _HOMES: Final = {
     "shmplasma.codecs": ("DeserializationError", "SerializationError"),
     "shmplasma.embedded": ("Store", "start_plasma_store"),
     "shmplasma.errors": ("Holder", "ShmPlasmaError"),
+    "shmplasma.executor": ("StoreExecutor",),
     "shmplasma.objects": ("ObjectID",),
     "shmplasma.serialization": ("SerializationContext", "register_serializer"),
+    "shmplasma.sharing": ("get_context", "share"),
     "shmplasma.store_ref": ("StoreRef",),
 }
 

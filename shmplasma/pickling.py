@@ -79,6 +79,8 @@ are single values of the user's and name no classes."""
 _plain_reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
 _reading: ContextVar[Deserializers] = ContextVar("_reading", default={})  # noqa: B039  # never changed
 """What the current thread reads by: unpickling can pass nothing to the functions that it calls."""
+_private: ContextVar[bool] = ContextVar("_private", default=False)
+"""Whether it reads a private copy, whose arrays can be written to."""
 
 
 # --- reducers -----------------------------------------------------------------------------------------
@@ -318,12 +320,15 @@ def load(
     Exception
         Whatever pickle, a class or a deserializer raises.
     """
-    if not (deserializers or _reading.get()):
+    private = not memoryview(data).readonly
+    if not (private or deserializers or _reading.get()):
         return pickle.loads(data, buffers=parts)
     token = _reading.set(deserializers)
+    private_token = _private.set(private)
     try:
         return pickle.loads(data, buffers=parts)
     finally:
+        _private.reset(private_token)
         _reading.reset(token)
 
 
@@ -331,13 +336,19 @@ def load(
 
 
 def _embedded(codec: int, data: pa.Buffer) -> object:
+    parent = data.parent
+    if parent is not None and parent.is_mutable:
+        # The value is to be a private one; a slice of a buffer cannot be written to, whatever the buffer is.
+        start = data.address - parent.address
+        data = pa.py_buffer(memoryview(parent)[start : start + data.size])
     return DECODERS[codec](data)
 
 
 def _small_array(
     data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool
 ) -> np.ndarray[Any, Any]:
-    return np.ndarray(shape, dtype, data, 0, None, "F" if fortran else "C")
+    memory = bytearray(data) if _private.get() else data
+    return np.ndarray(shape, dtype, memory, 0, None, "F" if fortran else "C")
 
 
 def _as_subclass(cls: type[np.ndarray[Any, Any]], array: np.ndarray[Any, Any]) -> object:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeAlias, overload
 
+import numpy as np
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaObjectNotFound

@@ -24,10 +24,12 @@ Which processes have the reducers
 
 from __future__ import annotations
 
+import multiprocessing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from multiprocessing.context import BaseContext
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # it is there
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
@@ -41,7 +43,7 @@ from shmplasma.client import PlasmaClient
 from shmplasma.objects import ObjectID
 from shmplasma.store_ref import Home, StoreRef, home_of
 
-__all__ = ["DEFAULT_MIN_BYTES", "Sharing", "share"]
+__all__ = ["DEFAULT_MIN_BYTES", "Sharing", "get_context", "share"]
 
 DEFAULT_MIN_BYTES: Final = 1 << 16
 """From about here on a reference, some 100 us at both ends together, costs less than the copies through a pipe."""
@@ -240,7 +242,7 @@ _active: list[Sharing] = []
 """Those that are entered, the latest last."""
 
 
-def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> Any:
+def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> AbstractContextManager[None]:
     """Let large arrays and Arrow data pass between processes by a store.
 
     Parameters
@@ -261,6 +263,37 @@ def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> Any:
     The receiver gets read-only views.  What is written to an array after it was sent does not reach the receiver.
     """
     return _sharing(Sharing(client.store_socket_name, min_bytes))
+
+
+def get_context(
+    method: str | None, client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES
+) -> BaseContext:
+    """Return a context of `multiprocessing` whose processes share by a store.
+
+    Parameters
+    ----------
+    method : str or None
+        "fork", "spawn" or "forkserver"; None for the default.
+    client, min_bytes
+        As for `share`.
+
+    Returns
+    -------
+    multiprocessing.context.BaseContext
+        Of its own.  `share` is in force in this process while it lives: `multiprocessing` has one table of reducers for
+        all contexts.
+
+    Raises
+    ------
+    ValueError
+        There is no such method on this platform.
+    """
+    known = multiprocessing.get_context(method or multiprocessing.get_start_method())
+    context = type(known)()
+    sharing = Sharing(client.store_socket_name, min_bytes)
+    _enter(sharing)
+    weakref.finalize(context, _leave, sharing)
+    return context
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""An executor with a store of its own: arguments and results pass by reference.  Needs the extra ``[loky]``.
+
+The workers are loky's: they take functions and classes of any kind, as cloudpickle does, and the death of a worker is
+noticed.  What was submitted and not done then fails with loky's `TerminatedWorkerError`; what is submitted after
+that goes to new workers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from typing import ParamSpec, TypeVar
+
+from loky.process_executor import ProcessPoolExecutor
+
+from shmplasma.client import PlasmaClient
+from shmplasma.embedded import Store
+from shmplasma.sharing import DEFAULT_MIN_BYTES, Sharing
+
+__all__ = ["StoreExecutor"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class StoreExecutor(Executor):
+    """Runs functions in worker processes, to and from which arrays pass by reference.
+
+    Parameters
+    ----------
+    max_workers : int, optional
+        How many workers; one for each processor if not given.
+    memory : int or str
+        Capacity of its store, as for `Store`: room for the arguments and results that exist at a time.
+    min_bytes : int, optional
+        Smaller arrays pass as ever.
+    progress : callable, optional
+        ``progress(done, submitted)`` is called whenever a task is done, in a thread of the executor.
+
+    Attributes
+    ----------
+    store : Store
+        Its store.
+    client : PlasmaClient
+        A client of it: ``client.put_ref(array).get()`` is an array of which any part passes without a copy.
+
+    Notes
+    -----
+    Thread-safe.  A context manager; leaving it waits for the tasks, and ends workers and store.  Results are read-only
+    views that stay valid after that.
+    An array that is given to many tasks is stored once (see `shmplasma.sharing`).
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        memory: int | str,
+        min_bytes: int = DEFAULT_MIN_BYTES,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        self._max_workers = max_workers
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._submitted = self._done = 0
+        self.store = Store(memory)
+        self.client: PlasmaClient = self.store.connect()
+        self._sharing = Sharing(self.store.store_socket_name, min_bytes)
+        self._workers = self._new_workers()
+
+    def _new_workers(self) -> ProcessPoolExecutor:
+        reducers = self._sharing.reducers
+        return ProcessPoolExecutor(
+            self._max_workers, job_reducers=reducers, result_reducers=reducers
+        )
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Run a function in a worker.
+
+        Returns
+        -------
+        Future
+            Of its result.
+
+        Raises
+        ------
+        RuntimeError
+            The executor was shut down.
+        """
+        with self._lock:
+            try:
+                future: Future[_T] = self._workers.submit(fn, *args, **kwargs)
+            except BrokenProcessPool:
+                self._workers.shutdown(wait=False)
+                self._workers = self._new_workers()
+                future = self._workers.submit(fn, *args, **kwargs)
+            self._submitted += 1
+        if self._progress is not None:
+            future.add_done_callback(self._count)
+        return future
+
+    def _count(self, _: object) -> None:
+        assert self._progress is not None
+        with self._lock:
+            self._done += 1
+            done, submitted = self._done, self._submitted
+        self._progress(done, submitted)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the workers, and then the store.
+
+        Parameters
+        ----------
+        wait : bool, optional
+            Wait for the tasks; without that they are killed.
+        cancel_futures : bool, optional
+            Kill the tasks that are not done.
+        """
+        self._workers.shutdown(wait=True, kill_workers=cancel_futures or not wait)
+        self.client.disconnect()
+        self.store.close()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shmplasma import PlasmaClient
+from shmplasma.reading import Mode
+from tests.processes import run_python
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_all_that_multiprocessing_has(method: str) -> None:
+    """Pools, pipes, queues, arguments and executors pass arrays as read-only views, and leave nothing behind."""
+    # Python 3.12 warns of Arrow's threads at a fork.
+    command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+    done = subprocess.run(
+        [*command, "-m", "tests.sharers", method],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+def test_an_executor() -> None:
+    """It stores one array for many tasks once, counts, survives a killed worker, and leaves results behind."""
+    run_python(
+        """
+        import os, signal
+        import numpy as np
+        import shmplasma as plasma
+
+        seen = []
+        with plasma.StoreExecutor(
+            2, memory="50MB", progress=lambda done, submitted: seen.append((done, submitted))
+        ) as executor:
+            array = np.arange(100_000.0)
+            futures = [executor.submit(lambda a, i: (a.flags.writeable, a * i), array, i) for i in range(8)]
+            results = [future.result() for future in futures]
+            assert [writable for writable, _ in results] == 8 * [False]
+            assert len(executor.client.list()) == 9
+            assert (8, 8) in seen
+            killed = executor.submit(lambda: os.kill(os.getpid(), signal.SIGKILL))
+            assert isinstance(killed.exception(), plasma.executor.BrokenProcessPool)
+            assert list(executor.map(lambda a: a.sum(), [array, array])) == 2 * [4_999_950_000]
+        assert [large[-1] for _, large in results] == [99_999 * i for i in range(8)]
+        try:
+            executor.submit(len, "")
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError("it was shut down")
+        """
+    )
+
+
+@pytest.mark.parametrize("mode", ["copy", "cow"])
+def test_values_that_can_be_written_to(client: PlasmaClient, mode: Mode) -> None:
+    """A change of a private copy, or of a private mapping, reaches nobody else."""
+    value = {"a": np.arange(10_000), "b": np.ones(3), "c": "text"}
+    object_id = client.put(value)
+    mine = client.get(object_id, mode=mode)
+    mine["a"][5000:] = -1
+    mine["b"][0] = 7
+    assert mine["a"].sum() == 5000 * 4999 // 2 - 5000
+    for other in (client.get(object_id), client.get([object_id], mode=mode)[0]):
+        assert np.array_equal(other["a"], np.arange(10_000))
+        assert other["c"] == "text"
+    with client.put_ref(np.zeros(5)) as ref:
+        array = ref.get(mode=mode)
+        array += 1
+        assert ref.get().sum() == 0
+
+
+def test_what_a_mode_pins(client: PlasmaClient) -> None:
+    """A private mapping keeps its object, as a view does; a copy does not."""
+    object_id = client.put(np.arange(10_000))
+    copy = client.get(object_id, mode="copy")
+    assert client.list()[object_id]["ref_count"] == 0
+    mapping = client.get(object_id, mode="cow")
+    assert client.list()[object_id]["ref_count"] == 1
+    client.delete(object_id)
+    client.put(np.zeros(12_000_000))
+    assert np.array_equal(mapping, copy)
+
+
+def test_a_mode_that_there_is_not(client: PlasmaClient) -> None:
+    """The error names those that there are."""
+    object_id = client.put(1)
+    with pytest.raises(ValueError, match="no mode 'write'; the modes are view, copy and cow"):
+        client.get(object_id, mode="write")  # type: ignore[arg-type]  # the test
