@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 PROJECT = Path(__file__).parents[2]
 
@@ -54,3 +57,24 @@ def test_the_flight_benchmark_gives_figures() -> None:
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 4
     assert all(float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("references", ["1999998\n"]),
+        ("multiprocessing", ["49999995000000\n", "[499999500000, 249999500000, 166666833333]\n"]),
+    ],
+)
+def test_the_programs_of_a_page(tmp_path: Path, page: str, said: list[str]) -> None:
+    """What the documentation shows as a program runs as one, and says what it is said to say."""
+    text = (PROJECT / "docs" / f"{page}.md").read_text()
+    programs = re.findall(r"skip: next -->\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert len(programs) == len(said)
+    for program, expected in zip(programs, said, strict=True):
+        path = tmp_path / "program.py"
+        path.write_text(program)
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
+        assert done.stdout.endswith(expected)
