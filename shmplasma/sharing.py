@@ -13,8 +13,7 @@ The receiver finds a read-only view.  In a full store everything passes as ever.
 
 What was stored once
     A value that is sent again is not stored again: it is remembered by identity, as long as it lives, together with its
-    reference.  NumPy arrays may change in between, so theirs is compared by a hash of the contents, computed anew each time
-    (at memory speed, half the cost of a copy); an array that cannot change, as nothing can write to it, is not hashed.
+    reference.  NumPy arrays may change in between, so one is compared, byte by byte, with what was stored.
     Arrow's values never change.  When the store is full, what is remembered is let go first.
 
 Which processes have the reducers
@@ -36,7 +35,6 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.client import PlasmaClient
@@ -47,6 +45,9 @@ __all__ = ["DEFAULT_MIN_BYTES", "Sharing", "get_context", "share"]
 
 DEFAULT_MIN_BYTES: Final = 1 << 16
 """From about here on a reference, some 100 us at both ends together, costs less than the copies through a pipe."""
+
+_COMPARED_BYTES: Final = 1 << 18
+"""At a time, as comparing makes an array of as many bytes, which is to stay in the cache."""
 
 _ABSENT: Final = ObjectID(20 * b"\0")
 _PLAIN_PROTOCOL: Final = 4
@@ -71,7 +72,7 @@ class Sharing:
     def __init__(self, path: str, min_bytes: int) -> None:
         self._home: Home = home_of(path)
         self._min_bytes = min_bytes
-        self._stored: dict[int, tuple[weakref.ref[Any], object, StoreRef]] = {}
+        self._stored: dict[int, tuple[weakref.ref[Any], StoreRef]] = {}
 
     def __reduce__(self) -> tuple[type[Sharing], tuple[str, int]]:
         return Sharing, (self._home.store_socket_name, self._min_bytes)
@@ -102,7 +103,7 @@ class Sharing:
             if owned is not None:
                 owner, start = owned
                 return _view, (owner, start + before, array.shape, array.strides, array.dtype)
-        ref = self._store(array, _digest)
+        ref = self._store(array, _is_unchanged)
         return array.__reduce_ex__(_PLAIN_PROTOCOL) if ref is None else (_value, (ref,))
 
     def reduce_buffer(self, buffer: pa.Buffer) -> Any:
@@ -117,7 +118,7 @@ class Sharing:
     def reduce_arrow(self, value: Any) -> Any:
         """Reduce an Arrow value: in parts if it lies in the store, else as a whole."""
         whole = value.nbytes >= self._min_bytes and not self._is_owned(value)
-        ref = self._store(value, _no_digest) if whole else None
+        ref = self._store(value, _is_constant) if whole else None
         return value.__reduce_ex__(_PLAIN_PROTOCOL) if ref is None else (_value, (ref,))
 
     def _is_owned(self, value: Any) -> bool:
@@ -126,14 +127,13 @@ class Sharing:
 
     # -- storing -------------------------------------------------------------------------------
 
-    def _store(self, value: Any, digest: Callable[[Any], object]) -> StoreRef | None:
+    def _store(self, value: Any, is_same: Callable[[Any, StoreRef], bool]) -> StoreRef | None:
         """Return a reference to a copy of a value in the store; None if there is no room."""
-        state = digest(value)
         known = self._stored.get(id(value))
-        if known is not None and known[0]() is value and known[1] == state:
-            return known[2]
+        if known is not None and known[0]() is value and is_same(value, known[1]):
+            return known[1]
         ref = self._put(value)
-        if ref is not None and state is not _ANOTHER:
+        if ref is not None:
             stored, key = self._stored, id(value)
 
             def forget(gone: weakref.ref[Any]) -> None:
@@ -141,7 +141,7 @@ class Sharing:
                 if found is not None and found[0] is gone:
                     del stored[key]
 
-            stored[key] = weakref.ref(value, forget), state, ref
+            stored[key] = weakref.ref(value, forget), ref
         return ref
 
     def _put(self, value: Any) -> StoreRef | None:
@@ -158,10 +158,6 @@ class Sharing:
             return None
 
 
-_ANOTHER: Final = object()
-"""The state of what cannot be known again."""
-
-
 def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     """Return how many bytes of an array lie before its first element, and how many it covers in all."""
     spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
@@ -169,30 +165,27 @@ def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     return before, before + sum(span for span in spans if span > 0) + array.itemsize
 
 
-def _digest(array: np.ndarray[Any, Any]) -> object:
-    """Return what changes when an array does."""
-    if _is_constant(array):
-        return None
-    if not array.flags.forc:
-        return _ANOTHER
-    content: Any = array.reshape(-1, order="A").view(np.uint8)
-    return xxhash.xxh3_128_intdigest(content), array.shape, array.dtype, array.flags.fnc
+def _is_unchanged(array: np.ndarray[Any, Any], ref: StoreRef) -> bool:
+    """Tell whether an array is still, to the byte, what was stored of it."""
+    stored: np.ndarray[Any, Any] = ref.get()
+    same = (array.shape, array.dtype, array.flags.fnc) == (
+        stored.shape,
+        stored.dtype,
+        stored.flags.fnc,
+    )
+    if not same or not array.flags.forc:
+        return False
+    ours, theirs = (each.reshape(-1, order="A").view(np.uint8) for each in (array, stored))
+    return all(
+        np.array_equal(
+            ours[start : start + _COMPARED_BYTES], theirs[start : start + _COMPARED_BYTES]
+        )
+        for start in range(0, ours.size, _COMPARED_BYTES)
+    )
 
 
-def _is_constant(array: np.ndarray[Any, Any]) -> bool:
-    """Tell whether nothing can write to an array, by whatever view."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        if base.flags.writeable:
-            return False
-        if base.base is None:
-            return False  # its owner may make it writable
-        base = base.base
-    return isinstance(base, bytes) or (isinstance(base, pa.Buffer) and not base.is_mutable)
-
-
-def _no_digest(_: object) -> object:
-    return None
+def _is_constant(*_: object) -> bool:
+    return True
 
 
 def _buffers(value: Any) -> Iterator[pa.Buffer]:
