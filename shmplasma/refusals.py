@@ -96,6 +96,9 @@ class Refusals:
                 f"{self._capacity}; start it with a larger -m"
             )
         waiting = f", {len(self._waiting)} requests wait for room" if self._waiting else ""
+        if self._room.protected:
+            n_bytes = self._objects.bytes_of(self._room.protected)
+            waiting = f", {n_bytes} belong to references, until these are released{waiting}"
         return (
             "the store is full: {requested_bytes} bytes were asked for; of {capacity} bytes "
             "{free_bytes} are free (the largest extent has {largest_bytes}), {pinned_bytes} are pinned "

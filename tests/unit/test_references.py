@@ -217,7 +217,7 @@ def test_a_referenced_object_is_not_evicted(talk: Conversation) -> None:
     put(creator, X, 60_000)
     assert other.ask(other.new(Y, 10_000), Failed).failure is Failure.FULL
     text = creator.ask(creator.new(Y, 10_000), Failed).text
-    assert "60000 belong to references; release buffers and references" in text
+    assert "60000 belong to references, until these are released" in text
     drop(talk, creator, X)
     put(other, Y, 10_000)
 
