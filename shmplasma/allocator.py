@@ -246,6 +246,28 @@ class Allocator:
             leaf.sizes.insert(i, before)
         self._settle(path, lost=size)
 
+    def next_free(self, position: int, size_bytes: int) -> tuple[int, int] | None:
+        """Return the lowest free extent of at least so many bytes from a position on; O(log n).
+
+        Parameters
+        ----------
+        position : int
+            A multiple of `ALIGNMENT`; of an extent that begins before it only the rest counts.
+        size_bytes : int
+            At least 1.
+
+        Returns
+        -------
+        (offset, size) or None
+            None when there is no such extent.
+        """
+        wanted = (size_bytes + ALIGNMENT - 1) >> _SHIFT
+        found = _next_free(self._root, position >> _SHIFT, wanted)
+        if found is None:
+            return None
+        first, end = found
+        return first << _SHIFT, (end - first) << _SHIFT
+
     def check(self, used: Iterable[tuple[int, int]]) -> None:
         """Prove that used and free extents tile the region, and that the module's invariants hold.
 
@@ -345,6 +367,26 @@ class Allocator:
         elif len(root.ends) > _FAN_OUT:
             self._root = _Node([root.ends[-1]], [0], [root])
             _refill(self._root, 0)
+
+
+def _next_free(node: _Node, line: int, wanted: int) -> tuple[int, int] | None:
+    """Return first line and end of what `Allocator.next_free` finds below a node.
+
+    Only the first child can have what is large enough and lies before `line`; so at most one descent a
+    level is in vain.
+    """
+    for i in range(bisect_right(node.ends, line), len(node.ends)):
+        if node.sizes[i] < wanted:
+            continue
+        if node.children:
+            found = _next_free(node.children[i], line, wanted)
+            if found is not None:
+                return found
+        else:
+            first = max(node.ends[i] - node.sizes[i], line)
+            if node.ends[i] - first >= wanted:
+                return first, node.ends[i]
+    return None
 
 
 def _refill(parent: _Node, i: int) -> None:

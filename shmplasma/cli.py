@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Final
 
 from shmplasma import __version__, system
 from shmplasma.backing import default_capacity
+from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.endpoint import Endpoint, default_socket_path
 from shmplasma.errors import AttachError, CommitError, EndpointError, LayoutError
 from shmplasma.layout import TOKEN_BYTES
 from shmplasma.orphans import sweep
+from shmplasma.prefault import prefault
 from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
@@ -114,6 +116,10 @@ def _serve(options: argparse.Namespace) -> None:
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
         segment, is_recovered = _segment(endpoint, options)
         stack.callback(_leave_to_successor, endpoint, segment.name)
+        capacity = segment.layout.capacity
+        floor = options.trim_floor
+        if floor is None:
+            floor = capacity if options.prefault else FLOOR_BYTES
         shared = options.group is not None or bool(options.mode & 0o066)
         with ExitStack() as on_failure:
             # What could not be recovered this time stays, for another attempt.
@@ -127,7 +133,10 @@ def _serve(options: argparse.Namespace) -> None:
                 may_be_replaced=options.owner is None,
                 client_limit_bytes=options.client_limit or 0,
                 ticket_seconds=options.ticket_seconds,
+                floor_bytes=floor,
             )
+            if options.prefault:
+                prefault(server.commit_all(), capacity, sys.stderr, _is_told_to_end)
             endpoint.write_note(segment.name.encode())
             on_failure.pop_all()
         stack.enter_context(segment)
@@ -148,7 +157,7 @@ def _serve(options: argparse.Namespace) -> None:
         _LOG.info(
             "ready: socket %s, capacity %d bytes, segment %s (%s)",
             path,
-            segment.layout.capacity,
+            capacity,
             segment.name.path,
             "POSIX shared memory"
             if options.directory is None
@@ -160,6 +169,11 @@ def _serve(options: argparse.Namespace) -> None:
             segment.close()  # and so its name stays
             endpoint.hand_over()
             server.close()
+
+
+def _is_told_to_end() -> bool:
+    """Tell whether a signal that ends the store waits until the server can take it."""
+    return bool(signal.sigpending() & _ENDING)
 
 
 def _wake_by_signals(server: Server, stack: ExitStack) -> None:
@@ -338,6 +352,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="use huge pages; -d names a hugetlbfs",
     )
+    add(
+        "--prefault",
+        action="store_true",
+        help="commit all memory before the store serves, and keep it",
+    )
+    add(
+        "--trim-floor",
+        type=_floor,
+        metavar="BYTES",
+        help="memory that is not used and stays committed (default: 64MiB; with --prefault: all)",
+    )
     add("-e", dest="external_store", metavar="URI", help="not in this release")
     add(
         "--mode",
@@ -391,6 +416,10 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _floor(text: str) -> int:
+    return 0 if text == "0" else _size(text)
 
 
 def _seconds(text: str) -> float:

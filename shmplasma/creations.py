@@ -135,7 +135,8 @@ class Creations:
     def _grant(self, client: int, request_id: int, entry: int, now_ns: int) -> None:
         """Tell a writer where its object lies, if there is memory."""
         offset, data_size, metadata_size = self._table.location(entry)
-        if data_size + metadata_size and offset + data_size + metadata_size > self._room.watermark:
+        size = data_size + metadata_size
+        if size and not self._room.commitment.is_ready(offset, size):
             self._waiting[entry] = (client, request_id, now_ns)
         else:
             self._outgoing.reply(client, request_id, Created(offset))
@@ -233,20 +234,11 @@ class Creations:
                 self.take_back(client, entry)
 
     def advance(self) -> None:
-        """Commit one step of memory, ahead of need if nobody waits; answer the creator that waited for it.
-
-        Raises
-        ------
-        CommitError
-            There is no memory, and nobody waits for it.
-        """
-        if not self._waiting:
-            self._room.commit_step(self._room.idle_target)
-            return
+        """Commit one step of memory for the first creator; answer it when that is all."""
         entry, (client, request_id, now_ns) = next(iter(self._waiting.items()))
         offset, data_size, metadata_size = self._table.location(entry)
         try:
-            if self._room.commit_step(offset + data_size + metadata_size):
+            if self._room.commitment.step(offset, data_size + metadata_size):
                 del self._waiting[entry]
                 self._outgoing.reply(client, request_id, Created(offset))
         except CommitError as error:

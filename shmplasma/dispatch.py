@@ -52,9 +52,11 @@ from shmplasma.requests import (
     Role,
     Seal,
     SetOptions,
+    Trim,
 )
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
+from shmplasma.trims import Trims
 
 __all__ = ["Dispatch", "Unsettled"]
 
@@ -71,7 +73,7 @@ class Dispatch:
     ----------
     layout : Layout
         The segment's layout.
-    table, boards, room, objects, publishing, greeter, answers, creations, ledger, outgoing
+    table, boards, room, objects, publishing, greeter, answers, creations, ledger, trims, outgoing
         The parts of the store that it joins.
     heed_all : callable
         ``heed_all(now_ns)`` reads all outboxes.
@@ -94,6 +96,7 @@ class Dispatch:
         answers: Answers,
         creations: Creations,
         ledger: Ledger,
+        trims: Trims,
         outgoing: Outgoing,
         heed_all: Callable[[int], object],
     ) -> None:
@@ -108,6 +111,7 @@ class Dispatch:
         self._answers = answers
         self._creations = creations
         self._ledger = ledger
+        self._trims = trims
         self._outgoing = outgoing
         self._heed_all = heed_all
         self.unsettled: list[Unsettled] = []
@@ -178,6 +182,9 @@ class Dispatch:
                 session.limit_bytes = request.limit_bytes or self._greeter.limit_bytes
                 self._publishing.recall()
                 self._outgoing.reply(client, request_id, _DONE)
+            case Trim():
+                self._objects.wake()  # what was released meanwhile goes as well
+                self._trims.ask(client, request_id)
             case Grow():
                 self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))
             case Attach():
@@ -250,6 +257,7 @@ class Dispatch:
         """Drop what a client waits for, what it has not sealed, and what it holds."""
         self._answers.forget(client)
         self._creations.forget(client)
+        self._trims.forget(client)
         self._objects.abort_all(client)
         references = self._ledger.references
         if references.is_ahead:

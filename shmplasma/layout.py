@@ -45,6 +45,7 @@ __all__ = [
     "ENTRY_BYTES",
     "ENTRY_WORDS",
     "GENERATION_SHIFT",
+    "GRANULE_BYTES",
     "HEADER_BYTES",
     "ID_BYTES",
     "ID_FIELD",
@@ -82,6 +83,9 @@ BOARD_BYTES: Final = 4096
 BOARD_WORDS: Final = BOARD_BYTES // 8
 OUTBOX_BYTES: Final = 4096
 """One for each board, of which a client uses that of its first one (see `shmplasma.outbox`)."""
+GRANULE_BYTES: Final = 256 << 10
+"""The least that is committed or given back of the data region, where pages are not larger: for a quarter of the room
+of a store of 64-KB objects, say, and a map of 1.2 MB for 100 GB."""
 CONTROL_BYTES: Final = 64
 """A cache line for each board, so that words to different clients do not share one."""
 
@@ -114,9 +118,11 @@ class HeaderWord(IntEnum):
     BOARDS_END = 34
     """Above all boards that were ever used."""
     WATERMARK = 35
-    """Bytes of the data region behind which there is memory."""
+    """Bytes of the data region beyond which there was never any memory (see `shmplasma.commitment`)."""
     POLLED = 36
     """Not zero while the store reads the outboxes unasked (see `shmplasma.outbox`)."""
+    TRIMS = 37
+    """How often memory was given back; a client that finds another number maps its pages anew."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
 
@@ -302,6 +308,11 @@ class Layout:
     def data_bytes(self) -> int:
         """Size of the data region that the allocator manages: the capacity in whole cache lines."""
         return align_up(self.capacity, ALIGNMENT)
+
+    @property
+    def granule_bytes(self) -> int:
+        """What is committed and given back as one: granules begin with the data region; a power of two."""
+        return max(GRANULE_BYTES, self.page_bytes)
 
     def entry(self, index: int) -> int:
         """Return the offset of an entry."""

@@ -128,9 +128,11 @@ class LeaseWriter:
         if not lease.size_bytes:
             self._pause = _PUTS_AFTER_REFUSAL
             return False
-        self._populate(lease.offset, lease.size_bytes)
         self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
         self._objects, self._epoch = lease.objects, lease.epoch
         self._board[BUSY_WORD] = 1
-        # It may have been recalled since it was granted.
-        return bool(self._words[self._epoch_word] == self._epoch)
+        # It may have been recalled since it was granted, and its memory be given back by now.
+        if self._words[self._epoch_word] != self._epoch:
+            return False
+        self._populate(lease.offset, lease.size_bytes)
+        return True

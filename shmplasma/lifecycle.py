@@ -172,8 +172,7 @@ class Lifecycle:
     def create(self, client: int, request: Create, limit_bytes: int, now_ns: int) -> int:
         """Make a new object, pinned for its writer in the request's slot, and return its entry.
 
-        Its memory may lie above the room's watermark: the caller waits for it to be committed before the
-        writer is told.
+        Its memory need not be ready: the caller waits for it to be committed before the writer is told.
 
         Raises
         ------

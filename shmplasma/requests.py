@@ -42,6 +42,7 @@ __all__ = [
     "Role",
     "Seal",
     "SetOptions",
+    "Trim",
     "decode_posted",
     "decode_request",
 ]
@@ -480,6 +481,13 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Trim(Empty):
+    """Ask for memory that is committed and not used to be given back to the system."""
+
+    KIND: ClassVar[int] = 21
+
+
+@dataclass(frozen=True, slots=True)
 class Grow(Empty):
     """Ask for one more board."""
 
@@ -519,6 +527,7 @@ Request = (
     | Release
     | Hold
     | Bequeath
+    | Trim
 )
 
 Posted = Publish | Seal | Abort | Lend

@@ -1,6 +1,6 @@
 """Room: which bytes of the data region an object gets, and who must leave for it.
 
-This module joins the allocator, the watermark below which memory is committed, the eviction queue and the
+This module joins the allocator, what is committed of the region, the eviction queue and the
 take protocol of `shmplasma.pins`.  It knows nothing of clients and messages.
 
 Invariants
@@ -8,8 +8,8 @@ Invariants
 * Each entry of the table that holds an object of size > 0 owns one extent; free extents and these tile the
   data region (`Room.check`).
 * Each sealed object is either in the eviction queue or kept, as its KEEP word says.
-* An extent is handed out only when it lies below the watermark, so that no client ever writes to a page
-  which the file system cannot give (that would be a SIGBUS).
+* An extent is handed out only when it is ready (`shmplasma.commitment`), so that no client ever writes to a
+  page which the file system cannot give (that would be a SIGBUS).
 * An object is freed only when no board pins it.
 """
 
@@ -17,37 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Final, Protocol
+from typing import Protocol
 
 from shmplasma.allocator import Allocator
+from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
 from shmplasma.errors import CommitError
 from shmplasma.eviction import Sieve
-from shmplasma.layout import (
-    ALIGNMENT,
-    EntryState,
-    HeaderWord,
-    Layout,
-    align_up,
-    mark_end,
-    read_end,
-)
+from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.pins import Boards
 from shmplasma.table import Table
 
-__all__ = ["COMMIT_STEP", "Memory", "Room"]
-
-COMMIT_STEP: Final = 4 << 20
-"""Bytes that are committed in one go: tmpfs clears them at about 2 GB/s, so others wait 2 ms at most."""
-
-_AHEAD: Final = 64 << 20
-"""How far the watermark runs ahead of what was ever used, while the store is idle."""
+__all__ = ["Memory", "Room"]
 
 
-class Memory(Protocol):
+class Memory(Pages, Protocol):
     """What the room needs of the machine."""
-
-    def commit(self, offset: int, size_bytes: int) -> None:
-        """Put memory behind a part of the segment, or raise `shmplasma.errors.CommitError`."""
 
     def barrier(self) -> None:
         """Make every client's CPU pass a full memory barrier, if there is a way."""
@@ -74,6 +58,13 @@ class Room:
         The visited region: a byte an entry.
     memory : Memory
         Commits pages and issues barriers.
+    floor_bytes : int, optional
+        How much free room stays committed.
+
+    Attributes
+    ----------
+    commitment : Commitment
+        Which parts of the region are committed.
     """
 
     def __init__(
@@ -84,9 +75,9 @@ class Room:
         boards: Boards,
         visited: memoryview,
         memory: Memory,
+        floor_bytes: int = FLOOR_BYTES,
     ) -> None:
         self._layout = layout
-        self._words = words
         self._table = table
         self._boards = boards
         self._memory = memory
@@ -100,8 +91,7 @@ class Room:
         self._protected: set[int] = set()
         self.takes = 0
         self.takes_that_met_a_pin = 0
-        self._watermark = self._start
-        self._used_once = self._start
+        self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
 
     @property
     def free_bytes(self) -> int:
@@ -118,11 +108,6 @@ class Room:
         """Bytes that are free, or would be if all that may go were evicted; O(boards)."""
         return self.free_bytes + self._evictable_bytes()
 
-    @property
-    def watermark(self) -> int:
-        """The offset below which memory is committed."""
-        return self._watermark
-
     # -- extents -------------------------------------------------------------------------------
 
     def lease(self, size_bytes: int) -> int | None:
@@ -131,7 +116,7 @@ class Room:
         Returns
         -------
         int or None
-            Its offset; None when there is no such extent, or it lies too far above the watermark.
+            Its offset; None when there is no such extent, or it is too large to be committed at once.
 
         Raises
         ------
@@ -141,15 +126,14 @@ class Room:
         offset = self._allocator.allocate(size_bytes)
         if offset is None:
             return None
-        end = offset + size_bytes
         try:
-            if not self.commit_step(end):
+            if not self.commitment.step(offset, size_bytes):
                 self.give_back(offset, size_bytes)
                 return None
         except CommitError:
             self.give_back(offset, size_bytes)
             raise
-        self._used_once = max(self._used_once, end)
+        self.commitment.hand_out(offset, size_bytes)
         return offset
 
     def allocate(self, size_bytes: int) -> tuple[int | None, list[bytes]]:
@@ -164,7 +148,7 @@ class Room:
 
         Notes
         -----
-        The extent may lie above `watermark`; the caller commits it before it is handed out.
+        The extent need not be ready; the caller has it committed before it is handed out.
         O(log n) without eviction; with it, O(victims + boards).
         """
         evicted: list[bytes] = []
@@ -185,13 +169,14 @@ class Room:
                 # There are enough bytes now, but not in one piece.
                 step = max(1, wanted // 16)
         if offset is not None:
-            self._used_once = max(self._used_once, offset + align_up(size_bytes, ALIGNMENT))
+            self.commitment.hand_out(offset, size_bytes)
         return offset, evicted
 
     def give_back(self, offset: int, size_bytes: int) -> None:
         """Free an extent that no entry owns."""
         if size_bytes:
             self._allocator.free(offset, size_bytes)
+            self.commitment.freed()
 
     def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
@@ -350,28 +335,6 @@ class Room:
             self._extent_bytes(entry) for entry in held if entry in self._queue
         )
 
-    # -- commitment ----------------------------------------------------------------------------
-
-    def commit_step(self, end: int) -> bool:
-        """Raise the watermark towards `end` by one step; tell whether it has arrived.
-
-        Raises
-        ------
-        CommitError
-            The file system cannot give the pages.
-        """
-        if self._watermark < end:
-            stop = min(self._watermark + COMMIT_STEP, self._end)
-            self._memory.commit(self._watermark, stop - self._watermark)
-            self._watermark = stop
-            mark_end(self._words, HeaderWord.WATERMARK, stop - self._start)
-        return self._watermark >= end
-
-    @property
-    def idle_target(self) -> int:
-        """Where the watermark should be while there is nothing else to do."""
-        return min(self._used_once + _AHEAD, self._end)
-
     # -- recovering ----------------------------------------------------------------------------
 
     def recover(
@@ -394,17 +357,10 @@ class Room:
         used : iterable of (offset, size)
             All extents that are not free, by address; none overlaps another.
 
-        Raises
-        ------
-        CommitError
-            Memory that was there before cannot be had any more.
-
         Notes
         -----
         O(objects).
         """
-        limit = self._end - self._start
-        committed = read_end(self._words, HeaderWord.WATERMARK, limit)
         end = self._start
         gaps: list[tuple[int, int]] = []
         for offset, size in used:
@@ -413,16 +369,10 @@ class Room:
             end = offset + align_up(size, ALIGNMENT)
         if end < self._end:
             gaps.append((end, self._end - end))
-        self._allocator.reserve(self._start, limit)
+        self._allocator.reserve(self._start, self._end - self._start)
         for offset, size in gaps:
             self._allocator.free(offset, size)
-        self._used_once = end
-        # Where the word is unsure, what is in use is committed again, which changes nothing of it.
-        if committed < limit:
-            self._watermark = self._start + committed
-        else:
-            while not self.commit_step(end):
-                pass
+        self.commitment.recover()
         self._queue.fill(cached)
         self._cached_bytes = cached_bytes
         self._kept = set(kept)
@@ -452,6 +402,7 @@ class Room:
         self._allocator.check(used)
         self._queue.check()
         assert all(entry in self._queue or entry in self._kept for entry in self._protected)
+        self.commitment.check()
         assert queued == len(self._queue), "the queue holds what is not there"
         assert n_kept == len(self._kept), "something is kept that is not there"
         assert cached == self._cached_bytes, "the sum of evictable bytes is wrong"

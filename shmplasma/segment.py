@@ -224,6 +224,23 @@ class Segment:
                 advice = f"it says: {error.strerror}; see the kernel's log (dmesg)"
             raise CommitError(needed, free, advice) from error
 
+    def punch(self, offset: int, size: int) -> bool:
+        """Give the memory behind a range back to the system; what is stored there is lost.
+
+        Parameters
+        ----------
+        offset, size : int
+            Range in bytes that begins with a page; the page in which it ends goes as a whole.
+
+        Returns
+        -------
+        bool
+            False where the file system keeps it.
+        """
+        assert 0 <= offset < offset + size <= self.layout.segment_bytes
+        assert not offset % self.layout.page_bytes
+        return system.punch(self.fd, offset, align_up(size, self.layout.page_bytes))
+
     def check_size(self) -> None:
         """See whether the file is still whole.
 

@@ -18,11 +18,12 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Final
 
 from shmplasma import system
+from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError, ProtocolError
@@ -59,6 +60,7 @@ class _SegmentMemory:
 
     def __init__(self, segment: Segment) -> None:
         self.commit = segment.commit
+        self.punch = segment.punch
         # Clients take part in barriers wherever the platform has them, also with the fast path off.
         ordered = system.register_membarrier()
         self.has_barrier = ordered and system.fast_path_available()
@@ -90,6 +92,8 @@ class Server:
         What a client may hold that has no limit of its own; 0 for no limit.
     ticket_seconds : float
         How long a reference that is not received is kept (see `shmplasma.references`).
+    floor_bytes : int
+        How much memory that is not used stays committed.
 
     Attributes
     ----------
@@ -117,6 +121,7 @@ class Server:
         may_be_replaced: bool = True,
         client_limit_bytes: int = 0,
         ticket_seconds: float = TICKET_NS / 1e9,
+        floor_bytes: int = FLOOR_BYTES,
     ) -> None:
         self._segment = segment
         self._path = socket_path
@@ -132,6 +137,7 @@ class Server:
             _SegmentMemory(segment),
             client_limit_bytes,
             round(ticket_seconds * 1e9),
+            floor_bytes,
         )
         self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
@@ -165,6 +171,16 @@ class Server:
             1000 * (time.monotonic() - began),
             summary,
         )
+
+    def commit_all(self) -> Iterator[int]:
+        """Commit all memory for objects before `run`, by steps; yield how many bytes that are so far.
+
+        Raises
+        ------
+        CommitError
+            There is not so much memory.
+        """
+        return self._store.commit_all()
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call `callback` in the loop whenever `fd` is readable."""
@@ -271,10 +287,13 @@ class Server:
             timeouts.append(_LOOK_AGAIN_SECONDS)
         if self._awaited:
             timeouts.append(_LOOK_AT_AWAITED_SECONDS)
+        steady_ns = time.monotonic_ns()
         if (deadline_ns := store.deadline_ns) is not None:
-            timeouts.append(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9))
+            timeouts.append(max(0.0, (deadline_ns - steady_ns) / 1e9))
         if store.next_due_ns is not None:
             timeouts.append(max(0.001, (store.next_due_ns - time.time_ns()) / 1e9))
+        if (trim_ns := store.trim_ns(steady_ns)) is not None:
+            timeouts.append(trim_ns / 1e9)
         return min(timeouts, default=None)
 
     # -- connections ---------------------------------------------------------------------------
@@ -451,11 +470,12 @@ class Server:
             self._carry_out(store.advance())
         elif idle and self._commit_ahead and store.has_idle_work:
             try:
-                store.advance()
+                store.commit_ahead()
             except CommitError as error:
                 _LOG.info("no memory is committed ahead of need: %s", error)
                 self._commit_ahead = False
         if idle:
+            store.trim(time.monotonic_ns())
             self._segment.check_size()
             self._reception.open()
             self._carry_out(store.wake())

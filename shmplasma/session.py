@@ -420,21 +420,28 @@ class _Pages:
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
-        self._populated = bytearray(attachment.layout.data_bytes // _POPULATE_BYTES + 1)
+        self._chunk = attachment.layout.granule_bytes
+        self._populated = bytearray(-(-attachment.layout.data_bytes // self._chunk))
+        self._trims = 0
 
     def populate(self, offset: int, size_bytes: int) -> None:
         """Have the pages of an object mapped in one go, unless they are already.
 
         Notes
         -----
-        Goes by whole chunks: memory is committed in multiples of them, so that none has a page which
-        cannot be had.
+        Goes by granules: these are committed as a whole, so that none has a page which cannot be had.  To be
+        called for what nobody can take from this process (`shmplasma.commitment` says why).
         """
+        trims = self._attachment.words[HeaderWord.TRIMS]
+        if trims != self._trims:
+            self._populated[:] = bytes(len(self._populated))
+            self._trims = trims
+        chunk = self._chunk
         start = offset - self._attachment.layout.data
-        first, last = start // _POPULATE_BYTES, -(-(start + size_bytes) // _POPULATE_BYTES)
+        first, last = start // chunk, -(-(start + size_bytes) // chunk)
         if 0 not in self._populated[first:last]:
             return
-        start, end = first * _POPULATE_BYTES, last * _POPULATE_BYTES
+        start, end = first * chunk, last * chunk
         mapping = np.frombuffer(self._attachment.write_map, np.uint8)
         if system.populate(mapping.ctypes.data + start, min(end, mapping.size) - start):
             self._populated[first:last] = b"\1" * (last - first)

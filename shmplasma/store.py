@@ -23,9 +23,10 @@ a question was asked is always found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from shmplasma.answers import Answers
+from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.control import Control
 from shmplasma.creations import Creations, Creator
 from shmplasma.dispatch import Dispatch, Unsettled
@@ -53,6 +54,7 @@ from shmplasma.requests import (
 )
 from shmplasma.room import Memory, Room
 from shmplasma.table import Table
+from shmplasma.trims import Trims
 from shmplasma.waiters import RoomQueue
 
 __all__ = ["ObjectStore"]
@@ -77,6 +79,8 @@ class ObjectStore:
         What a client may hold that has no limit of its own; 0 for no limit.
     ticket_ns : int, optional
         As for `shmplasma.references.References`.
+    floor_bytes : int, optional
+        How much memory that is not used stays committed.
 
     Notes
     -----
@@ -94,6 +98,7 @@ class ObjectStore:
         memory: Memory,
         client_limit_bytes: int = 0,
         ticket_ns: int = TICKET_NS,
+        floor_bytes: int = FLOOR_BYTES,
     ) -> None:
         self._layout = layout
         self._memory = memory
@@ -103,7 +108,7 @@ class ObjectStore:
         self._control = Control(layout, words)
         self._boards = Boards(layout, words, raw, self._control, memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
-        self._room = Room(layout, words, self._table, self._boards, visited, memory)
+        self._room = Room(layout, words, self._table, self._boards, visited, memory, floor_bytes)
         leases = Leases(layout, words, self._control)
         self._objects = Lifecycle(
             layout,
@@ -148,6 +153,7 @@ class ObjectStore:
             self._outgoing,
             queue,
         )
+        self._trims = Trims(self._room.commitment, self._outgoing)
         self._dispatch = Dispatch(
             layout,
             self._table,
@@ -159,6 +165,7 @@ class ObjectStore:
             self._answers,
             self._creations,
             self._ledger,
+            self._trims,
             self._outgoing,
             self._heed_all,
         )
@@ -495,7 +502,7 @@ class ObjectStore:
             self._control.acknowledge(board, acknowledged)
         return count
 
-    # -- memory ahead of need ------------------------------------------------------------------
+    # -- memory --------------------------------------------------------------------------------
 
     @property
     def may_miss_a_release(self) -> bool:
@@ -511,24 +518,52 @@ class ObjectStore:
 
     @property
     def has_urgent_work(self) -> bool:
-        """Whether a creator waits for memory to be committed."""
-        return self._creations.await_memory
+        """Whether a creator waits for memory to be committed, or a client for it to be given back."""
+        return self._creations.await_memory or bool(self._trims)
+
+    def advance(self) -> Sequence[Effect]:
+        """Do one step of the urgent work; answer who has waited for it."""
+        if self._creations.await_memory:
+            self._creations.advance()
+        else:
+            self._trims.advance()
+        return self._outgoing.take()
 
     @property
     def has_idle_work(self) -> bool:
         """Whether memory should be committed ahead of need."""
-        return self._room.watermark < self._room.idle_target
+        return not self._room.commitment.is_ahead
 
-    def advance(self) -> Sequence[Effect]:
-        """Commit one step of memory; answer the creator that waited for it.
+    def commit_ahead(self) -> None:
+        """Commit one step of memory ahead of need.
 
         Raises
         ------
         CommitError
-            There is no memory, and nobody waits for it.
+            There is no memory.
         """
-        self._creations.advance()
-        return self._outgoing.take()
+        self._room.commitment.step_ahead()
+
+    def commit_all(self) -> Iterator[int]:
+        """Commit the whole data region by steps; yield how many bytes that are so far.
+
+        Raises
+        ------
+        CommitError
+            There is no memory.
+        """
+        return self._room.commitment.commit_all()
+
+    def trim_ns(self, now_ns: int) -> int | None:
+        """Return when an idle store has to `trim`, in nanoseconds from now; None if not before it is used.
+
+        Any clock will do that does not go back.
+        """
+        return self._trims.idle_ns(now_ns)
+
+    def trim(self, now_ns: int) -> None:
+        """Give back one step of memory that was not used for a while, if it is time to look for some."""
+        self._trims.advance_idle(now_ns)
 
     # -- describing ----------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ __all__ = [
     "peer",
     "populate",
     "processors",
+    "punch",
     "register_membarrier",
     "start_time",
     "watch_exit",
@@ -77,6 +78,8 @@ _REGISTER_GLOBAL_EXPEDITED: Final = ctypes.c_long(1 << 2)
 _NO_FLAGS: Final = ctypes.c_long(0)
 
 _MADV_POPULATE_WRITE: Final = 23
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
 
 _COMMAND_LETTERS: Final = 255
 """Enough to tell one program from another; the whole may have megabytes."""
@@ -182,6 +185,29 @@ else:
 
     def commit(fd: int, offset: int, size: int) -> None:
         """Do nothing: shared memory is swappable here, and no file system that may be full."""
+
+
+def punch(fd: int, offset: int, size: int) -> bool:
+    """Give the pages of a range of a file back; they are zeros, and behind none is memory.
+
+    Parameters
+    ----------
+    fd : int
+        The segment, writable.
+    offset, size : int
+        Whole pages of its file system.
+
+    Returns
+    -------
+    bool
+        False where this cannot be done (not Linux, or a file system without holes): nothing has been done.
+
+    Notes
+    -----
+    0.12 ms a MiB.  Mappings of the pages, in whatever process, fault them in anew.
+    """
+    flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    return _LINUX and not _LIBC.fallocate(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size))
 
 
 @dataclass(frozen=True, slots=True)

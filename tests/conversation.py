@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
@@ -71,12 +72,23 @@ POLLED = int(HeaderWord.POLLED)
 
 
 class RecordedMemory:
-    """The machine's memory: it notes commits and barriers, and can refuse to commit.
+    """The machine's memory: it notes commits, holes and barriers, and can refuse to commit.
+
+    Parameters
+    ----------
+    raw : memoryview, optional
+        The segment, whose contents are lost in a hole.
 
     Attributes
     ----------
     commits : list
         Offset and size of each commit, in bytes.
+    punches : list
+        Offset and size of each hole.
+    pages : set of int
+        Numbers of the pages behind which there is memory.
+    keeps_all : bool
+        Whether it takes no memory back.
     barriers : int
         How many barriers there were.
     refuse_from : int or None
@@ -87,8 +99,12 @@ class RecordedMemory:
 
     has_barrier = True
 
-    def __init__(self) -> None:
+    def __init__(self, raw: memoryview | None = None) -> None:
+        self._raw = raw
         self.commits: list[tuple[int, int]] = []
+        self.punches: list[tuple[int, int]] = []
+        self.pages: set[int] = set()
+        self.keeps_all = False
         self.barriers = 0
         self.refuse_from: int | None = None
         self.at_barrier: Callable[[], None] | None = None
@@ -98,6 +114,22 @@ class RecordedMemory:
         if self.refuse_from is not None and offset + size_bytes > self.refuse_from:
             raise CommitError(size_bytes, 123, "free some memory")
         self.commits.append((offset, size_bytes))
+        self.pages.update(_pages(offset, size_bytes))
+
+    def punch(self, offset: int, size_bytes: int) -> bool:
+        """Make a hole, or refuse to."""
+        assert not offset % PAGE_BYTES
+        if self.keeps_all:
+            return False
+        self.punches.append((offset, size_bytes))
+        self.pages.difference_update(_pages(offset, size_bytes))
+        if self._raw is not None:
+            self._raw[offset : offset + size_bytes] = bytes(size_bytes)
+        return True
+
+    def has(self, offset: int, size_bytes: int) -> bool:
+        """Tell whether a range can be touched."""
+        return self.pages.issuperset(_pages(offset, size_bytes))
 
     def barrier(self) -> None:
         """Note a barrier, and let happen what is to happen at it, once."""
@@ -105,6 +137,10 @@ class RecordedMemory:
         at_barrier, self.at_barrier = self.at_barrier, None
         if at_barrier is not None:
             at_barrier()
+
+
+def _pages(offset: int, size_bytes: int) -> range:
+    return range(offset // PAGE_BYTES, -(-(offset + size_bytes) // PAGE_BYTES))
 
 
 class Peer:
@@ -247,20 +283,35 @@ class Conversation:
     ----------
     capacity : int
         The store's capacity in bytes.
+    floor_bytes : int
+        How much free room stays committed.
     """
 
-    def __init__(self, capacity: int = 65536) -> None:
+    def __init__(self, capacity: int = 65536, floor_bytes: int = FLOOR_BYTES) -> None:
         self.layout = Layout.plan(capacity, PAGE_BYTES)
         self.words, self.raw = new_segment(self.layout)
-        self.memory = RecordedMemory()
-        self.store = ObjectStore(
-            self.layout, TOKEN, self.words, self.raw, "posix", "/segment", self.memory
-        )
+        self.floor_bytes = floor_bytes
+        self.memory = RecordedMemory(self.raw)
+        self.store = self.new_store(self.words, self.raw)
         self.peers: dict[int, Peer] = {}
         self.successor: int | None = None
         self.now_ns = 1_000_000_000
         self.steady_ns = 0
+        self.idle_ns = 0
         self._connections = 0
+
+    def new_store(self, words: memoryview, raw: memoryview) -> ObjectStore:
+        """Return a store on this segment."""
+        return ObjectStore(
+            self.layout,
+            TOKEN,
+            words,
+            raw,
+            "posix",
+            "/segment",
+            self.memory,
+            floor_bytes=self.floor_bytes,
+        )
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -319,8 +370,19 @@ class Conversation:
         """Answer what had to wait for a drain."""
         self.carry_out(self.store.settle(self.store.take_unsettled()))
 
+    def commit_ahead(self) -> None:
+        """Commit memory as an idle store does, until that is enough."""
+        while self.store.has_idle_work:
+            self.store.commit_ahead()
+
+    def trim(self, seconds: float = 60) -> None:
+        """Let the store be idle until so many seconds have passed, and give memory back as it does then."""
+        self.idle_ns += int(seconds * 1e9)
+        while self.store.trim_ns(self.idle_ns) == 0:
+            self.store.trim(self.idle_ns)
+
     def advance(self) -> None:
-        """Commit one step of memory."""
+        """Do one step of the store's urgent work."""
         self.carry_out(self.store.advance())
 
     def poll(self) -> None:

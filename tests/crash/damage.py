@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.layout import BOARD_WORDS, Layout
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION
 from shmplasma.replies import Reply, Welcome
 from shmplasma.requests import Abort, Create, Get, Hello, Post, Publish, Request, Role, Seal
 from shmplasma.store import ObjectStore
-from tests.conversation import TOKEN, Conversation, Peer, RecordedMemory
+from tests.conversation import Conversation, Peer, RecordedMemory
 
 __all__ = ["Death", "Mortal", "Reopened"]
 
@@ -103,7 +104,7 @@ class Mortal(Conversation):
     """
 
     def __init__(self, capacity: int = 4 << 20) -> None:
-        super().__init__(capacity)
+        super().__init__(capacity, floor_bytes=0)
         self.clock = Clock()
         self.deaths = 0
         self.store = self._new_store()
@@ -113,7 +114,7 @@ class Mortal(Conversation):
     def _new_store(self) -> ObjectStore:
         words: Any = Dying(self.words, self.clock)
         raw: Any = Dying(self.raw, self.clock)
-        return ObjectStore(self.layout, TOKEN, words, raw, "posix", "/segment", self.memory)
+        return self.new_store(words, raw)
 
     def enter(self) -> Peer:
         """Return a client that has introduced itself."""
@@ -141,6 +142,13 @@ class Mortal(Conversation):
         """Post something to the store."""
         try:
             peer.write(message)
+        except Death:
+            self.revive()
+
+    def trim(self, seconds: float = 60) -> None:
+        """Let the store be idle for so long, as far as it lives."""
+        try:
+            super().trim(seconds)
         except Death:
             self.revive()
 
@@ -204,11 +212,13 @@ class Reopened(Conversation):
 
     def __init__(self, layout: Layout, words: memoryview, raw: memoryview) -> None:
         self.layout, self.words, self.raw = layout, words, raw
-        self.memory = RecordedMemory()
-        self.store = ObjectStore(layout, TOKEN, words, raw, "posix", "/segment", self.memory)
+        self.memory = RecordedMemory(raw)
+        self.floor_bytes = FLOOR_BYTES
+        self.store = self.new_store(words, raw)
         self.peers = {}
         self.now_ns = 2_000_000_000
         self.steady_ns = 0
+        self.idle_ns = 0
         self._connections = layout.n_boards
         self.store.recover(lambda *_: True, self.now_ns)
         self.store.check()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shmplasma.layout import BOARD_WORDS
+from shmplasma.layout import BOARD_WORDS, GRANULE_BYTES
 from shmplasma.leases import BUSY_WORD
 from shmplasma.replies import ABSENT, Created, Done, Leased, Listing, Number, Objects
 from shmplasma.requests import (
@@ -21,6 +21,7 @@ from shmplasma.requests import (
     List,
     Publish,
     Seal,
+    Trim,
 )
 from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
@@ -58,7 +59,8 @@ class Story:
         return request
 
     def fill(self, object_id: bytes, offset: int, size: int) -> None:
-        """Write the content by which an object is known."""
+        """Write the content by which an object is known; there is memory for it."""
+        assert self.talk.memory.has(offset, size), "a client writes to a hole"
         self.talk.raw[offset : offset + size] = (object_id * (size // 20 + 1))[:size]
 
     def seal(self, peer: Peer, object_id: bytes) -> None:
@@ -83,6 +85,7 @@ class Story:
 
     def look(self, object_id: bytes, offset: int, size: int) -> None:
         """Prove that an object's bytes are its own."""
+        assert self.talk.memory.has(offset, size), "a client reads from a hole"
         content = bytes(self.talk.raw[offset : offset + size])
         assert content == (object_id * (size // 20 + 1))[:size]
 
@@ -121,6 +124,13 @@ class Story:
             offset += 128
         self.talk.words[board + BUSY_WORD] = 0
 
+    def store_large(self, peer: Peer, object_id: bytes) -> None:
+        """Store an object of several granules, and let go of it."""
+        created = self.create(peer, object_id, 3 * GRANULE_BYTES)
+        self.seal(peer, object_id)
+        self.release(created.slot)
+        assert object_id in self.there()
+
     def there(self) -> dict[bytes, tuple[bool, bool]]:
         """Return which objects there are, whether they are sealed, and whether they are kept."""
         listing = self.talk.call(self.one, List(0), Listing)
@@ -131,7 +141,7 @@ class Story:
     def run(self) -> dict[bytes, tuple[bool, bool]]:
         """Tell it from the beginning, and return which objects are there at the end."""
         talk, one, other = self.talk, self.one, self.other
-        a, b, c, d, e, f, g, h, large, larger = map(name, range(1, 11))
+        a, b, c, d, e, f, g, h, large, larger, i = map(name, range(1, 12))
         created = self.create(one, a)
         self.seal(one, a)
         self.get(other, a)
@@ -162,6 +172,16 @@ class Story:
         self.get(other, e)
         talk.call(other, Keep(True, [g, h]), Done)
         talk.call(one, Keep(False, [h]), Done)
+        for _ in range(2):
+            self.store_large(one, i)
+            talk.call(one, Delete([i]), Done)
+            assert talk.call(other, Trim(), Number).value >= 0
+            self.get(other, e, g)
+        self.store_large(one, i)
+        talk.call(one, Delete([i]), Done)
+        talk.trim()
+        self.store_large(one, i)
+        talk.trim()
         self.judge()
         self.get(one, a)  # which was deleted, and goes at the last release
         for slot in [slot for slot, object_id in self.held.items() if object_id == a]:

@@ -33,21 +33,6 @@ def path(tmp_path: Path) -> str:
     return str(directory / "s")
 
 
-@pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[str]:
-    """Give a directory that holds 8 MB."""
-    if sys.platform != "linux" or os.geteuid():
-        pytest.skip("mounting a tmpfs needs root on Linux")
-    target = tmp_path / "small"
-    target.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(target)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"this machine does not mount a tmpfs: {done.stderr.strip()}")
-    yield str(target)
-    subprocess.run(["umount", str(target)], check=True)
-
-
 def exists(name: str) -> bool:
     """Return whether there is a POSIX segment of this name, as ``/dev/shm`` shows it."""
     return Path("/dev/shm", name[1:]).exists()

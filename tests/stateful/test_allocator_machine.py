@@ -110,6 +110,17 @@ class AllocatorMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=r"in use|not in the region"):
                 self.allocator.reserve(offset, size_bytes)
 
+    @rule(line=st.integers(0, LINES), size_bytes=SIZES)
+    def next_free(self, line: int, size_bytes: int) -> None:
+        """Find the lowest extent from a place on that is large enough, cut off at that place."""
+        clipped = [
+            (max(first, line), first + n_lines) for first, n_lines in self.model.free_extents()
+        ]
+        fits = [(first, end) for first, end in clipped if end - first >= lines_of(size_bytes)]
+        first, end = min(fits, default=(0, 0))
+        expected = (START + first * ALIGNMENT, (end - first) * ALIGNMENT) if fits else None
+        assert self.allocator.next_free(START + line * ALIGNMENT, size_bytes) == expected
+
     @rule(line=PLACES, size_bytes=SIZES)
     def free_wrongly(self, line: int, size_bytes: int) -> None:
         """Refuse to free what is not used from end to end."""

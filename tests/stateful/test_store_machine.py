@@ -53,6 +53,7 @@ from shmplasma.requests import (
     Request,
     Seal,
     SetOptions,
+    Trim,
 )
 from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
@@ -127,7 +128,7 @@ class Watched(Conversation):
     ) -> None:
         self._begin = begin
         self._judge = judge
-        super().__init__(capacity)
+        super().__init__(capacity, floor_bytes=0)
 
     def carry_out(self, effects: Iterable[Effect]) -> None:
         """Carry out and judge one effect after the other."""
@@ -189,7 +190,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- setting up --------------------------------------------------------------------------------
 
-    @initialize(capacity=st.sampled_from([4096, 5000, 16384, 65536, 1 << 20]))
+    @initialize(capacity=st.sampled_from([4096, 5000, 16384, 65536, 1 << 20, 1 << 21]))
     def start(self, capacity: int) -> None:
         """Begin with an empty store, its subscriber and a client."""
         self.capacity = capacity
@@ -204,8 +205,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.given_up: set[tuple[int, int]] = set()
         self.witness: Peer | None = None
         self.talk = Watched(capacity, self.gone_for_reply.clear, self.judge)
-        while self.talk.store.has_idle_work:
-            self.talk.advance()
+        self.talk.commit_ahead()
         self.boards: dict[int, Peer] = {}
         self.active: list[Peer] = []
         self.detached: list[Peer] = []
@@ -400,6 +400,9 @@ class StoreMachine(RuleBasedStateMachine):
         self, which: int, object_id: bytes, share: int, metadata_size: int, keep: bool
     ) -> None:
         """Ask for a new object, and write to it as soon as the store says where."""
+        layout = self.talk.layout
+        if not self.talk.memory.has(layout.data, layout.data_bytes):
+            self.settle()  # or it may be listed while it waits for memory, which the model does not know
         peer, model = pick(self.active, which), self.model
         thing = self.new_thing(peer, object_id, share * self.capacity // 1024, metadata_size)
         thing.is_kept = keep
@@ -808,6 +811,32 @@ class StoreMachine(RuleBasedStateMachine):
         self.set_busy(peer, False)
         assert thing.is_sealed
 
+    # -- memory ------------------------------------------------------------------------------------
+
+    @rule(which=NUMBERS)
+    def trim(self, which: int) -> None:
+        """Have all memory given back that nothing uses."""
+
+        def judge_reply(reply: Reply) -> None:
+            assert isinstance(reply, Number)
+            size = sum(size for _, size in self.talk.memory.punches[n_punches:])
+            assert reply.value == size
+
+        n_punches = len(self.talk.memory.punches)
+        self.model.note_wake()
+        self.send(pick(self.active, which), Trim(), judge_reply)
+        self.talk.turn()
+
+    @rule(seconds=st.integers(0, 60))
+    def be_idle(self, seconds: int) -> None:
+        """Let time pass in which nobody asks for anything."""
+        self.talk.trim(seconds)
+
+    @rule()
+    def commit_ahead(self) -> None:
+        """Let the store commit memory before it is needed."""
+        self.talk.commit_ahead()
+
     # -- what always holds -------------------------------------------------------------------------
 
     @invariant()
@@ -821,6 +850,14 @@ class StoreMachine(RuleBasedStateMachine):
         for thing in {*self.model.things.values(), *self.model.pins.values()}:
             content = self.talk.raw[thing.offset : thing.offset + thing.size]
             assert content == thing.content, "an object holds what was not written to it"
+
+    @invariant()
+    def has_memory_for_every_byte(self) -> None:
+        """Find memory behind whatever anybody may read or write."""
+        model = self.model
+        making = {rent.making for rent in model.rents.values() if rent.making}
+        for thing in {*model.things.values(), *model.pins.values(), *making}:
+            assert self.talk.memory.has(thing.offset, thing.size), "somebody may meet a hole"
 
     @invariant()
     def shows_every_pin(self) -> None:

@@ -55,6 +55,7 @@ from shmplasma.requests import (
     Role,
     Seal,
     SetOptions,
+    Trim,
     decode_request,
 )
 
@@ -100,6 +101,7 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Release: st.builds(Release, IDS, U64),
     Hold: st.builds(Hold, U64, st.lists(st.tuples(IDS, U64), max_size=8)),
     Bequeath: st.builds(Bequeath, U64),
+    Trim: st.just(Trim()),
 }
 RECORDS = st.tuples(IDS, U64, U64, U32, U64, U64, st.booleans(), st.booleans())
 REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {

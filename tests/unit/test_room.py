@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmplasma.control import Control
-from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.pins import Boards
-from shmplasma.room import COMMIT_STEP, Room
+from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
 from tests.conversation import RecordedMemory, name, new_segment
 
@@ -224,58 +223,6 @@ def test_eviction_goes_on_until_it_is_enough() -> None:
         assert storeroom.gone() == expected
     assert storeroom.room.free_bytes == 4096 - 448
     storeroom.check()
-
-
-# -- commitment ------------------------------------------------------------------------------------
-
-
-def test_memory_is_committed_in_steps_up_to_the_end() -> None:
-    """The watermark rises by one step at a time, towards what was asked for, and not beyond the region."""
-    storeroom = Storeroom(2 * COMMIT_STEP + 1000)
-    room, data = storeroom.room, storeroom.layout.data
-    commits = storeroom.memory.commits
-    commits.clear()
-    assert room.watermark == data
-    assert room.commit_step(data)
-    assert commits == []
-    assert not room.commit_step(data + COMMIT_STEP + 1)
-    assert room.commit_step(data + COMMIT_STEP + 1)
-    assert room.watermark == data + 2 * COMMIT_STEP
-    assert room.commit_step(data + 100)
-    end = data + align_up(2 * COMMIT_STEP + 1000, ALIGNMENT)
-    assert room.commit_step(end)
-    assert room.watermark == end
-    assert commits == [
-        (data, COMMIT_STEP),
-        (data + COMMIT_STEP, COMMIT_STEP),
-        (data + 2 * COMMIT_STEP, end - data - 2 * COMMIT_STEP),
-    ]
-
-
-def test_a_refused_commit_leaves_the_watermark() -> None:
-    """What could not be committed is not below the watermark, and can be asked for again."""
-    storeroom = Storeroom(100_000)
-    data = storeroom.layout.data
-    storeroom.memory.refuse_from = data
-    with pytest.raises(CommitError):
-        storeroom.room.commit_step(data + 1)
-    assert storeroom.room.watermark == data
-    storeroom.memory.refuse_from = None
-    assert storeroom.room.commit_step(data + 1)
-
-
-def test_idle_memory_is_bounded() -> None:
-    """While nothing is to do the watermark goes some way ahead of what was ever used, and no further."""
-    storeroom = Storeroom(1 << 30)
-    room, data = storeroom.room, storeroom.layout.data
-    first = room.idle_target
-    assert data < first < data + (1 << 30)
-    storeroom.put(10 << 20)
-    assert room.idle_target == first + (10 << 20)
-    room.take([storeroom.table.find(name(0))])
-    assert room.idle_target == first + (10 << 20)
-    small = Storeroom(1000)
-    assert small.room.idle_target == small.layout.data + 1024
 
 
 # -- proof -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from shmplasma.commitment import COMMIT_STEP
 from shmplasma.effects import Descriptor
 from shmplasma.errors import CommitError
 from shmplasma.layout import (
@@ -53,7 +54,6 @@ from shmplasma.requests import (
     Seal,
     SetOptions,
 )
-from shmplasma.room import COMMIT_STEP
 from tests.conversation import TOKEN, Conversation, Peer, name
 from tests.crash.damage import Reopened
 
@@ -1081,7 +1081,7 @@ def test_a_dropped_client_is_answered_no_more(
 
 
 def test_no_writer_is_told_of_memory_that_is_not_there() -> None:
-    """A creation above the watermark is answered once it is committed, a step at a time."""
+    """A creation is answered once its memory is committed, a step at a time."""
     talk = Conversation(3 * COMMIT_STEP)
     peer = talk.client()
     request_id = peer.post(peer.new(A, 2 * COMMIT_STEP + 1))
@@ -1094,30 +1094,27 @@ def test_no_writer_is_told_of_memory_that_is_not_there() -> None:
     assert data_commits == [(talk.layout.data + n * COMMIT_STEP, COMMIT_STEP) for n in range(3)]
     assert offset == talk.layout.data
     assert not talk.store.has_urgent_work
-    assert not talk.store.has_idle_work
     talk.store.check()
 
 
 def test_memory_is_committed_while_nothing_is_to_do() -> None:
     """Ahead of need the store works towards a target, and nobody hears of it."""
     talk = Conversation(3 * COMMIT_STEP)
-    steps = 0
-    while talk.store.has_idle_work:
-        talk.advance()
-        steps += 1
-    assert steps == 3
+    talk.commit_ahead()
+    assert talk.memory.has(talk.layout.data, 3 * COMMIT_STEP)
     peer = talk.client()
     request_id = peer.post(peer.new(A, 3 * COMMIT_STEP))
     assert not talk.store.has_urgent_work
     peer.take(request_id, Created)
 
 
-def test_a_refused_commit_ahead_of_need_is_the_callers_affair(talk: Conversation) -> None:
+def test_a_refused_commit_ahead_of_need_is_the_callers_affair() -> None:
     """Nobody waits for it, so it is raised and not told to a client."""
+    talk = Conversation(COMMIT_STEP)
     talk.memory.refuse_from = talk.layout.data
     assert talk.store.has_idle_work
     with pytest.raises(CommitError):
-        talk.store.advance()
+        talk.store.commit_ahead()
     talk.store.check()
 
 
@@ -1174,7 +1171,7 @@ def test_what_waits_for_memory_cannot_be_sealed(talk: Conversation) -> None:
     talk.memory.refuse_from = talk.layout.data
     peer.post(Seal(A))
     found, _ = reader.get(A)
-    assert found == [ABSENT], "an object above the watermark was handed out"
+    assert found == [ABSENT], "an object without memory was handed out"
     talk.turn()
     talk.store.check()
 
