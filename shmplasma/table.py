@@ -23,6 +23,7 @@ for an object of the store.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from struct import Struct
@@ -152,7 +153,7 @@ class Table:
         self._entries_word = layout.entries // 8
         self._buckets_word = layout.buckets // 8
         self._mask = layout.n_buckets - 1
-        self._free: list[int] = []
+        self._free = array("I")
         self._used_once = 0
         self._committed = 0
         self._linked = 0
@@ -429,7 +430,7 @@ class Table:
                 words[self._entries_word + entry * ENTRY_WORDS + _NEXT] = following
                 following = entry + 1
             words[self._buckets_word + bucket] = following
-        self._free = sorted(free, reverse=True)
+        self._free = array("I", sorted(free, reverse=True))
 
     def _chain(self, head: int, length: int) -> set[int]:
         """Return the entries of a chain, at most one more than `length`; empty if it leaves the table."""
