@@ -43,7 +43,9 @@ def measure(directory: str | None, size_mib: int) -> Row:
     puts: list[float] = []
     gets: list[float] = []
     with (
-        plasma.Store(size + (1 << 20), directory=directory, huge_pages=directory is not None) as store,
+        plasma.Store(
+            size + (1 << 20), directory=directory, huge_pages=directory is not None
+        ) as store,
         store.connect() as client,
     ):
         for _ in range(TIMES):

@@ -111,6 +111,18 @@ def remedy(missing_bytes: int, directory: str | None) -> str:
     page = system.huge_page_bytes(directory)
     if page is None:
         return f"make room in {directory}, name another directory with -d, or a smaller -m"
+    status = os.statvfs(directory)
     pool = system.huge_pages(page)
-    wanted = pool.total + -(-missing_bytes // page)
-    return f"provide more huge pages (echo {wanted} > {pool.setting}), or name a smaller -m"
+    missing = -(-missing_bytes // page)
+    if status.f_blocks and status.f_bavail < pool.available:
+        size = (status.f_blocks + missing) * page
+        return (
+            f"the mount is limited to {status.f_blocks} huge pages of {page >> 10} KiB, and {missing} "
+            f"more are needed: mount -o remount,size={size} {directory}, or name a smaller -m"
+        )
+    wanted = pool.total + missing
+    return (
+        f"{missing} more huge pages of {page >> 10} KiB are needed than the {pool.available} that are "
+        f"free; as root: echo {wanted} > {pool.setting} (and see by cat whether the kernel gave as many), "
+        "or name a smaller -m"
+    )

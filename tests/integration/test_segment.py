@@ -20,6 +20,7 @@ from shmplasma.errors import AttachError, CommitError, LayoutError
 from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, Layout
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
+from tests.mounts import huge_pages, mounted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -458,3 +459,20 @@ def test_a_truncated_segment_is_noticed() -> None:
         os.ftruncate(segment.fd, segment.layout.segment_bytes - 4096)
         with pytest.raises(AttachError, match="changed the size"):
             segment.check_size()
+
+
+def test_a_limited_mount(tmp_path: Path) -> None:
+    """Where the mount is what limits huge pages, the remedy is another mount and not more pages."""
+    target = tmp_path / "huge"
+    target.mkdir()
+    with mounted("hugetlbfs", target, "size=8M") as directory:
+        page_bytes = system.huge_page_bytes(directory)
+        assert page_bytes is not None
+        if page_bytes > 8 * MIB:
+            pytest.skip("the default huge pages of this machine are larger")
+        with (
+            huge_pages(page_bytes, 16),
+            pytest.raises(CommitError, match="remount,size=") as caught,
+        ):
+            Segment.create(12 * page_bytes, directory=directory, huge_pages=True)
+        assert "more huge pages" not in caught.value.remedy
