@@ -84,8 +84,8 @@ BOARD_WORDS: Final = BOARD_BYTES // 8
 OUTBOX_BYTES: Final = 4096
 """One for each board, of which a client uses that of its first one (see `shmplasma.outbox`)."""
 GRANULE_BYTES: Final = 256 << 10
-"""The least that is committed or given back of the data region, where pages are not larger: for a quarter of the room
-of a store of 64-KB objects, say, and a map of 1.2 MB for 100 GB."""
+"""The least that is committed or given back of the data region, where pages are not larger: small beside what is worth
+a system call, and large enough that the maps of 100 GB take 1.2 MB."""
 CONTROL_BYTES: Final = 64
 """A cache line for each board, so that words to different clients do not share one."""
 
