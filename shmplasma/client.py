@@ -226,7 +226,7 @@ class PlasmaClient(Reading, Writing):
             What the store calls this client.
         limit_output_memory : int
             Bytes that it may hold or have unsealed; a `create` beyond that is a `PlasmaStoreFull`.
-            0 is no limit.
+            0 is the store's default (`--client-limit`), which is no limit if it was not given.
 
         Raises
         ------
@@ -235,7 +235,7 @@ class PlasmaClient(Reading, Writing):
         """
         limit = index(limit_output_memory)
         if not 0 <= limit <= MAX_SIZE:
-            raise ValueError(f"a limit of {limit} bytes makes no sense; 0 is no limit")
+            raise ValueError(f"a limit of {limit} bytes makes no sense; 0 is the default")
         if not isinstance(client_name, str):
             raise TypeError(f"a client's name is a str, not {type(client_name).__name__}")
         if len(client_name.encode()) > MAX_NAME_BYTES:

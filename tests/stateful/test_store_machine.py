@@ -445,13 +445,19 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(
         which=NUMBERS,
         object_id=IDS,
-        share=SHARES,
+        is_fresh=st.booleans(),
+        beyond=st.integers(-1, 8),
         timeout_ns=st.sampled_from([FOR_EVER, FOR_EVER, 10, 1000]),
     )
-    def wait_for_room(self, which: int, object_id: bytes, share: int, timeout_ns: int) -> None:
-        """Ask for a new object, and wait until there is room for it."""
+    def wait_for_room(
+        self, which: int, object_id: bytes, is_fresh: bool, beyond: int, timeout_ns: int
+    ) -> None:
+        """Ask for a new object somewhat larger than there can be room for, and wait."""
         peer, model = pick(self.active, which), self.model
-        thing = self.new_thing(peer, object_id, share * self.capacity // 1024, 0)
+        if is_fresh:
+            object_id = name(2000 + self.incarnations)
+        size = max(0, min(self.largest_gap(self.unmovable()) + 64 * beyond, self.capacity))
+        thing = self.new_thing(peer, object_id, size, 0)
         request = Create(
             object_id, thing.size, 0, CODEC, peer.free_slots.pop(), timeout_ns=timeout_ns
         )
@@ -485,6 +491,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.creators[key] = thing
         self.send(peer, request, judge_reply)
         self.talk.turn()
+
+    @precondition(lambda self: self.creators)
+    @rule(which=NUMBERS, count=st.integers(1, 9))
+    def let_go_for_those_who_wait(self, which: int, count: int) -> None:
+        """Let go of what is held, and see that whoever now fits is served."""
+        self.release(which=which, count=count, wakes=True)
+        self.settle()
 
     @precondition(lambda self: self.creators)
     @rule(which=NUMBERS)
@@ -602,8 +615,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=NUMBERS, count=st.integers(1, 4), wakes=st.booleans())
     def release(self, which: int, count: int, wakes: bool) -> None:
         """Let buffers die; if the store asked for it they wake it, sooner or later."""
-        for _ in range(min(count, len(self.model.pins))):
-            slot = pick(sorted(self.model.pins), which)
+        # What a get that still waits has found is its client's with the reply.
+        lent = {slot for wait in self.model.waits.values() for slot in wait.request.slots}
+        for _ in range(count):
+            held = sorted(self.model.pins.keys() - lent)
+            if not held:
+                break
+            slot = pick(held, which)
             del self.model.pins[slot]
             self.boards[slot // BOARD_WORDS].release(slot)
         if wakes and self.talk.wake_word:
