@@ -205,7 +205,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.given_up: set[tuple[int, int]] = set()
         self.witness: Peer | None = None
         self.talk = Watched(capacity, self.gone_for_reply.clear, self.judge)
-        self.talk.commit_ahead()
+        self.commit_all()
         self.boards: dict[int, Peer] = {}
         self.active: list[Peer] = []
         self.detached: list[Peer] = []
@@ -400,9 +400,6 @@ class StoreMachine(RuleBasedStateMachine):
         self, which: int, object_id: bytes, share: int, metadata_size: int, keep: bool
     ) -> None:
         """Ask for a new object, and write to it as soon as the store says where."""
-        layout = self.talk.layout
-        if not self.talk.memory.has(layout.data, layout.data_bytes):
-            self.settle()  # or it may be listed while it waits for memory, which the model does not know
         peer, model = pick(self.active, which), self.model
         thing = self.new_thing(peer, object_id, share * self.capacity // 1024, metadata_size)
         thing.is_kept = keep
@@ -844,16 +841,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.model.note_wake()
         self.send(pick(self.active, which), Trim(), judge_reply)
         self.talk.turn()
+        self.commit_all()
 
     @rule(seconds=st.integers(0, 60))
     def be_idle(self, seconds: int) -> None:
         """Let time pass in which nobody asks for anything."""
         self.talk.trim(seconds)
+        self.commit_all()
 
-    @rule()
-    def commit_ahead(self) -> None:
-        """Let the store commit memory before it is needed."""
-        self.talk.commit_ahead()
+    def commit_all(self) -> None:
+        """Commit all memory: the model knows nothing of objects that wait for theirs."""
+        for _ in self.talk.store.commit_all():
+            pass
 
     # -- what always holds -------------------------------------------------------------------------
 
