@@ -6,7 +6,9 @@ Each block stands alone: pytest-randomly shuffles them, so none may count on wha
 from __future__ import annotations
 
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from importlib.util import find_spec
 
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -17,3 +19,14 @@ pytest_collect_file = Sybil(
     ],
     patterns=["README.md", "docs/*.md"],
 ).pytest()
+
+_NO_TORCH = find_spec("torch") is None
+
+collect_ignore = ["shmplasma/torch.py"] if _NO_TORCH else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the examples of what is not installed everywhere."""
+    for item in items:
+        if _NO_TORCH and item.path.name == "pytorch.md":
+            item.add_marker(pytest.mark.skip(reason="PyTorch is not installed"))

@@ -1,0 +1,417 @@
+"""PyTorch: tensors in a store, and data sets whose samples live there.
+
+Importing this module teaches the process's default serialization context to store tensors; `register` teaches another
+one.  Who reads tensors has to import it as well.
+
+A tensor on the CPU is stored as its elements, and comes back over the memory of the store.  PyTorch has no read-only
+tensors: it would warn of such memory once, whoever the first to get a tensor was, and then treat it as any other.  So a
+tensor that was got in the usual way looks writable and is not: an operation in place ends the process with a
+SIGSEGV, and cannot change what others read.  ``get(..., mode="cow")`` and ``mode="copy"`` give tensors to write to.
+
+`StoreDataset` keeps many samples in few objects, its *blocks*, which it owns by references.  A block whose
+samples are all of one form (the same nesting, the same shapes and dtypes) is *stacked*: one array for each leaf of the
+form, in which a sample is a row; so a batch takes a few calls, however many samples it has.  Any other block is *packed*:
+its samples are serialized one after the other.  A sample that is taken out is a copy in either case: nobody can write to
+the store by way of it, and what is done to it in place is forgotten in the next epoch.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import index
+from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+
+from shmplasma.client import PlasmaClient
+from shmplasma.layout import ALIGNMENT, align_up
+from shmplasma.serialization import SerializationContext, default_context, deserialize, serialize
+from shmplasma.store_ref import StoreRef
+
+__all__ = ["StoreDataset", "register"]
+
+_Array: TypeAlias = npt.NDArray[Any]
+
+_BLOCK_BYTES: Final = 64 << 20
+"""A block is read by one `get` a process, and a shuffled batch takes a few calls for each block that it meets."""
+
+
+# --- tensors ----------------------------------------------------------------------------------------
+
+
+def register(context: SerializationContext) -> None:
+    """Teach a serialization context to store tensors and parameters; the default context knows them already.
+
+    Parameters
+    ----------
+    context : SerializationContext
+        What `PlasmaClient.put` and `PlasmaClient.get` are to be given.
+
+    Notes
+    -----
+    Strided tensors on the CPU are stored without a detour, and read without a copy; of a tensor that is part of a graph, only the
+    elements and whether it requires a gradient.  All others (sparse, quantized, on a device, subclasses) are pickled in
+    PyTorch's own way.
+    """
+    context.register_type(
+        torch.Tensor,
+        "torch.Tensor",
+        custom_serializer=_tensor_form,
+        custom_deserializer=_tensor_of,
+    )
+    context.register_type(
+        torch.nn.Parameter,
+        "torch.nn.Parameter",
+        custom_serializer=_parameter_form,
+        custom_deserializer=_parameter_of,
+    )
+
+
+def _tensor_form(tensor: torch.Tensor) -> object:
+    if type(tensor) is not torch.Tensor or not _is_plain(tensor):
+        return pickle.dumps(tensor, 5)
+    return _elements(tensor.detach()), str(tensor.dtype), tensor.requires_grad
+
+
+def _tensor_of(form: Any) -> torch.Tensor:
+    if isinstance(form, bytes):
+        return pickle.loads(form)
+    array, dtype, requires_grad = form
+    tensor = _tensor(_as_if_writable(array), dtype)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _parameter_form(parameter: torch.nn.Parameter) -> object:
+    if type(parameter) is not torch.nn.Parameter:
+        return pickle.dumps(parameter, 5)
+    return parameter.data, parameter.requires_grad
+
+
+def _parameter_of(form: Any) -> torch.nn.Parameter:
+    return pickle.loads(form) if isinstance(form, bytes) else torch.nn.Parameter(*form)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether the elements are all there is to a tensor, and lie in this process's memory."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _elements(tensor: torch.Tensor) -> _Array:
+    """Return the elements without a copy; those of a dtype that NumPy lacks as integers."""
+    if tensor.dtype in _STAND_INS:
+        tensor = tensor.view(_STAND_INS[tensor.dtype])
+    array: _Array = tensor.numpy()
+    return array
+
+
+def _tensor(array: _Array, dtype: str) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    wanted = getattr(torch, dtype.removeprefix("torch."))
+    return tensor if tensor.dtype is wanted else tensor.view(wanted)
+
+
+_STAND_INS: Final = {
+    dtype: {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    for dtype in (
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+    )
+}
+
+
+class _Memory:
+    """An array's memory, which is said to be writable."""
+
+    __slots__ = ("__array_interface__", "_array")
+
+    def __init__(self, array: _Array) -> None:
+        self._array = array
+        interface = dict(array.__array_interface__)
+        interface["data"] = array.ctypes.data, False
+        self.__array_interface__ = interface
+
+
+def _as_if_writable(array: _Array) -> _Array:
+    """Return an array of which PyTorch does not know that it is read-only; a copy where it is not the store's memory."""
+    if array.flags.writeable:
+        return array
+    base: object = array.base
+    # A small one inside another value lies in a `bytes`, which no SIGSEGV protects.
+    return array.copy() if isinstance(base, bytes) else np.asarray(_Memory(array))
+
+
+register(default_context)
+
+
+# --- the form of samples ------------------------------------------------------------------------------
+
+
+class _Leaf(NamedTuple):
+    """One place of a form."""
+
+    kind: str
+    """tensor, array, or the name of a Python type"""
+    dtype: object
+    shape: tuple[int, ...]
+
+
+class _Branch(NamedTuple):
+    """A tuple, list or dict of forms."""
+
+    kind: str
+    keys: tuple[object, ...]
+    forms: tuple[_Form, ...]
+
+
+_Form: TypeAlias = "_Leaf | _Branch"
+
+_SCALARS: Final = {bool: np.bool_, int: np.int64, float: np.float64}
+
+
+class _Irregular(Exception):  # noqa: N818  # no error: the block is packed
+    """A value that no array can stand for."""
+
+
+def _split(value: Any, leaves: list[Any]) -> _Form:
+    """Return the form of a sample; append its leaves to `leaves`, tensors as arrays."""
+    cls = type(value)
+    if cls is torch.Tensor:
+        if not _is_plain(value) or value.requires_grad:
+            raise _Irregular
+        leaves.append(_elements(value))
+        return _Leaf("tensor", str(value.dtype), tuple(value.shape))
+    if cls is np.ndarray:
+        if value.dtype.hasobject or not value.ndim:
+            raise _Irregular
+        leaves.append(value)
+        return _Leaf("array", value.dtype, value.shape)
+    if cls in _SCALARS:
+        if cls is int and not -(1 << 63) <= value < 1 << 63:
+            raise _Irregular
+        leaves.append(_SCALARS[cls](value))
+        return _Leaf(cls.__name__, None, ())
+    if not value:  # of which no row would tell how many there are
+        raise _Irregular
+    if cls is tuple or cls is list:
+        return _Branch(cls.__name__, (), tuple(_split(item, leaves) for item in value))
+    if cls is dict:
+        forms = tuple(_split(item, leaves) for item in value.values())
+        return _Branch("dict", tuple(value), forms)
+    raise _Irregular
+
+
+def _join(form: _Form, columns: Iterator[_Array]) -> Sequence[Any]:
+    """Return samples of a form, given an array of rows for each of its leaves."""
+    if isinstance(form, _Leaf):
+        rows = next(columns)
+        if form.kind == "tensor":
+            tensors: Sequence[Any] = _tensor(rows, str(form.dtype)).unbind(0)
+            return tensors
+        return list(rows) if form.kind == "array" else rows.tolist()
+    parts = zip(*[_join(each, columns) for each in form.forms], strict=True)
+    if form.kind == "tuple":
+        return list(parts)
+    if form.kind == "list":
+        return list(map(list, parts))
+    return [dict(zip(form.keys, row, strict=True)) for row in parts]
+
+
+# --- blocks -------------------------------------------------------------------------------------------
+
+
+class _Stacked(NamedTuple):
+    """Samples of one form, by columns."""
+
+    form: _Form
+    columns: list[_Array]
+
+    def take(self, rows: list[int]) -> Sequence[Any]:
+        """Return copies of samples."""
+        # NumPy gathers them; PyTorch would start threads for it.
+        return _join(self.form, iter([column[rows] for column in self.columns]))
+
+
+class _Packed(NamedTuple):
+    """Samples one after the other, each as `serialize` makes it."""
+
+    data: npt.NDArray[np.uint8]
+    places: list[tuple[int, int, int]]
+    """Offset, size and codec of each."""
+
+    def take(self, rows: list[int]) -> Sequence[Any]:
+        """Return copies of samples."""
+        samples = []
+        for start, size, codec in map(self.places.__getitem__, rows):
+            own = self.data[start : start + size].copy()
+            samples.append(deserialize(pa.py_buffer(own.data), codec))
+        return samples
+
+
+_Block: TypeAlias = "_Stacked | _Packed"
+
+
+def _blocks(samples: Iterable[Any], block_bytes: int) -> Iterator[tuple[int, _Block]]:
+    """Yield blocks and how many samples each has."""
+    pending: list[Any] = []
+    size = 0
+    for sample in samples:
+        pending.append(sample)
+        size += _size_bytes(sample)
+        if size >= block_bytes:
+            yield len(pending), _block(pending)
+            pending, size = [], 0
+    if pending:
+        yield len(pending), _block(pending)
+
+
+def _size_bytes(sample: object) -> int:
+    leaves: list[Any] = []
+    try:
+        _split(sample, leaves)
+    except _Irregular:
+        return serialize(sample).size_bytes
+    return sum(leaf.nbytes for leaf in leaves)
+
+
+def _block(samples: list[Any]) -> _Block:
+    try:
+        return _stack(samples)
+    except _Irregular:
+        return _pack(samples)
+
+
+def _stack(samples: list[Any]) -> _Stacked:
+    rows: list[list[Any]] = []
+    form = None
+    for sample in samples:
+        leaves: list[Any] = []
+        own = _split(sample, leaves)
+        if rows and own != form:
+            raise _Irregular
+        form = own
+        rows.append(leaves)
+    assert form is not None
+    return _Stacked(form, [np.stack(column) for column in zip(*rows, strict=True)])
+
+
+def _pack(samples: list[Any]) -> _Packed:
+    payloads = [serialize(sample) for sample in samples]
+    sizes = [align_up(payload.size_bytes, ALIGNMENT) for payload in payloads]
+    starts = list(accumulate(sizes, initial=0))
+    data = np.zeros(starts.pop(), np.uint8)
+    places = []
+    for start, payload in zip(starts, payloads, strict=True):
+        size = payload.size_bytes
+        payload.write(data[start : start + size])
+        places.append((start, size, int(payload.codec)))
+    return _Packed(data, places)
+
+
+# --- the data set -------------------------------------------------------------------------------------
+
+
+class StoreDataset(Dataset):  # type: ignore[misc]  # a class of PyTorch, which is not always installed
+    """A map-style data set whose samples live in a store, once for all processes that use it.
+
+    Parameters
+    ----------
+    client : PlasmaClient
+        Of the store; needed only now.
+    samples : iterable
+        What to store: a map-style data set, or anything to iterate over, which is done once.  A sample may be any value
+        that can be put.
+    block_bytes : int, optional
+        Size from which on a block is complete; building takes about three times as much memory.
+
+    Raises
+    ------
+    PlasmaStoreFull
+        There is no room; nothing of the data set stays.
+    SerializationError
+        A sample cannot be serialized.
+
+    Notes
+    -----
+    Pickling it, for a worker that is spawned, pickles references.  A process needs one connection for it, however many samples
+    and data sets there are.  The samples stay in the store until the last process has let go of the data set.
+
+    A sample is a new copy each time, made of one or a few pieces of memory.  A `DataLoader` that makes batches gets those of a
+    batch at once.
+
+    Examples
+    --------
+    >>> import shmplasma
+    >>> with shmplasma.Store("10MB") as store, store.connect() as client:
+    ...     dataset = StoreDataset(client, [(torch.full((2,), i), i) for i in range(1000)])
+    ...     loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+    ...     features, labels = next(iter(loader))
+    >>> labels
+    tensor([0, 1, 2, 3])
+    """
+
+    def __init__(
+        self, client: PlasmaClient, samples: Iterable[Any], *, block_bytes: int = _BLOCK_BYTES
+    ) -> None:
+        if isinstance(samples, Dataset) and hasattr(samples, "__len__"):
+            # Few of them end with an IndexError, as iterating over them would ask for.
+            samples = map(samples.__getitem__, range(len(samples)))
+        self._refs: list[StoreRef] = []
+        ends = [0]
+        for count, block in _blocks(samples, block_bytes):
+            self._refs.append(client.put_ref(block))
+            ends.append(ends[-1] + count)
+        self._starts = np.array(ends[:-1])
+        self._length = ends[-1]
+        self._open: dict[int, _Block] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: SupportsIndex) -> Any:
+        """Return a copy of a sample; positions below 0 count from the end."""
+        return self.__getitems__((position,))[0]
+
+    def __getitems__(self, positions: Sequence[SupportsIndex]) -> list[Any]:
+        """Return copies of samples, which is faster than one by one.
+
+        Raises
+        ------
+        IndexError
+            There is no such sample.
+        """
+        length = self._length
+        wanted = [index(position) for position in positions]
+        for position in wanted:
+            if not -length <= position < length:
+                raise IndexError(f"there is no sample {position} of {length}")
+        found = np.array(wanted) % length
+        blocks = np.searchsorted(self._starts, found, side="right") - 1
+        samples: list[Any] = [None] * len(wanted)
+        for number in np.unique(blocks).tolist():
+            (places,) = np.nonzero(blocks == number)
+            rows = (found[places] - self._starts[number]).tolist()
+            for place, sample in zip(places.tolist(), self._block(number).take(rows), strict=True):
+                samples[place] = sample
+        return samples
+
+    def _block(self, number: int) -> _Block:
+        block = self._open.get(number)
+        if block is None:
+            block = self._open[number] = self._refs[number].get()
+        return block
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}

@@ -1,0 +1,308 @@
+"""PyTorch: tensors in and out of a store, and data sets that live in one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]  # it ships no types
+import pytest
+
+from shmplasma import PlasmaClient, PlasmaStoreFull, SerializationContext, Store
+from tests.clients import figure
+from tests.processes import in_forked_child, run_python, until
+
+pytest.importorskip("torch", reason="PyTorch is installed where there is a build for CPUs")
+
+import torch  # when it is there
+
+from shmplasma.torch import StoreDataset, register
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.complex64,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def bits(tensor: Any) -> Any:
+    """Return a tensor's elements as bytes: not all dtypes can be compared."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+# --- tensors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (70, 40)], ids=str)
+def test_a_tensor_comes_back(client: PlasmaClient, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Whatever its dtype and shape, as itself and inside something else."""
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    got = client.get(client.put(tensor))
+    nested = client.get(client.put({"weights": [tensor]}))["weights"][0]
+    for each in (got, nested):
+        assert type(each) is torch.Tensor
+        assert each.dtype is dtype
+        assert each.shape == tensor.shape
+        assert torch.equal(bits(each.reshape(-1)), bits(tensor.reshape(-1)))
+
+
+def test_a_tensor_is_not_copied(client: PlasmaClient) -> None:
+    """It lies in the store's memory, and keeps it."""
+    object_id = client.put(torch.arange(10_000))
+    tensor = client.get(object_id)
+    assert tensor.data_ptr() == client.get(object_id).data_ptr()
+    buffer = client.get_buffers([object_id])[0]
+    assert buffer.address <= tensor.data_ptr() < buffer.address + buffer.size
+    del buffer
+    client.delete(object_id)
+    assert client.contains(object_id)
+    assert torch.equal(tensor, torch.arange(10_000))
+    del tensor
+    until(lambda: not client.contains(object_id), "it goes with the last tensor")
+
+
+def test_a_tensor_that_was_got_warns_of_nothing() -> None:
+    """PyTorch's warning of memory that is not writable comes once a process, if it does."""
+    run_python(
+        """
+        import torch, shmplasma, shmplasma.torch
+        with shmplasma.Store("10MB") as store, store.connect() as client:
+            for value in (torch.ones(1000), [torch.ones(1000)], [torch.ones(1)]):
+                client.get(client.put(value))
+        """
+    )
+
+
+def test_a_write_to_a_tensor_that_was_got_harms_nobody_else(client: PlasmaClient) -> None:
+    """The process that does it ends; what is in the store is as it was."""
+    object_id = client.put(torch.zeros(1000))
+    assert in_forked_child(lambda: client.get(object_id).add_(1)) == -signal.SIGSEGV
+    assert not client.get(object_id).any()
+
+
+def test_a_small_tensor_inside_another_value_is_a_copy(client: PlasmaClient) -> None:
+    """Such a one lies in the pickle, in memory that nothing would protect."""
+    object_id = client.put([torch.zeros(3)])
+    client.get(object_id)[0].add_(1)
+    assert not client.get(object_id)[0].any()
+
+
+def test_what_has_gaps_is_stored_without_them(client: PlasmaClient) -> None:
+    """A slice, a transposed and an expanded tensor are stored as what they show."""
+    tensor = torch.arange(100 * 60).reshape(100, 60)
+    for each in (tensor[::3, 5:], tensor.T, torch.arange(60).expand(100, 60)):
+        assert torch.equal(client.get(client.put(each)), each)
+
+
+def test_a_model_comes_back(client: PlasmaClient) -> None:
+    """Its parameters are parameters, over the store's memory, and require gradients as they did."""
+    model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.Linear(50, 2))
+    model[2].weight.requires_grad_(requires_grad=False)
+    got = client.get(client.put(model))
+    given = torch.rand(3, 100)
+    assert torch.equal(got(given), model(given))
+    for mine, theirs in zip(model.parameters(), got.parameters(), strict=True):
+        assert type(theirs) is torch.nn.Parameter
+        assert theirs.requires_grad == mine.requires_grad
+    assert client.get(client.put(model.state_dict())).keys() == model.state_dict().keys()
+
+
+class Marked(torch.Tensor):  # type: ignore[misc]  # a class of PyTorch, which is not always installed
+    """A subclass, of which the elements are not all there is."""
+
+
+def test_other_tensors_are_pickled(client: PlasmaClient) -> None:
+    """Sparse ones, views that are conjugate or negative, subclasses, and what belongs to a graph."""
+    sparse = torch.eye(5).to_sparse()
+    assert torch.equal(client.get(client.put(sparse)).to_dense(), torch.eye(5))
+    conjugate = torch.tensor([1 + 2j]).conj()
+    assert torch.equal(client.get(client.put(conjugate)), conjugate)
+    marked = torch.ones(2).as_subclass(Marked)
+    assert type(client.get(client.put(marked))) is Marked
+    leaf = torch.ones(2000, requires_grad=True)
+    for each in (leaf, leaf * 2):
+        got = client.get(client.put(each))
+        assert got.requires_grad
+        assert torch.equal(got, each)
+    buffer = torch.nn.Buffer(torch.ones(2))
+    assert torch.equal(client.get(client.put(buffer)), buffer)
+
+
+def test_a_context_can_be_taught(client: PlasmaClient) -> None:
+    """`register` does for any context what the import does for the default one."""
+    context = SerializationContext()
+    register(context)
+    object_id = client.put(torch.arange(1000), serialization_context=context)
+    assert torch.equal(client.get(object_id, serialization_context=context), torch.arange(1000))
+
+
+# --- data sets ----------------------------------------------------------------------------------------
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two samples are equal, and of the same types."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype is other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and bool((one == other).all())
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def regular(number: int) -> Any:
+    """Return one of many samples of the same form."""
+    return {
+        "image": torch.full((4, 5), number % 256, dtype=torch.uint8),
+        "half": torch.full((3,), float(number), dtype=torch.bfloat16),
+        "others": [np.arange(number, number + 3), (number, number / 2, number % 2 == 0)],
+    }
+
+
+SAMPLES: dict[str, Callable[[int], Any]] = {
+    "of one form": regular,
+    "texts": lambda number: ("x" * number, number),
+    "of all lengths": torch.arange,
+    "large numbers": lambda number: 10**20 + number,
+    "empty": lambda _: (),
+    "mixed": lambda number: regular(number) if number % 70 else None,
+    "scalar arrays": np.array,
+    "strings": lambda number: np.array([str(number)]),
+    "objects": lambda number: np.array([number, None]),
+    "requires a gradient": lambda number: torch.ones(number + 1, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2000, 1 << 20])
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_samples_come_back(client: PlasmaClient, kind: str, block_bytes: int) -> None:
+    """Of whatever form, one by one and many at once, also when each makes a block."""
+    make = SAMPLES[kind]
+    dataset = StoreDataset(client, map(make, range(150)), block_bytes=block_bytes)
+    assert len(dataset) == 150
+    for position in (0, 1, 77, 149, -1, -150):
+        assert same(dataset[position], make(position % 150))
+    wanted = [149, 3, 3, 0, 100, -150]
+    got = dataset.__getitems__(wanted)
+    assert all(same(each, make(position % 150)) for each, position in zip(got, wanted, strict=True))
+
+
+def test_iterating_ends(client: PlasmaClient) -> None:
+    """By an IndexError, as of any sequence; beyond both ends."""
+    dataset = StoreDataset(client, range(10))
+    assert list(dataset) == list(range(10))
+    for position in (10, -11):
+        with pytest.raises(IndexError, match=f"no sample {position} of 10"):
+            dataset[position]
+    assert len(StoreDataset(client, [])) == 0
+
+
+class Squares(torch.utils.data.Dataset):  # type: ignore[misc]  # a class of PyTorch, which is not always installed
+    """A data set that has a length and no end."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, position: int) -> int:
+        return position**2
+
+
+def test_a_data_set_can_be_stored(client: PlasmaClient) -> None:
+    """By its length: few end by themselves."""
+    assert list(StoreDataset(client, Squares())) == [number**2 for number in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["of one form", "of all lengths"])
+def test_what_is_done_to_a_sample_is_forgotten(client: PlasmaClient, kind: str) -> None:
+    """A sample is a copy: it can be written to, and the next one is as it was."""
+    make = SAMPLES[kind]
+    dataset = StoreDataset(client, map(make, range(100)))
+    sample = dataset[99]
+    for tensor in [sample] if isinstance(sample, torch.Tensor) else [sample["image"]]:
+        tensor.zero_()
+    assert same(dataset[99], make(99))
+
+
+def test_many_samples_are_few_objects(client: PlasmaClient) -> None:
+    """And few pins, and go with the data set."""
+    dataset = StoreDataset(client, map(regular, range(20_000)))
+    assert len(client.list()) == 1
+    assert dataset[19_999]["others"][1][0] == 19_999
+    assert figure(client, "pinned objects") == 1
+    del dataset
+    until(lambda: not client.list(), "the blocks go with the data set")
+
+
+def test_what_does_not_fit_leaves_nothing(client: PlasmaClient) -> None:
+    """A data set of which there is no room for some block is none."""
+    with pytest.raises(PlasmaStoreFull):
+        StoreDataset(client, (np.zeros(1 << 20) for _ in range(20)), block_bytes=8 << 20)
+    until(lambda: not client.list(), "the blocks that were put go")
+
+
+class Watched(torch.utils.data.Dataset):  # type: ignore[misc]  # a class of PyTorch, which is not always installed
+    """A data set that tells of each sample which process took it, and what that had then."""
+
+    def __init__(self, dataset: StoreDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, positions: list[int]) -> Any:
+        samples = self._dataset.__getitems__(positions)
+        private = psutil.Process().memory_full_info().uss
+        fds = len(os.listdir("/proc/self/fd"))
+        return [(sample.sum(), os.getpid(), fds, private) for sample in samples]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.usefixtures("spawning")
+def test_workers_read_what_there_is_once(client: PlasmaClient, method: str) -> None:
+    """An epoch of many samples takes a worker no memory of its own, and no more descriptors than one sample."""
+    size, count = 2048, 20_000
+    rows = torch.randint(0, 9, (count, size), dtype=torch.uint8)
+    dataset = StoreDataset(client, rows, block_bytes=1 << 20)
+    loader = torch.utils.data.DataLoader(
+        Watched(dataset), batch_size=50, num_workers=2, multiprocessing_context=method
+    )
+    seen: dict[int, list[tuple[int, int]]] = {}
+    total = 0
+    for sums, pids, fds, private in loader:
+        total += sums.sum().item()
+        for pid in pids.unique().tolist():
+            seen.setdefault(pid, []).append((fds[0].item(), private[0].item()))
+    assert total == rows.sum().item()
+    assert len(seen) == 2
+    for figures in seen.values():
+        descriptors, memory = zip(*figures, strict=True)
+        # Batches on their way to the parent are descriptors, too, and some of them are open at any time.
+        assert max(descriptors) - min(descriptors) < 16
+        assert memory[-1] - memory[0] < size * count // 8
+    assert len(dataset) == count
+
+
+def test_a_data_set_outlives_its_makers_client(store: Store) -> None:
+    """It stands on references, which need no client."""
+    with store.connect() as client:
+        dataset = StoreDataset(client, map(regular, range(10)))
+    copy = pickle.loads(pickle.dumps(dataset))
+    del dataset
+    assert same(copy[7], regular(7))
