@@ -19,6 +19,7 @@ until then.  The disposal of the reply gives them back, and undoes what the stor
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 import weakref
@@ -44,6 +45,7 @@ from shmplasma.layout import (
     EntryWord,
     HeaderWord,
     Layout,
+    align_up,
 )
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link, expect, greet
@@ -394,6 +396,22 @@ class Session:
                 )
                 yield object_id, offset, size
 
+    def give_back(self, address: int, size_bytes: int) -> int:
+        """Take pages of the data region out of this process's mappings; return how many bytes.
+
+        They stay in the segment, and are mapped again when they are touched.  Huge pages are left alone: nobody counts
+        them as a process's memory.
+        """
+        layout, page = self.layout, self.layout.page_bytes
+        start = max(address - self.address, layout.data)
+        end = min(address - self.address + size_bytes, layout.segment_bytes)
+        start, end = align_up(start, page), end & -page
+        if start >= end or page != mmap.PAGESIZE or not hasattr(mmap, "MADV_DONTNEED"):
+            return 0
+        self.attachment.read_map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        self._pages.give_back(start, end - start)
+        return end - start
+
     def private(self, located: Located) -> pa.Buffer:
         """Return a writable buffer over an object's data, of which only changed pages are copied."""
         offset, size, _, _, pin = located
@@ -445,6 +463,14 @@ class _Pages:
         mapping = np.frombuffer(self._attachment.write_map, np.uint8)
         if system.populate(mapping.ctypes.data + start, min(end, mapping.size) - start):
             self._populated[first:last] = b"\1" * (last - first)
+
+    def give_back(self, offset: int, size_bytes: int) -> None:
+        """Unmap whole pages, if any are mapped for writing."""
+        start = offset - self._attachment.layout.data
+        first, last = start // _POPULATE_BYTES, -(-(start + size_bytes) // _POPULATE_BYTES)
+        if 1 in self._populated[first:last]:
+            self._attachment.write_map.madvise(mmap.MADV_DONTNEED, start, size_bytes)
+            self._populated[first:last] = bytes(last - first)
 
 
 def _ask_for_lease(link: Link, needed_bytes: int) -> Leased:

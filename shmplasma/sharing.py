@@ -72,6 +72,7 @@ class Sharing:
     def __init__(self, path: str, min_bytes: int) -> None:
         self._home: Home = home_of(path)
         self._min_bytes = min_bytes
+        self._types = self.reducers.keys() - {StoreRef}
         self._stored: dict[int, tuple[weakref.ref[Any], StoreRef]] = {}
 
     def __reduce__(self) -> tuple[type[Sharing], tuple[str, int]]:
@@ -98,11 +99,12 @@ class Sharing:
         if array.nbytes < self._min_bytes or array.dtype.hasobject:
             return array.__reduce_ex__(_PLAIN_PROTOCOL)
         if not array.flags.writeable:
-            before, size = _extent(array)
-            owned = self._home.owner_of(array.ctypes.data - before, size)
+            address, size = _span(array)
+            owned = self._home.owner_of(address, size)
             if owned is not None:
                 owner, start = owned
-                return _view, (owner, start + before, array.shape, array.strides, array.dtype)
+                start += array.ctypes.data - address
+                return _view, (owner, start, array.shape, array.strides, array.dtype)
         ref = self._store(array, _is_unchanged)
         return array.__reduce_ex__(_PLAIN_PROTOCOL) if ref is None else (_value, (ref,))
 
@@ -122,8 +124,54 @@ class Sharing:
         return value.__reduce_ex__(_PLAIN_PROTOCOL) if ref is None else (_value, (ref,))
 
     def _is_owned(self, value: Any) -> bool:
+        if isinstance(value, np.ndarray):
+            return not value.flags.writeable and self._home.owner_of(*_span(value)) is not None
         largest = max(_buffers(value), key=lambda buffer: buffer.size, default=None)
         return largest is not None and self._home.owner_of(largest.address, 1) is not None
+
+    # -- for those who keep values, and do not only send them ----------------------------------
+
+    @property
+    def min_bytes(self) -> int:
+        """Smaller values are none of its business."""
+        return self._min_bytes
+
+    @property
+    def store_identity(self) -> str:
+        """What no other store has."""
+        return self._home.identity
+
+    def passes(self, value: object) -> bool:
+        """Tell whether a value by itself, not something in it, would pass by the store."""
+        if isinstance(value, pa.Buffer) or type(value) not in self._types:
+            return False
+        large: Any = value
+        plain = not (isinstance(value, np.ndarray) and value.dtype.hasobject)
+        return plain and bool(large.nbytes >= self._min_bytes)
+
+    def keep(self, value: Any) -> Any:
+        """Return a value that `passes` as it lies in the store; None if there is no room.
+
+        Returns
+        -------
+        object
+            The value itself if it lies there already, else a view of a copy.  It keeps the object.
+        """
+        if self._is_owned(value):
+            return value
+        ref = self._put(value)
+        return None if ref is None else ref.get()
+
+    def give_back(self, value: Any) -> int:
+        """Take the pages of a value that was kept out of this process; they are there again when they are touched.
+
+        Returns
+        -------
+        int
+            How many bytes that makes.
+        """
+        spans = [_span(value)] if isinstance(value, np.ndarray) else map(_range, _buffers(value))
+        return sum(self._home.give_back(address, size) for address, size in spans)
 
     # -- storing -------------------------------------------------------------------------------
 
@@ -158,11 +206,16 @@ class Sharing:
             return None
 
 
-def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """Return how many bytes of an array lie before its first element, and how many it covers in all."""
+def _span(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return the address and the size of the memory that an array covers."""
     spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
     before = -sum(span for span in spans if span < 0)
-    return before, before + sum(span for span in spans if span > 0) + array.itemsize
+    after = sum(span for span in spans if span > 0) + array.itemsize
+    return array.ctypes.data - before, before + after
+
+
+def _range(buffer: pa.Buffer) -> tuple[int, int]:
+    return buffer.address, buffer.size
 
 
 def _is_unchanged(array: np.ndarray[Any, Any], ref: StoreRef) -> bool:

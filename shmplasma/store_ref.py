@@ -136,6 +136,22 @@ class Home(Reading, Writing):
                 return ref, start
         return None
 
+    def give_back(self, address: int, size_bytes: int) -> int:
+        """Take pages of the store out of this process, until it touches them again; return how many bytes.
+
+        Parameters
+        ----------
+        address, size_bytes : int
+            A range of memory; what of it is not the store's is left alone.
+        """
+        session = self._session
+        return 0 if session is None else session.give_back(address, size_bytes)
+
+    @property
+    def identity(self) -> str:
+        """What no other store has."""
+        return self._live().attachment.token.hex()
+
     def end(self, object_id: ObjectID, number: int) -> bool:
         """Tell the store that a handle has ended; False if it had ended before.  For finalizers, too."""
         hold = object_id.id_bytes, number
