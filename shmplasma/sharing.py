@@ -31,7 +31,7 @@ from functools import cache
 from multiprocessing.context import BaseContext
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # it is there
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import pyarrow as pa
@@ -75,8 +75,8 @@ class Sharing:
         self._types = self.reducers.keys() - {StoreRef}
         self._stored: dict[int, tuple[weakref.ref[Any], StoreRef]] = {}
 
-    def __reduce__(self) -> tuple[type[Sharing], tuple[str, int]]:
-        return Sharing, (self._home.store_socket_name, self._min_bytes)
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
+        return type(self), (self._home.store_socket_name, self._min_bytes)
 
     @property
     def reducers(self) -> dict[type, Callable[[Any], Any]]:
