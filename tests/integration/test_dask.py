@@ -260,6 +260,17 @@ def test_workers_of_a_store_have_a_result_once(store: Store, client: PlasmaClien
         until(lambda: not client.list(), "the object goes with the future")
 
 
+@pytest.mark.usefixtures("offloading")
+def test_a_worker_can_be_started_with_a_mapping(store: Store) -> None:
+    """Which the plugin uses as it is."""
+    data = StoreMapping, {"socket": store.store_socket_name, "min_bytes": 1000}
+    with cluster(store, data=data) as dask_client:
+        one, other = dask_client.scheduler_info()["workers"]
+        array = dask_client.submit(make, 1000, workers=[one])
+        seen = dask_client.submit(where, array, workers=[other])
+        assert seen.result() == (other, True, False, make(1000).max())
+
+
 class Elsewhere(StorePlugin):
     """Gives one worker another store, as if it were on another host."""
 

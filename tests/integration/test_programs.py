@@ -62,6 +62,8 @@ def test_the_flight_benchmark_gives_figures() -> None:
 @pytest.mark.parametrize(
     ("page", "said"),
     [
+        ("dask", ["64000000000.0\n"]),
+        ("joblib", ["10000000.0\nTrue\n"]),
         ("references", ["1999998\n"]),
         ("multiprocessing", ["49999995000000\n", "[499999500000, 249999500000, 166666833333]\n"]),
     ],
@@ -78,3 +80,17 @@ def test_the_programs_of_a_page(tmp_path: Path, page: str, said: list[str]) -> N
         assert done.returncode == 0, done.stderr
         assert not done.stderr
         assert done.stdout.endswith(expected)
+
+
+@pytest.mark.parametrize("tool", ["joblib", "dask", "torch"])
+def test_the_benchmark_of_tools_gives_figures(tool: str) -> None:
+    """A quick run prints a row with a figure for either way."""
+    pytest.importorskip(tool)
+    program = [sys.executable, "-m", "benchmarks.tools", "--only", tool, "--workers", "2"]
+    small = ["--array-bytes", "4MB", "--result-bytes", "4MB", "--samples", "2000", "--times", "1"]
+    done = subprocess.run(
+        [*program, *small], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert all(float(cell.removesuffix(" ms ").replace(",", "")) > 0 for cell in row[2:5])
