@@ -97,6 +97,7 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         self._memory = memory
         self._workers: ProcessPoolExecutor | None = None
         self._pool: _Pool | None = None
+        self._wanted: _Settings | None = None
 
     def configure(
         self,
@@ -118,16 +119,20 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
                 "leave it at 'r', and let a worker that has to write make a copy"
             )
         self.parallel = parallel
-        wanted = _Settings(
+        self._wanted = _Settings(
             n_jobs,
             _IDLE_SECONDS if idle_worker_timeout is None else idle_worker_timeout,
             tuple(sorted(self._prepare_worker_env(n_jobs).items())),
             _store_path(self._socket, self._memory),
             _NEVER if max_nbytes is None or mmap_mode is None else max_nbytes,
         )
-        self._pool = _pool(wanted)
-        self._workers = self._pool.workers
+        self._begin()
         return n_jobs
+
+    def _begin(self) -> None:
+        assert self._wanted is not None
+        self._pool = _pool(self._wanted)
+        self._workers = self._pool.workers
 
     def stop_call(self) -> None:
         """Forget what was stored for a call (for joblib)."""
@@ -146,7 +151,7 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
             self._pool.end(kill=True)
         self._workers = self._pool = None
         if ensure_ready:
-            self.configure(n_jobs=self.parallel.n_jobs, parallel=self.parallel)
+            self._begin()
 
 
 joblib.register_parallel_backend("shmplasma", StoreBackend)
@@ -224,7 +229,10 @@ def _store_path(socket: str | None, memory: int | str | None) -> str:
     if socket is not None:
         return os.path.abspath(socket)
     with _lock:
-        if _store is None or _store.process.poll() is not None:
+        if _store is not None and _store.process.poll() is not None:
+            _store.close()  # it was killed
+            _store = None
+        if _store is None:
             _store = Store(default_capacity() if memory is None else memory)
         return _store.store_socket_name
 

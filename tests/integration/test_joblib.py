@@ -172,6 +172,16 @@ def test_a_task_that_fails_says_why(store: Store, client: PlasmaClient) -> None:
     until(lambda: not client.list(), "the argument goes with the call")
 
 
+def test_after_a_failure_arrays_are_still_stored(store: Store) -> None:
+    """In the next call of the same `Parallel`, which has workers anew."""
+    array = np.zeros(N)
+    with using(store), joblib.Parallel() as parallel:
+        with pytest.raises(ZeroDivisionError):
+            parallel(joblib.delayed(lambda _, i: 1 // i)(array, i) for i in range(4))
+        seen = parallel(joblib.delayed(look)(array) for _ in range(4))
+    assert all(place.startswith("shmplasma-") for _, place, _ in seen)
+
+
 def die_at_two(_: object, number: int) -> None:
     """Kill the worker, if the number is 2."""
     if number == 2:
@@ -237,6 +247,18 @@ def test_it_has_a_store_of_its_own() -> None:
             (place,) = {place for _, place, _ in seen}
             assert Path("/dev/shm", place).exists()
     assert not Path("/dev/shm", place).exists()
+
+
+def test_a_store_of_its_own_that_was_killed_is_replaced() -> None:
+    """At the next call."""
+    array = np.ones(N)
+    with using(None, memory="50MB"):
+        for _ in range(2):
+            assert joblib.Parallel()(joblib.delayed(np.sum)(array) for _ in range(2)) == [N, N]
+            server = shmplasma.joblib._store
+            assert server is not None
+            server.process.kill()
+            server.process.wait()
 
 
 PROGRAM = """

@@ -92,6 +92,16 @@ def test_a_write_to_a_tensor_that_was_got_harms_nobody_else(client: PlasmaClient
     assert not client.get(object_id).any()
 
 
+@pytest.mark.parametrize("mode", ["copy", "cow"])
+def test_a_tensor_to_write_to(client: PlasmaClient, mode: Any) -> None:
+    """Is had by name; nobody else sees what is written."""
+    object_id = client.put({"a": torch.zeros(1000)})
+    tensor = client.get(object_id, mode=mode)["a"]
+    tensor += 1
+    assert tensor.sum() == 1000
+    assert not client.get(object_id)["a"].any()
+
+
 def test_a_small_tensor_inside_another_value_is_a_copy(client: PlasmaClient) -> None:
     """Such a one lies in the pickle, in memory that nothing would protect."""
     object_id = client.put([torch.zeros(3)])
@@ -228,15 +238,19 @@ def test_a_data_set_can_be_stored(client: PlasmaClient) -> None:
     assert list(StoreDataset(client, Squares())) == [number**2 for number in range(20)]
 
 
-@pytest.mark.parametrize("kind", ["of one form", "of all lengths"])
+@pytest.mark.parametrize("kind", ["one form", "all lengths"])
 def test_what_is_done_to_a_sample_is_forgotten(client: PlasmaClient, kind: str) -> None:
     """A sample is a copy: it can be written to, and the next one is as it was."""
-    make = SAMPLES[kind]
-    dataset = StoreDataset(client, map(make, range(100)))
-    sample = dataset[99]
-    for tensor in [sample] if isinstance(sample, torch.Tensor) else [sample["image"]]:
-        tensor.zero_()
-    assert same(dataset[99], make(99))
+
+    def make(number: int) -> Any:
+        length = number if kind == "all lengths" else 1000
+        return torch.full((length,), number), np.full(length, number)
+
+    dataset = StoreDataset(client, map(make, range(1000)))
+    tensor, array = dataset[999]
+    tensor.zero_()
+    array[:] = 0
+    assert same(dataset[999], make(999))
 
 
 def test_many_samples_are_few_objects(client: PlasmaClient) -> None:
@@ -295,7 +309,7 @@ def test_workers_read_what_there_is_once(client: PlasmaClient, method: str) -> N
         descriptors, memory = zip(*figures, strict=True)
         # Batches on their way to the parent are descriptors, too, and some of them are open at any time.
         assert max(descriptors) - min(descriptors) < 16
-        assert memory[-1] - memory[0] < size * count // 8
+        assert memory[-1] - memory[0] < size * count // 4
     assert len(dataset) == count
 
 
