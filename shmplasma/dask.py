@@ -175,7 +175,7 @@ class StorePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed has no typ
 
     Notes
     -----
-    ``client.register_plugin(StorePlugin(path))``.  Without a store at that path a worker does not start.
+    ``client.register_plugin(StorePlugin(path))``.  Where no store answers at that path, it cannot be set up.
     """
 
     name = _FAMILY

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 from operator import index
 from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
@@ -108,9 +109,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _elements(tensor: torch.Tensor) -> _Array:
     """Return the elements without a copy; those of a dtype that NumPy lacks as integers."""
-    if tensor.dtype in _STAND_INS:
-        tensor = tensor.view(_STAND_INS[tensor.dtype])
-    array: _Array = tensor.numpy()
+    array: _Array = tensor.view(_carrier(tensor.dtype)).numpy()
     return array
 
 
@@ -120,16 +119,15 @@ def _tensor(array: _Array, dtype: str) -> torch.Tensor:
     return tensor if tensor.dtype is wanted else tensor.view(wanted)
 
 
-_STAND_INS: Final = {
-    dtype: {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
-    for dtype in (
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2,
-        torch.float8_e5m2fnuz,
-    )
-}
+@cache
+def _carrier(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype of NumPy's in whose place elements can be stored: itself, or integers of their size."""
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        integers: torch.dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        return integers
+    return dtype
 
 
 class _Memory:

@@ -30,6 +30,7 @@ DTYPES = [
     torch.bfloat16,
     torch.float8_e4m3fn,
     torch.complex64,
+    torch.uint16,
     torch.int64,
     torch.uint8,
     torch.bool,
@@ -107,6 +108,14 @@ def test_a_small_tensor_inside_another_value_is_a_copy(client: PlasmaClient) -> 
     object_id = client.put([torch.zeros(3)])
     client.get(object_id)[0].add_(1)
     assert not client.get(object_id)[0].any()
+
+
+def test_an_array_of_the_store_becomes_a_tensor(client: PlasmaClient) -> None:
+    """By DLPack, without a copy and without a warning."""
+    array = client.get(client.put(np.arange(1000)))
+    tensor = torch.from_dlpack(array)
+    assert tensor.data_ptr() == array.ctypes.data
+    assert torch.equal(tensor, torch.arange(1000))
 
 
 def test_what_has_gaps_is_stored_without_them(client: PlasmaClient) -> None:
