@@ -467,7 +467,7 @@ class _Pages:
     def give_back(self, offset: int, size_bytes: int) -> None:
         """Unmap whole pages, if any are mapped for writing."""
         start = offset - self._attachment.layout.data
-        first, last = start // _POPULATE_BYTES, -(-(start + size_bytes) // _POPULATE_BYTES)
+        first, last = start // self._chunk, -(-(start + size_bytes) // self._chunk)
         if 1 in self._populated[first:last]:
             self._attachment.write_map.madvise(mmap.MADV_DONTNEED, start, size_bytes)
             self._populated[first:last] = bytes(last - first)
