@@ -22,6 +22,7 @@ from shmplasma import (
     Store,
     aio,
     connect,
+    system,
 )
 from tests.clients import MISSING, figure, new_id
 from tests.processes import until
@@ -74,6 +75,7 @@ def lent(client: PlasmaClient) -> int:
     return sum(511 - len(board.free) for board in boards)
 
 
+@pytest.mark.skipif(not system.fast_path_available(), reason="the fast path is off")
 def test_what_is_there_is_answered_at_once(client: PlasmaClient) -> None:
     """A get of sealed objects does not leave the event loop; it needs not even one."""
     first, second = client.put("a"), client.put("b")
