@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from shmplasma.codecs import DeserializationError, SerializationError
     from shmplasma.embedded import Store, start_plasma_store
-    from shmplasma.errors import Holder, ShmPlasmaError
+    from shmplasma.errors import ExternalStoreError, Holder, ShmPlasmaError
     from shmplasma.executor import StoreExecutor
     from shmplasma.objects import ObjectID
     from shmplasma.serialization import SerializationContext, register_serializer
@@ -42,6 +42,7 @@ __version__: Final = "0.1.0"
 
 __all__ = [
     "DeserializationError",
+    "ExternalStoreError",
     "Holder",
     "NotConnectedError",
     "ObjectArray",
@@ -84,7 +85,7 @@ _HOMES: Final = {
     ),
     "shmplasma.codecs": ("DeserializationError", "SerializationError"),
     "shmplasma.embedded": ("Store", "start_plasma_store"),
-    "shmplasma.errors": ("Holder", "ShmPlasmaError"),
+    "shmplasma.errors": ("ExternalStoreError", "Holder", "ShmPlasmaError"),
     "shmplasma.executor": ("StoreExecutor",),
     "shmplasma.objects": ("ObjectID",),
     "shmplasma.serialization": ("SerializationContext", "register_serializer"),

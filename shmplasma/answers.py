@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from shmplasma.errors import ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
 from shmplasma.greeting import Session
-from shmplasma.lifecycle import Lifecycle
+from shmplasma.lifecycle import Lifecycle, Refused
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
-from shmplasma.replies import Objects
+from shmplasma.replies import Failed, Failure, Objects
 from shmplasma.requests import Get
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
@@ -72,12 +72,48 @@ class Answers:
             entry = self._objects.find_sealed(object_id)
             if entry != NO_ENTRY:
                 self._fill(get, object_id, entry)
+            elif (spilled := self._objects.find_spilled(object_id)) != NO_ENTRY:
+                self._bring(get, object_id, spilled)
         if not get.missing:
             self._outgoing.reply(client, request_id, Objects(get.found))
             return True
         lent.update(request.slots)
         self._queue.add(get)
-        return request.wait
+        return request.wait or bool(get.returning)
+
+    def _bring(self, get: PendingGet, object_id: bytes, entry: int) -> None:
+        """Have an object brought back that a get asks for."""
+        spilling = self._objects.spilling
+        if spilling is None:
+            text = f"object {object_id.hex()} is in an external store; start the store with -e as before"
+            raise Refused(Failed(Failure.EXTERNAL, text))
+        get.returning.add(object_id)
+        spilling.bring(entry)
+
+    def came_back(self, entry: int) -> list[PendingGet]:
+        """Tell those who wait for an object that it is in memory again.
+
+        Returns
+        -------
+        list of PendingGet
+            Those that miss something else and do not wait: `answer_now` is due when all outboxes are read.
+        """
+        object_id = self._table.object_id(entry)
+        due: list[PendingGet] = []
+        for get in self._queue.waiting_for(object_id):
+            self._fill(get, object_id, entry)
+            if not get.missing:
+                self.answer_now(get.client, get.request_id)
+            elif not (get.request.wait or get.returning):
+                due.append(get)
+        return due
+
+    def fail(self, object_id: bytes, failed: Failed) -> None:
+        """Tell those who wait for an object that it cannot be had."""
+        for get in self._queue.who_wait_for(object_id):
+            self._queue.remove(get.client, get.request_id)
+            self._sessions[get.client].lent.difference_update(get.request.slots)
+            self._outgoing.reply(get.client, get.request_id, failed)
 
     def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
         """Enter a sealed object into a get and pin it for its client."""

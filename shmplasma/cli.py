@@ -25,7 +25,13 @@ from shmplasma import __version__, system
 from shmplasma.backing import default_capacity
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.endpoint import Endpoint, default_socket_path
-from shmplasma.errors import AttachError, CommitError, EndpointError, LayoutError
+from shmplasma.errors import (
+    AttachError,
+    CommitError,
+    EndpointError,
+    ExternalStoreError,
+    LayoutError,
+)
 from shmplasma.layout import TOKEN_BYTES
 from shmplasma.orphans import sweep
 from shmplasma.prefault import prefault
@@ -34,7 +40,11 @@ from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
 from shmplasma.server import Server
 from shmplasma.sizes import parse_size
+from shmplasma.spilling import ExternalLimits
 from shmplasma.succession import replace
+
+if TYPE_CHECKING:
+    from shmplasma.spiller import Spiller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,11 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.external_store is not None:
-        parser.error(
-            "-e: this release has no external stores; start it without -e (objects that no longer "
-            "fit are then evicted)"
-        )
     if options.huge_pages and (
         options.directory is None or system.huge_page_bytes(options.directory) is None
     ):
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         _serve(options)
-    except (AttachError, CommitError, EndpointError, LayoutError) as error:
+    except (AttachError, CommitError, EndpointError, ExternalStoreError, LayoutError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"the system refused what the store cannot do without: {error}")
@@ -121,6 +126,7 @@ def _serve(options: argparse.Namespace) -> None:
         if floor is None:
             floor = capacity if options.prefault else FLOOR_BYTES
         shared = options.group is not None or bool(options.mode & 0o066)
+        spiller = _open_spiller(segment, options)
         with ExitStack() as on_failure:
             # What could not be recovered this time stays, for another attempt.
             on_failure.enter_context(closing(segment) if is_recovered else segment)
@@ -134,6 +140,7 @@ def _serve(options: argparse.Namespace) -> None:
                 client_limit_bytes=options.client_limit or 0,
                 ticket_seconds=options.ticket_seconds,
                 floor_bytes=floor,
+                spiller=spiller,
             )
             if options.prefault:
                 prefault(server.commit_all(), capacity, sys.stderr, _is_told_to_end)
@@ -169,6 +176,18 @@ def _serve(options: argparse.Namespace) -> None:
             segment.close()  # and so its name stays
             endpoint.hand_over()
             server.close()
+
+
+def _open_spiller(segment: Segment, options: argparse.Namespace) -> Spiller | None:
+    if options.external_store is None:
+        return None
+    from shmplasma.spiller import open_spiller  # noqa: PLC0415 - Arrow takes its time to import
+
+    limits = ExternalLimits(options.max_spill_bytes or 0, options.spill_above)
+    spiller = open_spiller(options.external_store, segment.token, segment.name, limits)
+    for name in spiller.sweep():
+        _LOG.info("removed %s, which a dead store has left in the external store", name)
+    return spiller
 
 
 def _is_told_to_end() -> bool:
@@ -363,7 +382,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="memory that is not used and stays committed (default: 64MiB; with --prefault: all)",
     )
-    add("-e", dest="external_store", metavar="URI", help="not in this release")
+    add(
+        "-e",
+        dest="external_store",
+        metavar="URI",
+        help="where objects go that no longer fit, and come back from when they are asked for: "
+        "file:///directory, s3://bucket/prefix, memory://",
+    )
+    add(
+        "--max-spill-bytes",
+        type=_size,
+        metavar="BYTES",
+        help="how much may be there (default: no limit)",
+    )
+    add(
+        "--spill-above",
+        type=_share,
+        default=0.8,
+        metavar="SHARE",
+        help="the share of the capacity from which on objects are written ahead of need (default: 0.8)",
+    )
     add(
         "--mode",
         type=_mode,
@@ -409,6 +447,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--owner", type=int, help=argparse.SUPPRESS)
     add("--scratch", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write a number from 0 to 1")
+    return share
 
 
 def _size(text: str) -> int:

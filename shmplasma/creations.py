@@ -26,7 +26,7 @@ from shmplasma.replies import Created, Failed, Failure
 from shmplasma.requests import Create
 from shmplasma.room import Room
 from shmplasma.table import Table
-from shmplasma.waiters import Offer, RoomQueue, Waiter
+from shmplasma.waiters import FOR_EVER, Offer, RoomQueue, Waiter
 
 __all__ = ["Creations", "Creator"]
 
@@ -37,6 +37,8 @@ class Creator(Waiter):
 
     session: Session = field(kw_only=True)
     request: Create = field(kw_only=True)
+    only_spills: bool = field(default=False, kw_only=True)
+    """Whether it waits for room only as long as objects go to the external store to make some."""
 
 
 class Creations:
@@ -122,6 +124,9 @@ class Creations:
         try:
             entry = self._objects.create(client, request, session.limit_bytes, now_ns)
         except NoRoom as no_room:
+            if no_room.may_come and not may_wait and self._spills(request):
+                self._join(session, request_id, request, only_spills=True)
+                return True
             # Leases are never the reason: they come back first.
             if not no_room.may_come or not (self._publishing.recall() or may_wait):
                 raise
@@ -143,10 +148,24 @@ class Creations:
 
     # -- waiting for room ----------------------------------------------------------------------
 
-    def _join(self, session: Session, request_id: int, request: Create) -> None:
+    def _spills(self, request: Create) -> bool:
+        """Have room made by way of the external store; tell whether some may come."""
+        spilling = self._objects.spilling
+        size = request.data_size + request.metadata_size
+        return spilling is not None and spilling.demand(size)
+
+    def _join(
+        self, session: Session, request_id: int, request: Create, *, only_spills: bool = False
+    ) -> None:
         self._publishing.recall()
-        timeout_ns = request.timeout_ns
-        creator = Creator(session.client, request_id, timeout_ns, session=session, request=request)
+        creator = Creator(
+            session.client,
+            request_id,
+            FOR_EVER if only_spills else request.timeout_ns,
+            session=session,
+            request=request,
+            only_spills=only_spills,
+        )
         self._queue.join(creator)
         session.lent.add(request.slot)
         self._objects.await_room(wanted=True)
@@ -167,18 +186,24 @@ class Creations:
         """
         attainable = self._room.attainable_bytes
 
+        def wait(creator: Creator) -> Offer:
+            if self._spills(creator.request) or not creator.only_spills:
+                return Offer.NOT_ENOUGH
+            self._refuse(creator, now_ns)
+            return Offer.REFUSED
+
         def serve(creator: Creator) -> Offer:
             nonlocal attainable
             request = creator.request
             size = request.data_size + request.metadata_size
             if size > attainable and not self._objects.exists(request.object_id):
-                return Offer.NOT_ENOUGH
+                return wait(creator)
             limit = creator.session.limit_bytes
             try:
                 entry = self._objects.create(creator.client, request, limit, now_ns)
             except NoRoom as no_room:
                 if no_room.may_come:
-                    return Offer.NOT_ENOUGH
+                    return wait(creator)
                 failed = self._refusals.answer(no_room, now_ns)
             except Refused as refused:
                 failed = refused.failed

@@ -55,7 +55,7 @@ from shmplasma.requests import (
     Trim,
 )
 from shmplasma.room import Room
-from shmplasma.table import NO_ENTRY, Table
+from shmplasma.table import Table
 from shmplasma.trims import Trims
 
 __all__ = ["Dispatch", "Unsettled"]
@@ -82,6 +82,8 @@ class Dispatch:
     ----------
     unsettled : list of Unsettled
         Requests that are to be settled.
+    evictions : list of Unsettled
+        Those that wait until objects are written to the external store.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Dispatch:
         self._outgoing = outgoing
         self._heed_all = heed_all
         self.unsettled: list[Unsettled] = []
+        self.evictions: list[Unsettled] = []
 
     def request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
         self, session: Session, request_id: int, request: Request, now_ns: int
@@ -167,7 +170,7 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, lease)
             case Flush():
                 self._outgoing.reply(client, request_id, _DONE)
-            case Contains() if self._objects.find_sealed(request.object_id) != NO_ENTRY:
+            case Contains() if self._objects.contains(request.object_id):
                 self._outgoing.reply(client, request_id, Number(1))
             case AnswerNow() if request_id != ONE_WAY:
                 raise ProtocolError("an AnswerNow that asks for an answer of its own")
@@ -217,7 +220,7 @@ class Dispatch:
                 if not self._creations.create(session, request_id, request, now_ns):
                     self.unsettled.append((client, request_id, request, now_ns))
             case Contains():
-                found = self._objects.find_sealed(request.object_id) != NO_ENTRY
+                found = self._objects.contains(request.object_id)
                 self._outgoing.reply(client, request_id, Number(found))
             case Get():
                 self._answers.answer_now(client, request_id)
@@ -230,6 +233,8 @@ class Dispatch:
             case Keep():
                 self._objects.keep(client, request.object_ids, request.keep)
                 self._outgoing.reply(client, request_id, _DONE)
+            case Evict() if self._spills_for(request.size_bytes):
+                self.evictions.append((client, request_id, request, now_ns))
             case Evict():
                 self._outgoing.reply(
                     client, request_id, Number(self._objects.evict(request.size_bytes))
@@ -240,6 +245,13 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Text(self.describe()))
             case _:
                 raise AssertionError(f"{request} is answered at once")
+
+    def _spills_for(self, size_bytes: int) -> bool:
+        """Tell whether objects are being written to the external store so that so many bytes can be evicted."""
+        spilling = self._objects.spilling
+        if spilling is None or spilling.clean_bytes >= size_bytes:
+            return False
+        return spilling.demand(self._room.free_bytes + size_bytes)
 
     def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""

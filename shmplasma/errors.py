@@ -13,6 +13,7 @@ __all__ = [
     "AttachError",
     "CommitError",
     "EndpointError",
+    "ExternalStoreError",
     "Holder",
     "LayoutError",
     "ProtocolError",
@@ -38,6 +39,10 @@ class AttachError(ShmPlasmaError, OSError):
 
 class EndpointError(ShmPlasmaError, OSError):
     """A socket path cannot be served: it is in use, is not ours, or is no socket."""
+
+
+class ExternalStoreError(ShmPlasmaError):
+    """The external store cannot give or take an object; only that object is concerned."""
 
 
 class CommitError(ShmPlasmaError):

@@ -10,7 +10,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shmplasma.replies import ABSENT, Found
 from shmplasma.requests import Get
@@ -32,6 +32,8 @@ class PendingGet:
         The answer, `ABSENT` where nothing was found yet.
     missing : dict
         Where each missing id stands in the answer; an id may have been asked for more than once.
+    returning : set of bytes
+        Those of them that are there, and are being brought back from the external store.
     """
 
     client: int
@@ -39,6 +41,7 @@ class PendingGet:
     request: Get
     found: list[Found]
     missing: dict[bytes, list[int]]
+    returning: set[bytes] = field(default_factory=set)
 
     @classmethod
     def begin(cls, client: int, request_id: int, request: Get) -> PendingGet:
@@ -50,6 +53,7 @@ class PendingGet:
 
     def fill(self, object_id: bytes, found: Found) -> Iterator[int]:
         """Enter an object that has been found; yield the slots that are to pin it."""
+        self.returning.discard(object_id)
         for position in self.missing.pop(object_id):
             self.found[position] = found
             yield self.request.slots[position]
@@ -76,6 +80,10 @@ class GetQueue:
         self._of_client.setdefault(get.client, {})[get.request_id] = get
         for object_id in get.missing:
             self._waiting.setdefault(object_id, []).append(get)
+
+    def who_wait_for(self, object_id: bytes) -> list[PendingGet]:
+        """Return the gets which wait for an object."""
+        return list(self._waiting.get(object_id, ()))
 
     def waiting_for(self, object_id: bytes) -> list[PendingGet]:
         """Take the gets which wait for an object that is there now; the caller fills them in."""

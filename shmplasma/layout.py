@@ -136,6 +136,8 @@ class EntryState(IntEnum):
     EVICTING = 3
     DOOMED = 4
     """Sealed, and deleted while it was pinned: to be had from the store only, and gone at the last release."""
+    SPILLED = 6
+    """Sealed, and in the external store alone: to be had from the store, which brings it back first."""
 
 
 class EntryWord(IntEnum):
@@ -160,6 +162,10 @@ class EntryWord(IntEnum):
     """Slot + 1 that its creator lent, which says whose it is while it is CREATED."""
     KEEP = 12
     """0 for an object that may be evicted; for one that may not, all ones, so that no flipped bit drops it."""
+    COPY = 14
+    """Where in the external store a copy is: container << 32 | place / 64; 0 for none (see `shmplasma.spilling`)."""
+    COPY_CHECK = 15
+    """Checksum of id, codec, sizes and the word before."""
 
 
 class ControlWord(IntEnum):

@@ -33,6 +33,7 @@ from shmplasma.recovery import Findings, examine
 from shmplasma.replies import Failed, Failure
 from shmplasma.requests import Create
 from shmplasma.room import Memory, Room
+from shmplasma.spilling import Spilling
 from shmplasma.table import NO_ENTRY, Table
 
 __all__ = ["Lifecycle", "NoRoom", "Refused", "existing"]
@@ -121,6 +122,8 @@ class Lifecycle:
         self._recovered: set[int] = set()
         self._room_is_awaited = False
         self.evictions = 0
+        self.spilling: Spilling | None = None
+        """Where objects go instead, if there is an external store."""
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -134,6 +137,18 @@ class Lifecycle:
             self.wake()  # what comes by message may be faster than the wake-up
             return entry if self._table.find(object_id) == entry else NO_ENTRY
         return entry if state == EntryState.SEALED else NO_ENTRY
+
+    def find_spilled(self, object_id: bytes) -> int:
+        """Return the entry of an object that is in the external store alone, or `NO_ENTRY`."""
+        entry = self._table.find(object_id)
+        spilled = entry != NO_ENTRY and self._table.state(entry) == EntryState.SPILLED
+        return entry if spilled else NO_ENTRY
+
+    def contains(self, object_id: bytes) -> bool:
+        """Tell whether there is a sealed object of this id, in memory or in the external store."""
+        if self.find_sealed(object_id) != NO_ENTRY:
+            return True
+        return self.find_spilled(object_id) != NO_ENTRY
 
     def creator(self, entry: int) -> int | None:
         """Return the client that is still writing the object."""
@@ -242,6 +257,8 @@ class Lifecycle:
             try:
                 # What is committed for the objects of leases stays theirs.
                 if not self._table.prepare(self._leases.objects_left + 1):
+                    if self.spilling is not None:
+                        break
                     self.note_evicted(self._room.evict(0, objects=1)[1])
                     continue
                 entry = self._table.insert(
@@ -325,13 +342,25 @@ class Lifecycle:
 
     def delete(self, object_ids: Iterable[bytes]) -> None:
         """Delete sealed objects: at once where nobody pins them, else at their last release."""
+        object_ids = list(object_ids)
         entries = {self.find_sealed(object_id) for object_id in object_ids} - {NO_ENTRY}
         self._take(entries)
+        for object_id in object_ids:
+            if (spilled := self.find_spilled(object_id)) != NO_ENTRY:
+                self._drop(spilled)
         if entries:
             for entry in entries:
                 self._table.set_state(entry, EntryState.DOOMED)
             self._doomed |= entries
             self._await_release()
+
+    def _drop(self, entry: int) -> None:
+        """Delete an object that is in the external store alone."""
+        if self.spilling is not None:
+            self.spilling.drop(entry)
+        self._table.unlink(entry)
+        self._table.free(entry)
+        self._gone(self._table.object_id(entry))
 
     def keep(self, client: int, object_ids: Iterable[bytes], keep: bool) -> None:
         """Say of objects, sealed or this client's own, whether they are never to be evicted.
@@ -346,12 +375,12 @@ class Lifecycle:
             entry = self.find_sealed(object_id)
             if entry == NO_ENTRY:
                 entry = self._table.find(object_id)
-                if self._creators.get(entry) != client:
+                if self.find_spilled(object_id) == NO_ENTRY and self._creators.get(entry) != client:
                     text = f"there is no object {object_id.hex()}, or another client is writing it"
                     raise Refused(Failed(Failure.NOT_FOUND, text))
             entries.append(entry)
         for entry in entries:
-            if entry in self._creators:
+            if entry in self._creators or self._table.state(entry) == EntryState.SPILLED:
                 self._table.set_keep(entry, keep)
             else:
                 self._room.keep(entry, keep)
@@ -411,7 +440,8 @@ class Lifecycle:
         """Take note of objects that were evicted, and tell of them."""
         for object_id in object_ids:
             self.evictions += 1
-            self._gone(object_id)
+            if self.spilling is None:
+                self._gone(object_id)
         self._forget_doomed()
 
     def _forget_doomed(self) -> None:
@@ -446,6 +476,11 @@ class Lifecycle:
         for entry, client in found.created.items():
             self._unsealed.setdefault(client, set()).add(entry)
         self._recovered = set(found.created)
+        for entry in (*found.cached, *found.kept):
+            if entry not in found.copies and self._table.copy_of(entry)[0]:
+                self._table.set_copy(entry, 0, 0)  # it is damaged
+        if self.spilling is not None:
+            self.spilling.recover(found.copies, found.spilled)
         self._doomed, self._limbo = found.doomed, found.limbo
         if self.awaits_release:
             self._await_release()
@@ -474,6 +509,8 @@ class Lifecycle:
         for entry in range(self._table.end):
             doomed = state(entry) == EntryState.DOOMED
             assert doomed == (entry in self._doomed), f"entry {entry} is doomed for ever"
+        if self.spilling is not None:
+            self.spilling.check()
         waits = self.is_to_be_woken
         assert self._words[HeaderWord.WAKE] == waits, "nobody will wake the store, or for nothing"
 

@@ -43,7 +43,7 @@ from shmplasma.arrow_errors import (
     PlasmaStoreFull,
 )
 from shmplasma.endpoint import may_come_back
-from shmplasma.errors import ProtocolError, ShmPlasmaError
+from shmplasma.errors import ExternalStoreError, ProtocolError, ShmPlasmaError
 from shmplasma.outbox import Outbox
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
@@ -440,6 +440,8 @@ def _refusal(failed: Failed) -> ShmPlasmaError:
             return PlasmaObjectExists(failed.text)
         case Failure.NOT_FOUND:
             return PlasmaObjectNotFound(failed.text)
+        case Failure.EXTERNAL:
+            return ExternalStoreError(failed.text)
         case Failure.SEALED:
             return PlasmaObjectAlreadySealed(failed.text)
         case Failure.FULL | Failure.OVER_QUOTA | Failure.NO_BOARD:

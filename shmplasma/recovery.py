@@ -17,6 +17,7 @@ EVICTING            complete    it was being taken, and no byte of it was given 
 CREATED or FREE     complete    it was being sealed, or published: stays; whoever asked for it was not answered
 CREATED             begun       unsealed: stays if it has a creator, which may complete it; else it goes
 EVICTING            begun       aborted: goes; where its creator still holds the buffer, at the release
+SPILLED             any         in the external store alone: stays, if it says where (`shmplasma.spilling`)
 any but FREE        nothing     damaged: goes; a reader that still pins it keeps its extent
 FREE                otherwise   free: nobody was told that there is something
 ==================  ==========  ==================================================================================
@@ -76,6 +77,10 @@ class Findings:
         All extents that are not free, by address.
     leases : dict
         What clients (first board) lease and have not published: cursor and end.
+    copies : dict
+        The containers of the external store that have copies, by entry.
+    spilled : set of int
+        Entries of objects that are in the external store alone.
     dropped : int
         How many entries were unsealed, torn or damaged.
     """
@@ -89,6 +94,8 @@ class Findings:
     limbo: set[int] = field(default_factory=set)
     used: list[tuple[int, int]] = field(default_factory=list)
     leases: dict[int, tuple[int, int]] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)
+    spilled: set[int] = field(default_factory=set)
     dropped: int = 0
 
 
@@ -126,9 +133,15 @@ def examine(
     end = table.take_over()
     findings = Findings(boards.recover())
     limits = layout.data, layout.data + layout.data_bytes
-    kept, going = _without_conflicts(*_judge(limits, table, boards, findings))
+    spilled: list[Remains] = []
+    whole, going = _judge(limits, table, boards, findings, spilled)
+    kept, going = _without_conflicts(whole, spilled, going)
     for remains in going:
         findings.created.pop(remains.entry, None)
+    findings.copies = {each.entry: each.container for each in kept if each.container}
+    findings.spilled = {each.entry for each in kept if each.state == EntryState.SPILLED}
+    elsewhere = [each for each in kept if each.state == EntryState.SPILLED]
+    kept = [each for each in kept if each.state != EntryState.SPILLED]
     extents = [(remains.offset, remains.size_bytes) for remains in kept if remains.size_bytes]
     _give_up(limits, table, boards, barrier, findings, going, extents)
     for remains in kept:
@@ -142,6 +155,7 @@ def examine(
     cached.sort(key=attrgetter("sealed_ns"))
     findings.cached = [remains.entry for remains in cached]
     findings.cached_bytes = sum(align_up(remains.size_bytes, ALIGNMENT) for remains in cached)
+    kept += elsewhere
     objects = [(remains.object_id, remains.entry) for remains in kept]
     entries = [remains.entry for remains in kept]
     table.relink(objects, set(range(end)).difference(entries, findings.limbo))
@@ -153,14 +167,21 @@ def examine(
 
 
 def _judge(
-    limits: tuple[int, int], table: Table, boards: Boards, findings: Findings
+    limits: tuple[int, int],
+    table: Table,
+    boards: Boards,
+    findings: Findings,
+    spilled: list[Remains],
 ) -> tuple[list[Remains], list[Remains]]:
     """Separate what stays from what goes, and note the creators of what is unsealed."""
     whole: list[Remains] = []
     going: list[Remains] = []
     low, high = limits
     for remains in table.scan():
-        stays = remains.verdict is Verdict.COMPLETE
+        if remains.state == EntryState.SPILLED and remains.container:
+            spilled.append(remains)
+            continue
+        stays = remains.verdict is Verdict.COMPLETE and remains.state != EntryState.SPILLED
         offset, size = remains.offset, remains.size_bytes
         if stays and low <= offset and not offset % ALIGNMENT and offset + size <= high:
             whole.append(remains)  # as nearly all of them do
@@ -209,11 +230,14 @@ def _is_plausible(limits: tuple[int, int], remains: Remains) -> bool:
 
 
 def _without_conflicts(
-    found: Iterable[Remains], going: list[Remains]
+    found: Iterable[Remains], spilled: Iterable[Remains], going: list[Remains]
 ) -> tuple[list[Remains], list[Remains]]:
     """Let go as well what cannot be: objects that overlap, or have an id that another has."""
     kept: list[Remains] = []
     ids: set[bytes] = set()
+    for remains in spilled:
+        (going if remains.object_id in ids else kept).append(remains)
+        ids.add(remains.object_id)
     end = 0
     for remains in sorted(found, key=attrgetter("offset", "size_bytes")):
         object_id, size = remains.object_id, remains.size_bytes

@@ -44,6 +44,7 @@ class Failure(IntEnum):
     NO_BOARD = 7
     DROPPED = 8
     """Not an answer: the last that a client hears, under the request id 0."""
+    EXTERNAL = 9
 
 
 _WELCOME: Final = Struct("<16sI??")

@@ -15,7 +15,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
@@ -28,6 +28,29 @@ from shmplasma.pins import Boards
 from shmplasma.table import Table
 
 __all__ = ["Memory", "Room"]
+
+
+class External(Protocol):
+    """What the room needs of `shmplasma.spilling`, where there is an external store."""
+
+    @property
+    def clean_bytes(self) -> int:
+        """Bytes of extents of objects that have a copy."""
+
+    def is_clean(self, entry: int) -> bool:
+        """Tell whether an object has a copy."""
+
+    def victims(self) -> Iterator[int]:
+        """Yield objects that have a copy, in the order in which they should go."""
+
+    def went(self, entry: int) -> None:
+        """Take note that such an object is in memory no more."""
+
+    def forget(self, entry: int) -> None:
+        """Take note that an object goes for good."""
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield the extents of objects that come back."""
 
 
 class Memory(Pages, Protocol):
@@ -89,6 +112,9 @@ class Room:
         self._cached_bytes = 0
         self._kept: set[int] = set()
         self._protected: set[int] = set()
+        self.busy: set[int] = set()
+        """Entries that the store itself reads: they are neither taken nor moved."""
+        self.spilling: External | None = None
         self.takes = 0
         self.takes_that_met_a_pin = 0
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
@@ -222,18 +248,31 @@ class Room:
         """Take note that the object was read."""
         self._visited[entry] = 1
 
+    def was_read(self, entry: int) -> bool:
+        """Tell whether the object was read since this was asked, or the hand has passed it."""
+        was_read = bool(self._visited[entry])
+        self._visited[entry] = 0
+        return was_read
+
+    def sweep(self) -> Iterator[int]:
+        """Yield the objects that may go, in the order of the eviction policy."""
+        return self._queue.sweep()
+
     def free(self, entry: int) -> None:
         """Give back the extent and the entry of an unlinked object that nobody pins."""
+        if self.spilling is not None:
+            self.spilling.forget(entry)
         offset, data_size, metadata_size = self._table.location(entry)
         self.give_back(offset, data_size + metadata_size)
         self._table.free(entry)
 
     # -- taking --------------------------------------------------------------------------------
 
-    def take(self, entries: Sequence[int]) -> list[int]:
+    def take(self, entries: Sequence[int], *, spill: bool = False) -> list[int]:
         """Free those of these sealed objects that nobody pins; return them.
 
-        The returned entries' ids and sizes are still what they were, until the next insertion.
+        The returned entries' ids and sizes are still what they were, until the next insertion.  With `spill`
+        they have copies in the external store, and stay under their ids.
         """
         table = self._table
         states = [table.state(entry) for entry in entries]
@@ -252,10 +291,21 @@ class Room:
                 continue
             self._forget(entry)
             self._protected.discard(entry)
-            table.unlink(entry)
-            self.free(entry)
+            if spill:
+                self._put_out(entry)
+            else:
+                table.unlink(entry)
+                self.free(entry)
             taken.append(entry)
         return taken
+
+    def _put_out(self, entry: int) -> None:
+        """Free the extent of a taken object that has a copy, and leave its entry."""
+        assert self.spilling is not None
+        offset, data_size, metadata_size = self._table.location(entry)
+        self._table.set_state(entry, EntryState.SPILLED)
+        self.spilling.went(entry)
+        self.give_back(offset, data_size + metadata_size)
 
     def evict(self, size_bytes: int, objects: int = 0) -> tuple[int, list[bytes]]:
         """Take objects by the eviction policy until so many bytes, and so many objects, are gone.
@@ -283,7 +333,9 @@ class Room:
         freed, evicted = 0, list[bytes]()
         batch: list[int] = []
         batch_bytes = 0
-        held = self._boards.pinned() | self._protected
+        held = self._boards.pinned() | self._protected | self.busy
+        spilling = self.spilling
+        candidates = self._queue.sweep() if spilling is None else spilling.victims()
 
         def spare() -> list[int]:
             """Take out of the batch what it does without, what would be last to go first."""
@@ -300,12 +352,12 @@ class Room:
             return left
 
         def take_batch() -> int:
-            taken = self.take(batch)
+            taken = self.take(batch, spill=spilling is not None)
             evicted.extend([self._table.object_id(entry) for entry in taken])
             batch.clear()
             return sum(map(measure, taken))
 
-        for entry in self._queue.sweep():
+        for entry in candidates:
             if entry in held:
                 continue
             batch.append(entry)
@@ -326,11 +378,16 @@ class Room:
 
     def _pinned(self, entries: Sequence[int]) -> Iterable[int]:
         if len(entries) == 1:
-            return entries if self._boards.is_pinned(entries[0]) else ()
-        return self._boards.pinned()
+            held = entries[0] in self.busy or self._boards.is_pinned(entries[0])
+            return entries if held else ()
+        return self._boards.pinned() | self.busy
 
     def _evictable_bytes(self) -> int:
         held = self._boards.pinned() | self._protected
+        if self.spilling is not None:
+            return self.spilling.clean_bytes - sum(
+                self._extent_bytes(entry) for entry in held if self.spilling.is_clean(entry)
+            )
         return self._cached_bytes - sum(
             self._extent_bytes(entry) for entry in held if entry in self._queue
         )
@@ -382,12 +439,12 @@ class Room:
     def check(self, leased: Iterable[tuple[int, int]]) -> None:
         """Prove that extents, those of leases included, tile the region, and that the queue is right."""
         table = self._table
-        used = list(leased)
+        used = [*leased, *(self.spilling.extents() if self.spilling is not None else ())]
         cached = queued = n_kept = 0
         for entry in table.entries(0, table.end):
             offset, data_size, metadata_size = table.location(entry)
             size = data_size + metadata_size
-            if size:
+            if size and table.state(entry) != EntryState.SPILLED:
                 used.append((offset, align_up(size, ALIGNMENT)))
             is_sealed = table.state(entry) in (EntryState.SEALED, EntryState.DOOMED)
             is_cached = is_sealed and not table.is_kept(entry)

@@ -20,13 +20,13 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shmplasma import system
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
-from shmplasma.errors import CommitError, ProtocolError
+from shmplasma.errors import CommitError, ExternalStoreError, ProtocolError
 from shmplasma.exits import Exits, close_descriptor
 from shmplasma.protocol import ONE_WAY, SPIN_NS, encode_frame
 from shmplasma.reception import Reception
@@ -34,6 +34,9 @@ from shmplasma.references import TICKET_NS
 from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
 from shmplasma.store import ObjectStore
+
+if TYPE_CHECKING:
+    from shmplasma.spiller import Spiller
 
 __all__ = ["Server"]
 
@@ -94,6 +97,8 @@ class Server:
         How long a reference that is not received is kept (see `shmplasma.references`).
     floor_bytes : int
         How much memory that is not used stays committed.
+    spiller : Spiller, optional
+        Serves the external store, if there is one; closed with the server.
 
     Attributes
     ----------
@@ -122,6 +127,7 @@ class Server:
         client_limit_bytes: int = 0,
         ticket_seconds: float = TICKET_NS / 1e9,
         floor_bytes: int = FLOOR_BYTES,
+        spiller: Spiller | None = None,
     ) -> None:
         self._segment = segment
         self._path = socket_path
@@ -138,7 +144,9 @@ class Server:
             client_limit_bytes,
             round(ticket_seconds * 1e9),
             floor_bytes,
+            None if spiller is None else spiller.limits,
         )
+        self._spiller = spiller
         self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
         self._awaited: set[Connection] = set()  # to read, or to introduce themselves
@@ -156,6 +164,8 @@ class Server:
         self._selector.register(self._wake_reader, _READ, self._wake)
         if recover:
             self._recover()
+        if spiller is not None:
+            self._store.tidy_external(spiller.start(segment.raw, self._interrupt))
 
     def _recover(self) -> None:
         began = time.monotonic()
@@ -191,6 +201,10 @@ class Server:
         if self._stopping:
             return
         self._stopping = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """End the loop's sleep; from anywhere."""
         try:
             os.write(self._wake_writer, b"s")
         except OSError as error:
@@ -213,14 +227,34 @@ class Server:
                     self._process_backlog(_FRAMES_A_TURN)
                 self._finish_turn(idle=not events)
         finally:
+            if self._spiller is not None:
+                self._end_spilling(self._spiller)
             if not self.is_handed_over:
                 self.close()
+
+    def _spill(self, spiller: Spiller) -> None:
+        """See what the external store has done, and have it do more."""
+        for job, places, failure in spiller.done():
+            if failure:
+                _LOG.warning("external store: %s", failure)
+            self._carry_out(self._store.job_done(job, places, failure))
+        for job in self._store.take_jobs():
+            spiller.submit(job)
+        self._carry_out(self._store.wake())
+
+    def _end_spilling(self, spiller: Spiller) -> None:
+        try:
+            spiller.close(remove=not self.is_handed_over)
+        except ExternalStoreError as error:
+            _LOG.warning("%s", error)
 
     def _finish_turn(self, *, idle: bool) -> None:
         """Do what messages, time, or the want of both have made due."""
         store = self._store
         if store.next_due_ns is not None:
             store.expire(time.time_ns())
+        if self._spiller is not None:
+            self._spill(self._spiller)
         if store.has_unsettled:
             self._settle()
         if store.is_to_stop_polling:

@@ -44,6 +44,7 @@ from shmplasma.protocol import ONE_WAY, Frame
 from shmplasma.publishing import Publishing
 from shmplasma.references import TICKET_NS
 from shmplasma.refusals import Refusals
+from shmplasma.replies import Failed, Failure
 from shmplasma.requests import (
     Hello,
     Post,
@@ -53,6 +54,7 @@ from shmplasma.requests import (
     decode_request,
 )
 from shmplasma.room import Memory, Room
+from shmplasma.spilling import ExternalLimits, Job, Read, Spilling, Write
 from shmplasma.table import Table
 from shmplasma.trims import Trims
 from shmplasma.waiters import RoomQueue
@@ -81,6 +83,8 @@ class ObjectStore:
         As for `shmplasma.references.References`.
     floor_bytes : int, optional
         How much memory that is not used stays committed.
+    external : ExternalLimits, optional
+        What an external store may take, if there is one.
 
     Notes
     -----
@@ -99,6 +103,7 @@ class ObjectStore:
         client_limit_bytes: int = 0,
         ticket_ns: int = TICKET_NS,
         floor_bytes: int = FLOOR_BYTES,
+        external: ExternalLimits | None = None,
     ) -> None:
         self._layout = layout
         self._memory = memory
@@ -120,6 +125,10 @@ class ObjectStore:
             memory,
             self._gone,
         )
+        if external is not None:
+            self._objects.spilling = Spilling(
+                self._table, self._boards, self._room, layout.capacity, external
+            )
         self._publishing = Publishing(self._table, self._room, leases, self._objects, memory)
         self._ledger = Ledger(self._table, self._room, self._objects, ticket_ns)
         self._greeter = Greeter(
@@ -359,6 +368,57 @@ class ObjectStore:
         self._heed_all(now_ns)
         return self._outgoing.take()
 
+    # -- the external store --------------------------------------------------------------------
+
+    def take_jobs(self) -> Sequence[Job]:
+        """Begin what is due with the external store, and return what is to be done: see `job_done`."""
+        spilling = self._objects.spilling
+        if spilling is None:
+            return ()
+        spilling.advance()
+        for entry in spilling.stuck():
+            spilling.give_up(entry)
+            no_room = self._refusals.answer(NoRoom(self._table.size(entry)), self._now_ns)
+            self._answers.fail(self._table.object_id(entry), no_room)
+        jobs, spilling.jobs = spilling.jobs, []
+        return jobs
+
+    def job_done(self, job: Job, places: Sequence[int], failure: str) -> Sequence[Effect]:
+        """Take note of what came of a job.
+
+        Parameters
+        ----------
+        job : Job
+            One that `take_jobs` has returned.
+        places : sequence of int
+            Of a `Write`: where each object is in its container.
+        failure : str
+            Why it failed; empty if it did not.
+        """
+        spilling = self._objects.spilling
+        assert spilling is not None, "a job for no external store"
+        if isinstance(job, Write):
+            spilling.wrote(job, places, failure)
+            self._objects.wake()  # what was deleted meanwhile goes
+            self._dispatch.unsettled += self._dispatch.evictions
+            self._dispatch.evictions = []
+        elif isinstance(job, Read):
+            entry = job.part.entry
+            if spilling.was_read(job, failure):
+                self._dispatch.unsettled += [
+                    (get.client, get.request_id, get.request, self._now_ns)
+                    for get in self._answers.came_back(entry)
+                ]
+            elif failure:
+                failed = Failed(Failure.EXTERNAL, failure)
+                self._answers.fail(job.part.object_id, failed)
+        return self._outgoing.take()
+
+    def tidy_external(self, numbers: Iterable[int]) -> None:
+        """Delete what the external store has and nobody names; these are the containers that there are."""
+        if self._objects.spilling is not None:
+            self._objects.spilling.tidy(numbers)
+
     # -- waiting for room ----------------------------------------------------------------------
 
     @property
@@ -519,12 +579,25 @@ class ObjectStore:
     @property
     def has_urgent_work(self) -> bool:
         """Whether a creator waits for memory to be committed, or a client for it to be given back."""
-        return self._creations.await_memory or bool(self._trims)
+        spilling = self._objects.spilling
+        return (
+            self._creations.await_memory
+            or bool(self._trims)
+            or (spilling is not None and spilling.awaits_commit)
+        )
 
     def advance(self) -> Sequence[Effect]:
         """Do one step of the urgent work; answer who has waited for it."""
+        spilling = self._objects.spilling
         if self._creations.await_memory:
             self._creations.advance()
+        elif spilling is not None and spilling.awaits_commit:
+            entry, failure = spilling.commit()
+            if failure:
+                failed = self._refusals.answer(
+                    NoRoom(self._table.size(entry), failure), self._now_ns
+                )
+                self._answers.fail(self._table.object_id(entry), failed)
         else:
             self._trims.advance()
         return self._outgoing.take()

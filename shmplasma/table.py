@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from shmplasma.layout import (
+    ALIGNMENT,
     ENTRY_BYTES,
     ENTRY_WORDS,
     GENERATION_SHIFT,
@@ -60,6 +61,8 @@ _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
 _CHECK: Final = int(EntryWord.CHECK)
 _OWNER: Final = int(EntryWord.OWNER)
 _KEEP: Final = int(EntryWord.KEEP)
+_COPY: Final = int(EntryWord.COPY)
+_COPY_CHECK: Final = int(EntryWord.COPY_CHECK)
 
 _FREE: Final = int(EntryState.FREE)
 _CREATED: Final = int(EntryState.CREATED)
@@ -68,9 +71,11 @@ _SEALED: Final = int(EntryState.SEALED)
 _OBJECT: Final = Struct("@20sIQQQ")
 """Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
 _OBJECT_BYTES: Final = _OBJECT.size
-_RECORD: Final = Struct("@48sQQQQQQ")
-"""All of an entry but its state: these, and words 7 to 12."""
-_SCAN: Final = Struct("@Q48sQQQQQQ24x")
+_RECORD: Final = Struct("@48sQQQQQQ24x")
+"""All of an entry but its state: these, words 7 to 12, and no copy in an external store."""
+_COPIED: Final = Struct("@24sQQQ")
+"""Words 1 to 3, 5, 6 and 14: what does not change when an object is brought back."""
+_SCAN: Final = Struct("@Q48sQQQQQQ8xQQ")
 _PRESENT: Final = 1 << 32
 """Keeps the checksum of whatever from being 0, which an entry has that was never used."""
 _ALL_ONES: Final = (1 << 64) - 1
@@ -108,6 +113,8 @@ class Remains(NamedTuple):
         The slot of its creator, -1 if there is none.
     keep : bool
         Whether it is never to be evicted.
+    container : int
+        Which one of the external store has a copy; 0 for none.
     """
 
     entry: int
@@ -119,6 +126,7 @@ class Remains(NamedTuple):
     sealed_ns: int
     slot: int
     keep: bool
+    container: int
 
 
 class Table:
@@ -269,7 +277,7 @@ class Table:
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
         fields = _OBJECT.pack(object_id, codec, offset, data_size, metadata_size)
         check = _PRESENT | crc32(fields, _seed(generation, state == _SEALED))
-        self._raw[at * 8 + 8 : at * 8 + 104] = _RECORD.pack(
+        self._raw[at * 8 + 8 : at * 8 + 128] = _RECORD.pack(
             fields, words[bucket], now_ns, 0, check, owner, _ALL_ONES if keep else 0
         )
         words[bucket] = entry + 1
@@ -299,6 +307,37 @@ class Table:
         fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
         words[at + _CHECK] = _PRESENT | crc32(fields, _seed(generation, sealed=True))
         words[at] = generation << GENERATION_SHIFT | _SEALED
+
+    # -- copies in the external store ----------------------------------------------------------
+
+    def copy_of(self, entry: int) -> tuple[int, int]:
+        """Return container and place of the object's copy in the external store; container 0 for none."""
+        copy = self._words[self._entries_word + entry * ENTRY_WORDS + _COPY]
+        return copy >> 32, (copy & 0xFFFF_FFFF) * ALIGNMENT
+
+    def set_copy(self, entry: int, container: int, place: int) -> None:
+        """Write down that a sealed object has a copy, or, with container 0, that it has none."""
+        at = self._entries_word + entry * ENTRY_WORDS
+        words = self._words
+        copy = container << 32 | place // ALIGNMENT
+        words[at + _COPY] = 0
+        if container:
+            fields = bytes(self._raw[at * 8 + 8 : at * 8 + 32])
+            sizes = words[at + _DATA_SIZE], words[at + _METADATA_SIZE]
+            words[at + _COPY_CHECK] = _PRESENT | crc32(_COPIED.pack(fields, *sizes, copy))
+            words[at + _COPY] = copy
+
+    def bring_back(self, entry: int, offset: int) -> None:
+        """Make a spilled object readable at another offset, under the next generation."""
+        at = self._entries_word + entry * ENTRY_WORDS
+        words = self._words
+        generation = (words[at] >> GENERATION_SHIFT) + 1
+        words[at + _OFFSET] = offset
+        fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
+        words[at + _CHECK] = _PRESENT | crc32(fields, _seed(generation, sealed=True))
+        words[at] = generation << GENERATION_SHIFT | _SEALED
+
+    # -- leaving -------------------------------------------------------------------------------
 
     def unlink(self, entry: int) -> None:
         """Take the entry out of its chain: its id can be used anew, its memory not yet."""
@@ -373,7 +412,7 @@ class Table:
         region = self._raw[start : start + self._used_once * ENTRY_BYTES]
         records = _SCAN.iter_unpack(region)
         for entry, record in enumerate(records):
-            word, fields, _, created_ns, construct_ns, check, owner, keep = record
+            word, fields, _, created_ns, construct_ns, check, owner, keep, copy, copy_check = record
             generation, state = word >> GENERATION_SHIFT, word & STATE_MASK
             verdict = Verdict.NOTHING
             if check == _PRESENT | crc32(fields, _seed(generation, sealed=True)):
@@ -385,8 +424,21 @@ class Table:
             object_id, _, offset, data_size, metadata_size = _OBJECT.unpack(fields)
             size = data_size + metadata_size
             sealed_ns = created_ns + construct_ns
+            container = 0
+            if copy:
+                stable = _COPIED.pack(fields[:24], data_size, metadata_size, copy)
+                container = copy >> 32 if copy_check == _PRESENT | crc32(stable) else 0
             yield Remains(
-                entry, state, verdict, object_id, offset, size, sealed_ns, owner - 1, bool(keep)
+                entry,
+                state,
+                verdict,
+                object_id,
+                offset,
+                size,
+                sealed_ns,
+                owner - 1,
+                bool(keep),
+                container,
             )
 
     def owner(self, entry: int) -> int:

@@ -1,0 +1,450 @@
+r"""Spilling: objects that make room by going to an external store, and come back when they are asked for.  Pure.
+
+::
+
+           write                 need of room                  get
+    DIRTY -------> CLEAN ----------------------> SPILLED ---------------> CLEAN
+    SEALED         SEALED, with a copy           no extent, a copy        at another place
+
+A sealed object never changes, so it is written while readers read it; what is CLEAN makes room at once and by the
+take protocol (`shmplasma.room`), as an eviction does, but that its entry stays and says SPILLED.  Readers do not know
+that state and ask the store.
+
+Who asks for room and finds none (a creator, or an object that comes back) states a *demand*: then objects are
+written until what is free, clean or being written meets it.  Above the high-water mark they are written ahead of
+any demand.  The eviction policy says which; what is kept goes last.  The clean ones go in the order in which they
+were written, and one that was read since gets another chance.
+
+What a death leaves
+-------------------
+Where the copy is stands in the entry (`Table.set_copy`), under a checksum of its own.  It is written after the
+container, so that what it names is whole.  A take for want of room that is cut short leaves EVICTING: the object is
+still where it was (`shmplasma.recovery`).  `Table.bring_back` writes words that a SPILLED entry has no use for, and
+the state last.  A container that no entry names is nobody's: it is deleted by the next store.
+
+Invariants
+----------
+* `busy` entries are being written: nobody takes or moves them, though all may read them.
+* A container is deleted when no entry names it.
+* What comes back has its extent before it is read, and no entry says so until it is whole.
+* A failed write leaves objects as they are; who waits for room is told why.  A failed read fails those who wait for
+  that object, and leaves it SPILLED.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Final, NamedTuple
+
+from shmplasma.errors import CommitError
+from shmplasma.layout import ALIGNMENT, EntryState, align_up
+from shmplasma.pins import Boards
+from shmplasma.room import Room
+from shmplasma.table import Table
+
+__all__ = ["Delete", "ExternalLimits", "Job", "Part", "Read", "Spilling", "Write"]
+
+_CONTAINER_BYTES: Final = 8 << 20
+"""Small objects are written together, up to so many bytes."""
+_CONTAINER_OBJECTS: Final = 256
+_MAX_WRITES: Final = 4
+_MAX_READS: Final = 4
+_AHEAD_BYTES: Final = 64 << 20
+"""At most so much is clean ahead of need, whatever the high-water mark says."""
+
+
+class Part(NamedTuple):
+    """An object in the segment, on its way out or in."""
+
+    entry: int
+    object_id: bytes
+    codec: int
+    offset: int
+    data_size: int
+    metadata_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Write these objects to a container of this number; the result is where each is in it."""
+
+    number: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read an object from its place in a container to its extent."""
+
+    number: int
+    place: int
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete containers."""
+
+    numbers: tuple[int, ...]
+
+
+Job = Write | Read | Delete
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalLimits:
+    """How an external store is used.
+
+    Attributes
+    ----------
+    max_bytes : int
+        How much it may hold; 0 for no limit.
+    high_water : float
+        The share of the capacity above which objects are written ahead of need.
+    """
+
+    max_bytes: int = 0
+    high_water: float = 0.8
+
+
+@dataclass(slots=True)
+class _Return:
+    """An object that comes back."""
+
+    entry: int
+    state_word: int
+    offset: int | None = None
+    is_read: bool = False
+    awaits_commit: bool = False
+
+
+@dataclass(slots=True)
+class Spilling:
+    """What is written, what is clean, and what comes back.
+
+    Parameters
+    ----------
+    table, boards, room
+        The parts that it joins.
+    capacity : int
+        The store's, in bytes.
+    limits : ExternalLimits
+        How the external store is used.
+
+    Attributes
+    ----------
+    jobs : list of Job
+        What is to be carried out, outside the loop.
+    failure : str
+        Why the last write failed; empty if it did not.
+    """
+
+    table: Table
+    boards: Boards
+    room: Room
+    capacity: int
+    limits: ExternalLimits
+    jobs: list[Job] = field(default_factory=list)
+    failure: str = ""
+    spilled_bytes: int = 0
+    restored: int = 0
+    written: int = 0
+    _clean: dict[int, int] = field(default_factory=dict)
+    _clean_bytes: int = 0
+    _named: Counter[int] = field(default_factory=Counter)
+    _bytes_of: dict[int, int] = field(default_factory=dict)
+    _writes: int = 0
+    _writing_bytes: int = 0
+    _returns: dict[int, _Return] = field(default_factory=dict)
+    _reads: int = 0
+    _demand: int = 0
+    _next: int = 1
+
+    def __post_init__(self) -> None:
+        self.room.spilling = self
+
+    # -- what the room asks --------------------------------------------------------------------
+
+    @property
+    def clean_bytes(self) -> int:
+        """Bytes of extents that can be free at once, but for those that are pinned."""
+        return self._clean_bytes
+
+    def is_clean(self, entry: int) -> bool:
+        """Tell whether an object in memory has a copy."""
+        return entry in self._clean
+
+    def victims(self) -> Iterator[int]:
+        """Yield the clean objects in the order in which they should go; each may be removed meanwhile."""
+        for entry in tuple(self._clean):
+            if entry in self._clean:
+                if self.room.was_read(entry):
+                    self._clean[entry] = self._clean.pop(entry)  # another chance
+                else:
+                    yield entry
+        yield from tuple(self._clean)
+
+    def went(self, entry: int) -> None:
+        """Take note that a clean object is in memory no more."""
+        self._clean_bytes -= self._clean.pop(entry)
+        self.spilled_bytes += self.table.size(entry)
+
+    def forget(self, entry: int) -> None:
+        """Take note that an object goes for good; its entry is about to be freed."""
+        number, _ = self.table.copy_of(entry)
+        if entry in self._clean:
+            self._clean_bytes -= self._clean.pop(entry)
+        if number:
+            self._unname(number)
+
+    def _unname(self, number: int) -> None:
+        self._named[number] -= 1
+        if not self._named[number]:
+            del self._named[number]
+            del self._bytes_of[number]
+            self.jobs.append(Delete((number,)))
+
+    # -- writing -------------------------------------------------------------------------------
+
+    @property
+    def external_bytes(self) -> int:
+        """Bytes in the containers."""
+        return sum(self._bytes_of.values())
+
+    def demand(self, size_bytes: int) -> bool:
+        """State that somebody wants room; tell whether there may be so much, now or when jobs are done."""
+        self._demand = max(self._demand, align_up(size_bytes, ALIGNMENT))
+        self.advance()
+        return self._writes > 0
+
+    def advance(self) -> None:
+        """Begin to write what is demanded, or is due ahead of need, and to read what is wanted back."""
+        ahead = 0
+        used = self.capacity - self.room.free_bytes
+        above = used - int(self.limits.high_water * self.capacity)
+        if above > 0 and not self.failure:
+            ahead = min(above, _AHEAD_BYTES)
+        wanted = max(ahead, self._demand - self.room.free_bytes)
+        missing = wanted - self._clean_bytes - self._writing_bytes
+        if missing > 0 and self._writes < _MAX_WRITES:
+            self._write(missing)
+        if self._demand <= self.room.free_bytes:
+            self._demand = 0
+        self._advance_returns()
+
+    def _write(self, size_bytes: int) -> None:
+        """Begin to write objects of so many bytes, as far as there are any and the limit allows."""
+        held = self.boards.pinned() | self.room.protected
+        batch: list[Part] = []
+        batch_bytes = 0
+        left = (
+            self.limits.max_bytes - self.external_bytes - self._writing_bytes
+            if self.limits.max_bytes
+            else None
+        )
+        for entry in chain(self.room.sweep(), tuple(self.room.kept)):
+            if self._writes >= _MAX_WRITES or size_bytes <= 0:
+                break
+            if entry in held or entry in self._clean or entry in self.room.busy:
+                continue
+            if self.table.state(entry) != EntryState.SEALED:
+                continue
+            size = align_up(self.table.size(entry), ALIGNMENT)
+            if left is not None:
+                if size > left:
+                    self.failure = (
+                        f"the external store may hold {self.limits.max_bytes} bytes, which it does"
+                    )
+                    continue
+                left -= size
+            object_id, codec = self.table.id_and_codec(entry)
+            batch.append(Part(entry, object_id, codec, *self.table.location(entry)))
+            self.room.busy.add(entry)
+            batch_bytes += size
+            size_bytes -= size
+            if batch_bytes >= _CONTAINER_BYTES or len(batch) >= _CONTAINER_OBJECTS:
+                self._begin(batch, batch_bytes)
+                batch, batch_bytes = [], 0
+        if batch:
+            self._begin(batch, batch_bytes)
+
+    def _begin(self, batch: list[Part], size_bytes: int) -> None:
+        self.jobs.append(Write(self._next, tuple(batch)))
+        self._next += 1
+        self._writes += 1
+        self._writing_bytes += size_bytes
+
+    def wrote(self, job: Write, places: Iterable[int], failure: str) -> None:
+        """Take note of what came of a write; whoever waits for room is to be served after this."""
+        sizes = [align_up(self.table.size(part.entry), ALIGNMENT) for part in job.parts]
+        self._writes -= 1
+        self._writing_bytes -= sum(sizes)
+        self.room.busy.difference_update(part.entry for part in job.parts)
+        self.failure = failure
+        if failure:
+            self._demand = 0
+            return
+        self._bytes_of[job.number] = sum(sizes)
+        for part, size, place in zip(job.parts, sizes, places, strict=True):
+            self.table.set_copy(part.entry, job.number, place)
+            self._named[job.number] += 1
+            self._clean[part.entry] = size
+            self._clean_bytes += size
+            self.written += 1
+
+    # -- coming back ---------------------------------------------------------------------------
+
+    def bring(self, entry: int) -> None:
+        """Have a spilled object brought back."""
+        if entry not in self._returns:
+            self._returns[entry] = _Return(entry, self.table.state_word(entry))
+            self._advance_returns()
+
+    @property
+    def awaits_commit(self) -> bool:
+        """Whether an object that comes back waits for memory behind its extent."""
+        return any(each.awaits_commit for each in self._returns.values())
+
+    def stuck(self) -> list[int]:
+        """Return the objects that find no room, and for which none is being made."""
+        if self._writes or self._reads:
+            return []
+        return [each.entry for each in self._returns.values() if each.offset is None]
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield the extents that no entry names yet."""
+        for each in self._returns.values():
+            size = self.table.size(each.entry)
+            if each.offset is not None and size:
+                yield each.offset, align_up(size, ALIGNMENT)
+
+    def _advance_returns(self) -> None:
+        for each in tuple(self._returns.values()):
+            if each.offset is None:
+                offset, _ = self.room.allocate(self.table.size(each.entry))
+                if offset is None:
+                    wanted = align_up(self.table.size(each.entry), ALIGNMENT)
+                    self._demand = max(self._demand, wanted)
+                    break  # in their order
+                each.offset = offset
+            if not each.is_read and self._reads < _MAX_READS:
+                self._read_if_ready(each)
+
+    def _read_if_ready(self, each: _Return) -> None:
+        assert each.offset is not None
+        size = self.table.size(each.entry)
+        each.awaits_commit = size > 0 and not self.room.commitment.is_ready(each.offset, size)
+        if each.awaits_commit:
+            return
+        number, place = self.table.copy_of(each.entry)
+        object_id, codec = self.table.id_and_codec(each.entry)
+        _, data_size, metadata_size = self.table.location(each.entry)
+        part = Part(each.entry, object_id, codec, each.offset, data_size, metadata_size)
+        self.jobs.append(Read(number, place, part))
+        self._reads += 1
+        each.is_read = True
+
+    def commit(self) -> tuple[int, str]:
+        """Commit one step of memory for an object that comes back.
+
+        Returns
+        -------
+        entry : int
+            Which.
+        failure : str
+            Why there is no memory, and it stays where it is; empty if there is.
+        """
+        each = next(each for each in self._returns.values() if each.awaits_commit)
+        assert each.offset is not None
+        try:
+            if self.room.commitment.step(each.offset, self.table.size(each.entry)):
+                self._read_if_ready(each)
+        except CommitError as error:
+            self.give_up(each.entry)
+            return each.entry, str(error)
+        return each.entry, ""
+
+    def give_up(self, entry: int) -> None:
+        """Let an object stay in the external store that nobody waits for any more, or that finds no room."""
+        each = self._returns.get(entry)
+        if each is not None and not each.is_read:
+            del self._returns[entry]
+            if each.offset is not None:
+                self.room.give_back(each.offset, self.table.size(entry))
+
+    def was_read(self, job: Read, failure: str) -> bool:
+        """Take note of what came of a read; tell whether the object is in memory now."""
+        each = self._returns.pop(job.part.entry)
+        self._reads -= 1
+        entry, size = each.entry, job.part.data_size + job.part.metadata_size
+        # It may have been deleted meanwhile, and its entry be another object's.
+        is_gone = self.table.state_word(entry) != each.state_word
+        if failure or is_gone:
+            self.room.give_back(job.part.offset, size)
+            return False
+        self.table.bring_back(entry, job.part.offset)
+        self.room.sealed(entry)
+        extent = align_up(size, ALIGNMENT)
+        self._clean[entry] = extent
+        self._clean_bytes += extent
+        self.spilled_bytes -= size
+        self.restored += 1
+        return True
+
+    def drop(self, entry: int) -> None:
+        """Forget a spilled object, which is deleted; its entry is about to be freed."""
+        self.give_up(entry)
+        self.spilled_bytes -= self.table.size(entry)
+        self.forget(entry)
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    def recover(self, copies: Mapping[int, int], spilled: Iterable[int]) -> None:
+        """Take over what a store that has died has written.
+
+        Parameters
+        ----------
+        copies : mapping
+            The container that has a copy, by entry.
+        spilled : iterable of int
+            The entries of what is there alone.
+        """
+        alone = set(spilled)
+        for entry, number in copies.items():
+            size = align_up(self.table.size(entry), ALIGNMENT)
+            self._named[number] += 1
+            self._bytes_of[number] = self._bytes_of.get(number, 0) + size
+            if entry in alone:
+                self.spilled_bytes += self.table.size(entry)
+            else:
+                self._clean[entry] = size
+                self._clean_bytes += size
+        self._next = max(copies.values(), default=0) + 1
+
+    def tidy(self, numbers: Iterable[int]) -> None:
+        """Delete those of these containers that no entry names, and number the next ones above all of them."""
+        found = tuple(numbers)
+        self._next = max((self._next, *(number + 1 for number in found)))
+        unnamed = tuple(number for number in found if number not in self._named)
+        if unnamed:
+            self.jobs.append(Delete(unnamed))
+
+    def check(self) -> None:
+        """Prove that what is said of copies is what the table says."""
+        table = self.table
+        named: Counter[int] = Counter()
+        for entry in table.entries(0, table.end):
+            number, _ = table.copy_of(entry)
+            state = table.state(entry)
+            if number and state != EntryState.CREATED:
+                named[number] += 1
+            if state in (EntryState.SEALED, EntryState.DOOMED):
+                assert bool(number) == (entry in self._clean), f"entry {entry} is clean or not"
+            else:
+                assert entry not in self._clean, f"entry {entry} is clean, and no object"
+        assert named == self._named, "a container is named more or less often than is known"
+        assert self._named.keys() == self._bytes_of.keys(), "a container without a size"
+        assert sum(self._clean.values()) == self._clean_bytes, "the sum of clean bytes is wrong"
