@@ -49,6 +49,9 @@ class External(Protocol):
     def forget(self, entry: int) -> None:
         """Take note that an object goes for good."""
 
+    def look_again(self) -> None:
+        """Take note that there may be something new to write."""
+
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield the extents of objects that come back."""
 
@@ -206,6 +209,8 @@ class Room:
 
     def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
+        if self.spilling is not None:
+            self.spilling.look_again()
         if self._table.is_kept(entry):
             self._kept.add(entry)
         else:

@@ -240,7 +240,6 @@ class Server:
             self._carry_out(self._store.job_done(job, places, failure))
         for job in self._store.take_jobs():
             spiller.submit(job)
-        self._carry_out(self._store.wake())
 
     def _end_spilling(self, spiller: Spiller) -> None:
         try:

@@ -33,7 +33,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -152,10 +152,12 @@ class Spilling:
     spilled_bytes: int = 0
     restored: int = 0
     written: int = 0
-    _clean: dict[int, int] = field(default_factory=dict)
+    _clean: OrderedDict[int, int] = field(default_factory=OrderedDict)
     _clean_bytes: int = 0
     _named: Counter[int] = field(default_factory=Counter)
     _bytes_of: dict[int, int] = field(default_factory=dict)
+    _external_bytes: int = 0
+    _is_fruitless: bool = False
     _writes: int = 0
     _writing_bytes: int = 0
     _returns: dict[int, _Return] = field(default_factory=dict)
@@ -179,13 +181,18 @@ class Spilling:
 
     def victims(self) -> Iterator[int]:
         """Yield the clean objects in the order in which they should go; each may be removed meanwhile."""
-        for entry in tuple(self._clean):
-            if entry in self._clean:
-                if self.room.was_read(entry):
-                    self._clean[entry] = self._clean.pop(entry)  # another chance
-                else:
-                    yield entry
-        yield from tuple(self._clean)
+        offered: set[int] = set()
+        for _ in range(2 * len(self._clean)):
+            if not self._clean:
+                return
+            entry = next(iter(self._clean))
+            self._clean.move_to_end(entry)  # if it stays, the others come first from now on
+            if entry in offered:
+                continue
+            # What is deleted and still held goes at its last release.
+            if not self.room.was_read(entry) and self.table.state(entry) == EntryState.SEALED:
+                offered.add(entry)
+                yield entry
 
     def went(self, entry: int) -> None:
         """Take note that a clean object is in memory no more."""
@@ -204,15 +211,14 @@ class Spilling:
         self._named[number] -= 1
         if not self._named[number]:
             del self._named[number]
-            del self._bytes_of[number]
+            self._external_bytes -= self._bytes_of.pop(number)
             self.jobs.append(Delete((number,)))
 
     # -- writing -------------------------------------------------------------------------------
 
-    @property
-    def external_bytes(self) -> int:
-        """Bytes in the containers."""
-        return sum(self._bytes_of.values())
+    def look_again(self) -> None:
+        """Take note that there may be something to write where there was nothing."""
+        self._is_fruitless = False
 
     def demand(self, size_bytes: int) -> bool:
         """State that somebody wants room; tell whether there may be so much, now or when jobs are done."""
@@ -229,7 +235,7 @@ class Spilling:
             ahead = min(above, _AHEAD_BYTES)
         wanted = max(ahead, self._demand - self.room.free_bytes)
         missing = wanted - self._clean_bytes - self._writing_bytes
-        if missing > 0 and self._writes < _MAX_WRITES:
+        if missing > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
             self._write(missing)
         if self._demand <= self.room.free_bytes:
             self._demand = 0
@@ -241,7 +247,7 @@ class Spilling:
         batch: list[Part] = []
         batch_bytes = 0
         left = (
-            self.limits.max_bytes - self.external_bytes - self._writing_bytes
+            self.limits.max_bytes - self._external_bytes - self._writing_bytes
             if self.limits.max_bytes
             else None
         )
@@ -270,6 +276,7 @@ class Spilling:
                 batch, batch_bytes = [], 0
         if batch:
             self._begin(batch, batch_bytes)
+        self._is_fruitless = self._writes < _MAX_WRITES and size_bytes > 0
 
     def _begin(self, batch: list[Part], size_bytes: int) -> None:
         self.jobs.append(Write(self._next, tuple(batch)))
@@ -282,12 +289,14 @@ class Spilling:
         sizes = [align_up(self.table.size(part.entry), ALIGNMENT) for part in job.parts]
         self._writes -= 1
         self._writing_bytes -= sum(sizes)
+        self.look_again()
         self.room.busy.difference_update(part.entry for part in job.parts)
         self.failure = failure
         if failure:
             self._demand = 0
             return
         self._bytes_of[job.number] = sum(sizes)
+        self._external_bytes += sum(sizes)
         for part, size, place in zip(job.parts, sizes, places, strict=True):
             self.table.set_copy(part.entry, job.number, place)
             self._named[job.number] += 1
@@ -417,6 +426,7 @@ class Spilling:
             size = align_up(self.table.size(entry), ALIGNMENT)
             self._named[number] += 1
             self._bytes_of[number] = self._bytes_of.get(number, 0) + size
+            self._external_bytes += size
             if entry in alone:
                 self.spilled_bytes += self.table.size(entry)
             else:
@@ -447,4 +457,5 @@ class Spilling:
                 assert entry not in self._clean, f"entry {entry} is clean, and no object"
         assert named == self._named, "a container is named more or less often than is known"
         assert self._named.keys() == self._bytes_of.keys(), "a container without a size"
+        assert sum(self._bytes_of.values()) == self._external_bytes, "a wrong sum of containers"
         assert sum(self._clean.values()) == self._clean_bytes, "the sum of clean bytes is wrong"

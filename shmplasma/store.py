@@ -450,6 +450,8 @@ class ObjectStore:
     def wake(self) -> Sequence[Effect]:
         """Let go what waited for a release and is pinned no more."""
         self._objects.wake()
+        if self._objects.spilling is not None:
+            self._objects.spilling.look_again()
         return self._outgoing.take()
 
     # -- references ----------------------------------------------------------------------------
