@@ -233,11 +233,14 @@ class Spilling:
         above = used - int(self.limits.high_water * self.capacity)
         if above > 0 and not self.failure:
             ahead = min(above, _AHEAD_BYTES)
-        wanted = max(ahead, self._demand - self.room.free_bytes)
+        wanted = ahead
+        if self._demand > self.room.largest_bytes:
+            # Where there are bytes enough, but not in one piece, more have to go, step by step.
+            wanted = max(ahead, self._demand - self.room.free_bytes, self._demand // 4)
         missing = wanted - self._clean_bytes - self._writing_bytes
         if missing > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
             self._write(missing)
-        if self._demand <= self.room.free_bytes:
+        if self._demand <= self.room.largest_bytes:
             self._demand = 0
         self._advance_returns()
 
