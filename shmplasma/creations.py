@@ -39,6 +39,8 @@ class Creator(Waiter):
     request: Create = field(kw_only=True)
     only_spills: bool = field(default=False, kw_only=True)
     """Whether it waits for room only as long as objects go to the external store to make some."""
+    failures: int = field(default=0, kw_only=True)
+    """How often a write to the external store had failed when it joined."""
 
 
 class Creations:
@@ -124,6 +126,8 @@ class Creations:
         try:
             entry = self._objects.create(client, request, session.limit_bytes, now_ns)
         except NoRoom as no_room:
+            if self._objects.spilling is not None:
+                self._objects.spilling.look_again()  # pins may have gone of which nobody was to tell
             if no_room.may_come and not may_wait and self._spills(request):
                 self._join(session, request_id, request, only_spills=True)
                 return True
@@ -148,6 +152,11 @@ class Creations:
 
     # -- waiting for room ----------------------------------------------------------------------
 
+    @property
+    def _failures(self) -> int:
+        spilling = self._objects.spilling
+        return 0 if spilling is None else spilling.failures
+
     def _spills(self, request: Create) -> bool:
         """Have room made by way of the external store; tell whether some may come."""
         spilling = self._objects.spilling
@@ -165,6 +174,7 @@ class Creations:
             session=session,
             request=request,
             only_spills=only_spills,
+            failures=self._failures,
         )
         self._queue.join(creator)
         session.lent.add(request.slot)
@@ -187,7 +197,8 @@ class Creations:
         attainable = self._room.attainable_bytes
 
         def wait(creator: Creator) -> Offer:
-            if self._spills(creator.request) or not creator.only_spills:
+            spills = creator.failures == self._failures and self._spills(creator.request)
+            if spills or not creator.only_spills:
                 return Offer.NOT_ENOUGH
             self._refuse(creator, now_ns)
             return Offer.REFUSED

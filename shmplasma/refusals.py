@@ -85,6 +85,8 @@ class Refusals:
             ).format(**figures)
             return Failed(Failure.OVER_QUOTA, text, **figures, holders=holders)
         text = no_room.text or self._use(figures)
+        if objects.spilling is not None and objects.spilling.failure:
+            text += f"; nothing is written to the external store: {objects.spilling.failure}"
         if holders:
             text += f"; held most: {'; '.join(map(_described, holders))}"
         return Failed(Failure.FULL, text, **figures, holders=holders)

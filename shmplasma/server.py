@@ -238,7 +238,9 @@ class Server:
             if failure:
                 _LOG.warning("external store: %s", failure)
             self._carry_out(self._store.job_done(job, places, failure))
-        for job in self._store.take_jobs():
+        jobs, effects = self._store.take_jobs()
+        self._carry_out(effects)
+        for job in jobs:
             spiller.submit(job)
 
     def _end_spilling(self, spiller: Spiller) -> None:

@@ -140,6 +140,12 @@ class Spilling:
         What is to be carried out, outside the loop.
     failure : str
         Why the last write failed; empty if it did not.
+    failures : int
+        How many writes have failed: who has waited for one of them does not ask for more.
+    spilled_bytes : int
+        Bytes of objects that are in the external store alone.
+    written, restored : int
+        How many objects were written, and how many came back.
     """
 
     table: Table
@@ -149,6 +155,7 @@ class Spilling:
     limits: ExternalLimits
     jobs: list[Job] = field(default_factory=list)
     failure: str = ""
+    failures: int = 0
     spilled_bytes: int = 0
     restored: int = 0
     written: int = 0
@@ -158,6 +165,7 @@ class Spilling:
     _bytes_of: dict[int, int] = field(default_factory=dict)
     _external_bytes: int = 0
     _is_fruitless: bool = False
+    _has_failed: bool = False
     _writes: int = 0
     _writing_bytes: int = 0
     _returns: dict[int, _Return] = field(default_factory=dict)
@@ -237,9 +245,12 @@ class Spilling:
         if self._demand > self.room.largest_bytes:
             # Where there are bytes enough, but not in one piece, more have to go, step by step.
             wanted = max(ahead, self._demand - self.room.free_bytes, self._demand // 4)
-        missing = wanted - self._clean_bytes - self._writing_bytes
-        if missing > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
-            self._write(missing)
+        if wanted > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
+            # What is pinned makes no room, clean or not.
+            clean_bytes = self.room.attainable_bytes - self.room.free_bytes
+            missing = wanted - clean_bytes - self._writing_bytes
+            if missing > 0:
+                self._write(missing)
         if self._demand <= self.room.largest_bytes:
             self._demand = 0
         self._advance_returns()
@@ -296,6 +307,8 @@ class Spilling:
         self.room.busy.difference_update(part.entry for part in job.parts)
         self.failure = failure
         if failure:
+            self.failures += 1
+            self._has_failed = True
             self._demand = 0
             return
         self._bytes_of[job.number] = sum(sizes)
@@ -313,6 +326,7 @@ class Spilling:
         """Have a spilled object brought back."""
         if entry not in self._returns:
             self._returns[entry] = _Return(entry, self.table.state_word(entry))
+            self.look_again()
             self._advance_returns()
 
     @property
@@ -322,8 +336,9 @@ class Spilling:
 
     def stuck(self) -> list[int]:
         """Return the objects that find no room, and for which none is being made."""
-        if self._writes or self._reads:
+        if (self._writes or self._reads) and not self._has_failed:
             return []
+        self._has_failed = False
         return [each.entry for each in self._returns.values() if each.offset is None]
 
     def extents(self) -> Iterator[tuple[int, int]]:
@@ -339,7 +354,8 @@ class Spilling:
                 offset, _ = self.room.allocate(self.table.size(each.entry))
                 if offset is None:
                     wanted = align_up(self.table.size(each.entry), ALIGNMENT)
-                    self._demand = max(self._demand, wanted)
+                    if not self._has_failed:
+                        self._demand = max(self._demand, wanted)
                     break  # in their order
                 each.offset = offset
             if not each.is_read and self._reads < _MAX_READS:

@@ -370,18 +370,18 @@ class ObjectStore:
 
     # -- the external store --------------------------------------------------------------------
 
-    def take_jobs(self) -> Sequence[Job]:
+    def take_jobs(self) -> tuple[Sequence[Job], Sequence[Effect]]:
         """Begin what is due with the external store, and return what is to be done: see `job_done`."""
         spilling = self._objects.spilling
         if spilling is None:
-            return ()
+            return (), NOTHING
         spilling.advance()
         for entry in spilling.stuck():
             spilling.give_up(entry)
             no_room = self._refusals.answer(NoRoom(self._table.size(entry)), self._now_ns)
             self._answers.fail(self._table.object_id(entry), no_room)
         jobs, spilling.jobs = spilling.jobs, []
-        return jobs
+        return jobs, self._outgoing.take()
 
     def job_done(self, job: Job, places: Sequence[int], failure: str) -> Sequence[Effect]:
         """Take note of what came of a job.

@@ -13,7 +13,7 @@ from typing import TypeVar
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError
-from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
+from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 from shmplasma.outbox import Outbox
 from shmplasma.pins import slots_of
 from shmplasma.protocol import (
@@ -47,6 +47,7 @@ from shmplasma.requests import (
     Role,
     Seal,
 )
+from shmplasma.spilling import Delete, ExternalLimits, Job, Read, Write
 from shmplasma.store import ObjectStore
 
 __all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
@@ -285,9 +286,26 @@ class Conversation:
         The store's capacity in bytes.
     floor_bytes : int
         How much free room stays committed.
+    external : ExternalLimits, optional
+        How much an external store takes, if there is one.
+
+    Attributes
+    ----------
+    containers : dict
+        What is in the external store, by number.
+    failure : str
+        Why whatever is asked of it fails; empty if it does not.
     """
 
-    def __init__(self, capacity: int = 65536, floor_bytes: int = FLOOR_BYTES) -> None:
+    def __init__(
+        self,
+        capacity: int = 65536,
+        floor_bytes: int = FLOOR_BYTES,
+        external: ExternalLimits | None = None,
+    ) -> None:
+        self.external = external
+        self.containers: dict[int, bytes] = {}
+        self.failure = ""
         self.layout = Layout.plan(capacity, PAGE_BYTES)
         self.words, self.raw = new_segment(self.layout)
         self.floor_bytes = floor_bytes
@@ -311,6 +329,7 @@ class Conversation:
             "/segment",
             self.memory,
             floor_bytes=self.floor_bytes,
+            external=self.external,
         )
 
     # -- connections ---------------------------------------------------------------------------
@@ -365,6 +384,41 @@ class Conversation:
                 self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
             if self.store.has_urgent_work:
                 self.advance()
+
+    def settle_outside(self) -> None:
+        """Do turns, and what the external store is asked for, until nothing is asked any more."""
+        self.turn()
+        while jobs := self.take_jobs():
+            for job in jobs:
+                self.do(job)
+                self.turn()
+
+    def take_jobs(self) -> list[Job]:
+        """Return what the external store is asked for."""
+        jobs, effects = self.store.take_jobs()
+        self.carry_out(effects)
+        return list(jobs)
+
+    def do(self, job: Job) -> None:
+        """Do what the external store is asked for, and tell what came of it."""
+        places: list[int] = []
+        if isinstance(job, Delete):
+            for number in job.numbers:
+                self.containers.pop(number, None)
+        elif isinstance(job, Write) and not self.failure:
+            data = b""
+            for part in job.parts:
+                places.append(len(data))
+                size = part.data_size + part.metadata_size
+                data += bytes(self.raw[part.offset : part.offset + size])
+                data += bytes(-len(data) % ALIGNMENT)
+            self.containers[job.number] = data
+        elif isinstance(job, Read) and not self.failure:
+            size = job.part.data_size + job.part.metadata_size
+            data = self.containers[job.number][job.place : job.place + size]
+            self.raw[job.part.offset : job.part.offset + size] = data
+        failure = "" if isinstance(job, Delete) else self.failure
+        self.carry_out(self.store.job_done(job, places, failure))
 
     def settle(self) -> None:
         """Answer what had to wait for a drain."""

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from shmplasma.layout import EntryState
+from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
+from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List, Seal
+from shmplasma.spilling import ExternalLimits, Write
+from tests.conversation import Conversation, Peer, name
+
+SIZE = 1000
+MANY = 200
+"""Three times what fits."""
+
+
+@pytest.fixture
+def talk() -> Conversation:
+    """Return a store of 64 KiB with an external store."""
+    return Conversation(external=ExternalLimits())
+
+
+def content(number: int, size: int = SIZE) -> bytes:
+    """Return what an object of this name holds."""
+    return (b"%d;" % number * size)[:size]
+
+
+def put(talk: Conversation, peer: Peer, number: int, size: int = SIZE) -> None:
+    """Put an object, with an external store that is asked as often as it takes."""
+    request = peer.new(name(number), size)
+    request_id = peer.post(request)
+    talk.settle_outside()
+    offset = peer.take(request_id, Created).offset
+    talk.raw[offset : offset + size] = content(number, size)
+    peer.write(Seal(name(number)))
+    peer.release(request.slot)
+    talk.settle_outside()
+    talk.store.check()
+
+
+def get(talk: Conversation, peer: Peer, numbers: Sequence[int], *, wait: bool = False) -> None:
+    """Get objects and look at what is in them."""
+    request = peer.wanted([name(number) for number in numbers], wait=wait)
+    request_id = peer.post(request)
+    talk.settle_outside()
+    for number, found in zip(numbers, peer.take(request_id, Objects).found, strict=True):
+        offset, size = found[0], found[1]
+        assert bytes(talk.raw[offset : offset + size]) == content(number, size)
+    for slot in request.slots:
+        peer.release(slot)
+    talk.store.check()
+
+
+def fill(talk: Conversation, peer: Peer, count: int = MANY) -> None:
+    """Put more than fits."""
+    for number in range(count):
+        put(talk, peer, number)
+
+
+def spilled(talk: Conversation) -> list[int]:
+    """Return the numbers of the objects that are in the external store alone."""
+    table = talk.store._table
+    return [
+        int.from_bytes(table.object_id(entry), "big")
+        for entry in table.entries(0, table.end)
+        if table.state(entry) == EntryState.SPILLED
+    ]
+
+
+def test_more_than_fits_is_there(talk: Conversation) -> None:
+    """Everything is listed, contained and got, whatever was put after it; its id is taken."""
+    peer = talk.client()
+    fill(talk, peer)
+    assert len(spilled(talk)) > MANY // 2
+    assert {record[0] for record in peer.ask(List(0), Listing).records} == {
+        name(number) for number in range(MANY)
+    }
+    for number in (*spilled(talk)[:3], MANY - 1):
+        assert peer.ask(Contains(name(number)), Number).value == 1
+        assert peer.refused(peer.new(name(number))) is Failure.EXISTS
+        peer.free_slots.append(peer.last_id)
+    for number in range(MANY):
+        get(talk, peer, [number], wait=number % 2 == 1)
+
+
+def test_several_come_back_at_once(talk: Conversation) -> None:
+    """A get of many is answered when the last is in memory; what is missing is not waited for."""
+    peer = talk.client()
+    fill(talk, peer)
+    get(talk, peer, spilled(talk)[:20])
+    gone = spilled(talk)[0]
+    request_id = peer.post(peer.wanted([name(gone), name(9999)]))
+    talk.settle_outside()
+    first, second = peer.take(request_id, Objects).found
+    assert first != ABSENT
+    assert second == ABSENT
+
+
+def test_who_gives_up_is_answered(talk: Conversation) -> None:
+    """A get whose time is over has what is in memory; the object comes back all the same."""
+    peer = talk.client()
+    fill(talk, peer)
+    gone = spilled(talk)[0]
+    request_id = peer.post(peer.wanted([name(gone)], wait=True))
+    jobs = talk.take_jobs()
+    peer.tell(AnswerNow(request_id))
+    talk.turn()
+    assert peer.take(request_id, Objects).found == [ABSENT]
+    for job in jobs:
+        talk.do(job)
+    talk.settle_outside()
+    assert gone not in spilled(talk)
+    talk.store.check()
+
+
+def test_deleted_objects_are_gone(talk: Conversation) -> None:
+    """Deleting what was spilled, is being written, or is coming back leaves nothing, and its id is free."""
+    peer = talk.client()
+    fill(talk, peer)
+    here, there = MANY - 1, spilled(talk)
+    coming = there[0]
+    peer.post(peer.wanted([name(coming)], wait=True))
+    jobs = talk.take_jobs()
+    numbers = [here, *there]
+    peer.ask(Delete([name(number) for number in numbers]), Done)
+    for job in jobs:
+        talk.do(job)
+    talk.settle_outside()
+    talk.store.check()
+    assert set(spilled(talk)).isdisjoint(numbers)
+    assert [peer.ask(Contains(name(n)), Number).value for n in numbers] == [0] * len(numbers)
+    peer.ask(Delete([name(number) for number in range(MANY)]), Done)
+    talk.settle_outside()
+    assert not talk.containers
+    put(talk, peer, coming)
+    get(talk, peer, [coming])
+
+
+def test_deleted_while_it_is_written(talk: Conversation) -> None:
+    """An object that is deleted meanwhile goes when its container is written, and the container with it."""
+    peer = talk.client()
+    for number in range(60):
+        put(talk, peer, number)
+    request_id = peer.post(Evict(30_000))
+    talk.turn()
+    (job,) = [job for job in talk.take_jobs() if isinstance(job, Write)]
+    ids = [part.object_id for part in job.parts]
+    peer.ask(Delete(ids), Done)
+    assert peer.ask(Contains(ids[0]), Number).value == 1  # until it is written
+    talk.do(job)
+    talk.settle_outside()
+    assert peer.ask(Contains(ids[0]), Number).value == 0
+    assert peer.take(request_id, Number).value >= 0
+    talk.store.check()
+
+
+def test_an_eviction_frees_what_it_says(talk: Conversation) -> None:
+    """It is answered when objects are written, with what has become free; all of them are still there."""
+    peer = talk.client()
+    for number in range(40):
+        put(talk, peer, number)
+    request_id = peer.post(Evict(10_000))
+    talk.settle_outside()
+    assert peer.take(request_id, Number).value >= 10_000
+    assert len(spilled(talk)) >= 10
+    get(talk, peer, range(40))
+
+
+def test_a_write_that_fails(talk: Conversation) -> None:
+    """Nothing is lost, and who wants room is refused, until it can be written again."""
+    peer = talk.client()
+    fill(talk, peer, 60)
+    before = set(spilled(talk))
+    talk.failure = "the disk is full"
+    failures = 0
+    for number in range(100, 180):
+        request = peer.new(name(number), SIZE)
+        request_id = peer.post(request)
+        talk.settle_outside()
+        reply = peer.replies.pop(request_id)
+        if isinstance(reply, Failed):
+            assert reply.failure is Failure.FULL
+            assert "the disk is full" in reply.text
+            peer.free_slots.append(request.slot)
+            failures += 1
+        else:
+            peer.write(Seal(name(number)))
+            peer.release(request.slot)
+    assert failures
+    talk.store.check()
+    talk.failure = ""
+    assert set(spilled(talk)) >= before
+    put(talk, peer, 999)
+    get(talk, peer, range(60))
+
+
+def test_a_read_that_fails(talk: Conversation) -> None:
+    """Only who asks for that object hears of it, and may ask again."""
+    peer = talk.client()
+    fill(talk, peer)
+    gone, here = spilled(talk)[0], MANY - 1
+    talk.failure = "a bit has flipped"
+    request_id = peer.post(peer.wanted([name(gone)]))
+    talk.settle_outside()
+    failed = peer.take(request_id, Failed)
+    assert failed.failure is Failure.EXTERNAL
+    assert failed.text == "a bit has flipped"
+    get(talk, peer, [here])
+    talk.failure = ""
+    get(talk, peer, [gone])
+
+
+def test_more_than_fits_at_once(talk: Conversation) -> None:
+    """A get of more than fits into the store is refused, and everything is still there."""
+    peer = talk.client()
+    fill(talk, peer)
+    request = peer.wanted([name(number) for number in range(100)])
+    request_id = peer.post(request)
+    talk.settle_outside()
+    assert peer.take(request_id, Failed).failure is Failure.FULL
+    for slot in request.slots:
+        peer.release(slot)
+    get(talk, peer, range(40))
+    get(talk, peer, range(40, 80))
+
+
+def test_what_is_kept_goes_last(talk: Conversation) -> None:
+    """It makes room, too, when nothing else does, and comes back as what it was."""
+    peer = talk.client()
+    for number in range(50):
+        put(talk, peer, number)
+        peer.ask(Keep(True, [name(number)]), Done)
+    put(talk, peer, 500, 30_000)
+    assert set(spilled(talk)) <= set(range(50))
+    assert spilled(talk)
+    get(talk, peer, range(50))
+    records = peer.ask(List(0), Listing).records
+    assert {record[0]: record[7] for record in records} == {
+        **{name(number): True for number in range(50)},
+        name(500): False,
+    }
+
+
+def test_a_limit_of_the_external_store() -> None:
+    """What would exceed it stays in memory, and who finds no room for that is told so."""
+    talk = Conversation(external=ExternalLimits(max_bytes=20_000))
+    peer = talk.client()
+    refused = None
+    for number in range(MANY):
+        request_id = peer.post(peer.new(name(number), SIZE))
+        talk.settle_outside()
+        reply = peer.replies.pop(request_id)
+        if isinstance(reply, Failed):
+            refused = reply
+            break
+        peer.write(Seal(name(number)))
+        peer.release(talk.store._table.owner(talk.store._table.find(name(number))))
+    assert refused is not None
+    assert "may hold 20000 bytes" in refused.text
+    assert sum(map(len, talk.containers.values())) <= 20_000 + 64 * len(talk.containers)
+
+
+def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
+    """A successor finds what was spilled, and what is in memory and was written is known to be."""
+    peer = talk.client()
+    fill(talk, peer)
+    there, clean = set(spilled(talk)), talk.store._objects.spilling
+    assert clean is not None
+    clean_bytes = clean.clean_bytes
+    orphan = max(talk.containers) + 7
+    talk.containers[orphan] = b"nobody's"
+    talk.store = talk.new_store(talk.words, talk.raw)
+    talk.peers.clear()
+    talk.store.recover(lambda *_: False, talk.now_ns)
+    talk.store.tidy_external(talk.containers)
+    talk.settle_outside()
+    talk.store.check()
+    assert orphan not in talk.containers
+    assert set(spilled(talk)) == there
+    assert talk.store._objects.spilling is not None
+    assert talk.store._objects.spilling.clean_bytes == clean_bytes
+    talk._connections = talk.layout.n_boards
+    other = talk.client()
+    get(talk, other, range(MANY - 50, MANY))
+    get(talk, other, sorted(there)[:30])
