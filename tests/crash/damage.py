@@ -14,6 +14,7 @@ from shmplasma.layout import BOARD_WORDS, Layout
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION
 from shmplasma.replies import Reply, Welcome
 from shmplasma.requests import Abort, Create, Get, Hello, Post, Publish, Request, Role, Seal
+from shmplasma.spilling import ExternalLimits
 from shmplasma.store import ObjectStore
 from tests.conversation import Conversation, Peer, RecordedMemory
 
@@ -94,6 +95,8 @@ class Mortal(Conversation):
     ----------
     capacity : int
         The store's capacity in bytes.
+    external : ExternalLimits, optional
+        How much an external store takes, if there is one.
 
     Attributes
     ----------
@@ -103,8 +106,8 @@ class Mortal(Conversation):
         How often it has died.
     """
 
-    def __init__(self, capacity: int = 4 << 20) -> None:
-        super().__init__(capacity, floor_bytes=0)
+    def __init__(self, capacity: int = 4 << 20, external: ExternalLimits | None = None) -> None:
+        super().__init__(capacity, floor_bytes=0, external=external)
         self.clock = Clock()
         self.deaths = 0
         self.store = self._new_store()
@@ -183,6 +186,7 @@ class Mortal(Conversation):
                 for board in set(clients) - living:
                     self.carry_out(self.store.disconnect(board, self.now_ns))
                 self.store.check()
+                self.store.tidy_external(tuple(self.containers))
                 for peer in peers:
                     self._connect_again(peer)
             except Death:
