@@ -126,10 +126,10 @@ def _serve(options: argparse.Namespace) -> None:
         if floor is None:
             floor = capacity if options.prefault else FLOOR_BYTES
         shared = options.group is not None or bool(options.mode & 0o066)
-        spiller = _open_spiller(segment, options)
         with ExitStack() as on_failure:
             # What could not be recovered this time stays, for another attempt.
             on_failure.enter_context(closing(segment) if is_recovered else segment)
+            spiller = _open_spiller(segment, options)
             server = Server(
                 endpoint.listener,
                 segment,

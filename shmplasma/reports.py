@@ -99,6 +99,7 @@ def describe(
             f"references: {references.n_holds}",
             f"references on their way: {references.n_tickets}",
             f"evictions: {objects.evictions}",
+            *_spilling(objects),
             f"takes: {room.takes}",
             f"takes that met a pin: {room.takes_that_met_a_pin}",
             f"clients: {', '.join(clients)}",
@@ -109,3 +110,16 @@ def describe(
 def printable(text: str) -> str:
     """Return a client's name or command as it may stand in a line for people, whatever it is."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _spilling(objects: Lifecycle) -> list[str]:
+    """Return the figures of the external store, if there is one."""
+    spilling = objects.spilling
+    if spilling is None:
+        return []
+    return [
+        f"spilled bytes: {spilling.spilled_bytes}",
+        f"bytes in memory with a copy: {spilling.clean_bytes}",
+        f"objects written out: {spilling.written}",
+        f"objects brought back: {spilling.restored}",
+    ]

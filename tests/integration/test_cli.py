@@ -47,7 +47,6 @@ def exists(name: str) -> bool:
         (["-d", "/nowhere"], "no directory /nowhere; make it"),
         (["-h"], "-d /mnt/hugepages -h"),
         (["-h", "-d", "/"], "-d /mnt/hugepages -h"),
-        (["-e", "s4://bucket"], "file:///directory, s3://bucket/prefix, or memory://"),
         (["--spill-above", "2"], "a number from 0 to 1"),
         (["--mode", "0777"], "write 0600"),
         (["--mode", "0200"], "write 0600"),

@@ -1,0 +1,161 @@
+"""Objects that go to an external store and come back, with real stores and real files."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import shmplasma as plasma
+from tests.clients import new_id
+from tests.command import running
+from tests.processes import Child, until
+
+CAPACITY = 8_000_000
+WORK = """
+    import random, sys
+    import shmplasma as plasma
+
+    path, seed = sys.argv[1], int(sys.argv[2])
+    source = random.Random(seed)
+    with plasma.connect(path) as client:
+        contents = {}
+        for number in range(60):
+            data = source.randbytes(source.choice([100, 60_000, 300_000]))
+            contents[client.put_raw_buffer(data, metadata=b"%d" % number)] = data, b"%d" % number
+            object_id = source.choice(list(contents))
+            ((metadata, data),) = client.get_buffers([object_id], with_meta=True)
+            assert (bytes(data), bytes(metadata)) == contents[object_id]
+            del data, metadata
+        print("put", flush=True)
+        sys.stdin.readline()
+        for object_id, expected in contents.items():
+            assert client.contains(object_id)
+            ((metadata, data),) = client.get_buffers([object_id], with_meta=True)
+            assert (bytes(data), bytes(metadata)) == expected
+            del data, metadata
+        print("all there", flush=True)
+        sys.stdin.readline()
+        client.delete(list(contents))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Give a path for a socket."""
+    return str(tmp_path / "s")
+
+
+def arguments(path: str, tmp_path: Path, *more: str) -> list[str]:
+    """Return the arguments of a store with an external store."""
+    external = f"file://{tmp_path / 'external'}"
+    return ["-s", path, "-m", str(CAPACITY), "-e", external, *more]
+
+
+def containers(tmp_path: Path) -> list[Path]:
+    """Return the files of the external store that hold objects."""
+    return [each for each in (tmp_path / "external").glob("*/*") if each.name != "owner"]
+
+
+def test_several_times_the_capacity(path: str, tmp_path: Path) -> None:
+    """Four clients put and read several times what fits; a kill of the store in between changes nothing."""
+    with ExitStack() as stack:
+        first, _ = stack.enter_context(running(*arguments(path, tmp_path)))
+        workers = [stack.enter_context(Child(WORK, path, str(seed))) for seed in range(4)]
+        for worker in workers:
+            assert worker.hear() == "put"
+        assert containers(tmp_path)
+        first.kill()
+        first.wait()
+        stack.enter_context(running(*arguments(path, tmp_path)))
+        client = stack.enter_context(plasma.connect(path))
+        for worker in workers:
+            worker.say()
+        for worker in workers:
+            assert worker.hear() == "all there"
+        assert len(client.list()) == 240
+        for worker in workers:
+            worker.say()
+            assert worker.end() == 0
+        assert not client.list()
+        until(lambda: not containers(tmp_path), "no file is left of what was deleted")
+    assert not list((tmp_path / "external").iterdir())
+
+
+def test_files_that_are_damaged_or_gone(path: str, tmp_path: Path) -> None:
+    """Who asks for an object of theirs is told so; all others are served."""
+    source = random.Random(1)
+    with running(*arguments(path, tmp_path)), plasma.connect(path) as client:
+        contents = {
+            client.put_raw_buffer(data): data
+            for data in (source.randbytes(400_000) for _ in range(60))
+        }
+        files = containers(tmp_path)
+        for number, file in enumerate(files):
+            if number % 2:
+                file.unlink()
+            else:
+                file.write_bytes(b"x" * 1000 + file.read_bytes()[1000:])
+        errors = {}
+        for object_id, data in contents.items():
+            try:
+                got = bytes(client.get_buffers(object_id))
+            except plasma.ExternalStoreError as error:
+                errors[object_id] = str(error)
+            else:
+                assert got == data
+        assert 0 < len(errors) < 60
+        assert all(object_id.binary().hex() in text for object_id, text in errors.items())
+        assert client.contains(client.put("the store goes on"))
+        client.delete(list(contents))
+
+
+def test_a_disk_that_is_full(path: str, small_tmpfs: str) -> None:
+    """Nothing is lost: who finds no room is refused and told why, and what is there can be had."""
+    source = random.Random(1)
+    external = ["-s", path, "-m", str(CAPACITY), "-e", f"file://{small_tmpfs}"]
+    contents = {}
+    with running(*external), plasma.connect(path) as client:
+        refusal = ""
+        while not refusal:
+            data = source.randbytes(400_000)
+            try:
+                contents[client.put_raw_buffer(data)] = data
+            except plasma.PlasmaStoreFull as full:
+                refusal = str(full)
+        assert "nothing is written to the external store" in refusal
+        assert len(contents) > CAPACITY // 400_000
+        assert client.list().keys() == contents.keys()
+        subprocess.run(["mount", "-o", "remount,size=64m", small_tmpfs], check=True)
+        client.put_raw_buffer(source.randbytes(400_000))
+        for object_id, data in contents.items():
+            assert bytes(client.get_buffers(object_id)) == data
+
+
+def test_a_place_that_is_none(path: str, tmp_path: Path) -> None:
+    """A store that could not spill does not start."""
+    (tmp_path / "external").write_text("a file")
+    program = [sys.executable, "-m", "shmplasma.cli", *arguments(path, tmp_path)]
+    done = subprocess.run(program, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot be written to" in done.stderr
+    assert not os.path.exists(path)
+
+
+def test_files_of_a_dead_store_are_swept(path: str, tmp_path: Path) -> None:
+    """Who starts anew removes what a killed store has left in the external store."""
+    with running(*arguments(path, tmp_path)) as (first, _), plasma.connect(path) as client:
+        for _ in range(30):
+            client.put_raw_buffer(bytes(400_000))
+        until(lambda: containers(tmp_path), "something was written")
+        first.kill()
+        first.wait()
+    (old,) = (tmp_path / "external").iterdir()
+    with running(*arguments(path, tmp_path, "--fresh")), plasma.connect(path) as client:
+        assert not old.exists()
+        assert client.contains(client.put("new", new_id()))

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shmplasma.errors import ExternalStoreError
+from shmplasma.external import ExternalStore, Item, open_external
+
+TOKEN, OTHER = bytes(16), bytes(15) + b"1"
+CONTENTS = (b"first", b"", 5000 * b"third")
+
+
+def items(contents: tuple[bytes, ...] = CONTENTS) -> list[Item]:
+    """Return objects with these contents, the last byte of each its metadata."""
+    return [
+        Item(bytes([n]) * 20, n, max(0, len(each) - 1), min(1, len(each)), memoryview(each))
+        for n, each in enumerate(contents)
+    ]
+
+
+def empty(item: Item) -> Item:
+    """Return an object that is to be filled."""
+    room = memoryview(bytearray(len(item.contents)))
+    return Item(item.object_id, item.codec, item.data_size, item.metadata_size, room)
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ExternalStore:
+    """Return an external store with one container, of number 7."""
+    uri = f"{request.param}://{tmp_path}"
+    store = open_external(uri, TOKEN, b"mine")
+    assert store.write(7, items()) == [0, 192, 320]
+    return store
+
+
+def test_what_was_written_is_read(store: ExternalStore) -> None:
+    """Each object comes back from its place, and a container is there until it is deleted."""
+    for place, item in zip([0, 192, 320], items(), strict=True):
+        filled = empty(item)
+        store.read(7, place, filled)
+        assert filled.contents == item.contents
+    assert list(store.numbers()) == [7]
+    store.delete([7, 8])
+    assert list(store.numbers()) == []
+    with pytest.raises(ExternalStoreError, match="cannot be read"):
+        store.read(7, 0, empty(items()[0]))
+    store.remove()
+
+
+def test_another_object_is_not_taken_for_it(store: ExternalStore) -> None:
+    """What lies at a place has to be the object that is asked for, whole."""
+    first, second, third = items()
+    for place, item in ((192, first), (0, second), (9999, first), (0, third)):
+        with pytest.raises(ExternalStoreError, match="is damaged"):
+            store.read(7, place, empty(item))
+
+
+@pytest.mark.parametrize("position", [0, 9, 40, 70, 130])
+def test_a_damaged_file(tmp_path: Path, position: int) -> None:
+    """One byte that has changed, in header or contents, is found; the other objects can be read."""
+    store = open_external(f"file://{tmp_path}", TOKEN, b"mine")
+    store.write(1, items())
+    (path,) = tmp_path.glob("*/1")
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ExternalStoreError, match=r"object 0{40} in container 1 of .* is damaged"):
+        store.read(1, 0, empty(items()[0]))
+    store.read(1, 320, empty(items()[2]))
+
+
+def test_places_that_are_none(tmp_path: Path) -> None:
+    """What is no URI, or cannot be written to, is refused with what to write instead."""
+    file = tmp_path / "file"
+    file.write_text("not a directory")
+    for uri in ("nonsense", "s4://bucket", ""):
+        with pytest.raises(ExternalStoreError, match="write file:///directory, s3://bucket"):
+            open_external(uri, TOKEN, b"mine")
+    with pytest.raises(ExternalStoreError, match="cannot be written to"):
+        open_external(f"file://{file}", TOKEN, b"mine")
+
+
+def test_plasmas_name_for_memory() -> None:
+    """``hashtable://`` is ``memory://``."""
+    store = open_external("hashtable://test", TOKEN, b"mine")
+    store.write(1, items())
+    assert list(open_external("memory://test", TOKEN, b"mine").numbers()) == [1]
+    store.remove()
+    assert not list(store.numbers())
+
+
+def test_what_dead_stores_have_left(store: ExternalStore) -> None:
+    """Their files are removed; those of the living, and one's own, are not."""
+    other = ExternalStore(store._place, "other", OTHER)
+    other.claim(b"theirs")
+    other.write(1, items())
+    assert list(store.sweep(lambda note: note == b"nobody's")) == []
+    assert list(other.numbers()) == [1]
+    assert list(store.sweep(lambda note: note == b"theirs")) == [f"shmplasma-{OTHER.hex()}"]
+    assert list(other.numbers()) == []
+    assert list(store.numbers()) == [7]
+    store.remove()
