@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import shmplasma
+from tests.command import PROGRAM, until_ready
 
 __all__ = ["Summary", "run"]
 
@@ -53,16 +54,9 @@ class Summary:
 
 def _start(path: str, *arguments: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "shmplasma.cli", "-s", path, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
+        [*PROGRAM, "-s", path, *arguments], stderr=subprocess.PIPE, text=True
     )
-    assert process.stderr is not None
-    said = ""
-    while "ready:" not in said:
-        line = process.stderr.readline()
-        assert line, f"the store ended: {said}"
-        said += line
+    until_ready(process)
     return process
 
 

@@ -7,8 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,10 @@ import shmplasma as plasma
 from shmplasma.layout import GRANULE_BYTES
 from shmplasma.segment_name import SegmentName
 from tests.clients import figure, new_id
+from tests.command import PROGRAM, running
 from tests.processes import Child, until
 
 MIB = 1 << 20
-PROGRAM = [sys.executable, "-m", "shmplasma.cli"]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives memory back")
 
@@ -30,24 +28,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux give
 def noise(seed: int, size_bytes: int) -> npt.NDArray[np.uint8]:
     """Return bytes that no hole and no other object has."""
     return np.random.default_rng(seed).integers(1, 256, size_bytes, np.uint8)
-
-
-@contextmanager
-def running(path: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a store for the duration of a block; give the process and what it said until it was ready."""
-    with subprocess.Popen(
-        [*PROGRAM, "-s", path, *arguments], stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stderr is not None
-            said = ""
-            while "ready:" not in said:
-                line = process.stderr.readline()
-                assert line, f"the store ended: {said}"
-                said += line
-            yield process, said
-        finally:
-            process.terminate()
 
 
 def memory_of(path: str) -> int:
@@ -66,7 +46,10 @@ def path(tmp_path: Path) -> str:
 
 def test_memory_that_is_not_used_goes_back(path: str) -> None:
     """After a trim the system has the memory; what is there stays, and what comes is committed again."""
-    with running(path, "-m", "200MiB", "--trim-floor", "8MiB"), plasma.connect(path) as client:
+    with (
+        running("-s", path, "-m", "200MiB", "--trim-floor", "8MiB"),
+        plasma.connect(path) as client,
+    ):
         kept = [client.put(noise(seed, 3 * MIB)) for seed in range(3)]
         gone = [client.put(noise(seed, 10 * MIB)) for seed in range(10, 24)]
         last = client.put(noise(99, 100_000))
@@ -91,7 +74,7 @@ def test_memory_that_is_not_used_goes_back(path: str) -> None:
 
 def test_nothing_that_is_held_is_given_back(path: str) -> None:
     """What is deleted and held, or being written, or leased keeps its memory."""
-    with running(path, "-m", "100MiB", "--trim-floor", "0"), plasma.connect(path) as client:
+    with running("-s", path, "-m", "100MiB", "--trim-floor", "0"), plasma.connect(path) as client:
         held = client.put(noise(1, 5 * MIB))
         value = client.get(held)
         client.delete(held)
@@ -141,7 +124,7 @@ with plasma.connect(sys.argv[1]) as client:
 def test_a_store_that_is_killed_while_it_trims(path: str) -> None:
     """Clients write and read, and memory comes and goes; whenever the store dies, they go on."""
     arguments = ("-m", "100MiB", "--trim-floor", "0")
-    with running(path, *arguments) as (first, _), Child(TRIMMER, path) as writer:
+    with running("-s", path, *arguments) as (first, _), Child(TRIMMER, path) as writer:
         writer.hear()
         with plasma.connect(path) as client:
             kept = client.put(noise(1, 2 * MIB))
@@ -153,7 +136,7 @@ def test_a_store_that_is_killed_while_it_trims(path: str) -> None:
                         pass
                     store.send_signal(signal.SIGKILL)
                     store.wait()
-                    entered = running(path, *arguments)
+                    entered = running("-s", path, *arguments)
                     store, _ = entered.__enter__()
                     stores.append(entered)
                     np.testing.assert_array_equal(client.get(kept), noise(1, 2 * MIB))
@@ -174,7 +157,10 @@ def test_a_store_that_is_killed_while_it_trims(path: str) -> None:
 
 def test_prefault(path: str) -> None:
     """All memory is there when the store is ready, and stays there."""
-    with running(path, "-m", "50MB", "--prefault") as (_, said), plasma.connect(path) as client:
+    with (
+        running("-s", path, "-m", "50MB", "--prefault") as (_, said),
+        plasma.connect(path) as client,
+    ):
         assert "committed 50000000 bytes" in said
         assert memory_of(path) >= 50_000_000
         assert figure(client, "committed bytes") >= 50_000_000
@@ -186,7 +172,7 @@ def test_prefault(path: str) -> None:
 def test_prefault_without_the_memory(small_tmpfs: str, path: str) -> None:
     """A store that finds the memory taken does not start, says what is missing, and leaves the objects alone."""
     arguments = ("-m", "6MiB", "-d", small_tmpfs, "--trim-floor", "0")
-    with running(path, *arguments) as (process, _):
+    with running("-s", path, *arguments) as (process, _):
         with plasma.connect(path) as client:
             object_id = client.put(noise(1, 100_000))
         process.kill()
@@ -202,7 +188,7 @@ def test_prefault_without_the_memory(small_tmpfs: str, path: str) -> None:
     assert done.returncode == 1
     assert f"make room in {small_tmpfs}" in done.stderr
     other.unlink()
-    with running(path, *arguments, "--prefault"), plasma.connect(path) as client:
+    with running("-s", path, *arguments, "--prefault"), plasma.connect(path) as client:
         np.testing.assert_array_equal(client.get(object_id), noise(1, 100_000))
 
 
