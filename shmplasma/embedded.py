@@ -52,6 +52,10 @@ class Store:
     ticket_seconds : float, optional
         How long a reference that nobody has received outlives its sender, and keeps its object from being
         evicted.
+    external_store : str, optional
+        URI of the external store to which objects go instead of being evicted: as with ``-e`` of the command.
+    max_spill_bytes : int or str, optional
+        How much it may hold, as bytes or as a text; any amount if not given.
 
     Attributes
     ----------
@@ -82,6 +86,8 @@ class Store:
         huge_pages: bool = False,
         client_limit: int | str | None = None,
         ticket_seconds: float = 600,
+        external_store: str | None = None,
+        max_spill_bytes: int | str | None = None,
     ) -> None:
         size = parse_size(memory) if isinstance(memory, str) else index(memory)
         arguments = ["-m", str(size), "--ticket-seconds", str(ticket_seconds)]
@@ -96,6 +102,10 @@ class Store:
             arguments.append("-h")
         if client_limit is not None:
             arguments += ["--client-limit", str(client_limit)]
+        if external_store is not None:
+            arguments += ["-e", external_store]
+        if max_spill_bytes is not None:
+            arguments += ["--max-spill-bytes", str(max_spill_bytes)]
         self.store_socket_name = socket
         self._scratch = scratch
         self._owner_pid = os.getpid()
@@ -192,7 +202,7 @@ def start_plasma_store(
     use_hugepages : bool, optional
         Use huge pages; `plasma_directory` is then a hugetlbfs.
     external_store : str, optional
-        Refused: this release has none.
+        As for `Store`.
 
     Yields
     ------
@@ -211,7 +221,10 @@ def start_plasma_store(
             "use_valgrind and use_profiler examine C++, and this store is Python; run it under a "
             "Python profiler: python -m cProfile -m shmplasma.cli"
         )
-    if external_store is not None:
-        raise ValueError("this release has no external stores; leave external_store out")
-    with Store(plasma_store_memory, directory=plasma_directory, huge_pages=use_hugepages) as store:
+    with Store(
+        plasma_store_memory,
+        directory=plasma_directory,
+        huge_pages=use_hugepages,
+        external_store=external_store,
+    ) as store:
         yield store.store_socket_name, store.process

@@ -112,12 +112,13 @@ class ExternalLimits:
 
 @dataclass(slots=True)
 class _Return:
-    """An object that comes back."""
+    """An object that comes back; deleted meanwhile, it leaves its entry to another one, which may want to come back, too."""
 
     entry: int
     state_word: int
+    size_bytes: int
     offset: int | None = None
-    is_read: bool = False
+    job: Read | None = None
     awaits_commit: bool = False
 
 
@@ -168,7 +169,7 @@ class Spilling:
     _has_failed: bool = False
     _writes: int = 0
     _writing_bytes: int = 0
-    _returns: dict[int, _Return] = field(default_factory=dict)
+    _returns: dict[tuple[int, int], _Return] = field(default_factory=dict)
     _reads: int = 0
     _demand: int = 0
     _next: int = 1
@@ -235,7 +236,8 @@ class Spilling:
         return self._writes > 0
 
     def advance(self) -> None:
-        """Begin to write what is demanded, or is due ahead of need, and to read what is wanted back."""
+        """Begin to read what is wanted back, and to write what that demands, or others, or what is due ahead of need."""
+        self._advance_returns()
         ahead = 0
         used = self.capacity - self.room.free_bytes
         above = used - int(self.limits.high_water * self.capacity)
@@ -253,7 +255,6 @@ class Spilling:
                 self._write(missing)
         if self._demand <= self.room.largest_bytes:
             self._demand = 0
-        self._advance_returns()
 
     def _write(self, size_bytes: int) -> None:
         """Begin to write objects of so many bytes, as far as there are any and the limit allows."""
@@ -324,8 +325,9 @@ class Spilling:
 
     def bring(self, entry: int) -> None:
         """Have a spilled object brought back."""
-        if entry not in self._returns:
-            self._returns[entry] = _Return(entry, self.table.state_word(entry))
+        key = entry, self.table.state_word(entry)
+        if key not in self._returns:
+            self._returns[key] = _Return(*key, self.table.size(entry))
             self.look_again()
             self._advance_returns()
 
@@ -334,19 +336,18 @@ class Spilling:
         """Whether an object that comes back waits for memory behind its extent."""
         return any(each.awaits_commit for each in self._returns.values())
 
-    def stuck(self) -> list[int]:
-        """Return the objects that find no room, and for which none is being made."""
+    def stuck(self) -> int | None:
+        """Return the first object that finds no room, if none is being made; those behind it were not tried yet."""
         if (self._writes or self._reads) and not self._has_failed:
-            return []
+            return None
         self._has_failed = False
-        return [each.entry for each in self._returns.values() if each.offset is None]
+        return next((each.entry for each in self._returns.values() if each.offset is None), None)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield the extents that no entry names yet."""
         for each in self._returns.values():
-            size = self.table.size(each.entry)
-            if each.offset is not None and size:
-                yield each.offset, align_up(size, ALIGNMENT)
+            if each.offset is not None and each.size_bytes:
+                yield each.offset, align_up(each.size_bytes, ALIGNMENT)
 
     def _advance_returns(self) -> None:
         for each in tuple(self._returns.values()):
@@ -358,7 +359,7 @@ class Spilling:
                         self._demand = max(self._demand, wanted)
                     break  # in their order
                 each.offset = offset
-            if not each.is_read and self._reads < _MAX_READS:
+            if each.job is None and self._reads < _MAX_READS:
                 self._read_if_ready(each)
 
     def _read_if_ready(self, each: _Return) -> None:
@@ -371,9 +372,9 @@ class Spilling:
         object_id, codec = self.table.id_and_codec(each.entry)
         _, data_size, metadata_size = self.table.location(each.entry)
         part = Part(each.entry, object_id, codec, each.offset, data_size, metadata_size)
-        self.jobs.append(Read(number, place, part))
+        each.job = Read(number, place, part)
+        self.jobs.append(each.job)
         self._reads += 1
-        each.is_read = True
 
     def commit(self) -> tuple[int, str]:
         """Commit one step of memory for an object that comes back.
@@ -397,15 +398,17 @@ class Spilling:
 
     def give_up(self, entry: int) -> None:
         """Let an object stay in the external store that nobody waits for any more, or that finds no room."""
-        each = self._returns.get(entry)
-        if each is not None and not each.is_read:
-            del self._returns[entry]
+        key = entry, self.table.state_word(entry)
+        each = self._returns.get(key)
+        if each is not None and each.job is None:
+            del self._returns[key]
             if each.offset is not None:
                 self.room.give_back(each.offset, self.table.size(entry))
 
     def was_read(self, job: Read, failure: str) -> bool:
         """Take note of what came of a read; tell whether the object is in memory now."""
-        each = self._returns.pop(job.part.entry)
+        each = next(each for each in self._returns.values() if each.job is job)
+        del self._returns[each.entry, each.state_word]
         self._reads -= 1
         entry, size = each.entry, job.part.data_size + job.part.metadata_size
         # It may have been deleted meanwhile, and its entry be another object's.

@@ -376,10 +376,11 @@ class ObjectStore:
         if spilling is None:
             return (), NOTHING
         spilling.advance()
-        for entry in spilling.stuck():
+        while (entry := spilling.stuck()) is not None:
             spilling.give_up(entry)
             no_room = self._refusals.answer(NoRoom(self._table.size(entry)), self._now_ns)
             self._answers.fail(self._table.object_id(entry), no_room)
+            spilling.advance()
         jobs, spilling.jobs = spilling.jobs, []
         return jobs, self._outgoing.take()
 
@@ -409,7 +410,8 @@ class ObjectStore:
                     (get.client, get.request_id, get.request, self._now_ns)
                     for get in self._answers.came_back(entry)
                 ]
-            elif failure:
+            elif failure and self._objects.find_spilled(job.part.object_id) == entry:
+                # Had it been deleted meanwhile, who waits for its id would not be concerned.
                 failed = Failed(Failure.EXTERNAL, failure)
                 self._answers.fail(job.part.object_id, failed)
         return self._outgoing.take()

@@ -146,6 +146,8 @@ class MortalStore:
     ----------
     capacity : int
         What it is started with each time.
+    *arguments : str
+        More of that.
 
     Attributes
     ----------
@@ -155,7 +157,7 @@ class MortalStore:
         From each start to readiness.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *arguments: str) -> None:
         self._exits = ExitStack()
         directory = Path(self._exits.enter_context(tempfile.TemporaryDirectory(prefix="t-")))
         self.path = str(directory / "store")
@@ -167,7 +169,7 @@ class MortalStore:
             **{name: value for name, value in os.environ.items() if name != _MEASURING},
             "NOTIFY_SOCKET": str(directory / "ready"),
         }
-        self._arguments = ["-m", str(capacity), "-s", self.path]
+        self._arguments = ["-m", str(capacity), "-s", self.path, *arguments]
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
 

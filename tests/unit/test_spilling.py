@@ -7,7 +7,7 @@ import pytest
 from shmplasma.layout import EntryState
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
 from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List, Seal
-from shmplasma.spilling import ExternalLimits, Write
+from shmplasma.spilling import ExternalLimits, Read, Write
 from tests.conversation import Conversation, Peer, name
 
 SIZE = 1000
@@ -284,3 +284,63 @@ def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     other = talk.client()
     get(talk, other, range(MANY - 50, MANY))
     get(talk, other, sorted(there)[:30])
+
+
+# -- what is deleted while it is read ----------------------------------------------------------------
+
+
+def read_in_vain(talk: Conversation, peer: Peer) -> Read:
+    """Spill object 0, ask for it, and delete it before the worker has read it; return what that is to do."""
+    put(talk, peer, 0, 40_000)
+    put(talk, peer, 1, 60_000)
+    peer.ask(Delete([name(1)]), Done)
+    assert spilled(talk) == [0]
+    peer.post(peer.wanted([name(0)], wait=True))
+    talk.turn()
+    (job,) = (job for job in talk.take_jobs() if isinstance(job, Read))
+    peer.ask(Delete([name(0)]), Done)
+    return job
+
+
+def test_an_entry_that_is_used_anew_while_its_old_object_is_read(talk: Conversation) -> None:
+    """The new object can be spilled and come back, whatever becomes of the old one."""
+    peer = talk.client()
+    job = read_in_vain(talk, peer)
+    put(talk, peer, 2, 10_000)
+    asked = peer.post(Evict(10_000))
+    talk.settle_outside()
+    peer.take(asked, Number)
+    assert spilled(talk) == [2]
+    get(talk, peer, [2])
+    talk.containers[job.number] = bytes(40_000)
+    talk.do(job)
+    talk.settle_outside()
+    get(talk, peer, [2])
+    assert not list(talk.store._objects.spilling.extents())  # type: ignore[union-attr]  # it has one
+
+
+def test_a_reading_that_fails_of_what_was_deleted(talk: Conversation) -> None:
+    """Who waits for that id goes on waiting, for another object."""
+    peer = talk.client()
+    job = read_in_vain(talk, peer)
+    other = talk.client()
+    asked = other.post(other.wanted([name(0)], wait=True))
+    talk.failure = "its container is gone"
+    talk.do(job)
+    talk.failure = ""
+    assert asked not in other.replies
+    put(talk, peer, 0, 10)
+    other.take(asked, Objects)
+
+
+def test_a_get_has_what_is_not_written_yet_make_room(talk: Conversation) -> None:
+    """It is not refused before anything was written for it; nor are those behind it, for which there is room."""
+    peer = talk.client()
+    put(talk, peer, 0, 20_000)
+    put(talk, peer, 1, 20_000)
+    asked = peer.post(Evict(40_000))
+    talk.settle_outside()
+    peer.take(asked, Number)
+    for number in range(2, 8):
+        put(talk, peer, number, 9_000)
+    get(talk, peer, [0, 1])
