@@ -168,9 +168,15 @@ def _place(uri: str) -> _Place:
         system, root = fs.FileSystem.from_uri(uri)
     except (ArrowException, OSError, ValueError) as error:
         raise ExternalStoreError(
-            f"{uri!r} names no external store ({error}); write file:///directory, s3://bucket/prefix, or memory://"
+            f"{_without_secrets(uri)!r} names no external store ({error}); write file:///directory, s3://bucket/prefix, or memory://"
         ) from error
     return _Arrow(system, root)
+
+
+def _without_secrets(uri: str) -> str:
+    """Return a URI without user, password and options, for messages."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def open_external(uri: str, token: bytes, note: bytes) -> ExternalStore:
@@ -191,7 +197,7 @@ def open_external(uri: str, token: bytes, note: bytes) -> ExternalStore:
     ExternalStoreError
         There is no such place, or it cannot be written to.
     """
-    store = ExternalStore(_place(uri), uri, token)
+    store = ExternalStore(_place(uri), _without_secrets(uri), token)
     store.claim(note)
     return store
 

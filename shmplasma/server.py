@@ -232,12 +232,15 @@ class Server:
             if not self.is_handed_over:
                 self.close()
 
-    def _spill(self, spiller: Spiller) -> None:
-        """See what the external store has done, and have it do more."""
+    def _hear(self, spiller: Spiller) -> None:
+        """See what the external store has done."""
         for job, places, failure in spiller.done():
             if failure:
                 _LOG.warning("external store: %s", failure)
             self._carry_out(self._store.job_done(job, places, failure))
+
+    def _spill(self, spiller: Spiller) -> None:
+        """Have the external store do what is wanted of it; the last of a turn, so that the loop does not sleep on it."""
         jobs, effects = self._store.take_jobs()
         self._carry_out(effects)
         for job in jobs:
@@ -255,7 +258,7 @@ class Server:
         if store.next_due_ns is not None:
             store.expire(time.time_ns())
         if self._spiller is not None:
-            self._spill(self._spiller)
+            self._hear(self._spiller)
         if store.has_unsettled:
             self._settle()
         if store.is_to_stop_polling:
@@ -266,6 +269,8 @@ class Server:
             self._drop_the_slow()
         if idle or store.has_urgent_work:
             self._advance(idle=idle)
+        if self._spiller is not None:
+            self._spill(self._spiller)
 
     def close(self) -> None:
         """Close all connections; what their clients have is theirs still if another store takes over."""
