@@ -218,6 +218,7 @@ class Reopened(Conversation):
         self.layout, self.words, self.raw = layout, words, raw
         self.memory = RecordedMemory(raw)
         self.floor_bytes = FLOOR_BYTES
+        self.external, self.containers, self.failure = None, {}, ""
         self.store = self.new_store(words, raw)
         self.peers = {}
         self.now_ns = 2_000_000_000
