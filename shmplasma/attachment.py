@@ -136,13 +136,13 @@ class Attachment:
         -----
         Maps the page that holds the board, once.  It is the board itself, but for larger pages.
         """
-        return self._page_of(self.layout.boards, index, BOARD_BYTES)
+        return self._own_part(self.layout.boards, index, BOARD_BYTES)
 
     def outbox(self, index: int) -> memoryview:
         """Return the outbox that belongs to a board, writable; otherwise as `board`."""
-        return self._page_of(self.layout.outboxes, index, OUTBOX_BYTES)
+        return self._own_part(self.layout.outboxes, index, OUTBOX_BYTES)
 
-    def _page_of(self, region: int, index: int, size: int) -> memoryview:
+    def _own_part(self, region: int, index: int, size: int) -> memoryview:
         if not 0 <= index < self.layout.n_boards:
             raise IndexError(
                 f"the segment has {self.layout.n_boards} boards, and no number {index}"
@@ -150,7 +150,8 @@ class Attachment:
         offset = region + index * size
         page = offset & -self.layout.page_bytes
         if page not in self._own:
-            whole = self._map_writable(page, self.layout.page_bytes)
+            end = align_up(offset + size, self.layout.page_bytes)
+            whole = self._map_writable(page, end - page)
             self._own[page] = memoryview(whole)
         start = offset - page
         return self._own[page][start : start + size].cast("Q")

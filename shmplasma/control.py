@@ -25,6 +25,9 @@ __all__ = ["Control", "Owner"]
 _OWNER: Final = Struct("@QQQQ")
 _LEASE: Final = Struct("@QQ")
 _HALF: Final = (1 << 32) - 1
+_LINE_WORDS: Final = CONTROL_BYTES // 8
+_ACKNOWLEDGED: Final = int(ControlWord.ACKNOWLEDGED)
+_LEASE_CURSOR: Final = int(ControlWord.LEASE_CURSOR)
 
 
 class Owner(NamedTuple):
@@ -134,17 +137,17 @@ class Control:
 
     def advance(self, board: int, cursor: int) -> None:
         """Move the cursor of a lease."""
-        self._words[self._line(board) + ControlWord.LEASE_CURSOR] = cursor
+        self._words[self._first + board * _LINE_WORDS + _LEASE_CURSOR] = cursor
 
     # -- outbox --------------------------------------------------------------------------------
 
     def acknowledged(self, board: int) -> int:
         """Return how many records of the client's outbox have been handled."""
-        return int(self._words[self._line(board) + ControlWord.ACKNOWLEDGED])
+        return int(self._words[self._first + board * _LINE_WORDS + _ACKNOWLEDGED])
 
     def acknowledge(self, board: int, count: int) -> None:
         """Set how many records of the client's outbox have been handled."""
-        self._words[self._line(board) + ControlWord.ACKNOWLEDGED] = count
+        self._words[self._first + board * _LINE_WORDS + _ACKNOWLEDGED] = count
 
     def _line(self, board: int) -> int:
-        return self._first + board * (CONTROL_BYTES // 8)
+        return self._first + board * _LINE_WORDS

@@ -30,6 +30,8 @@ __all__ = ["Sieve"]
 
 _NOWHERE: Final = 0xFFFF_FFFF
 """The links of a node outside the ring; as an index it is beyond any array."""
+_GROWTH: Final = 1024
+"""New entries mostly come in order, so that links are made for many of them at once."""
 
 
 class Sieve:
@@ -107,7 +109,8 @@ class Sieve:
                 text = f"there is no entry {index} among {len(self._visited)}"
                 raise ValueError(text) from None
             self._visited[index] = 0
-            missing = array("I", [_NOWHERE]) * (node + 1 - len(newer))
+            size = min(node + _GROWTH, len(self._visited)) + 1
+            missing = array("I", [_NOWHERE]) * (size - len(newer))
             newer.extend(missing)
             older.extend(missing)
         newest = older[0]

@@ -64,7 +64,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 3
+LAYOUT_VERSION: Final = 4
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -81,7 +81,7 @@ ENTRY_WORDS: Final = ENTRY_BYTES // 8
 BOARD_BYTES: Final = 4096
 """The unit in which pins are granted: the smallest that a mapping of its own can have."""
 BOARD_WORDS: Final = BOARD_BYTES // 8
-OUTBOX_BYTES: Final = 4096
+OUTBOX_BYTES: Final = 8192
 """One for each board, of which a client uses that of its first one (see `shmplasma.outbox`)."""
 GRANULE_BYTES: Final = 256 << 10
 """The least that is committed or given back of the data region, where pages are not larger: small beside what is worth

@@ -43,7 +43,7 @@ from typing import Final
 
 from shmplasma.layout import OUTBOX_BYTES, HeaderWord
 
-__all__ = ["ANNOUNCED_EVERY", "RECORDS", "Outbox", "Polling", "read_record"]
+__all__ = ["ANNOUNCED_EVERY", "RECORDS", "Outbox", "Polling", "is_written", "read_record"]
 
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
@@ -146,6 +146,14 @@ class Polling:
         self.is_on = False
         self._words[HeaderWord.POLLED] = 0
         self._barrier()
+
+
+def is_written(words: memoryview, start: int, acknowledged: int) -> bool:
+    """Tell whether there is a next record in the outbox that begins at byte `start` of the segment.
+
+    `words` is the segment as native 8-byte words.
+    """
+    return bool(words[(start >> 3) + (acknowledged & _MASK) * _WORDS] == acknowledged + 1)
 
 
 def read_record(page: memoryview, acknowledged: int) -> tuple[int, bytes] | None:

@@ -285,6 +285,11 @@ class References:
             heappop(due)  # it was used up, or lingers now
         return None
 
+    @property
+    def is_awake(self) -> bool:
+        """Whether something is to be judged, or has its time."""
+        return bool(self._due or self._suspects or self._early or self._ahead)
+
     def expire(self, now_ns: int) -> None:
         """Let those tickets end, or protect no more, whose time has come."""
         while (due_ns := self.next_due_ns) is not None and due_ns <= now_ns:

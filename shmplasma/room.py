@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
 from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
@@ -28,6 +28,8 @@ from shmplasma.pins import Boards
 from shmplasma.table import Table
 
 __all__ = ["Memory", "Room"]
+
+_ROUND_UP: Final = ALIGNMENT - 1
 
 
 class External(Protocol):
@@ -215,7 +217,7 @@ class Room:
             self._kept.add(entry)
         else:
             self._queue.insert(entry)
-            self._cached_bytes += self._extent_bytes(entry)
+            self._cached_bytes += self._table.size(entry) + _ROUND_UP & -ALIGNMENT
 
     def _forget(self, entry: int) -> None:
         """Undo `sealed`."""

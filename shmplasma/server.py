@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from shmplasma import system
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.connections import Connection, StalledError
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
+from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Send
 from shmplasma.errors import CommitError, ExternalStoreError, ProtocolError
 from shmplasma.exits import Exits, close_descriptor
 from shmplasma.protocol import ONE_WAY, SPIN_NS, encode_frame
@@ -225,7 +225,8 @@ class Server:
                         key.data()
                 if self._backlog:
                     self._process_backlog(_FRAMES_A_TURN)
-                self._finish_turn(idle=not events)
+                if not events or self._awaited or self._spiller or not self._store.is_quiet:
+                    self._finish_turn(idle=not events)
         finally:
             if self._spiller is not None:
                 self._end_spilling(self._spiller)
@@ -295,33 +296,36 @@ class Server:
         select = self._selector.select
         if events := select(0):
             return events
-        timeout = self._timeout()
-        if timeout == 0:
+        if self._has_more_to_do:
             return events
         end = time.monotonic_ns() + self._spin_ns
         while not (events := select(0)):
             if time.monotonic_ns() > end:
-                return self._sleep(timeout)
+                return self._sleep()
             if self._store.polls:
                 self._carry_out(self._store.glance(time.time_ns()))
             os.sched_yield()
         return events
 
-    def _sleep(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+    def _sleep(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for an event, or for what a client has put into its outbox while this store polls."""
         if not self._store.polls:
-            return self._selector.select(timeout)
+            return self._selector.select(self._timeout())
         events = self._selector.select(_POLL_SECONDS)
         if not events:
             self._carry_out(self._store.poll(time.time_ns()))
         return events
 
+    @property
+    def _has_more_to_do(self) -> bool:
+        """Whether there is something to do that waits for nobody."""
+        store = self._store
+        if self._backlog or (self._commit_ahead and store.has_idle_work):
+            return True
+        return not store.is_quiet and (store.has_unsettled or store.has_urgent_work)
+
     def _timeout(self) -> float | None:
         store = self._store
-        if self._backlog or store.has_unsettled or store.has_urgent_work:
-            return 0
-        if self._commit_ahead and store.has_idle_work:
-            return 0
         timeouts: list[float] = []
         if not self._reception.is_open or store.may_miss_a_release:
             timeouts.append(_LOOK_AGAIN_SECONDS)
@@ -527,15 +531,15 @@ class Server:
             connection = self._connections.get(effect.client)
             if connection is None:
                 continue
-            if isinstance(effect, Drop):
+            if type(effect) is Send:  # nearly always
+                self._send(connection, effect)
+            elif isinstance(effect, Drop):
                 self._drop(effect.client, effect.reason)
             elif isinstance(effect, Adopt):
                 self._adopt(connection, effect.number)
-            elif isinstance(effect, HandOver):
+            else:
                 _LOG.info("another store (pid %s) takes over", connection.pid)
                 self.is_handed_over = self._stopping = True
-            else:
-                self._send(connection, effect)
 
     def _send(self, connection: Connection, send: Send) -> None:
         fd = None if send.descriptor is None else self._descriptor(send.descriptor)

@@ -37,7 +37,7 @@ from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.leases import Leases
 from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
-from shmplasma.outbox import RECORDS, Polling, read_record
+from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY, Frame
@@ -107,6 +107,7 @@ class ObjectStore:
     ) -> None:
         self._layout = layout
         self._memory = memory
+        self._words = words
         self._raw = raw
         self._outgoing = Outgoing()
         self._table = Table(layout, words, raw, memory.commit)
@@ -268,7 +269,7 @@ class ObjectStore:
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
-                if self._heed(session, now_ns) and not self._has_listeners:
+                if self._heed(session, now_ns) and not (self.polls or self._has_listeners):
                     self._polling.start()
             else:
                 self._heed(session, now_ns)
@@ -324,6 +325,20 @@ class ObjectStore:
     def has_unsettled(self) -> bool:
         """Whether something waits until all outboxes are read."""
         return bool(self._dispatch.unsettled) or self._ledger.references.has_suspects
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is to be done but to handle messages: nobody waits, and nothing has its time."""
+        creations = self._creations
+        return not (
+            self._dispatch.unsettled
+            or creations.await_memory
+            or creations.await_room
+            or self._ledger.references.is_awake
+            or self._trims
+            or self._objects.spilling is not None
+            or (self._polling.is_on and self._has_listeners)
+        )
 
     @property
     def polls(self) -> bool:
@@ -545,8 +560,10 @@ class ObjectStore:
         """
         board = session.board
         start = self._layout.outboxes + board * OUTBOX_BYTES
-        page = self._raw[start : start + OUTBOX_BYTES]
         acknowledged = self._control.acknowledged(board)
+        if not is_written(self._words, start, acknowledged):
+            return 0
+        page = self._raw[start : start + OUTBOX_BYTES]
         count = 0
         # A client that writes on and on is not to keep the others waiting.
         while count < RECORDS and (record := read_record(page, acknowledged)) is not None:

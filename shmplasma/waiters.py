@@ -31,7 +31,7 @@ from typing import Final, Generic, TypeVar
 __all__ = ["FOR_EVER", "MAX_PASSES", "Offer", "RoomQueue", "Waiter"]
 
 MAX_PASSES: Final = 64
-"""As many small objects as a client's outbox holds: little beside a large one, and many for those who pass."""
+"""As many small objects are little beside a large one, and many for those who pass."""
 
 FOR_EVER: Final = -1
 """The timeout of one that waits without an end."""

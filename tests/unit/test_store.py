@@ -1406,7 +1406,7 @@ def test_a_full_outbox_and_one_message(tenant: Tenant) -> None:
     before = tenant.control(ControlWord.ACKNOWLEDGED)
     tenant.peer.tell(Post())
     assert tenant.control(ControlWord.ACKNOWLEDGED) == before + RECORDS
-    tenant.next += 64 * RECORDS
+    tenant.next = tenant.peer.ask(AskLease(100), Leased).offset
     tenant.publish(name(RECORDS))
     assert flags(tenant.talk.client(), *ids, name(RECORDS)) == (RECORDS + 1) * [1]
     tenant.talk.store.check()
