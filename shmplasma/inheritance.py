@@ -43,13 +43,13 @@ from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
+from shmplasma.exchange import Exchange
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
 from shmplasma.link import expect, greet
 from shmplasma.pinning import Lifeline, PinBoard
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import Number
 from shmplasma.requests import Grow, Role
-from shmplasma.transport import Exchange
 
 __all__ = ["register"]
 

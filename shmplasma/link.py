@@ -44,6 +44,7 @@ from shmplasma.arrow_errors import (
 )
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ExternalStoreError, ProtocolError, ShmPlasmaError
+from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.outbox import Outbox
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
@@ -60,7 +61,7 @@ from shmplasma.requests import (
     Role,
     SetOptions,
 )
-from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
+from shmplasma.transport import Channel
 
 __all__ = ["HOLDS_A_REQUEST", "Link", "expect", "greet", "greet_again"]
 

@@ -36,6 +36,7 @@ import pyarrow as pa
 from shmplasma import system
 from shmplasma.attachment import Attachment
 from shmplasma.errors import AttachError, ProtocolError
+from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.inheritance import register
 from shmplasma.layout import (
     CONTROL_BYTES,
@@ -76,7 +77,7 @@ from shmplasma.requests import (
     SetOptions,
 )
 from shmplasma.segment_name import SegmentName
-from shmplasma.transport import RETRY_SECONDS, Channel, Exchange
+from shmplasma.transport import Channel
 
 __all__ = ["Session"]
 

@@ -16,11 +16,11 @@ from typing import Final
 
 from shmplasma.endpoint import note_of
 from shmplasma.errors import EndpointError, ProtocolError
+from shmplasma.exchange import Exchange
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.replies import Done, Failed, decode_reply
 from shmplasma.requests import Hello, Role
 from shmplasma.segment_name import SegmentName
-from shmplasma.transport import Exchange
 
 __all__ = ["replace"]
 

@@ -21,7 +21,6 @@ whichever thread reads the reply (`shmplasma.aio`).
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import select
@@ -42,124 +41,20 @@ from shmplasma.protocol import (
     ONE_WAY,
     SPIN_NS,
     Frame,
-    FrameDecoder,
     encode_frame,
     split_frames,
 )
 from shmplasma.replies import Failed, decode_reply
 from shmplasma.requests import Post
 
-__all__ = ["RETRY_SECONDS", "Channel", "Exchange"]
+__all__ = ["Channel"]
 
 _POST: Final = encode_frame(Post.KIND, ONE_WAY, b"")
 
 _READ_BYTES: Final = 1 << 18
-_SEND_BYTES: Final = 32 << 10
-"""What may wait unread at the store: some 80 small messages instead of 270.  An answer that needs a drain
-waits for all that others have sent."""
-RETRY_SECONDS: Final = 0.1
 _LAST_WORDS_SECONDS: Final = 0.1
 """Who reads a connection that has ended is done with it in far less, unless he waits for who would wait for him."""
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
-
-
-class _Socket(socket.socket):
-    """A socket that closes without a word when it is collected, as a user may drop a client."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class Exchange:
-    """The beginning of a conversation: one request at a time, descriptors may come with the replies.
-
-    Parameters
-    ----------
-    sock : socket.socket
-        Connected; closed by `close`, or handed on by `detach`.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._descriptors: list[int] = []
-
-    @classmethod
-    def connect(cls, path: str, num_retries: int, timeout_seconds: float) -> Exchange:
-        """Connect to a Unix socket, again and again while nobody listens there.
-
-        Parameters
-        ----------
-        path : str
-            The socket's path.
-        num_retries : int
-            How often to try again, 0.1 s apart; the first attempt is not counted.
-        timeout_seconds : float
-            How long to wait for each reply.
-
-        Raises
-        ------
-        OSError
-            Nobody listens, after all attempts.
-        """
-        while True:
-            sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
-            sock.settimeout(timeout_seconds)
-            try:
-                sock.connect(path)
-            except OSError:
-                sock.close()
-                if num_retries <= 0:
-                    raise
-            else:
-                return cls(sock)
-            num_retries -= 1
-            time.sleep(RETRY_SECONDS)
-
-    def call(self, kind: int, body: bytes) -> Frame:
-        """Send a request and return its reply.
-
-        Raises
-        ------
-        OSError
-            The other end closed the connection, or did not answer in time.
-        ProtocolError
-            The other end does not speak the protocol.
-        """
-        with suppress(ConnectionError):  # who has closed the connection may have said why
-            self._sock.sendall(encode_frame(kind, 1, body))
-        decoder = FrameDecoder(MAX_REPLY_BYTES)
-        while True:
-            # Not a byte beyond the reply: what follows may be no frame (see `Role.SUBSCRIBER`).
-            data, descriptors, _, _ = socket.recv_fds(self._sock, decoder.missing_bytes, 1)
-            self._descriptors += descriptors
-            if not data:
-                raise ConnectionResetError("the store closed the connection")
-            for frame in decoder.feed(data):
-                return frame
-
-    def take_descriptor(self) -> int:
-        """Return the descriptor that came with the last reply; the caller owns it.
-
-        Raises
-        ------
-        OSError
-            None came: this process has too many open.
-        """
-        if not self._descriptors:
-            raise OSError(errno.EMFILE, "no descriptor arrived; too many files are open here")
-        return self._descriptors.pop()
-
-    def detach(self) -> socket.socket:
-        """Return the socket, blocking, for a `Channel`."""
-        self._sock.settimeout(None)
-        return self._sock
-
-    def close(self) -> None:
-        """Close the socket and the descriptors that nobody took."""
-        self._sock.close()
-        while self._descriptors:
-            os.close(self._descriptors.pop())
 
 
 class Channel:
