@@ -153,12 +153,12 @@ class Sieve:
         ValueError
             The entry is not queued.
         """
-        if index not in self:
+        node, newers, olders = index + 1, self._newer, self._older
+        if not 0 < node < len(newers) or newers[node] == _NOWHERE:
             raise ValueError(f"entry {index} is not in the queue")
-        node = index + 1
-        older, newer = self._older[node], self._newer[node]
-        self._newer[older], self._older[newer] = newer, older
-        self._newer[node] = self._older[node] = _NOWHERE
+        older, newer = olders[node], newers[node]
+        newers[older], olders[newer] = newer, older
+        newers[node] = olders[node] = _NOWHERE
         if self._hand == node:
             self._hand = newer
         self._length -= 1

@@ -284,8 +284,9 @@ class Boards:
         word = _WORD.pack(entry + 1)
         for board in self._owner:
             start = self._layout.boards + board * BOARD_BYTES
-            content = bytes(self._raw[start : start + BOARD_BYTES])
-            at = content.find(word, FIRST_SLOT * 8)
+            content = bytes(self._raw[start + FIRST_SLOT * 8 : start + BOARD_BYTES])
+            # Most boards are empty; to look for a word in one takes 10 us.
+            at = -1 if content == _EMPTY else content.find(word)
             while at >= 0:
                 if at % 8 == 0:
                     return True

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
@@ -30,6 +31,8 @@ from shmplasma.table import Table
 __all__ = ["Memory", "Room"]
 
 _ROUND_UP: Final = ALIGNMENT - 1
+_EVICTING: Final = int(EntryState.EVICTING)
+_DOOMED: Final = int(EntryState.DOOMED)
 
 
 class External(Protocol):
@@ -219,18 +222,18 @@ class Room:
             self._queue.insert(entry)
             self._cached_bytes += self._table.size(entry) + _ROUND_UP & -ALIGNMENT
 
-    def _forget(self, entry: int) -> None:
+    def _forget(self, entry: int, extent_bytes: int) -> None:
         """Undo `sealed`."""
         if entry in self._kept:
             self._kept.remove(entry)
         else:
             self._queue.remove(entry)
-            self._cached_bytes -= self._extent_bytes(entry)
+            self._cached_bytes -= extent_bytes
 
     def keep(self, entry: int, keep: bool) -> None:
         """Say of a sealed object whether it is never to be evicted; one that may be is taken for new."""
         if keep != (entry in self._kept):
-            self._forget(entry)
+            self._forget(entry, self._extent_bytes(entry))
             self._table.set_keep(entry, keep)
             self.sealed(entry)
 
@@ -285,34 +288,51 @@ class Room:
         states = [table.state(entry) for entry in entries]
         for entry, state in zip(entries, states, strict=True):
             # A doomed one is hidden from readers already, and stays doomed for a successor of this store.
-            if state != EntryState.DOOMED:
-                table.set_state(entry, EntryState.EVICTING)
+            if state != _DOOMED:
+                table.set_state(entry, _EVICTING)
         self._memory.barrier()
         pinned = self._pinned(entries)
         taken: list[int] = []
+        extents: list[tuple[int, int]] = []
+        self.takes += len(entries)
         for entry, state in zip(entries, states, strict=True):
-            self.takes += 1
             if entry in pinned:
                 self.takes_that_met_a_pin += 1
                 table.set_state(entry, state)
                 continue
-            self._forget(entry)
+            offset, data_size, metadata_size = table.location(entry)
+            size = align_up(data_size + metadata_size, ALIGNMENT)
+            self._forget(entry, size)
             self._protected.discard(entry)
             if spill:
                 self._put_out(entry)
             else:
+                if self.spilling is not None:
+                    self.spilling.forget(entry)
                 table.unlink(entry)
-                self.free(entry)
+                table.free(entry)
+            if size:
+                extents.append((offset, size))
             taken.append(entry)
+        self._give_back_all(extents)
         return taken
 
     def _put_out(self, entry: int) -> None:
-        """Free the extent of a taken object that has a copy, and leave its entry."""
+        """Leave the entry of a taken object that has a copy."""
         assert self.spilling is not None
-        offset, data_size, metadata_size = self._table.location(entry)
         self._table.set_state(entry, EntryState.SPILLED)
         self.spilling.went(entry)
-        self.give_back(offset, data_size + metadata_size)
+
+    def _give_back_all(self, extents: list[tuple[int, int]]) -> None:
+        """Free many extents; what was sealed in a row often lies in a row, and goes as one."""
+        extents.sort()
+        start = end = 0
+        for offset, size in extents:
+            if offset != end:
+                self.give_back(start, end - start)
+                start = offset
+            end = offset + size
+        self.give_back(start, end - start)
 
     def evict(self, size_bytes: int, objects: int = 0) -> tuple[int, list[bytes]]:
         """Take objects by the eviction policy until so many bytes, and so many objects, are gone.
@@ -326,56 +346,61 @@ class Room:
         """
         return self._evict(self._table.size, size_bytes, objects)
 
-    def make_room(self, size_bytes: int) -> list[bytes]:
-        """Evict objects whose extents make up so many bytes; return their ids."""
-        return self._evict(self._extent_bytes, size_bytes)[1]
+    def make_room(self, size_bytes: int, at_most: int | None = None) -> list[bytes]:
+        """Evict objects whose extents make up so many bytes, if so many objects do; return their ids."""
+        return self._evict(self._extent_bytes, size_bytes, at_most=at_most)[1]
 
     def _evict(
-        self, measure: Callable[[int], int], size_bytes: int, objects: int = 0
+        self,
+        measure: Callable[[int], int],
+        size_bytes: int,
+        objects: int = 0,
+        at_most: int | None = None,
     ) -> tuple[int, list[bytes]]:
         """Evict until the sum of what `measure` says of each entry, and the count, are reached.
 
         None goes that the others make up for.
         """
         freed, evicted = 0, list[bytes]()
-        batch: list[int] = []
+        batch: dict[int, int] = {}
         batch_bytes = 0
         held = self._boards.pinned() | self._protected | self.busy
         spilling = self.spilling
         candidates = self._queue.sweep() if spilling is None else spilling.victims()
 
-        def spare() -> list[int]:
+        def spare() -> dict[int, int]:
             """Take out of the batch what it does without, what would be last to go first."""
-            spared: set[int] = set()
             excess = freed + batch_bytes - size_bytes
-            for entry in batch[::-1]:
-                if len(evicted) + len(batch) - len(spared) <= objects:
+            spared: dict[int, int] = {}
+            if excess < min(batch.values()):
+                return spared  # as it is with objects of one size
+            for entry, size in reversed(tuple(batch.items())):
+                if len(evicted) + len(batch) <= objects:
                     break
-                if measure(entry) <= excess:
-                    excess -= measure(entry)
-                    spared.add(entry)
-            left = [entry for entry in batch if entry in spared]
-            batch[:] = [entry for entry in batch if entry not in spared]
-            return left
+                if size <= excess:
+                    excess -= size
+                    spared[entry] = batch.pop(entry)
+            return dict(reversed(spared.items()))
 
         def take_batch() -> int:
-            taken = self.take(batch, spill=spilling is not None)
-            evicted.extend([self._table.object_id(entry) for entry in taken])
+            taken = self.take(tuple(batch), spill=spilling is not None)
+            evicted.extend(map(self._table.object_id, taken))
+            gone = sum(batch[entry] for entry in taken)
             batch.clear()
-            return sum(map(measure, taken))
+            return gone
 
-        for entry in candidates:
+        for entry in islice(candidates, at_most):
             if entry in held:
                 continue
-            batch.append(entry)
-            batch_bytes += measure(entry)
+            size = batch[entry] = measure(entry)
+            batch_bytes += size
             if freed + batch_bytes >= size_bytes and len(evicted) + len(batch) >= objects:
                 spared = spare()
                 freed += take_batch()
                 if freed >= size_bytes and len(evicted) >= objects:
                     break
-                batch += spared  # somebody has pinned a victim just then
-                batch_bytes = sum(map(measure, batch))
+                batch |= spared  # somebody has pinned a victim just then
+                batch_bytes = sum(batch.values())
         if batch:
             freed += take_batch()
         return freed, evicted

@@ -35,6 +35,7 @@ from shmplasma.layout import (
     ENTRY_BYTES,
     ENTRY_WORDS,
     GENERATION_SHIFT,
+    ID_BYTES,
     ID_FIELD,
     STATE_MASK,
     EntryState,
@@ -194,7 +195,8 @@ class Table:
 
     def object_id(self, entry: int) -> bytes:
         """Return the 20 bytes of the entry's id."""
-        return self.id_and_codec(entry)[0]
+        start = (self._entries_word + entry * ENTRY_WORDS) * 8 + _ID
+        return bytes(self._raw[start : start + ID_BYTES])
 
     def id_and_codec(self, entry: int) -> tuple[bytes, int]:
         """Return the entry's id and the codec that its creator named."""
