@@ -180,20 +180,21 @@ class Sieve:
         passed, and remembers those that were left in place.
         """
         left_in_place: set[int] = set()
+        newer, visited = self._newer, self._visited
         for _ in range(2):
             all_offered = True
             for _ in range(self._length):
-                node = self._hand or self._newer[0]
+                node = self._hand or newer[0]
                 if not node:
                     return
-                self._hand = self._newer[node]
+                self._hand = newer[node]
                 index = node - 1
-                if self._visited[index]:
-                    self._visited[index] = 0
+                if visited[index]:
+                    visited[index] = 0
                     all_offered = False
                 elif index not in left_in_place:
                     yield index
-                    if index in self:
+                    if newer[node] != _NOWHERE:
                         left_in_place.add(index)
             if all_offered:
                 return

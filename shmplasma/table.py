@@ -345,8 +345,8 @@ class Table:
         """Take the entry out of its chain: its id can be used anew, its memory not yet."""
         words = self._words
         link = self._buckets_word + (crc32(self.object_id(entry)) & self._mask)
-        while words[link] != entry + 1:
-            link = self._entries_word + (words[link] - 1) * ENTRY_WORDS + _NEXT
+        while (head := words[link]) != entry + 1:
+            link = self._entries_word + (head - 1) * ENTRY_WORDS + _NEXT
         words[link] = words[self._entries_word + entry * ENTRY_WORDS + _NEXT]
         self._linked -= 1
 
@@ -354,7 +354,7 @@ class Table:
         """Give an unlinked entry back: state FREE under the next generation."""
         at = self._entries_word + entry * ENTRY_WORDS
         generation = self._words[at] >> GENERATION_SHIFT
-        self._words[at] = (generation + 1) << GENERATION_SHIFT | EntryState.FREE
+        self._words[at] = (generation + 1) << GENERATION_SHIFT | _FREE
         self._free.append(entry)
 
     @property
