@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shmplasma.control import Control
 from shmplasma.errors import CommitError
-from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, Layout
+from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, OUTBOX_BYTES, Layout
 from shmplasma.pins import FIRST_SLOT, Boards, slots_of
 from tests.conversation import RecordedMemory, new_segment
 
@@ -53,9 +53,9 @@ def test_each_board_is_committed_before_it_is_granted() -> None:
         boards.grant(ALICE, 4711, 1),
     ] == [0, 1, 2]
     commits = [
-        (region + board * BOARD_BYTES, BOARD_BYTES)
+        (region + board * size, size)
         for board in range(3)
-        for region in (LAYOUT.boards, LAYOUT.outboxes)
+        for region, size in ((LAYOUT.boards, BOARD_BYTES), (LAYOUT.outboxes, OUTBOX_BYTES))
     ]
     assert pinboard.memory.commits == commits
     boards.revoke(BOB)
