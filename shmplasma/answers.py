@@ -46,6 +46,7 @@ class Answers:
         self._outgoing = outgoing
         self._sessions = sessions
         self._queue = GetQueue()
+        self._hidden: set[bytes] = set()
 
     def get(self, client: int, request_id: int, request: Get) -> bool:
         """Begin a get; answer it if all its objects are there.
@@ -69,6 +70,9 @@ class Answers:
             raise ProtocolError("a get names slots that another one waits with")
         get = PendingGet.begin(client, request_id, request)
         for object_id in list(get.missing):
+            if self._objects.is_hidden(object_id):
+                self._hidden.add(object_id)
+                continue
             entry = self._objects.find_sealed(object_id)
             if entry != NO_ENTRY:
                 self._fill(get, object_id, entry)
@@ -129,10 +133,26 @@ class Answers:
         object_id = self._table.object_id(entry)
         _, data_size, metadata_size = self._table.location(entry)
         self._outgoing.notify(object_id, data_size, metadata_size)
+        self._give(object_id, entry)
+
+    def _give(self, object_id: bytes, entry: int) -> None:
+        """Enter an object into all gets that wait for it."""
         for get in self._queue.waiting_for(object_id):
             self._fill(get, object_id, entry)
             if not get.missing:
                 self.answer_now(get.client, get.request_id)
+
+    def look_again(self) -> None:
+        """Find what was asked for while it was hidden by a move, and is not any more."""
+        for object_id in [each for each in self._hidden if not self._objects.is_hidden(each)]:
+            self._hidden.discard(object_id)
+            entry = self._objects.find_sealed(object_id)
+            if entry != NO_ENTRY:
+                self._give(object_id, entry)
+
+    def awaits_hidden(self, client: int, request_id: int) -> bool:
+        """Tell whether this get lacks an object only because that is hidden by a move."""
+        return any(map(self._objects.is_hidden, self._queue.missing(client, request_id)))
 
     def answer_now(self, client: int, request_id: int) -> None:
         """Answer a get with what it has; one that was answered meanwhile needs nothing."""

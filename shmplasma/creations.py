@@ -1,13 +1,16 @@
 """Creations: objects whose writers are told where they lie once there is room, and memory behind it.  Pure.
 
-A creation that finds no room is refused, or waits for it if it may (`shmplasma.waiters`).  One that has room may still
-wait for memory, which is committed in steps between requests, so that nobody waits for another one's gigabytes.
+A creation that finds no room waits for it (`shmplasma.waiters`): if it may, until others let go of some; else only as long as
+the store makes some by itself, by moving objects or writing them to the external store.  One that has room may still wait
+for memory.  Memory is committed, and objects are moved, in steps between requests, so that nobody waits for another one's
+gigabytes.
 
 While anybody waits for room
 
 * whoever lets go of a pin wakes the store (`shmplasma.lifecycle` has the WAKE word);
 * leases are recalled, and none is granted;
-* the loop calls `Creations.offer` in each turn: any message may have made room, and it costs little to look.
+* the loop calls `Creations.offer` in each turn: any message may have made room, and it costs little to look;
+* while objects are moved it is offered only what is there already: the rest is in use twice, and comes together.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from shmplasma.replies import Created, Failed, Failure
 from shmplasma.requests import Create
 from shmplasma.room import Room
 from shmplasma.table import Table
-from shmplasma.waiters import FOR_EVER, Offer, RoomQueue, Waiter
+from shmplasma.waiters import FOR_EVER, MAX_PASSES, Offer, RoomQueue, Waiter
 
 __all__ = ["Creations", "Creator"]
 
@@ -37,8 +40,8 @@ class Creator(Waiter):
 
     session: Session = field(kw_only=True)
     request: Create = field(kw_only=True)
-    only_spills: bool = field(default=False, kw_only=True)
-    """Whether it waits for room only as long as objects go to the external store to make some."""
+    is_brief: bool = field(default=False, kw_only=True)
+    """Whether it waits for room only as long as the store makes some by itself."""
     failures: int = field(default=0, kw_only=True)
     """How often a write to the external store had failed when it joined."""
 
@@ -105,7 +108,7 @@ class Creations:
         Raises
         ------
         ProtocolError
-            The sizes are impossible, or it waits under a request id that is not its to use.
+            The sizes are impossible, or the request id is not its to use.
         Refused, NoRoom
             It is not granted.
         """
@@ -115,28 +118,29 @@ class Creations:
             raise ProtocolError(f"an object of {request.data_size}+{request.metadata_size} bytes")
         if request.slot in session.lent:
             raise ProtocolError("a create names a slot that another request waits with")
-        if may_wait and (request_id == ONE_WAY or (client, request_id) in queue):
-            raise ProtocolError(f"a create that waits under the request id {request_id}")
-        if self.await_room and not self._objects.exists(request.object_id):
-            if may_wait:
-                self._join(session, request_id, request)
-                return True
-            if not queue.may_be_passed:
-                raise NoRoom(request.data_size + request.metadata_size, may_come=True)
+        if request_id == ONE_WAY or (client, request_id) in queue:
+            raise ProtocolError(f"a create under the request id {request_id}")
+        if (
+            self.await_room
+            and (may_wait or not queue.may_be_passed)
+            and not self._objects.exists(request.object_id)
+        ):
+            self._join(session, request_id, request)
+            return True
         try:
             entry = self._objects.create(client, request, session.limit_bytes, now_ns)
         except NoRoom as no_room:
             if self._objects.spilling is not None:
                 self._objects.spilling.look_again()  # pins may have gone of which nobody was to tell
-            if no_room.may_come and not may_wait and self._spills(request):
-                self._join(session, request_id, request, only_spills=True)
-                return True
-            # Leases are never the reason: they come back first.
-            if not no_room.may_come or not (self._publishing.recall() or may_wait):
+            # Leases are never the reason: they come back first, as what is leased cannot be moved either.
+            if not no_room.may_come:
                 raise
-            if may_wait:
-                self._join(session, request_id, request)
-            return may_wait
+            if not may_wait and self._publishing.recall():
+                return False
+            if not may_wait and not self._makes_room(request, self._failures):
+                raise
+            self._join(session, request_id, request)
+            return True
         queue.note_pass()
         self._grant(client, request_id, entry, now_ns)
         return True
@@ -157,23 +161,27 @@ class Creations:
         spilling = self._objects.spilling
         return 0 if spilling is None else spilling.failures
 
-    def _spills(self, request: Create) -> bool:
-        """Have room made by way of the external store; tell whether some may come."""
+    def _makes_room(self, request: Create, failures: int) -> bool:
+        """Have objects moved, or written to the external store; tell whether some room may come of it.
+
+        Nothing more is written for whom a write has failed since there were so many failures.
+        """
         spilling = self._objects.spilling
         size = request.data_size + request.metadata_size
-        return spilling is not None and spilling.demand(size)
+        if self._room.compact(size):
+            return True
+        return spilling is not None and failures == self._failures and spilling.demand(size)
 
-    def _join(
-        self, session: Session, request_id: int, request: Create, *, only_spills: bool = False
-    ) -> None:
+    def _join(self, session: Session, request_id: int, request: Create) -> None:
+        is_brief = request.timeout_ns == 0
         self._publishing.recall()
         creator = Creator(
             session.client,
             request_id,
-            FOR_EVER if only_spills else request.timeout_ns,
+            FOR_EVER if is_brief else request.timeout_ns,
             session=session,
             request=request,
-            only_spills=only_spills,
+            is_brief=is_brief,
             failures=self._failures,
         )
         self._queue.join(creator)
@@ -197,8 +205,8 @@ class Creations:
         attainable = self._room.attainable_bytes
 
         def wait(creator: Creator) -> Offer:
-            spills = creator.failures == self._failures and self._spills(creator.request)
-            if spills or not creator.only_spills:
+            comes = self._makes_room(creator.request, creator.failures)
+            if comes or not creator.is_brief:
                 return Offer.NOT_ENOUGH
             self._refuse(creator, now_ns)
             return Offer.REFUSED
@@ -207,8 +215,11 @@ class Creations:
             nonlocal attainable
             request = creator.request
             size = request.data_size + request.metadata_size
-            if size > attainable and not self._objects.exists(request.object_id):
-                return wait(creator)
+            if not self._objects.exists(request.object_id):
+                if size > attainable:
+                    return wait(creator)
+                if self._room.mover.is_busy and size > self._room.largest_bytes:
+                    return Offer.NOT_ENOUGH
             limit = creator.session.limit_bytes
             try:
                 entry = self._objects.create(creator.client, request, limit, now_ns)
@@ -228,16 +239,34 @@ class Creations:
             return Offer.REFUSED
 
         self._queue.offer(serve)
-        for creator in self._queue.expire(steady_ns):
+        for creator in (*self._held_up(), *self._queue.expire(steady_ns)):
             self._refuse(creator, now_ns)
+        self._note_who_left()
+
+    def _held_up(self) -> list[Creator]:
+        """Take out those who wait briefly behind one whose wait has no such end, and that may not be passed any more."""
+        held_up: list[Creator] = []
+        is_held_up = False
+        for creator in self._queue:
+            if creator.is_brief and is_held_up:
+                held_up.append(creator)
+            is_held_up |= creator.passed >= MAX_PASSES and not creator.is_brief
+        for creator in held_up:
+            self._queue.remove(creator.client, creator.request_id)
+        return held_up
+
+    def _note_who_left(self) -> None:
+        """Take note that the queue may be empty now: then nothing is moved for anybody in it."""
         self._objects.await_room(wanted=self.await_room)
+        if not self.await_room:
+            self._room.mover.cancel()
 
     def answer_now(self, client: int, request_id: int, now_ns: int) -> None:
         """Refuse a creation that waits for room, as it is not to wait any more."""
         creator = self._queue.remove(client, request_id)
         if creator is not None:
             self._refuse(creator, now_ns)
-            self._objects.await_room(wanted=self.await_room)
+            self._note_who_left()
 
     def _refuse(self, creator: Creator, now_ns: int) -> None:
         self._left(creator)
@@ -245,11 +274,13 @@ class Creations:
         failed = self._refusals.answer(NoRoom(size), now_ns)
         self._outgoing.reply(creator.client, creator.request_id, failed)
 
-    def withdraw(self, client: int) -> None:
-        """Take out of the queue whatever a client waits for room with."""
-        for creator in self._queue.forget(client):
+    def withdraw(self, client: int) -> list[Creator]:
+        """Take out of the queue whatever a client waits for room with, and return it."""
+        withdrawn = self._queue.forget(client)
+        for creator in withdrawn:
             self._left(creator)
-        self._objects.await_room(wanted=self.await_room)
+            self._note_who_left()
+        return withdrawn
 
     # -- waiting for memory --------------------------------------------------------------------
 
@@ -264,7 +295,9 @@ class Creations:
 
     def forget(self, client: int) -> None:
         """End all that a client waits for, because it leaves."""
-        self.withdraw(client)
+        for waiting in self.withdraw(client):
+            failed = Failed(Failure.NOT_FOUND, "its client has left before there was room")
+            self._outgoing.reply(client, waiting.request_id, failed)
         for entry, (creator, _, _) in list(self._waiting.items()):
             if creator == client:
                 self.take_back(client, entry)

@@ -55,7 +55,7 @@ from shmplasma.requests import (
     Trim,
 )
 from shmplasma.room import Room
-from shmplasma.table import Table
+from shmplasma.table import NO_ENTRY, Table
 from shmplasma.trims import Trims
 
 __all__ = ["Dispatch", "Unsettled"]
@@ -206,7 +206,9 @@ class Dispatch:
             case _:
                 assert_never(request)
 
-    def settle(self, session: Session, request_id: int, request: Request, now_ns: int) -> None:
+    def settle(  # noqa: PLR0912 - as above
+        self, session: Session, request_id: int, request: Request, now_ns: int
+    ) -> None:
         """Answer a request that was left unsettled, now that all outboxes are read.
 
         Raises
@@ -216,6 +218,8 @@ class Dispatch:
         """
         client = session.client
         match request:
+            case _ if self._is_early(client, request_id, request):
+                self.unsettled.append((client, request_id, request, now_ns))
             case Create():
                 if not self._creations.create(session, request_id, request, now_ns):
                     self.unsettled.append((client, request_id, request, now_ns))
@@ -252,6 +256,22 @@ class Dispatch:
         if spilling is None or spilling.clean_bytes >= size_bytes:
             return False
         return spilling.demand(self._room.free_bytes + size_bytes)
+
+    def _is_early(self, client: int, request_id: int, request: Request) -> bool:
+        """Tell whether a request has to wait until an object that is hidden by a move can be read again."""
+        if self._room.mover.hidden == NO_ENTRY:
+            return False
+        match request:
+            case Get():
+                return self._answers.awaits_hidden(client, request_id)
+            case AnswerNow():
+                return self._answers.awaits_hidden(client, request.request_id)
+            case Evict():
+                return True
+            case Delete() | Keep():
+                return any(map(self._objects.is_hidden, request.object_ids))
+            case _:
+                return False
 
     def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""

@@ -9,7 +9,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from shmplasma.replies import ABSENT, Found
@@ -88,6 +88,11 @@ class GetQueue:
     def waiting_for(self, object_id: bytes) -> list[PendingGet]:
         """Take the gets which wait for an object that is there now; the caller fills them in."""
         return self._waiting.pop(object_id, [])
+
+    def missing(self, client: int, request_id: int) -> Iterable[bytes]:
+        """Return the ids that a get still lacks; none if it does not wait."""
+        get = self._of_client.get(client, {}).get(request_id)
+        return () if get is None else get.missing
 
     def remove(self, client: int, request_id: int) -> PendingGet | None:
         """Take a get out of the queue; None when it is not there (any more)."""

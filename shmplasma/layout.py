@@ -52,6 +52,8 @@ __all__ = [
     "LAYOUT_VERSION",
     "OUTBOX_BYTES",
     "REFERENCED",
+    "STAGE_BYTES",
+    "STAGE_START",
     "STATE_MASK",
     "TOKEN_BYTES",
     "ControlWord",
@@ -64,7 +66,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 4
+LAYOUT_VERSION: Final = 5
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -91,6 +93,9 @@ CONTROL_BYTES: Final = 64
 
 REFERENCED: Final = 1 << 31
 """The bit of an object's codec by which the object belongs to references (see `shmplasma.references`)."""
+STAGE_START: Final = 2048
+"""Where the header has room for a piece of an object that is being moved by less than its length."""
+STAGE_BYTES: Final = HEADER_BYTES - STAGE_START
 
 GENERATION_SHIFT: Final = 8
 STATE_MASK: Final = (1 << GENERATION_SHIFT) - 1
@@ -123,6 +128,14 @@ class HeaderWord(IntEnum):
     """Not zero while the store reads the outboxes unasked (see `shmplasma.outbox`)."""
     TRIMS = 37
     """How often memory was given back; a client that finds another number maps its pages anew."""
+    MOVE_ENTRY = 40
+    """Entry + 1 of the object that is being moved, or 0; this and the next words are the journal of `shmplasma.moves`."""
+    MOVE_SOURCE = 41
+    MOVE_TARGET = 42
+    MOVE_DONE = 43
+    """How far it has got, with a checksum of its own."""
+    MOVE_CHECK = 44
+    """Checksum of words 40 to 42."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
 
@@ -136,6 +149,8 @@ class EntryState(IntEnum):
     EVICTING = 3
     DOOMED = 4
     """Sealed, and deleted while it was pinned: to be had from the store only, and gone at the last release."""
+    MOVING = 5
+    """Sealed, and on its way to another extent: to be had from the store only, when it has arrived."""
     SPILLED = 6
     """Sealed, and in the external store alone: to be had from the store, which brings it back first."""
 
@@ -162,6 +177,8 @@ class EntryWord(IntEnum):
     """Slot + 1 that its creator lent, which says whose it is while it is CREATED."""
     KEEP = 12
     """0 for an object that may be evicted; for one that may not, all ones, so that no flipped bit drops it."""
+    ORIGIN = 13
+    """Where the object lay at first, once it lies elsewhere; else 0.  By this a repeated `Publish` is known."""
     COPY = 14
     """Where in the external store a copy is: container << 32 | place / 64; 0 for none (see `shmplasma.spilling`)."""
     COPY_CHECK = 15

@@ -73,8 +73,8 @@ class Ledger:
                 references.bequeath(client, ticket, now_ns)
 
     def delete_nobodys(self) -> None:
-        """Delete what nobody owns; all outboxes have been read just now."""
-        if self.references.has_suspects:
+        """Delete what nobody owns, but while a move hides an object; all outboxes have been read just now."""
+        if self.references.has_suspects and self._room.mover.hidden == NO_ENTRY:
             self._objects.delete(self.references.judge())
 
     def recover(self, entries: Iterable[int]) -> None:

@@ -112,6 +112,7 @@ class Lifecycle:
         self._table = table
         self._boards = boards
         self._room = room
+        room.fixed = self._fixed
         self._memory = memory
         self._gone = gone
         self._leases = leases
@@ -133,6 +134,9 @@ class Lifecycle:
         if entry == NO_ENTRY:
             return NO_ENTRY
         state = self._table.state(entry)
+        if state == EntryState.MOVING:
+            self._room.mover.reveal(entry)
+            return entry
         if state == EntryState.DOOMED:
             self.wake()  # what comes by message may be faster than the wake-up
             return entry if self._table.find(object_id) == entry else NO_ENTRY
@@ -145,10 +149,15 @@ class Lifecycle:
         return entry if spilled else NO_ENTRY
 
     def contains(self, object_id: bytes) -> bool:
-        """Tell whether there is a sealed object of this id, in memory or in the external store."""
-        if self.find_sealed(object_id) != NO_ENTRY:
+        """Tell whether there is a sealed object of this id: readable, hidden by a move, or in the external store."""
+        if self.is_hidden(object_id) or self.find_sealed(object_id) != NO_ENTRY:
             return True
         return self.find_spilled(object_id) != NO_ENTRY
+
+    def is_hidden(self, object_id: bytes) -> bool:
+        """Tell whether this object is hidden by a move: `find_sealed` would have to wait for it."""
+        hidden = self._room.mover.hidden
+        return hidden != NO_ENTRY and self._table.object_id(hidden) == object_id
 
     def creator(self, entry: int) -> int | None:
         """Return the client that is still writing the object."""
@@ -277,6 +286,19 @@ class Lifecycle:
             return entry
         self._room.give_back(offset, size)
         raise NoRoom(size, text, may_come=may_come)
+
+    def _fixed(self) -> list[tuple[int, int]]:
+        """Return offset and size of all that cannot be moved now."""
+        entries = self._boards.pinned() | self._room.busy | self._creators.keys()
+        entries |= self._doomed | self._limbo
+        table = self._table
+        extents = [
+            (table.location(entry)[0], table.size(entry))
+            for entry in entries
+            if table.holds(entry) and table.state(entry) != EntryState.SPILLED
+        ]
+        returning = () if self.spilling is None else self.spilling.extents()
+        return [*extents, *self._leases.extents(), *returning]
 
     # -- seal, abort ---------------------------------------------------------------------------
 
@@ -467,7 +489,9 @@ class Lifecycle:
             Memory that was there before cannot be had any more.
         """
         memory = self._memory
-        found = examine(self._layout, self._table, self._boards, memory.barrier)
+        found = examine(
+            self._layout, self._table, self._boards, memory.barrier, self._room.finish_move
+        )
         self._room.recover(found.cached, found.cached_bytes, found.kept, found.used)
         for client, (cursor, end) in found.leases.items():
             self._leases.restore(client, client, cursor, end)

@@ -21,6 +21,9 @@ __all__ = ["Publishing"]
 
 _SEALED: Final = int(EntryState.SEALED)
 
+_SCATTERED_BYTES: Final = 16 * MIN_LEASE_BYTES
+"""Free room in small pieces from which on nothing is evicted for a lease."""
+
 
 class Publishing:
     """All leases, and what becomes of the objects in them.
@@ -45,7 +48,8 @@ class Publishing:
     def lease(self, client: int, board: int, needed_bytes: int) -> Leased:
         """Give back what is left of a client's lease and grant it a new one, of size 0 if none is to be had.
 
-        In a full store a lease is as small as can be, and evicts what lies in its way.
+        In a full store a lease is as small as can be, and evicts what lies in its way.  Where much is free, in pieces that
+        are too small for it, nothing is evicted, as there is room for objects that are created one by one.
         """
         self._room.give_back(*self._leases.end(client))
         size = self._leases.size_for(client, needed_bytes)
@@ -61,7 +65,11 @@ class Publishing:
             while offset is None and size // 2 >= smallest:
                 size = size // 2 & -ALIGNMENT
                 offset = self._room.lease(size)
-            if offset is None and smallest == MIN_LEASE_BYTES > self._room.largest_bytes:
+            if (
+                offset is None
+                and smallest == MIN_LEASE_BYTES > self._room.largest_bytes
+                and self._room.free_bytes < _SCATTERED_BYTES
+            ):
                 size = smallest
                 self._objects.note_evicted(self._room.make_room(size))
                 offset = self._room.lease(size)
@@ -113,7 +121,7 @@ class Publishing:
         if not self._leases.was_published(client, message.offset):
             return False
         entry = self._table.find(message.object_id)
-        if entry != NO_ENTRY and self._table.location(entry)[0] != message.offset:
+        if entry != NO_ENTRY and self._table.origin(entry) != message.offset:
             raise existing(message.object_id)
         return True
 

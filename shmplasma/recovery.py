@@ -15,6 +15,7 @@ SEALED              complete    an object: stays
 DOOMED              complete    deleted while it was pinned, perhaps being taken: stays so until its last release
 EVICTING            complete    it was being taken, and no byte of it was given to anybody else: stays
 CREATED or FREE     complete    it was being sealed, or published: stays; whoever asked for it was not answered
+MOVING              complete    it was to be moved, or the journal says how to carry on (`shmplasma.moves`): stays
 CREATED             begun       unsealed: stays if it has a creator, which may complete it; else it goes
 EVICTING            begun       aborted: goes; where its creator still holds the buffer, at the release
 SPILLED             any         in the external store alone: stays, if it says where (`shmplasma.spilling`)
@@ -104,6 +105,7 @@ def examine(
     table: Table,
     boards: Boards,
     barrier: Callable[[], None],
+    finish_move: Callable[[], None],
 ) -> Findings:
     """Take over table and boards, and say what is in them.
 
@@ -115,6 +117,8 @@ def examine(
         Fresh ones, over the dead store's segment.
     barrier : callable
         Makes every client's CPU pass a full memory barrier.
+    finish_move : callable
+        Carries on with a move that was under way.
 
     Returns
     -------
@@ -131,6 +135,7 @@ def examine(
     O(n log n) in the number of entries that were ever used.
     """
     end = table.take_over()
+    finish_move()
     findings = Findings(boards.recover())
     limits = layout.data, layout.data + layout.data_bytes
     spilled: list[Remains] = []

@@ -97,6 +97,14 @@ class Refusals:
                 f"an object of {figures['requested_bytes']} bytes is larger than the store, which has "
                 f"{self._capacity}; start it with a larger -m"
             )
+        if self._room.is_fragmented(figures["requested_bytes"]):
+            return (
+                "the store is full: {requested_bytes} bytes were asked for; {free_bytes} are free, but the "
+                "largest extent has {largest_bytes}, and what lies between the extents cannot be moved or "
+                "evicted: {pinned_bytes} bytes are pinned by clients, {unsealed_bytes} are not sealed yet, "
+                "{leased_bytes} are leased; wait with timeout_ms, release buffers, seal what is being "
+                "written, or start the store with a larger -m"
+            ).format(**figures)
         waiting = f", {len(self._waiting)} requests wait for room" if self._waiting else ""
         if self._room.protected:
             n_bytes = self._objects.bytes_of(self._room.protected)

@@ -63,7 +63,7 @@ def notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
 def sealed_notifications(table: Table) -> Iterator[bytes]:
     """Yield a notification for each object that is sealed."""
     for entry in table.entries(0, table.end):
-        if table.state(entry) in (EntryState.SEALED, EntryState.DOOMED):
+        if table.state(entry) in (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING):
             _, data_size, metadata_size = table.location(entry)
             yield notification(table.object_id(entry), data_size, metadata_size)
 
@@ -85,6 +85,7 @@ def describe(
             f"capacity bytes: {layout.capacity}",
             f"free bytes: {room.free_bytes}",
             f"largest free extent: {room.largest_bytes}",
+            f"largest free extent of all free bytes: {room.largest_bytes / (room.free_bytes or 1):.0%}",
             f"committed bytes: {room.commitment.committed_bytes}",
             f"trims: {room.commitment.trims}",
             f"pinned bytes: {objects.bytes_of(held)}",
@@ -102,6 +103,10 @@ def describe(
             *_spilling(objects),
             f"takes: {room.takes}",
             f"takes that met a pin: {room.takes_that_met_a_pin}",
+            f"compactions: {room.mover.compactions}",
+            f"moves: {room.mover.moves}",
+            f"moved bytes: {room.mover.moved_bytes}",
+            f"moves that met a pin: {room.mover.pins_met}",
             f"clients: {', '.join(clients)}",
         )
     )

@@ -1,7 +1,7 @@
 """Room: which bytes of the data region an object gets, and who must leave for it.
 
-This module joins the allocator, what is committed of the region, the eviction queue and the
-take protocol of `shmplasma.pins`.  It knows nothing of clients and messages.
+This module joins the allocator, what is committed of the region, the eviction queue, the take protocol of
+`shmplasma.pins` and the mover.  It knows nothing of clients and messages.
 
 Invariants
 ----------
@@ -10,7 +10,14 @@ Invariants
 * Each sealed object is either in the eviction queue or kept, as its KEEP word says.
 * An extent is handed out only when it is ready (`shmplasma.commitment`), so that no client ever writes to a
   page which the file system cannot give (that would be a SIGBUS).
-* An object is freed only when no board pins it.
+* An object is freed, or moved, only when no board pins it.
+
+Free room in pieces
+-------------------
+Where bytes are missing, so many are evicted, in the order of the eviction policy.  Where there are enough, but in pieces,
+objects are moved (`compact`).  A store that is full to the last byte would have to bring all of its pieces together for a
+large object, and move nearly everything; so the mover may evict what has no other place, rather than slide, until
+so much more is free than was asked for as `_SPARE` says.  Beyond that nothing is evicted but what obstructs all ways.
 """
 
 from __future__ import annotations
@@ -25,6 +32,8 @@ from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
 from shmplasma.errors import CommitError
 from shmplasma.eviction import Sieve
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
+from shmplasma.mover import Mover
+from shmplasma.moves import Moves
 from shmplasma.pins import Boards
 from shmplasma.table import Table
 
@@ -33,6 +42,11 @@ __all__ = ["Memory", "Room"]
 _ROUND_UP: Final = ALIGNMENT - 1
 _EVICTING: Final = int(EntryState.EVICTING)
 _DOOMED: Final = int(EntryState.DOOMED)
+_SPARE: Final = 32
+"""As much of the capacity.  In a store that is always full (`benchmarks.fragmentation`) each GiB that is put has 0.3
+GiB moved for it then, instead of 2.2, and no more is evicted, as the next one finds room."""
+
+_IS_SEALED: Final = (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING)
 
 
 class External(Protocol):
@@ -89,6 +103,8 @@ class Room:
         The visited region: a byte an entry.
     memory : Memory
         Commits pages and issues barriers.
+    moves : Moves
+        Moves objects.
     floor_bytes : int, optional
         How much free room stays committed.
 
@@ -96,6 +112,12 @@ class Room:
     ----------
     commitment : Commitment
         Which parts of the region are committed.
+    mover : Mover
+        Compacts the region.
+    finish_move : callable
+        Carries on with the move of a store that has died; to be called once the table is taken over.
+    fixed : callable
+        ``fixed()`` gives offset and size of all that cannot be moved, overlaps and all.
     """
 
     def __init__(
@@ -106,6 +128,7 @@ class Room:
         boards: Boards,
         visited: memoryview,
         memory: Memory,
+        moves: Moves,
         floor_bytes: int = FLOOR_BYTES,
     ) -> None:
         self._layout = layout
@@ -126,6 +149,11 @@ class Room:
         self.takes = 0
         self.takes_that_met_a_pin = 0
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
+        self.finish_move = moves.finish
+        self.mover = Mover(layout, table, self._allocator, moves, self, memory.barrier)
+        self.fixed: Callable[[], list[tuple[int, int]]] = list
+        self._wanted = 0
+        self._in_vain: tuple[object, int] | None = None
 
     @property
     def free_bytes(self) -> int:
@@ -139,8 +167,8 @@ class Room:
 
     @property
     def attainable_bytes(self) -> int:
-        """Bytes that are free, or would be if all that may go were evicted; O(boards)."""
-        return self.free_bytes + self._evictable_bytes()
+        """Bytes that are free, or will be when the mover is done, or would be if all that may go were evicted; O(boards)."""
+        return self.free_bytes + self.mover.held_bytes + self._evictable_bytes()
 
     # -- extents -------------------------------------------------------------------------------
 
@@ -171,12 +199,13 @@ class Room:
         return offset
 
     def allocate(self, size_bytes: int) -> tuple[int | None, list[bytes]]:
-        """Find an extent, evicting what is needed for it.
+        """Find an extent, evicting as much as it lacks, and no more because what is free lies in pieces.
 
         Returns
         -------
         offset : int or None
-            Start of the extent, or None when even evicting all that may go would not make room.
+            Start of the extent, or None: there are too few bytes even if all goes that may, or they lie in pieces
+            (`is_fragmented`).
         evicted : list of bytes
             Ids of the objects that had to go.
 
@@ -190,27 +219,68 @@ class Room:
             return self._start, evicted
         offset = self._allocator.allocate(size_bytes)
         if offset is None:
-            wanted = align_up(size_bytes, ALIGNMENT)
-            if self.attainable_bytes < wanted:
-                return None, evicted
-            step = max(1, wanted - self.free_bytes)
-            while offset is None:
-                victims = self.make_room(step)
-                evicted += victims
+            missing = align_up(size_bytes, ALIGNMENT) - self.free_bytes
+            if missing > 0:
+                if self._evictable_bytes() < missing:
+                    return None, evicted
+                evicted = self.make_room(missing)
                 offset = self._allocator.allocate(size_bytes)
-                if not victims:
-                    break
-                # There are enough bytes now, but not in one piece.
-                step = max(1, wanted // 16)
         if offset is not None:
             self.commitment.hand_out(offset, size_bytes)
         return offset, evicted
 
+    def is_fragmented(self, size_bytes: int) -> bool:
+        """Tell whether there are so many free bytes, and no extent of them."""
+        wanted = align_up(size_bytes, ALIGNMENT)
+        return self.largest_bytes < wanted <= self.free_bytes
+
+    def compact(self, size_bytes: int) -> bool:
+        """Have objects moved for an extent; tell whether that is under way, for whomever.
+
+        It is not begun anew as long as all that was in the way is.
+        """
+        if self.mover.is_busy:
+            return True
+        if not self.is_fragmented(size_bytes):
+            return False
+        situation, least = self._in_vain or (None, 0)
+        if size_bytes >= least and situation == self._situation():
+            return False
+        self._wanted = size_bytes
+        spare_bytes = size_bytes + (self._end - self._start) // _SPARE - self.free_bytes
+        self.mover.begin(size_bytes, self.fixed, max(0, spare_bytes))
+        return True
+
+    def advance(self) -> list[bytes]:
+        """Move some objects; return the ids of those that had to be evicted."""
+        done = self.mover.advance()
+        if done is not None:
+            self._in_vain = None if done else (self._situation(), self._wanted)
+        return self.mover.take_evicted()
+
+    def _situation(self) -> object:
+        """Return all that tells whether another compaction can do what the last one could not."""
+        clean_bytes = 0 if self.spilling is None else self.spilling.clean_bytes
+        return self.free_bytes, self._cached_bytes, clean_bytes, sorted(self.fixed())
+
+    def prepare(self, offset: int, size_bytes: int) -> bool:
+        """Commit one step of an extent that an object is to be moved to; tell whether all of it is ready.
+
+        Raises
+        ------
+        CommitError
+            The file system cannot give the pages.
+        """
+        self.commitment.hand_out(offset, size_bytes)
+        return self.commitment.step(offset, size_bytes)
+
     def give_back(self, offset: int, size_bytes: int) -> None:
         """Free an extent that no entry owns."""
-        if size_bytes:
-            self._allocator.free(offset, size_bytes)
-            self.commitment.freed()
+        if not size_bytes:
+            return
+        for start, size in self.mover.claim(offset, size_bytes):
+            self._allocator.free(start, size)
+        self.commitment.freed()
 
     def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
@@ -291,7 +361,7 @@ class Room:
             if state != _DOOMED:
                 table.set_state(entry, _EVICTING)
         self._memory.barrier()
-        pinned = self._pinned(entries)
+        pinned = self.pinned(entries)
         taken: list[int] = []
         extents: list[tuple[int, int]] = []
         self.takes += len(entries)
@@ -364,7 +434,7 @@ class Room:
         freed, evicted = 0, list[bytes]()
         batch: dict[int, int] = {}
         batch_bytes = 0
-        held = self._boards.pinned() | self._protected | self.busy
+        held = self._boards.pinned() | self._protected | self.busy | {self.mover.hidden}
         spilling = self.spilling
         candidates = self._queue.sweep() if spilling is None else spilling.victims()
 
@@ -405,13 +475,24 @@ class Room:
             freed += take_batch()
         return freed, evicted
 
+    def displace(self, entries: Sequence[int]) -> list[bytes]:
+        """Evict these objects if all of them may go; return the ids of those that went."""
+        spilling = self.spilling
+        for entry in entries:
+            may_go = entry in self._queue if spilling is None else spilling.is_clean(entry)
+            if not may_go or entry in self._protected:
+                return []
+        taken = self.take(entries, spill=spilling is not None)
+        return [self._table.object_id(entry) for entry in taken]
+
     def _extent_bytes(self, entry: int) -> int:
         return (self._table.size(entry) + ALIGNMENT - 1) & -ALIGNMENT  # a call less
 
-    def _pinned(self, entries: Sequence[int]) -> Iterable[int]:
+    def pinned(self, entries: Sequence[int]) -> AbstractSet[int]:
+        """Return those of these entries, and maybe others, that somebody pins or the store itself reads."""
         if len(entries) == 1:
             held = entries[0] in self.busy or self._boards.is_pinned(entries[0])
-            return entries if held else ()
+            return set(entries) if held else set()
         return self._boards.pinned() | self.busy
 
     def _evictable_bytes(self) -> int:
@@ -471,14 +552,15 @@ class Room:
     def check(self, leased: Iterable[tuple[int, int]]) -> None:
         """Prove that extents, those of leases included, tile the region, and that the queue is right."""
         table = self._table
-        used = [*leased, *(self.spilling.extents() if self.spilling is not None else ())]
+        used = [*leased, *self.mover.extents()]
+        used += self.spilling.extents() if self.spilling is not None else ()
         cached = queued = n_kept = 0
         for entry in table.entries(0, table.end):
             offset, data_size, metadata_size = table.location(entry)
             size = data_size + metadata_size
             if size and table.state(entry) != EntryState.SPILLED:
                 used.append((offset, align_up(size, ALIGNMENT)))
-            is_sealed = table.state(entry) in (EntryState.SEALED, EntryState.DOOMED)
+            is_sealed = table.state(entry) in _IS_SEALED
             is_cached = is_sealed and not table.is_kept(entry)
             assert is_cached == (entry in self._queue), f"entry {entry} and the queue disagree"
             assert (is_sealed and not is_cached) == (entry in self._kept), (

@@ -264,12 +264,12 @@ class Server:
             self._settle()
         if store.is_to_stop_polling:
             self._carry_out(store.stop_polling(time.time_ns()))
+        if idle or store.has_urgent_work:
+            self._advance(idle=idle)
         if store.has_waiters:
             self._carry_out(store.offer_room(time.monotonic_ns(), time.time_ns()))
         if self._awaited:
             self._drop_the_slow()
-        if idle or store.has_urgent_work:
-            self._advance(idle=idle)
         if self._spiller is not None:
             self._spill(self._spiller)
 

@@ -19,7 +19,7 @@ What a death leaves
 -------------------
 Where the copy is stands in the entry (`Table.set_copy`), under a checksum of its own.  It is written after the
 container, so that what it names is whole.  A take for want of room that is cut short leaves EVICTING: the object is
-still where it was (`shmplasma.recovery`).  `Table.bring_back` writes words that a SPILLED entry has no use for, and
+still where it was (`shmplasma.recovery`).  `Table.relocate` writes words that a SPILLED entry has no use for, and
 the state last.  A container that no entry names is nobody's: it is deleted by the next store.
 
 Invariants
@@ -245,8 +245,9 @@ class Spilling:
             ahead = min(above, _AHEAD_BYTES)
         wanted = ahead
         if self._demand > self.room.largest_bytes:
-            # Where there are bytes enough, but not in one piece, more have to go, step by step.
-            wanted = max(ahead, self._demand - self.room.free_bytes, self._demand // 4)
+            # Where there are bytes enough, and moving does not make them one piece, more have to go, step by step.
+            step = 0 if self.room.mover.is_busy else self._demand // 4
+            wanted = max(ahead, self._demand - self.room.free_bytes, step)
         if wanted > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
             # What is pinned makes no room, clean or not.
             clean_bytes = self.room.attainable_bytes - self.room.free_bytes
@@ -338,7 +339,8 @@ class Spilling:
 
     def stuck(self) -> int | None:
         """Return the first object that finds no room, if none is being made; those behind it were not tried yet."""
-        if (self._writes or self._reads) and not self._has_failed:
+        is_made = self._writes or self._reads or self.room.mover.is_busy
+        if is_made and not self._has_failed:
             return None
         self._has_failed = False
         return next((each.entry for each in self._returns.values() if each.offset is None), None)
@@ -355,7 +357,7 @@ class Spilling:
                 offset, _ = self.room.allocate(self.table.size(each.entry))
                 if offset is None:
                     wanted = align_up(self.table.size(each.entry), ALIGNMENT)
-                    if not self._has_failed:
+                    if not self.room.compact(wanted) and not self._has_failed:
                         self._demand = max(self._demand, wanted)
                     break  # in their order
                 each.offset = offset
@@ -416,7 +418,7 @@ class Spilling:
         if failure or is_gone:
             self.room.give_back(job.part.offset, size)
             return False
-        self.table.bring_back(entry, job.part.offset)
+        self.table.relocate(entry, job.part.offset)
         self.room.sealed(entry)
         extent = align_up(size, ALIGNMENT)
         self._clean[entry] = extent
@@ -473,7 +475,7 @@ class Spilling:
             state = table.state(entry)
             if number and state != EntryState.CREATED:
                 named[number] += 1
-            if state in (EntryState.SEALED, EntryState.DOOMED):
+            if state in (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING):
                 assert bool(number) == (entry in self._clean), f"entry {entry} is clean or not"
             else:
                 assert entry not in self._clean, f"entry {entry} is clean, and no object"

@@ -37,6 +37,7 @@ from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.leases import Leases
 from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
+from shmplasma.moves import Moves
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
@@ -114,7 +115,10 @@ class ObjectStore:
         self._control = Control(layout, words)
         self._boards = Boards(layout, words, raw, self._control, memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
-        self._room = Room(layout, words, self._table, self._boards, visited, memory, floor_bytes)
+        self._moves = Moves(words, raw, self._table)
+        self._room = Room(
+            layout, words, self._table, self._boards, visited, memory, self._moves, floor_bytes
+        )
         leases = Leases(layout, words, self._control)
         self._objects = Lifecycle(
             layout,
@@ -599,16 +603,20 @@ class ObjectStore:
 
     @property
     def has_urgent_work(self) -> bool:
-        """Whether a creator waits for memory to be committed, or a client for it to be given back."""
+        """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved."""
         spilling = self._objects.spilling
         return (
             self._creations.await_memory
+            or self._room.mover.is_busy
             or bool(self._trims)
             or (spilling is not None and spilling.awaits_commit)
         )
 
     def advance(self) -> Sequence[Effect]:
-        """Do one step of the urgent work; answer who has waited for it."""
+        """Do one step of the urgent work; answer who has waited for it.
+
+        Room that this makes is whose who waits for it, if `offer_room` is called before another request is handled.
+        """
         spilling = self._objects.spilling
         if self._creations.await_memory:
             self._creations.advance()
@@ -619,6 +627,9 @@ class ObjectStore:
                     NoRoom(self._table.size(entry), failure), self._now_ns
                 )
                 self._answers.fail(self._table.object_id(entry), failed)
+        elif self._room.mover.is_busy:
+            self._objects.note_evicted(self._room.advance())
+            self._answers.look_again()
         else:
             self._trims.advance()
         return self._outgoing.take()

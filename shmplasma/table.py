@@ -3,8 +3,9 @@
 The store is its only writer.  Clients read it while it changes, so the order of the writes is part of the
 contract:
 
-* The fields of an entry change only while its state is FREE or CREATED, with one exception: NEXT, which
-  changes when the successor in the chain goes.
+* The fields of an entry change only while its state is FREE or CREATED, with two exceptions: NEXT, which
+  changes when the successor in the chain goes, and OFFSET, which changes while the state is MOVING or SPILLED and
+  nobody pins the object; after that it is SEALED under the next generation (`shmplasma.moves`).
 * An entry is linked into its chain when its fields are complete, and its state is set after that.
 * An entry that leaves is unlinked first and freed afterwards; its own NEXT stays, so that a reader who
   stands on it still finds the rest of the chain.  A reader may be led astray by a reuse in this moment and
@@ -62,20 +63,22 @@ _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
 _CHECK: Final = int(EntryWord.CHECK)
 _OWNER: Final = int(EntryWord.OWNER)
 _KEEP: Final = int(EntryWord.KEEP)
+_ORIGIN: Final = int(EntryWord.ORIGIN)
 _COPY: Final = int(EntryWord.COPY)
 _COPY_CHECK: Final = int(EntryWord.COPY_CHECK)
 
 _FREE: Final = int(EntryState.FREE)
 _CREATED: Final = int(EntryState.CREATED)
 _SEALED: Final = int(EntryState.SEALED)
+_SPILLED: Final = int(EntryState.SPILLED)
 
 _OBJECT: Final = Struct("@20sIQQQ")
 """Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
 _OBJECT_BYTES: Final = _OBJECT.size
 _RECORD: Final = Struct("@48sQQQQQQ24x")
-"""All of an entry but its state: these, words 7 to 12, and no copy in an external store."""
+"""All of an entry but its state: these, words 7 to 12, no other origin, and no copy in an external store."""
 _COPIED: Final = Struct("@24sQQQ")
-"""Words 1 to 3, 5, 6 and 14: what does not change when an object is brought back."""
+"""Words 1 to 3, 5, 6 and 14: what does not change when an object is moved or brought back."""
 _SCAN: Final = Struct("@Q48sQQQQQQ8xQQ")
 _PRESENT: Final = 1 << 32
 """Keeps the checksum of whatever from being 0, which an entry has that was never used."""
@@ -215,6 +218,11 @@ class Table:
         at = self._entries_word + entry * ENTRY_WORDS
         return int(self._words[at + _DATA_SIZE] + self._words[at + _METADATA_SIZE])
 
+    def origin(self, entry: int) -> int:
+        """Return the offset at which the object lay when it was entered."""
+        at = self._entries_word + entry * ENTRY_WORDS
+        return int(self._words[at + _ORIGIN] or self._words[at + _OFFSET])
+
     def times(self, entry: int) -> tuple[int, int]:
         """Return the time of creation (ns since 1970) and the nanoseconds from then to the seal."""
         at = self._entries_word + entry * ENTRY_WORDS
@@ -239,6 +247,34 @@ class Table:
         for entry in range(start, min(stop, self._used_once)):
             if words[self._entries_word + entry * ENTRY_WORDS] & STATE_MASK != EntryState.FREE:
                 yield entry
+
+    def sealed_between(
+        self, low: int, high: int, start: int, stop: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Iterate over what lies between two offsets, as offset, size in bytes, and entry; -1 for what is not SEALED.
+
+        Parameters
+        ----------
+        low, high : int
+            An object counts if any byte of it is in ``[low, high)``.
+        start, stop : int
+            The entries that are looked at; O(stop - start), 0.1 us each.
+        """
+        words = self._words
+        first = self._entries_word + start * ENTRY_WORDS
+        last = self._entries_word + min(stop, self._used_once) * ENTRY_WORDS
+        columns = [
+            words[first + word : last + word : ENTRY_WORDS].tolist()
+            for word in (_OFFSET, _DATA_SIZE, _METADATA_SIZE)
+        ]
+        for entry, (offset, data_size, metadata_size) in enumerate(
+            zip(*columns, strict=True), start
+        ):
+            size = data_size + metadata_size
+            if size and offset < high and offset + size > low:
+                state = self.state(entry)
+                if state not in (_FREE, _SPILLED):
+                    yield offset, size, entry if state == _SEALED else NO_ENTRY
 
     # -- changing ------------------------------------------------------------------------------
 
@@ -329,12 +365,23 @@ class Table:
             words[at + _COPY_CHECK] = _PRESENT | crc32(_COPIED.pack(fields, *sizes, copy))
             words[at + _COPY] = copy
 
-    def bring_back(self, entry: int, offset: int) -> None:
-        """Make a spilled object readable at another offset, under the next generation."""
+    def identity(self, entry: int) -> bytes:
+        """Return what a move leaves alone: generation and state, id, codec and sizes."""
+        start = self._layout.entries + entry * ENTRY_BYTES
+        return bytes(self._raw[start : start + 32]) + bytes(self._raw[start + 40 : start + 56])
+
+    def spoil(self, entry: int) -> None:
+        """Take the checksum away: a successor that knows no better is not to believe in this object."""
+        self._words[self._entries_word + entry * ENTRY_WORDS + _CHECK] = 0
+
+    def relocate(self, entry: int, offset: int) -> None:
+        """Say of a MOVING or SPILLED object where it lies now, and make it readable there; may be repeated."""
         at = self._entries_word + entry * ENTRY_WORDS
         words = self._words
-        generation = (words[at] >> GENERATION_SHIFT) + 1
+        if not words[at + _ORIGIN]:
+            words[at + _ORIGIN] = words[at + _OFFSET]
         words[at + _OFFSET] = offset
+        generation = (words[at] >> GENERATION_SHIFT) + 1
         fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
         words[at + _CHECK] = _PRESENT | crc32(fields, _seed(generation, sealed=True))
         words[at] = generation << GENERATION_SHIFT | _SEALED

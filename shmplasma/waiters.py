@@ -23,7 +23,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Generic, TypeVar
@@ -100,6 +100,10 @@ class RoomQueue(Generic[WaiterT]):
     def __contains__(self, key: tuple[int, int]) -> bool:
         """Tell whether this client waits with a request of this id."""
         return key in self._waiters
+
+    def __iter__(self) -> Iterator[WaiterT]:
+        """Iterate over those that wait, in their order."""
+        return iter(self._waiters.values())
 
     def join(self, waiter: WaiterT) -> None:
         """Let a request wait, behind all others."""

@@ -380,10 +380,10 @@ class Conversation:
             self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
         while self.store.has_unsettled or self.store.has_urgent_work:
             self.settle()
-            if self.store.has_waiters:
-                self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
             if self.store.has_urgent_work:
                 self.advance()
+            elif self.store.has_waiters:
+                self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
 
     def settle_outside(self) -> None:
         """Do turns, and what the external store is asked for, until nothing is asked any more."""
@@ -436,8 +436,10 @@ class Conversation:
             self.store.trim(self.idle_ns)
 
     def advance(self) -> None:
-        """Do one step of the store's urgent work."""
+        """Do one step of the store's urgent work, and offer what room that has made."""
         self.carry_out(self.store.advance())
+        if self.store.has_waiters:
+            self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
 
     def poll(self) -> None:
         """Have the store look into the outboxes."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.layout import BOARD_WORDS, Layout
+from shmplasma.moves import PIECE_BYTES
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION
 from shmplasma.replies import Reply, Welcome
 from shmplasma.requests import Abort, Create, Get, Hello, Post, Publish, Request, Role, Seal
@@ -97,6 +98,8 @@ class Mortal(Conversation):
         The store's capacity in bytes.
     external : ExternalLimits, optional
         How much an external store takes, if there is one.
+    piece_bytes : int
+        How much of an object its stores move in one go.
 
     Attributes
     ----------
@@ -106,9 +109,15 @@ class Mortal(Conversation):
         How often it has died.
     """
 
-    def __init__(self, capacity: int = 4 << 20, external: ExternalLimits | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int = 4 << 20,
+        external: ExternalLimits | None = None,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
         super().__init__(capacity, floor_bytes=0, external=external)
         self.clock = Clock()
+        self._piece_bytes = piece_bytes
         self.deaths = 0
         self.store = self._new_store()
         self._connections = self.layout.n_boards
@@ -117,7 +126,9 @@ class Mortal(Conversation):
     def _new_store(self) -> ObjectStore:
         words: Any = Dying(self.words, self.clock)
         raw: Any = Dying(self.raw, self.clock)
-        return self.new_store(words, raw)
+        store = self.new_store(words, raw)
+        store._moves.piece_bytes = self._piece_bytes
+        return store
 
     def enter(self) -> Peer:
         """Return a client that has introduced itself."""

@@ -29,7 +29,7 @@ from tests.crash.damage import Clock, Dying
 __all__ = ["Summary", "run"]
 
 _DIES_AT: Final = "SHMPLASMA_TEST_DIES_AT"
-_END: Final = 400
+_END: Final = 700
 """More writes than the load of `_use` makes."""
 
 
@@ -143,6 +143,20 @@ def _use(path: str) -> None:
         one.flush()
         other.flush()
         assert set(one.list()) == {*values, chosen, dropped}
+        _fill_up(one, other)
+
+
+def _fill_up(one: shmplasma.PlasmaClient, other: shmplasma.PlasmaClient) -> None:
+    """Put what there is only room for when others move, by less than their lengths."""
+    ids = [shmplasma.ObjectID(20 * bytes([100 + number])) for number in range(8)]
+    for number, object_id in enumerate(ids[:-1]):
+        one.create_and_seal(object_id, bytes([number]) * (350_000 if number % 2 else 600_000))
+    one.delete(ids[1:-1:2])
+    one.create_and_seal(ids[-1], bytes(1_300_000))
+    for number in range(0, 7, 2):
+        assert bytes(other.get_buffers(ids[number])) == bytes([number]) * 600_000
+    assert bytes(other.get_buffers(ids[-1])) == bytes(1_300_000)
+    assert other.debug_string().count("evictions: 0") == 1
 
 
 def run(start: int, step: int, *, progress: bool = False) -> Summary:

@@ -1,6 +1,7 @@
-"""The four protocols without a message, under every interleaving that x86-TSO allows.
+"""The protocols without a message, under every interleaving that x86-TSO allows.
 
-Each model repeats the steps of the code: `shmplasma.reader` and `shmplasma.room` (pin and take),
+Each model repeats the steps of the code: `shmplasma.reader` and `shmplasma.room` (pin and take), `shmplasma.reader` and
+`shmplasma.mover` (pin and move),
 `shmplasma.leasing` and `shmplasma.leases` (lease and recall), `shmplasma.pinning` and `shmplasma.lifecycle` (the
 wake word), `shmplasma.outbox` (polling).  The bounds are those of `explore`'s arguments.  Each model has twins in which one step is left out or
 two are swapped: that the explorer finds what is then wrong shows that it would find it in the original.
@@ -30,6 +31,7 @@ from tests.stateful.tso import (
 )
 
 FREE, CREATED, SEALED, EVICTING = range(4)
+MOVING = 5
 
 
 def state_word(generation: int, state: int) -> int:
@@ -225,6 +227,165 @@ def test_pin_and_take(case: Take, buffer_size: int, states: int) -> None:
 def test_pin_and_take_done_wrong(case: Take, what: str) -> None:
     """Without the membarrier, or with two steps swapped, a reader gets another object's bytes."""
     assert explore_take(case, buffer_size=1).violation.endswith(what)
+
+
+# -- pin and move ------------------------------------------------------------------------------
+
+OURS, TAIL, SOMEBODY_ELSES = 7, 8, 9
+
+
+@dataclass(frozen=True)
+class Move:
+    """One object of two words that is moved to and fro, or slides down by one word, and what comes where it was.
+
+    Attributes
+    ----------
+    readers : int
+        CPUs 0 to readers - 1; the store is the next.
+    attempts : int
+        How often the store tries to move it.
+    slides : bool
+        Whether old and new place overlap: from words 1 and 2 to 0 and 1, instead of 0 and 1 to 2 and 3.
+    keep : bool
+        Whether readers keep their pins for ever.
+    barrier, raised, copied_first, place_first : bool
+        Whether the membarrier is there; the generation is raised; the bytes are copied before the object can be seen
+        again (for a slide: not before it is hidden); and the place is changed before that.
+    """
+
+    readers: int = 1
+    attempts: int = 2
+    slides: bool = False
+    keep: bool = False
+    barrier: bool = True
+    raised: bool = True
+    copied_first: bool = True
+    place_first: bool = True
+
+    def places(self, moved: int) -> tuple[int, int]:
+        """Return where the object is after so many moves, and where it is to go."""
+        return (1, 0) if self.slides else ((0, 2), (2, 0))[moved % 2]
+
+
+def look_up_moving(case: Move, pin: str) -> Program:
+    """Find the object without a message: `FastReader.buffers`."""
+    word = yield Load("state")
+    place = yield Load("place")
+    if word & 0xFF != SEALED:
+        return "miss"
+    yield Store(pin, 1)
+    if (yield Load("state")) != word:
+        yield Store(pin, 0)
+        return "retreat"
+    return Stage(use_moving, (case, pin, place))
+
+
+def use_moving(case: Move, pin: str, place: int) -> Program:
+    """Read the object twice over under a pin."""
+    for word, content in ((place, OURS), (place + 1, TAIL), (place, OURS)):
+        require((yield Load(f"word {word}")) == content, "another object's bytes, or half of it")
+    if case.keep:
+        return place
+    yield Store(pin, 0)
+    return "hit"
+
+
+def copy_object(target: int) -> Program:
+    """Copy the object's words."""
+    yield Store(f"word {target}", OURS)
+    yield Store(f"word {target + 1}", TAIL)
+    return None
+
+
+def move(case: Move, moved: int, attempts: int) -> Program:
+    """Try to move the object: `Mover._hide`, `Moves.copy` and `Moves.arrive`, or `Moves.slide`."""
+    if not attempts or (case.slides and moved):
+        return moved
+    source, target = case.places(moved)
+    generation = moved if case.raised else 0
+    hidden_first = case.slides == case.copied_first
+    if not hidden_first:
+        yield from copy_object(target)
+    yield Store("state", state_word(generation, MOVING))
+    if case.barrier:
+        yield from membarrier(range(case.readers))
+    for reader in range(case.readers):
+        if (yield Load(f"pin {reader}")):
+            yield Store("state", state_word(generation, SEALED))
+            return Stage(move, (case, moved, attempts - 1))
+    if hidden_first and case.copied_first:
+        yield from copy_object(target)
+    if case.place_first:
+        yield Store("place", target)
+    yield Store("state", state_word(generation + case.raised, SEALED))
+    if not case.place_first:
+        yield Store("place", target)
+    if hidden_first and not case.copied_first:
+        yield from copy_object(target)
+    for word in {source, source + 1} - {target, target + 1}:
+        yield Store(f"word {word}", SOMEBODY_ELSES)
+    return Stage(move, (case, moved + 1, attempts - 1))
+
+
+def explore_move(case: Move, buffer_size: int = 2) -> Report:
+    """Explore readers of an object against the store that moves it."""
+    source, _ = case.places(0)
+    words = {"state": state_word(0, SEALED), "place": source}
+    words |= {f"word {word}": SOMEBODY_ELSES for word in range(4)}
+    words |= {f"word {source}": OURS, f"word {source + 1}": TAIL}
+    words |= {f"pin {reader}": 0 for reader in range(case.readers)}
+
+    def at_end(words: Mapping[str, int], results: Sequence[Any]) -> None:
+        *read, moved = results
+        require(None not in results, "somebody waits for ever")
+        require(words["state"] == state_word(moved * case.raised, SEALED), "it is hidden for ever")
+        place = words["place"]
+        require((words[f"word {place}"], words[f"word {place + 1}"]) == (OURS, TAIL), "it is lost")
+        for reader, result in enumerate(read):
+            kept = isinstance(result, int)
+            require(words[f"pin {reader}"] == kept, "a pin was lost, or left behind")
+            require(not kept or result == place, "it was moved under a pin")
+
+    stages = [Stage(look_up_moving, (case, f"pin {reader}")) for reader in range(case.readers)]
+    stages.append(Stage(move, (case, 0, case.attempts)))
+    return explore(stages, words, buffer_size=buffer_size, at_end=at_end)
+
+
+@pytest.mark.parametrize(
+    ("case", "buffer_size", "states"),
+    [
+        (Move(attempts=3), 4, 6_410),
+        (Move(keep=True), 4, 2_404),
+        (Move(readers=2), 1, 79_286),
+        (Move(slides=True), 4, 635),
+        (Move(slides=True, readers=2), 2, 17_294),
+    ],
+)
+def test_pin_and_move(case: Move, buffer_size: int, states: int) -> None:
+    """A reader reads the object at its old place or at its new one, and it moves under no pin."""
+    report = explore_move(case, buffer_size)
+    assert report.violation == ""
+    assert report.states == states
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Move(barrier=False),
+        Move(raised=False),
+        Move(place_first=False),
+        Move(copied_first=False),
+        Move(slides=True, barrier=False),
+        Move(slides=True, raised=False),
+        Move(slides=True, copied_first=False),
+    ],
+    ids=repr,
+)
+def test_pin_and_move_done_wrong(case: Move) -> None:
+    """Without the membarrier or the new generation, or in another order, a reader gets another object's bytes."""
+    assert explore_move(case, buffer_size=2).violation.endswith(
+        "another object's bytes, or half of it"
+    )
 
 
 # -- a chain of entries ------------------------------------------------------------------------

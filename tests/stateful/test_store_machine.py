@@ -24,6 +24,8 @@ from hypothesis.stateful import (
 from shmplasma.effects import Drop, Effect
 from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD
+from shmplasma.mover import SLICE_BYTES
+from shmplasma.moves import PIECE_BYTES
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -55,6 +57,7 @@ from shmplasma.requests import (
     SetOptions,
     Trim,
 )
+from shmplasma.table import NO_ENTRY
 from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
 
@@ -190,8 +193,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- setting up --------------------------------------------------------------------------------
 
-    @initialize(capacity=st.sampled_from([4096, 5000, 16384, 65536, 1 << 20, 1 << 21]))
-    def start(self, capacity: int) -> None:
+    @initialize(
+        capacity=st.sampled_from([4096, 5000, 16384, 65536, 1 << 20, 1 << 21]),
+        slice_bytes=st.sampled_from([1, 1000, SLICE_BYTES]),
+        piece_bytes=st.sampled_from([64, 1024, PIECE_BYTES]),
+    )
+    def start(self, capacity: int, slice_bytes: int, piece_bytes: int) -> None:
         """Begin with an empty store, its subscriber and a client."""
         self.capacity = capacity
         self.model = Model()
@@ -204,7 +211,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.creators: dict[tuple[int, int], Thing] = {}
         self.given_up: set[tuple[int, int]] = set()
         self.witness: Peer | None = None
-        self.talk = Watched(capacity, self.gone_for_reply.clear, self.judge)
+        self.talk = Watched(capacity, self.begin_to_judge, self.judge)
+        self.talk.store._room.mover.slice_bytes = slice_bytes
+        self.talk.store._moves.piece_bytes = piece_bytes
         self.commit_all()
         self.boards: dict[int, Peer] = {}
         self.active: list[Peer] = []
@@ -223,6 +232,23 @@ class StoreMachine(RuleBasedStateMachine):
         return self.boards.get(slot // BOARD_WORDS) is peer
 
     # -- judging -----------------------------------------------------------------------------------
+
+    def begin_to_judge(self) -> None:
+        """Take note of where objects lie, before the effects of a request are looked at."""
+        self.gone_for_reply.clear()
+        self.locate()
+
+    def locate(self) -> None:
+        """Take note of where objects lie: those that nobody uses may have been moved."""
+        table = self.talk.store._table
+        for thing in self.model.things.values():
+            if thing.is_sealed:
+                entry = table.find(thing.object_id)
+                if entry != NO_ENTRY:  # or it will be told of as gone
+                    offset = table.location(entry)[0]
+                    is_fixed = self.model.is_pinned(thing)
+                    assert not is_fixed or offset == thing.offset, "it was moved under a pin"
+                    thing.offset = offset
 
     def judge(self, effect: Effect) -> None:
         """Compare an effect with the model, and bring the model up to date."""
@@ -287,13 +313,19 @@ class StoreMachine(RuleBasedStateMachine):
         return max(follow - end for end, follow in zip(ends, starts, strict=True))
 
     def unmovable(self) -> list[tuple[int, int]]:
-        """Return all extents that no eviction can free."""
+        """Return all extents that have to stay where they are."""
         model = self.model
         things = model.limbo | {
-            t for t in model.things.values() if not t.is_sealed or t.is_kept or model.is_pinned(t)
+            t for t in model.things.values() if not t.is_sealed or model.is_pinned(t)
         }
         rents = [(r.start, r.end - r.start) for r in model.rents.values() if r.making]
         return [(thing.offset, thing.size) for thing in things] + rents
+
+    def unevictable(self) -> list[tuple[int, int]]:
+        """Return all extents that no eviction can free."""
+        kept = [t for t in self.model.things.values() if t.is_sealed and t.is_kept]
+        kept = [t for t in kept if not self.model.is_pinned(t)]
+        return [*self.unmovable(), *((t.offset, t.size) for t in kept)]
 
     def used(self) -> list[tuple[int, int]]:
         """Return all extents that may be in use."""
@@ -395,9 +427,18 @@ class StoreMachine(RuleBasedStateMachine):
         share=SHARES,
         metadata_size=st.integers(0, 99),
         keep=st.booleans(),
+        slices=st.integers(0, 20),
+        finishes=st.booleans(),
     )
     def create(
-        self, which: int, object_id: bytes, share: int, metadata_size: int, keep: bool
+        self,
+        which: int,
+        object_id: bytes,
+        share: int,
+        metadata_size: int,
+        keep: bool,
+        slices: int,
+        finishes: bool,
     ) -> None:
         """Ask for a new object, and write to it as soon as the store says where."""
         peer, model = pick(self.active, which), self.model
@@ -407,6 +448,7 @@ class StoreMachine(RuleBasedStateMachine):
         slot = peer.free_slots.pop()
         request = Create(object_id, thing.data_size, metadata_size, CODEC, slot, keep)
         fits = thing.size <= self.capacity and self.largest_gap(self.used()) >= wanted
+        fits &= not self.talk.store._room.mover.is_busy  # then free room may be held for somebody
         gone_before = self.gone
 
         def judge_reply(reply: Reply) -> None:
@@ -433,11 +475,44 @@ class StoreMachine(RuleBasedStateMachine):
                 return
             assert reply.failure is Failure.FULL
             assert not fits
-            assert self.largest_gap(self.unmovable()) < wanted, "the store was not full"
+            stays = self.unevictable()
+            assert self.largest_gap(stays) < wanted, "the store was not full"
+            if not self.unmovable() and thing.size <= self.capacity:
+                left = self.talk.layout.data_bytes - sum(align_up(size, 64) for _, size in stays)
+                assert left < wanted, "nothing is in the way"
 
         self.send(peer, request, judge_reply)
         assert not fits or self.gone == gone_before, "an object was evicted while there was room"
-        self.talk.turn()
+        self.work(slices)
+        if finishes:
+            self.talk.turn()
+
+    @rule(
+        which=NUMBERS, object_ids=st.lists(IDS, min_size=1, unique=True), share=st.integers(1, 200)
+    )
+    def put(self, which: int, object_ids: list[bytes], share: int) -> None:
+        """Put some objects one beside the other, and let go of them; they can be moved then."""
+        peer = pick(self.active, which)
+        for object_id in object_ids:
+            before = self.model.things.get(object_id)
+            slot = peer.free_slots[-1]
+            self.create(which, object_id, share, 0, False, 0, finishes=True)
+            thing = self.model.things.get(object_id)
+            if thing is not None and thing is not before:
+                self.send(
+                    peer,
+                    Seal(object_id),
+                    self.judge_of_writer(peer, thing, object_id, lambda _: None),
+                )
+                del self.model.pins[slot]
+                peer.release(slot)
+
+    @rule(slices=st.integers(1, 20))
+    def work(self, slices: int) -> None:
+        """Move objects for a while; the rest of it happens while others do what they do."""
+        for _ in range(slices):
+            if self.talk.store.has_urgent_work:
+                self.talk.advance()
 
     @rule(
         which=NUMBERS,
@@ -453,7 +528,7 @@ class StoreMachine(RuleBasedStateMachine):
         peer, model = pick(self.active, which), self.model
         if is_fresh:
             object_id = name(2000 + self.incarnations)
-        size = max(0, min(self.largest_gap(self.unmovable()) + 64 * beyond, self.capacity))
+        size = max(0, min(self.largest_gap(self.unevictable()) + 64 * beyond, self.capacity))
         thing = self.new_thing(peer, object_id, size, 0)
         request = Create(
             object_id, thing.size, 0, CODEC, peer.free_slots.pop(), timeout_ns=timeout_ns
@@ -739,7 +814,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.talk.turn()
         if self.creators:  # in the order in which they came
             first = next(iter(self.creators.values()))
-            assert self.largest_gap(self.unmovable()) < align_up(first.size, 64), "nobody serves it"
+            assert self.largest_gap(self.unevictable()) < align_up(first.size, 64), (
+                "nobody serves it"
+            )
         for key in self.expected.keys() - self.creators.keys():
             wait = self.model.waits[key]
             assert not wait.may_be_partial
@@ -864,7 +941,11 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def keeps_every_byte(self) -> None:
         """Find in what is there, and in what anybody holds, the content that was written."""
+        self.locate()
+        hidden = self.talk.store._room.mover.hidden
         for thing in {*self.model.things.values(), *self.model.pins.values()}:
+            if hidden != NO_ENTRY and hidden == self.talk.store._table.find(thing.object_id):
+                continue  # it is on its way
             content = self.talk.raw[thing.offset : thing.offset + thing.size]
             assert content == thing.content, "an object holds what was not written to it"
 

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import pytest
+
+from shmplasma.replies import Created, Done, Failed, Failure, Leased, Number, Objects, Text
+from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get, Seal
+from shmplasma.table import NO_ENTRY
+from tests.conversation import Conversation, Peer, name
+
+LINE = 64
+
+
+class Rooms(Conversation):
+    """A store of some lines, which moves as little as can be in each slice, and a client with objects in it."""
+
+    def __init__(self, *lines: int, capacity: int | None = None) -> None:
+        super().__init__(capacity or LINE * sum(lines))
+        self.mover = self.store._room.mover
+        self.mover.slice_bytes = 1
+        self.store._moves.piece_bytes = LINE
+        self.one, self.other = self.client(), self.client()
+        for number, count in enumerate(lines):
+            self.put(self.one, number, count)
+
+    def put(self, peer: Peer, number: int, lines: int) -> None:
+        """Put an object of so many lines."""
+        request = peer.new(name(number), lines * LINE)
+        offset = peer.ask(request, Created).offset
+        self.raw[offset : offset + lines * LINE] = self.content(number, lines)
+        peer.release(request.slot)
+        peer.ask(Seal(name(number)), Done)
+
+    @staticmethod
+    def content(number: int, lines: int) -> bytes:
+        """Return what lies in an object."""
+        return bytes((number + at // LINE) % 256 for at in range(lines * LINE))
+
+    def delete(self, *numbers: int) -> None:
+        """Delete objects."""
+        self.one.ask(Delete([name(number) for number in numbers]), Done)
+
+    def look(self, number: int, lines: int) -> None:
+        """Prove that an object is whole."""
+        (found,), (slot,) = self.one.get(name(number))
+        assert bytes(self.raw[found[0] : found[0] + found[1]]) == self.content(number, lines)
+        self.one.release(slot)
+
+    def until_hidden(self) -> None:
+        """Go on until an object is hidden."""
+        while self.mover.hidden == NO_ENTRY:
+            assert self.store.has_urgent_work, "nothing was hidden"
+            self.advance()
+
+
+@pytest.fixture
+def hiding() -> Rooms:
+    """Return a store that is about to slide object 1, of 40 lines, down by 3, and then 3, for one of 5."""
+    rooms = Rooms(3, 40, 2, 40)
+    rooms.delete(0, 2)
+    rooms.one.post(rooms.one.new(name(9), 5 * LINE))
+    rooms.until_hidden()
+    assert rooms.store._table.object_id(rooms.mover.hidden) == name(1)
+    return rooms
+
+
+def test_a_hidden_object_is_there(hiding: Rooms) -> None:
+    """Whoever asks whether it is there is told at once, and the list has it."""
+    other = hiding.other
+    request_id = other.post(Contains(name(1)))
+    assert other.take(request_id, Number).value == 1
+    assert name(1) in hiding.ids()
+    hiding.store.check()
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_who_gets_a_hidden_object_waits_for_it(hiding: Rooms, wait: bool) -> None:
+    """The answer comes when it has arrived, whether the get would wait or not; others are answered at once."""
+    other = hiding.other
+    request = other.wanted([name(1)], wait=wait)
+    request_id = other.post(request)
+    hiding.settle()
+    assert request_id not in other.replies
+    hiding.turn()
+    (found,) = other.take(request_id, Objects).found
+    assert bytes(hiding.raw[found[0] : found[0] + found[1]]) == hiding.content(1, 40)
+    hiding.store.check()
+
+
+def test_a_hidden_object_is_deleted_when_it_has_arrived(hiding: Rooms) -> None:
+    """The deletion waits, and then it has gone like any other."""
+    request_id = hiding.one.post(Delete([name(1)]))
+    hiding.settle()
+    assert request_id not in hiding.one.replies
+    hiding.turn()
+    hiding.one.take(request_id, Done)
+    assert hiding.ids() == {name(3), name(9)}
+    hiding.store.check()
+
+
+def test_a_hidden_object_is_evicted_when_it_has_arrived(hiding: Rooms) -> None:
+    """So does an eviction of all that may go."""
+    assert hiding.one.ask(Evict(1 << 40), Number).value == 80 * LINE
+    hiding.store.check()
+
+
+def test_what_cannot_wait_has_the_move_finished(hiding: Rooms) -> None:
+    """Where the store needs the object in the middle of something, it carries the move to its end."""
+    entry = hiding.mover.hidden
+    assert hiding.store._objects.find_sealed(name(1)) == entry
+    assert hiding.mover.hidden == NO_ENTRY
+    hiding.store.check()
+    hiding.turn()
+    hiding.look(1, 40)
+    hiding.look(3, 40)
+
+
+def test_a_creator_that_leaves_is_not_moved_for(hiding: Rooms) -> None:
+    """The object that is on its way arrives; nothing else moves, and no room is lost."""
+    other = hiding.other
+    hiding.disconnect(hiding.one)
+    hiding.turn()
+    assert not hiding.mover.is_busy
+    assert hiding.mover.moves == 1
+    assert hiding.store._room.free_bytes == 5 * LINE
+    (found,), _ = other.get(name(3))
+    assert bytes(hiding.raw[found[0] : found[0] + found[1]]) == hiding.content(3, 40)
+    hiding.store.check()
+
+
+def test_a_client_that_closes_is_answered(hiding: Rooms) -> None:
+    """A request that waits for an extent gets its reply also when its client has closed."""
+    hiding.one.post(Detach())
+    failed = [reply for reply in hiding.one.replies.values() if isinstance(reply, Failed)]
+    assert [each.failure for each in failed] == [Failure.NOT_FOUND]
+    hiding.turn()
+    hiding.store.check()
+
+
+def test_creators_wait_in_order() -> None:
+    """Who came first is granted first; what is in use twice while it is moved is no reason to refuse the other."""
+    rooms = Rooms(*[1] * 40)
+    rooms.delete(*range(0, 40, 2))
+    other = rooms.other
+    first = rooms.one.post(rooms.one.new(name(100), 8 * LINE))
+    second = other.post(other.new(name(101), 10 * LINE))
+    small = other.post(other.new(name(102), 1 * LINE))
+    while first not in rooms.one.replies:
+        assert second not in other.replies
+        rooms.advance()
+        rooms.store.check()
+    rooms.turn()
+    other.take(second, Created)
+    other.take(small, Created)
+    for number in range(1, 40, 2):
+        rooms.look(number, 1)
+    assert rooms.store._objects.evictions == 0
+    rooms.store.check()
+
+
+def test_two_creators_of_one_id() -> None:
+    """While one waits, another may ask for the same id; one of them gets it."""
+    rooms = Rooms(*[1] * 10)
+    rooms.delete(*range(0, 10, 2))
+    other = rooms.other
+    first = rooms.one.post(rooms.one.new(name(100), 3 * LINE))
+    second = other.post(other.new(name(100), 2 * LINE))
+    rooms.turn()
+    rooms.one.take(first, Created)
+    assert other.take(second, Failed).failure is Failure.EXISTS
+    rooms.store.check()
+
+
+def test_as_much_is_evicted_as_is_missing() -> None:
+    """Free room in pieces counts: only what bytes it lacks are evicted, and the rest is moved."""
+    rooms = Rooms(*[2] * 20)
+    rooms.delete(*range(1, 20, 4))
+    slot = rooms.one.create(name(100), 14 * LINE)
+    assert rooms.store._objects.evictions == 2
+    rooms.one.release(slot)
+    rooms.store.check()
+
+
+def test_a_pin_of_the_last_moment_is_respected() -> None:
+    """An object that somebody pins while it is hidden stays; another way is found."""
+    rooms = Rooms(*[1] * 12)
+    rooms.delete(*range(0, 12, 2))
+    table, board = rooms.store._table, rooms.other
+    entry = table.find(name(3))
+    where = table.location(entry)
+    rooms.one.post(rooms.one.new(name(100), 3 * LINE))
+    slot = board.free_slots.pop()
+    while rooms.store.has_urgent_work:
+        rooms.memory.at_barrier = lambda: rooms.write_slot(slot, entry + 1)
+        rooms.advance()
+    assert table.find(name(100)) != NO_ENTRY
+    assert table.location(entry) == where
+    rooms.store.check()
+
+
+def test_where_pins_split_the_room_objects_go_that_have_no_place() -> None:
+    """As a last resort the window is cleared by evicting; and the refusal says what is in the way where there is none."""
+    rooms = Rooms(4, 1, 10, 1, 4)
+    _, (slot, _) = rooms.one.get(name(1), name(3))
+    rooms.delete(0, 4)
+    rooms.one.create(name(100), 8 * LINE)
+    assert rooms.ids() == {name(1), name(3), name(100)}
+    assert rooms.store._objects.evictions == 1
+    failed = rooms.one.ask(rooms.one.new(name(101), 9 * LINE), Failed)
+    assert failed.failure is Failure.FULL
+    assert "cannot be moved or evicted" in failed.text
+    rooms.one.release(slot)
+    rooms.store.check()
+
+
+def test_a_lease_is_asked_back_before_objects_are_moved() -> None:
+    """What is leased cannot be moved, so it comes back first; then nothing may need to be moved any more."""
+    rooms = Rooms(capacity=1 << 20)
+    rooms.put(rooms.one, 1, 100)
+    assert rooms.other.ask(AskLease(10), Leased).size_bytes
+    rooms.put(rooms.one, 2, 5000)
+    rooms.put(rooms.one, 3, rooms.store._room.largest_bytes // LINE)
+    rooms.delete(1, 2)
+    rooms.one.create(name(4), 5100 * LINE)
+    assert rooms.mover.moves == 0
+    assert rooms.ids() == {name(3), name(4)}
+    rooms.store.check()
+
+
+def test_nothing_goes_for_a_lease_where_much_is_free_in_small_pieces() -> None:
+    """Objects that are created one by one have room there; so there is no lease, and nothing is evicted or moved for one."""
+    rooms = Rooms(capacity=1 << 20)
+    for number in range(2048):
+        rooms.put(rooms.one, number, 8)
+    rooms.delete(*range(0, 2048, 2))
+    lease = rooms.one.ask(AskLease(10), Leased)
+    assert lease.size_bytes == 0
+    rooms.one.create(name(3000), 8 * LINE)
+    assert rooms.store._objects.evictions == rooms.mover.moves == 0
+    rooms.store.check()
+
+
+def test_memory_that_cannot_be_had_is_not_moved_to() -> None:
+    """An object is not copied to where no memory can be committed."""
+    rooms = Rooms(capacity=16 << 20)
+    rooms.mover.slice_bytes = 1 << 20
+    rooms.store._moves.piece_bytes = 1 << 20
+    lines = (1 << 20) // LINE
+    for number in range(6):
+        rooms.put(rooms.one, number, lines)
+    rooms.memory.refuse_from = rooms.layout.data + 8 * lines * LINE
+    blocked = rooms.other
+    rooms.put(rooms.one, 6, 2 * lines)
+    blocked.get(name(6))
+    rooms.delete(0, 2, 4)
+    failed = rooms.one.ask(rooms.one.new(name(7), 9 * lines * LINE), Failed)
+    assert failed.failure is Failure.FULL
+    for number in (1, 3, 5):
+        rooms.look(number, lines)
+    rooms.store.check()
+
+
+def test_the_description_counts_moves() -> None:
+    """The figures say how often and how much was moved, and how whole the free room is."""
+    rooms = Rooms(*[1] * 10)
+    rooms.delete(*range(0, 10, 2))
+    assert "\nlargest free extent of all free bytes: 20%\n" in rooms.one.ask(Debug(), Text).text
+    rooms.one.create(name(100), 2 * LINE)
+    text = rooms.one.ask(Debug(), Text).text
+    assert "\ncompactions: 1\nmoves: 1\nmoved bytes: 64\nmoves that met a pin: 0\n" in text
+
+
+def test_gets_of_others_go_on(hiding: Rooms) -> None:
+    """While one object is hidden, another is had at once."""
+    other = hiding.other
+    request = Get(False, [name(3)], [other.free_slots.pop()])
+    request_id = other.post(request)
+    assert other.take(request_id, Objects).found[0][1] == 40 * LINE
+    hiding.turn()
+    assert hiding.read_slot(request.slots[0])
+    hiding.store.check()
+
+
+def test_a_create_is_answered_once(hiding: Rooms) -> None:
+    """However long it waited, there is one reply, and the object is its creator's."""
+    hiding.turn()
+    (reply,) = [each for each in hiding.one.replies.values() if isinstance(each, Created)]
+    assert reply.offset == hiding.store._table.location(hiding.store._table.find(name(9)))[0]
+    hiding.store.check()
