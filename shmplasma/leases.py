@@ -51,14 +51,16 @@ BUSY_WORD: Final = 0
 """The board's word that is not a slot."""
 
 MIN_LEASE_BYTES: Final = 1 << 14
-_MAX_LEASE_BYTES: Final = 1 << 20
-"""A round trip takes as long as filling 20 objects, so from some thousands on it does not matter."""
+_MAX_LEASE_BYTES: Final = 1 << 22
+"""A round trip takes as long as filling 20 small objects or copying 1 MB."""
 _SHARE_OF_ONE: Final = 64
 _SHARE_OF_ALL: Final = 8
 _PATIENCE: Final = 1000
 """Turns of the store's loop, some 20 ms in all, that a busy client gets to finish an object."""
 _BYTES_AN_OBJECT: Final = 128
 """A lease may publish so many objects as it has room for at this size, the smallest that objects often have."""
+_MAX_OBJECTS: Final = 8192
+"""But not more than this: each of them has an entry of the table set aside, with memory behind it."""
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ class Leases:
         self._words = words
         self._control = control
         self._of_client: dict[int, Lease] = {}
-        self._last_bytes: dict[int, int] = {}
+        self._used: dict[int, int] = {}
         self.held_bytes = 0
         self.objects_left = 0
 
@@ -131,21 +133,28 @@ class Leases:
     def size_for(self, client: int, needed_bytes: int) -> int:
         """Return how large a lease this client should get next; 0 for none.
 
-        Each is twice as large as the one before, which was used up, from `MIN_LEASE_BYTES` to 1 MiB, and
+        It is twice as large as all before together, which were used up, from `MIN_LEASE_BYTES` to 4 MiB, and
         has room for four objects of the size that is needed now.
         """
-        capacity = self._layout.capacity
-        size = max(2 * self._last_bytes.get(client, 0), MIN_LEASE_BYTES, 4 * needed_bytes)
-        size = min(size, _MAX_LEASE_BYTES, capacity // _SHARE_OF_ONE)
-        size = min(size, capacity // _SHARE_OF_ALL - self.held_bytes) & -ALIGNMENT
-        return size if size >= max(MIN_LEASE_BYTES, 4 * needed_bytes) else 0
+        least = max(MIN_LEASE_BYTES, 4 * needed_bytes)
+        size = min(max(2 * self.used_bytes(client), least), self._limit_bytes)
+        size = min(size, self._layout.capacity // _SHARE_OF_ALL - self.held_bytes) & -ALIGNMENT
+        return size if size >= least else 0
+
+    @property
+    def _limit_bytes(self) -> int:
+        return min(_MAX_LEASE_BYTES, self._layout.capacity // _SHARE_OF_ONE)
+
+    def used_bytes(self, client: int) -> int:
+        """Return how much this client was leased since its leases began small."""
+        return self._used.get(client, 0)
 
     def grant(self, client: int, board: int, offset: int, size_bytes: int) -> tuple[int, int]:
         """Take note of a lease; return the number of objects it may publish, and its epoch."""
         assert client not in self._of_client
         objects = self.objects_for(size_bytes)
         self._of_client[client] = Lease(board, offset, offset + size_bytes, offset, objects)
-        self._last_bytes[client] = size_bytes
+        self._used[client] = min(self.used_bytes(client) + size_bytes, _MAX_LEASE_BYTES)
         self.held_bytes += size_bytes
         self.objects_left += objects
         self._control.lease(board, offset, offset + size_bytes)
@@ -163,7 +172,7 @@ class Leases:
     @staticmethod
     def objects_for(size_bytes: int) -> int:
         """Return how many objects a lease of this size may publish."""
-        return size_bytes // _BYTES_AN_OBJECT
+        return min(size_bytes // _BYTES_AN_OBJECT, _MAX_OBJECTS)
 
     # -- publishing ----------------------------------------------------------------------------
 
@@ -239,7 +248,7 @@ class Leases:
         """End the leases that are at rest, and return what is left of them as (start, size)."""
         idle = [client for client, lease in self._of_client.items() if lease.idle]
         for client in idle:
-            self._last_bytes[client] = 0  # it begins small again
+            self._used[client] = 0  # it begins small again
         return [self.end(client) for client in idle]
 
     def check(self) -> None:
@@ -262,7 +271,7 @@ class Leases:
 
     def forget(self, client: int) -> tuple[int, int]:
         """End the lease of a client that has left."""
-        self._last_bytes.pop(client, None)
+        self._used.pop(client, None)
         return self.end(client)
 
     def extents(self) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from shmplasma.replies import Leased
 
 __all__ = ["MAX_OBJECT_BYTES", "LeaseWriter"]
 
-MAX_OBJECT_BYTES: Final = 1 << 16
+MAX_OBJECT_BYTES: Final = 1 << 18
 """Larger objects are created by a round trip: from about here on the copy takes as long."""
 
 _PUTS_AFTER_REFUSAL: Final = 64

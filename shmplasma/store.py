@@ -609,6 +609,7 @@ class ObjectStore:
             self._creations.await_memory
             or self._room.mover.is_busy
             or bool(self._trims)
+            or self._publishing.is_to_evict
             or (spilling is not None and spilling.awaits_commit)
         )
 
@@ -630,6 +631,8 @@ class ObjectStore:
         elif self._room.mover.is_busy:
             self._objects.note_evicted(self._room.advance())
             self._answers.look_again()
+        elif self._publishing.is_to_evict:
+            self._publishing.evict_ahead()
         else:
             self._trims.advance()
         return self._outgoing.take()

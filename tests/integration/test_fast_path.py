@@ -23,7 +23,7 @@ from shmplasma.layout import HeaderWord
 from shmplasma.outbox import ANNOUNCED_EVERY
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
-from shmplasma.requests import Create, Get, Grow, Post
+from shmplasma.requests import AskLease, Create, Flush, Get, Grow, Post
 from shmplasma.session import Session
 from shmplasma.transport import Channel
 from tests.crash import hammer_order
@@ -176,6 +176,24 @@ def test_puts_in_a_row_are_mostly_silent(
     assert kinds(sent) == [Post.KIND] * 2
     assert client2.get(ids, timeout_ms=0) == list(range(2 * ANNOUNCED_EVERY))
     until(lambda: not polled[0], "the store sleeps")
+
+
+@needs_fast_path
+def test_puts_into_a_full_store_seldom_wait(client: PlasmaClient, sent: list[Frame]) -> None:
+    """Each evicts an object, and few of them take a round trip: the store makes room for many at once."""
+    data, count = bytes(100_000), 300
+    for _ in range(1200):
+        client.put_raw_buffer(data)
+    before = set(client.list())
+    sent.clear()
+    ids = [client.put_raw_buffer(data) for _ in range(count)]
+    waits = Counter(kinds(sent))
+    assert set(waits) <= {Post.KIND, AskLease.KIND, Flush.KIND}
+    assert waits[AskLease.KIND] + waits[Flush.KIND] <= count // 5
+    left = set(client.list())
+    assert left >= set(ids)
+    most = count + 2 * client.store_capacity() // 64 // len(data)
+    assert len(before - left) <= most
 
 
 @pytest.mark.parametrize("where", ["client", "store"])

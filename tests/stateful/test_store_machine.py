@@ -852,7 +852,7 @@ class StoreMachine(RuleBasedStateMachine):
             rents.pop(peer.number, None)
             if reply.size_bytes:
                 assert not self.model.limits.get(peer.number)
-                assert reply.size_bytes >= 4 * needed_bytes
+                assert reply.size_bytes >= needed_bytes
                 end = reply.offset + reply.size_bytes
                 assert reply.offset >= self.talk.layout.data
                 assert end <= self.talk.layout.data + self.talk.layout.data_bytes

@@ -1590,7 +1590,8 @@ def test_a_smaller_lease_is_better_than_an_eviction() -> None:
     while talk.store._room.largest_bytes >= 65536:
         peer.put(name(len(watcher.notifications)), 65536)
     peer.put(A, talk.store._room.largest_bytes)
-    assert peer.ask(AskLease(1), Leased).size_bytes == first.size_bytes == MIN_LEASE_BYTES
+    request_id = peer.post(AskLease(1))
+    assert peer.take(request_id, Leased).size_bytes == first.size_bytes == MIN_LEASE_BYTES
     assert all(size >= 0 for _, size, _ in watcher.notifications)
     talk.store.check()
 
