@@ -33,7 +33,8 @@ Invariants
 * Nothing that was published is refused for want of room: the extent is the lease's, and so many entries of
   the table are set aside as the lease may publish objects.
 * What a client publishes outside its lease, before the cursor, or too often costs it its connection.
-* Leases take at most an eighth of the capacity, and none is granted where one would be too small to help.
+* Leases take at most an eighth of the capacity, one at most a 64th, and none is granted where one would be too small to
+  help.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from shmplasma.replies import Leased
 __all__ = ["MAX_OBJECT_BYTES", "LeaseWriter"]
 
 MAX_OBJECT_BYTES: Final = 1 << 18
-"""Larger objects are created by a round trip: from about here on the copy takes as long."""
+"""Larger objects are created by a round trip: from here on the copy takes half as long and more."""
 
 _PUTS_AFTER_REFUSAL: Final = 64
 """How many puts go by the store before a client asks again for a lease that it did not get."""

@@ -340,6 +340,8 @@ class ObjectStore:
             or creations.await_room
             or self._ledger.references.is_awake
             or self._trims
+            or self._room.mover.is_busy
+            or self._publishing.is_to_evict
             or self._objects.spilling is not None
             or (self._polling.is_on and self._has_listeners)
         )
