@@ -44,8 +44,8 @@ _SCATTERED_LEASES: Final = 4
 """Free room for as many leases, in pieces that are too small for one, from which on nothing is evicted for a lease."""
 _MOST_AT_ONCE: Final = MIN_LEASE_BYTES // ALIGNMENT
 """How many objects go for a lease while its client waits: what the smallest lease may take."""
-_SLICE: Final = 16
-"""How many go ahead of need between two requests: 0.2 ms."""
+_SLICE: Final = 32
+"""How many go ahead of need between two requests: 0.3 ms."""
 
 
 class Publishing:

@@ -148,7 +148,7 @@ def test_an_eviction_ahead_of_need_is_done_in_slices(full: Full) -> None:
         full.talk.advance()
         sizes.append(len(full.gone) - n_gone)
         n_gone = len(full.gone)
-    assert max(sizes, default=0) <= 16
+    assert max(sizes, default=0) <= 32
     assert not full.talk.store.has_urgent_work
     full.talk.store.check()
 

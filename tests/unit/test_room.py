@@ -244,6 +244,28 @@ def test_eviction_goes_on_until_it_is_enough() -> None:
     storeroom.check()
 
 
+def test_so_many_objects_go_at_most() -> None:
+    """Whoever must not keep others waiting says how many may go; they are the oldest ones."""
+    storeroom = Storeroom(1024)
+    storeroom.fill(64)
+    assert storeroom.room.make_room(512, 3) == [name(0), name(1), name(2)]
+    assert storeroom.gone() == [0, 1, 2]
+    assert len(storeroom.room.make_room(64, 3)) == 1
+    storeroom.check()
+
+
+def test_neighbours_that_go_leave_one_extent() -> None:
+    """Whatever their order in the queue is, and wherever something stays between them."""
+    storeroom = Storeroom(640)
+    entries = storeroom.fill(64)
+    taken = [entries[n] for n in (7, 2, 1, 8, 4, 3)]
+    assert storeroom.room.take(taken) == taken
+    start = storeroom.layout.data
+    extents = list(storeroom.room._allocator.free_extents())
+    assert extents == [(start + 64, 256), (start + 448, 128)]
+    storeroom.check()
+
+
 # -- proof -----------------------------------------------------------------------------------------
 
 
