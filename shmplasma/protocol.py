@@ -28,7 +28,6 @@ __all__ = [
     "MAX_REQUEST_BYTES",
     "ONE_WAY",
     "PROTOCOL_VERSION",
-    "SPIN_NS",
     "Frame",
     "FrameDecoder",
     "encode_frame",
@@ -42,12 +41,6 @@ MAX_REQUEST_BYTES: Final = 2 << 20
 """Longest body that a store accepts: a get of 65,536 ids takes 1.6 MB, and nothing else takes as much."""
 MAX_REPLY_BYTES: Final = 8 << 20
 """Longest body that a client accepts."""
-
-SPIN_NS: Final = 50_000
-"""How long either end looks for a message before it goes to sleep.  Measured on 2 idle processors: a round
-trip takes 50-80 µs when both ends sleep in between, and 20-30 µs when neither does; 50 µs of looking is what
-the sleep and the wake-up would cost.  On a single processor nobody looks: it would keep the other end from
-answering."""
 
 _HEADER: Final = Struct("<IIHH")
 _HEADER_BYTES: Final = _HEADER.size

@@ -28,11 +28,12 @@ from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Send
 from shmplasma.errors import CommitError, ExternalStoreError, ProtocolError
 from shmplasma.exits import Exits, close_descriptor
-from shmplasma.protocol import ONE_WAY, SPIN_NS, encode_frame
+from shmplasma.protocol import ONE_WAY, encode_frame
 from shmplasma.reception import Reception
 from shmplasma.references import TICKET_NS
 from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
+from shmplasma.spin import Spin
 from shmplasma.store import ObjectStore
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Server:
         self._clients = segment.layout.n_boards  # lower numbers are of clients that are recovered
         self._commit_ahead = True
         self._stopping = False
-        self._spin_ns = SPIN_NS if system.processors() > 1 else 0
+        self._spin = Spin()
         self._selector = selectors.DefaultSelector()
         self._exits = Exits(self._selector, self._forget)
         self._wake_reader, self._wake_writer = os.pipe()
@@ -298,14 +299,12 @@ class Server:
             return events
         if self._has_more_to_do:
             return events
-        end = time.monotonic_ns() + self._spin_ns
-        while not (events := select(0)):
-            if time.monotonic_ns() > end:
-                return self._sleep()
+        for _ in self._spin.looks():
+            if events := select(0):
+                return events
             if self._store.polls:
                 self._carry_out(self._store.glance(time.time_ns()))
-            os.sched_yield()
-        return events
+        return self._sleep()
 
     def _sleep(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for an event, or for what a client has put into its outbox while this store polls."""

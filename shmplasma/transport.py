@@ -22,7 +22,6 @@ whichever thread reads the reply (`shmplasma.aio`).
 from __future__ import annotations
 
 import itertools
-import os
 import select
 import socket
 import threading
@@ -33,19 +32,18 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from shmplasma import system
 from shmplasma.errors import ProtocolError
 from shmplasma.outbox import Outbox
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     ONE_WAY,
-    SPIN_NS,
     Frame,
     encode_frame,
     split_frames,
 )
 from shmplasma.replies import Failed, decode_reply
 from shmplasma.requests import Post
+from shmplasma.spin import Spin
 
 __all__ = ["Channel"]
 
@@ -75,7 +73,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, first: bytes = b"") -> None:
         self._sock = sock
-        self._spin_ns = SPIN_NS if system.processors() > 1 else 0
+        self._spin = Spin()
         self._sending = threading.Lock()
         self._reading = threading.Lock()
         self._outgoing: tuple[bytes, list[int]] = (first, [])
@@ -294,13 +292,8 @@ class Channel:
             self._receive(0)
 
     def _look(self) -> bool:
-        """Look for what comes soon, before going to sleep; tell whether something came (see `SPIN_NS`)."""
-        end = time.monotonic_ns() + self._spin_ns
-        while not self._receive(socket.MSG_DONTWAIT):
-            if time.monotonic_ns() > end:
-                return False
-            os.sched_yield()
-        return True
+        """Look for what comes soon, before going to sleep; tell whether something came (see `spin`)."""
+        return any(self._receive(socket.MSG_DONTWAIT) for _ in self._spin.looks())
 
     def _receive(self, flags: int) -> bool:
         """Take what the socket has, or its end; tell whether there was either."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shmplasma import system
+from shmplasma.spin import Spin
+from tests.processes import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -334,3 +336,19 @@ def test_portable_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.start_time(os.getpid()) is None
     assert system.file_system("/") is None
     assert system.available_memory() == os.sysconf("SC_PHYS_PAGES") * PAGE
+
+
+@pytest.mark.skipif(system.processors() < 2, reason="on a single processor nobody looks anyway")
+def test_who_shares_a_crowded_processor_does_not_look() -> None:
+    """Where giving the processor away costs a slice of time, both ends sleep instead, for a while."""
+    spin, processors = Spin(), os.sched_getaffinity(0)
+    assert list(spin.looks())
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            for pid in (0, other.pid):
+                os.sched_setaffinity(pid, {min(processors)})
+            until(lambda: not list(spin.looks()), "nobody looks any more")
+        finally:
+            os.sched_setaffinity(0, processors)
+            other.kill()
+    until(lambda: list(spin.looks()), "they look again")
