@@ -68,6 +68,7 @@ class Publishing:
         self._objects = objects
         self._memory = memory
         self._ahead = 0
+        self._evictions = 0
 
     def lease(self, client: int, board: int, needed_bytes: int) -> Leased:
         """Give back what is left of a client's lease and grant it a new one, of size 0 if none is to be had.
@@ -85,11 +86,14 @@ class Publishing:
         try:
             if not self._table.prepare(leases.objects_left + leases.objects_for(size)):
                 return none
-            if room.largest_bytes < smallest and room.free_bytes < _SCATTERED_LEASES * size:
+            if room.largest_bytes < smallest:
+                self._objects.wake()  # nothing goes for want of what was released meanwhile
                 smallest = align_up(max(MIN_LEASE_BYTES, needed_bytes), ALIGNMENT)
-                size = min(size, max(smallest, 2 * used))
-                # What is free may lie in pieces: another one is to come to them in any case.
-                self._evict(max(size, room.free_bytes + smallest), _MOST_AT_ONCE)
+                lacks_room = self._is_full or room.largest_bytes < align_up(needed_bytes, ALIGNMENT)
+                if lacks_room and room.free_bytes < _SCATTERED_LEASES * size:
+                    size = min(size, max(smallest, 2 * used))
+                    # What is free may lie in pieces: another one is to come to them in any case.
+                    self._evict(max(size, room.free_bytes + smallest), _MOST_AT_ONCE)
             size = min(size, room.largest_bytes)
             offset = room.lease(size) if size >= smallest else None
             while offset is None and size // 2 >= smallest:
@@ -99,10 +103,16 @@ class Publishing:
             return none
         if offset is None:
             return none
-        self._ahead = ahead if self._objects.spilling is None else 0
-        self._end_ahead()
+        if room.free_bytes >= ahead:
+            self._evictions = self._objects.evictions
+        self._ahead = ahead if self._is_full and self._objects.spilling is None else 0
         objects, epoch = leases.grant(client, board, offset, size)
         return Leased(offset, size, objects, epoch)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether objects were evicted since there was room for another lease."""
+        return self._objects.evictions > self._evictions
 
     # -- evicting ahead ------------------------------------------------------------------------
 

@@ -1565,11 +1565,32 @@ def test_a_full_store_evicts_for_a_lease() -> None:
     watcher, peer = talk.subscriber(), talk.client()
     for n in range((1 << 20) // 320):
         peer.put(name(n), 257)
+    peer.put(A, (1 << 20) % 320)
     lease = peer.ask(AskLease(10), Leased)
     assert lease.size_bytes == MIN_LEASE_BYTES
     gone = [object_id for object_id, size, _ in watcher.notifications if size < 0]
     assert gone == [name(n) for n in range(len(gone))]
     assert len(gone) <= -(-MIN_LEASE_BYTES // 320)
+    talk.store.check()
+
+
+def test_nothing_goes_for_a_lease_while_the_object_has_room() -> None:
+    """A store that is filled to the last byte by clients with leases loses nothing for the sake of the next lease."""
+    talk = Conversation(1 << 20)
+    watcher, tenant = talk.subscriber(), Tenant(talk)
+    left, number = 1 << 20, 0
+    while left:
+        if tenant.next + 1024 > tenant.lease.offset + tenant.lease.size_bytes:
+            tenant.lease = tenant.peer.ask(AskLease(1024), Leased)
+            tenant.next = tenant.lease.offset
+        if tenant.lease.size_bytes:
+            tenant.publish(name(number), 1024)
+        else:
+            tenant.peer.put(name(number), 1024)
+        talk.turn()
+        left, number = left - 1024, number + 1
+    assert len(watcher.notifications) == number == 1024
+    assert not talk.store._room.free_bytes
     talk.store.check()
 
 
