@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from shmplasma.layout import REFERENCED
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.references import References
@@ -76,8 +74,3 @@ class Ledger:
         """Delete what nobody owns, but while a move hides an object; all outboxes have been read just now."""
         if self.references.has_suspects and self._room.mover.hidden == NO_ENTRY:
             self._objects.delete(self.references.judge())
-
-    def recover(self, entries: Iterable[int]) -> None:
-        """Take over the objects of a store that has died; no outbox has been read yet."""
-        named = map(self._table.id_and_codec, entries)
-        self.references.recover(object_id for object_id, codec in named if codec & REFERENCED)

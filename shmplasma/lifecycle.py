@@ -492,7 +492,7 @@ class Lifecycle:
         found = examine(
             self._layout, self._table, self._boards, memory.barrier, self._room.finish_move
         )
-        self._room.recover(found.cached, found.cached_bytes, found.kept, found.used)
+        self._room.recover(found.cached, found.cached_bytes, found.kept, found.gaps)
         for client, (cursor, end) in found.leases.items():
             self._leases.restore(client, client, cursor, end)
         self._table.prepare(self._leases.objects_left)
@@ -500,9 +500,6 @@ class Lifecycle:
         for entry, client in found.created.items():
             self._unsealed.setdefault(client, set()).add(entry)
         self._recovered = set(found.created)
-        for entry in (*found.cached, *found.kept):
-            if entry not in found.copies and self._table.copy_of(entry)[0]:
-                self._table.set_copy(entry, 0, 0)  # it is damaged
         if self.spilling is not None:
             self.spilling.recover(found.copies, found.spilled)
         self._doomed, self._limbo = found.doomed, found.limbo

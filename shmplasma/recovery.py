@@ -6,7 +6,7 @@ is needed.  Clients go on reading meanwhile, and hold what they hold.
 What a death leaves
 -------------------
 The store is the only writer of the table and may die between any two of its stores to memory.  x86-64 keeps
-their order, and a death undoes none of them.  An entry is judged by its state and its checksum (``verdict``):
+their order, and a death undoes none of them.  An entry is judged by its state and its checksum:
 
 ==================  ==========  ==================================================================================
 state               verdict     what happened, and what becomes of it
@@ -40,17 +40,23 @@ has ended leaves when its outbox has been read: whatever it had put is there, al
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from operator import attrgetter
+from itertools import islice
+from operator import le
+from typing import Final, Self
 
 from shmplasma.control import Owner
-from shmplasma.layout import ALIGNMENT, BOARD_WORDS, EntryState, Layout, align_up
+from shmplasma.layout import ALIGNMENT, BOARD_WORDS, REFERENCED, EntryState, Layout
 from shmplasma.pins import Boards
-from shmplasma.table import Remains, Table, Verdict
+from shmplasma.table import Remains, Table
 
 __all__ = ["Findings", "examine"]
+
+_FREE: Final = int(EntryState.FREE)
+_SEALED: Final = int(EntryState.SEALED)
+_SPILLED: Final = int(EntryState.SPILLED)
 
 
 @dataclass(slots=True)
@@ -74,8 +80,10 @@ class Findings:
         Entries of unsealed objects, and their creators (first board).
     limbo : set of int
         Entries that are in no chain, and whose extent somebody still holds.
-    used : list of (offset, size)
-        All extents that are not free, by address.
+    referenced : list of bytes
+        The ids of sealed objects, doomed ones not included, that belong to references.
+    gaps : list of (offset, size)
+        The extents that are free, by address.
     leases : dict
         What clients (first board) lease and have not published: cursor and end.
     copies : dict
@@ -93,7 +101,8 @@ class Findings:
     doomed: set[int] = field(default_factory=set)
     created: dict[int, int] = field(default_factory=dict)
     limbo: set[int] = field(default_factory=set)
-    used: list[tuple[int, int]] = field(default_factory=list)
+    referenced: list[bytes] = field(default_factory=list)
+    gaps: list[tuple[int, int]] = field(default_factory=list)
     leases: dict[int, tuple[int, int]] = field(default_factory=dict)
     copies: dict[int, int] = field(default_factory=dict)
     spilled: set[int] = field(default_factory=set)
@@ -134,149 +143,205 @@ def examine(
     -----
     O(n log n) in the number of entries that were ever used.
     """
-    end = table.take_over()
+    table.take_over()
     finish_move()
+    remains = table.scan()
     findings = Findings(boards.recover())
     limits = layout.data, layout.data + layout.data_bytes
-    spilled: list[Remains] = []
-    whole, going = _judge(limits, table, boards, findings, spilled)
-    kept, going = _without_conflicts(whole, spilled, going)
-    for remains in going:
-        findings.created.pop(remains.entry, None)
-    findings.copies = {each.entry: each.container for each in kept if each.container}
-    findings.spilled = {each.entry for each in kept if each.state == EntryState.SPILLED}
-    elsewhere = [each for each in kept if each.state == EntryState.SPILLED]
-    kept = [each for each in kept if each.state != EntryState.SPILLED]
-    extents = [(remains.offset, remains.size_bytes) for remains in kept if remains.size_bytes]
-    _give_up(limits, table, boards, barrier, findings, going, extents)
-    for remains in kept:
-        if remains.state == EntryState.DOOMED:
-            findings.doomed.add(remains.entry)
-        elif remains.entry not in findings.created and remains.state != EntryState.SEALED:
-            table.set_state(remains.entry, EntryState.SEALED)
-    sealed = [remains for remains in kept if remains.entry not in findings.created]
-    findings.kept = {remains.entry for remains in sealed if remains.keep}
-    cached = [remains for remains in sealed if not remains.keep]
-    cached.sort(key=attrgetter("sealed_ns"))
-    findings.cached = [remains.entry for remains in cached]
-    findings.cached_bytes = sum(align_up(remains.size_bytes, ALIGNMENT) for remains in cached)
-    kept += elsewhere
-    objects = [(remains.object_id, remains.entry) for remains in kept]
-    entries = [remains.entry for remains in kept]
-    table.relink(objects, set(range(end)).difference(entries, findings.limbo))
-    extents.sort()
-    findings.leases = _leases(findings.owners, extents)
-    leased = [(cursor, stop - cursor) for cursor, stop in findings.leases.values()]
-    findings.used = sorted(extents + leased)
+    whole, spilled, going = _judge(limits, table, remains, boards, findings)
+    used = _Extents.of(remains, whole)
+    if not (used.are_apart() and _have_own_ids(remains, whole, spilled)):
+        gone = _conflicting(remains, whole, spilled)
+        going += gone
+        whole = [entry for entry in whole if entry not in gone]
+        spilled = [entry for entry in spilled if entry not in gone]
+        used = _Extents.of(remains, whole)
+        for entry in gone:
+            findings.created.pop(entry, None)
+    if going:
+        findings.dropped = len(going)
+        pinned = _give_up(table, boards, barrier, going)
+        for entry in going:
+            offset, size = remains.offsets[entry], remains.extents[entry]
+            is_held = entry in pinned and size and _is_plausible(limits, offset, size)
+            if is_held and used.add(offset, offset + size):
+                findings.limbo.add(entry)
+            else:
+                table.renew(entry)
+    states, created = remains.states, findings.created
+    sealed = [entry for entry in whole if entry not in created] if created else whole
+    for entry in sealed:
+        if states[entry] == EntryState.DOOMED:
+            findings.doomed.add(entry)
+        elif states[entry] != _SEALED:
+            table.set_state(entry, _SEALED)
+    _sort_sealed(remains, findings, sealed)
+    findings.spilled = set(spilled)
+    _find_copies(table, remains, findings, whole + spilled)
+    table.relink(whole + spilled, remains.object_ids, findings.limbo)
+    findings.leases = _leases(findings.owners, used)
+    for cursor, end in findings.leases.values():
+        used.add(cursor, end)
+    findings.gaps = used.gaps(*limits)
     return findings
 
 
+class _Extents:
+    """Extents that do not overlap, by address.
+
+    Parameters
+    ----------
+    starts, ends : list of int
+        Offsets in ascending order.
+    """
+
+    def __init__(self, starts: list[int], ends: list[int]) -> None:
+        self._starts = starts
+        self._ends = ends
+
+    @classmethod
+    def of(cls, remains: Remains, entries: list[int]) -> Self:
+        """Return those of these entries."""
+        offsets, extents = remains.offsets, remains.extents
+        entries = [entry for entry in entries if extents[entry]]
+        starts = [offsets[entry] for entry in entries]
+        ends = [offsets[entry] + extents[entry] for entry in entries]
+        starts.sort()
+        ends.sort()
+        return cls(starts, ends)
+
+    def are_apart(self) -> bool:
+        """Tell whether none overlaps another.
+
+        That can be seen without knowing which start goes with which end.  At any address there is one extent less
+        than starts up to there, less the ends up to there; if the i-th end is never above the next start, that is one at most.
+        """
+        return all(map(le, self._ends, islice(self._starts, 1, None)))
+
+    def add(self, start: int, end: int) -> bool:
+        """Add one if it overlaps none, and tell whether it was added."""
+        at = bisect_right(self._starts, start)
+        if (at and self._ends[at - 1] > start) or (
+            at < len(self._starts) and self._starts[at] < end
+        ):
+            return False
+        self._starts.insert(at, start)
+        self._ends.insert(at, end)
+        return True
+
+    def end_of_last(self, start: int, end: int) -> int:
+        """Return where the last one ends that begins before `end`, but not less than `start`."""
+        at = bisect_left(self._starts, end)
+        return max(start, self._ends[at - 1]) if at else start
+
+    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return offset and size of what lies between them in a region, by address."""
+        bounds = zip([start, *self._ends], [*self._starts, end], strict=True)
+        return [(low, high - low) for low, high in bounds if low < high]
+
+
 def _judge(
-    limits: tuple[int, int],
-    table: Table,
-    boards: Boards,
-    findings: Findings,
-    spilled: list[Remains],
-) -> tuple[list[Remains], list[Remains]]:
-    """Separate what stays from what goes, and note the creators of what is unsealed."""
-    whole: list[Remains] = []
-    going: list[Remains] = []
+    limits: tuple[int, int], table: Table, remains: Remains, boards: Boards, findings: Findings
+) -> tuple[list[int], list[int], list[int]]:
+    """Separate what stays, in memory and in the external store, from what goes; note who creates what is unsealed."""
+    whole: list[int] = []
+    spilled: list[int] = []
+    going: list[int] = []
     low, high = limits
-    for remains in table.scan():
-        if remains.state == EntryState.SPILLED and remains.container:
-            spilled.append(remains)
-            continue
-        stays = remains.verdict is Verdict.COMPLETE and remains.state != EntryState.SPILLED
-        offset, size = remains.offset, remains.size_bytes
-        if stays and low <= offset and not offset % ALIGNMENT and offset + size <= high:
-            whole.append(remains)  # as nearly all of them do
-            continue
-        if remains.verdict is Verdict.BEGUN and remains.state == EntryState.CREATED:
-            creator = boards.owner(remains.slot // BOARD_WORDS) if remains.slot >= 0 else None
-            stays = creator is not None
-            if creator is not None:
-                findings.created[remains.entry] = creator
-        (whole if stays and _is_plausible(limits, remains) else going).append(remains)
-    return whole, going
+    columns = zip(remains.states, remains.complete, remains.offsets, remains.extents, strict=True)
+    for entry, (state, is_complete, offset, size) in enumerate(columns):
+        if is_complete and state != _SPILLED:
+            # As for nearly all of them.
+            if low <= offset and not offset % ALIGNMENT and offset + size <= high:
+                whole.append(entry)
+            else:
+                (going if size else whole).append(entry)
+        elif state == _SPILLED:
+            (spilled if remains.containers.get(entry) else going).append(entry)
+        elif state == EntryState.CREATED and table.is_begun(entry):
+            slot = table.owner(entry)
+            creator = boards.owner(slot // BOARD_WORDS) if slot >= 0 else None
+            if creator is not None and _is_plausible(limits, offset, size):
+                findings.created[entry] = creator
+                whole.append(entry)
+            else:
+                going.append(entry)
+        elif state != _FREE:
+            going.append(entry)
+    return whole, spilled, going
 
 
 def _give_up(
-    limits: tuple[int, int],
-    table: Table,
-    boards: Boards,
-    barrier: Callable[[], None],
-    findings: Findings,
-    going: list[Remains],
-    extents: list[tuple[int, int]],
-) -> None:
-    """Free the entries that go; those that somebody pins keep their extents until the release."""
-    if not going:
-        return
-    for remains in going:
-        table.set_state(remains.entry, EntryState.EVICTING)
+    table: Table, boards: Boards, barrier: Callable[[], None], going: list[int]
+) -> set[int]:
+    """Hide the entries that go from readers, and return all that somebody pins."""
+    for entry in going:
+        table.set_state(entry, EntryState.EVICTING)
     barrier()
-    pinned = boards.pinned()
-    for remains in going:
-        held = remains.entry in pinned and remains.size_bytes and _is_plausible(limits, remains)
-        if held and _is_clear(extents, remains):
-            findings.limbo.add(remains.entry)
-            extents.append((remains.offset, remains.size_bytes))
-        else:
-            table.renew(remains.entry)
-    findings.dropped = len(going)
+    return boards.pinned()
 
 
-def _is_plausible(limits: tuple[int, int], remains: Remains) -> bool:
+def _is_plausible(limits: tuple[int, int], offset: int, size: int) -> bool:
     """Tell whether an extent can be one; `limits` are those of the data region."""
-    offset, size = remains.offset, remains.size_bytes
     if not size:
         return True
     return limits[0] <= offset and offset % ALIGNMENT == 0 and offset + size <= limits[1]
 
 
-def _without_conflicts(
-    found: Iterable[Remains], spilled: Iterable[Remains], going: list[Remains]
-) -> tuple[list[Remains], list[Remains]]:
-    """Let go as well what cannot be: objects that overlap, or have an id that another has."""
-    kept: list[Remains] = []
+def _have_own_ids(remains: Remains, whole: list[int], spilled: list[int]) -> bool:
+    """Tell whether no id is that of two objects."""
+    object_ids = remains.object_ids
+    return len({object_ids[each] for each in whole + spilled}) == len(whole) + len(spilled)
+
+
+def _conflicting(remains: Remains, whole: list[int], spilled: list[int]) -> dict[int, None]:
+    """Return what cannot be: objects that overlap another, or have an id that another has."""
+    object_ids, offsets, extents = remains.object_ids, remains.offsets, remains.extents
+    gone: dict[int, None] = {}
     ids: set[bytes] = set()
-    for remains in spilled:
-        (going if remains.object_id in ids else kept).append(remains)
-        ids.add(remains.object_id)
     end = 0
-    for remains in sorted(found, key=attrgetter("offset", "size_bytes")):
-        object_id, size = remains.object_id, remains.size_bytes
-        if object_id in ids or (size and remains.offset < end):
-            going.append(remains)
+    for entry in spilled + sorted(whole, key=offsets.__getitem__):
+        in_memory = remains.states[entry] != _SPILLED and extents[entry]
+        if object_ids[entry] in ids or (in_memory and offsets[entry] < end):
+            gone[entry] = None
             continue
-        ids.add(object_id)
-        kept.append(remains)
-        if size:
-            end = remains.offset + align_up(size, ALIGNMENT)
-    return kept, going
+        ids.add(object_ids[entry])
+        if in_memory:
+            end = offsets[entry] + extents[entry]
+    return gone
 
 
-def _is_clear(extents: Iterable[tuple[int, int]], remains: Remains) -> bool:
-    """Tell whether an extent overlaps none of these; seldom asked."""
-    end = remains.offset + align_up(remains.size_bytes, ALIGNMENT)
-    return all(
-        end <= offset or remains.offset >= offset + align_up(size, ALIGNMENT)
-        for offset, size in extents
-    )
+def _sort_sealed(remains: Remains, findings: Findings, sealed: list[int]) -> None:
+    """Say which of the sealed objects in memory may be evicted, in which order, and which belong to references."""
+    keeps, codecs, doomed = remains.keeps, remains.codecs, findings.doomed
+    findings.kept = {entry for entry in sealed if keeps[entry]}
+    findings.cached = [entry for entry in sealed if not keeps[entry]]
+    findings.cached_bytes = sum(map(remains.extents.__getitem__, findings.cached))
+    findings.cached.sort(key=remains.sealed_ns.__getitem__)
+    referenced = [entry for entry in sealed if codecs[entry] & REFERENCED]
+    findings.referenced = [remains.object_ids[each] for each in referenced if each not in doomed]
 
 
-def _leases(owners: dict[int, Owner], extents: list[tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Return what is left of each lease behind the last object in it; `extents` are sorted."""
+def _find_copies(
+    table: Table, remains: Remains, findings: Findings, entries: Iterable[int]
+) -> None:
+    """Say which objects have copies in the external store; a word that names none is made to say so."""
+    if remains.containers:
+        for entry in entries:
+            container = remains.containers.get(entry)
+            if container:
+                findings.copies[entry] = container
+            elif container is not None:
+                table.set_copy(entry, 0, 0)  # it is damaged
+
+
+def _leases(owners: dict[int, Owner], used: _Extents) -> dict[int, tuple[int, int]]:
+    """Return what is left of each lease behind the last object in it."""
     leases: dict[int, tuple[int, int]] = {}
     taken = 0
     for board, owner in sorted(owners.items(), key=lambda item: item[1].lease_cursor):
-        cursor, end = owner.lease_cursor, owner.lease_end
-        # Only the last extent that begins before the cursor can reach into the lease.
-        at = max(0, bisect_left(extents, (cursor, 0)) - 1)
-        while at < len(extents) and extents[at][0] < end:
-            offset, size = extents[at]
-            cursor = max(cursor, offset + align_up(size, ALIGNMENT))
-            at += 1
+        end = owner.lease_end
+        cursor = used.end_of_last(owner.lease_cursor, end)
         if taken <= cursor < end and cursor % ALIGNMENT == end % ALIGNMENT == 0:
             leases[board] = cursor, end
             taken = end

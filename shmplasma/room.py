@@ -512,7 +512,7 @@ class Room:
         cached: Sequence[int],
         cached_bytes: int,
         kept: Iterable[int],
-        used: Iterable[tuple[int, int]],
+        gaps: Iterable[tuple[int, int]],
     ) -> None:
         """Take over the data region of a store that has died.
 
@@ -524,24 +524,14 @@ class Room:
             The sum of their extents.
         kept : iterable of int
             The sealed entries that may not.
-        used : iterable of (offset, size)
-            All extents that are not free, by address; none overlaps another.
+        gaps : iterable of (offset, size)
+            The extents that are free, by address.
 
         Notes
         -----
         O(objects).
         """
-        end = self._start
-        gaps: list[tuple[int, int]] = []
-        for offset, size in used:
-            if offset > end:
-                gaps.append((end, offset - end))
-            end = offset + align_up(size, ALIGNMENT)
-        if end < self._end:
-            gaps.append((end, self._end - end))
-        self._allocator.reserve(self._start, self._end - self._start)
-        for offset, size in gaps:
-            self._allocator.free(offset, size)
+        self._allocator.refill(gaps)
         self.commitment.recover()
         self._queue.fill(cached)
         self._cached_bytes = cached_bytes

@@ -523,7 +523,7 @@ class ObjectStore:
         """
         self._now_ns = now_ns
         found = self._objects.recover()
-        self._ledger.recover({*found.cached, *found.kept} - found.doomed)
+        self._ledger.references.recover(found.referenced)
         for board, owner in found.owners.items():
             session = Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
             session.board, session.awaited = board, True

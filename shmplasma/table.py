@@ -13,7 +13,7 @@ contract:
   after its pin (`shmplasma.pins` owns that argument), and a miss only sends it to the store.
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
 
-What a store that has died leaves behind is judged by CHECK (`Verdict`): a checksum of id, codec, offset and
+What a store that has died leaves behind is judged by CHECK: a checksum of id, codec, offset and
 sizes, begun with the generation and with whether the object is sealed.  It is written before the state that it
 goes with; so an entry of the state SEALED always has the checksum of a sealed object; one that was freed, or was
 never completed, or has a flipped bit, has not.
@@ -25,10 +25,11 @@ for an object of the store.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import add
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
 from zlib import crc32
 
 from shmplasma.layout import (
@@ -47,12 +48,13 @@ from shmplasma.layout import (
     read_end,
 )
 
-__all__ = ["NO_ENTRY", "Remains", "Table", "Verdict"]
+__all__ = ["NO_ENTRY", "Remains", "Table"]
 
 NO_ENTRY: Final = -1
 
 _ID: Final = EntryWord.ID * 8
 _STATE: Final = int(EntryWord.STATE)
+_CODEC: Final = EntryWord.ID + 2
 _OFFSET: Final = int(EntryWord.OFFSET)
 _DATA_SIZE: Final = int(EntryWord.DATA_SIZE)
 _METADATA_SIZE: Final = int(EntryWord.METADATA_SIZE)
@@ -79,18 +81,18 @@ _RECORD: Final = Struct("@48sQQQQQQ24x")
 """All of an entry but its state: these, words 7 to 12, no other origin, and no copy in an external store."""
 _COPIED: Final = Struct("@24sQQQ")
 """Words 1 to 3, 5, 6 and 14: what does not change when an object is moved or brought back."""
-_SCAN: Final = Struct("@Q48sQQQQQQ8xQQ")
+_FIELDS: Final = Struct("@8x48s72x")
+"""Words 1 to 6 of a whole entry, in one piece."""
+_PAGE_BYTES: Final = 4096
+_NO_HEADS: Final = bytes(_PAGE_BYTES)
 _PRESENT: Final = 1 << 32
 """Keeps the checksum of whatever from being 0, which an entry has that was never used."""
 _ALL_ONES: Final = (1 << 64) - 1
 
 
-class Verdict(Enum):
-    """What an entry's checksum says of it."""
-
-    NOTHING = "free, or damaged"
-    BEGUN = "an object that was not sealed"
-    COMPLETE = "a sealed object"
+def _copy_check(fields: bytes | memoryview, data_size: int, metadata_size: int, copy: int) -> int:
+    """Return the checksum of where a copy is."""
+    return _PRESENT | crc32(_COPIED.pack(bytes(fields[:24]), data_size, metadata_size, copy))
 
 
 def _seed(generation: int, sealed: bool) -> int:
@@ -98,39 +100,43 @@ def _seed(generation: int, sealed: bool) -> int:
     return (generation << 1 | sealed) & 0xFFFF_FFFF
 
 
-class Remains(NamedTuple):
-    """What a store that has died left in an entry; believed only as far as the verdict goes.
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What a store that has died left in its entries; believed only as far as the verdicts go.
+
+    Each list has an item for each entry that was ever used.  Columns can be filled and compared in bulk, which
+    is five times as fast as an object an entry.
 
     Attributes
     ----------
-    entry, state : int
-        Which entry, and its `EntryState`.
-    verdict : Verdict
-        What its checksum says.
-    object_id : bytes
-        20 bytes.
-    offset, size_bytes : int
-        Extent of data and metadata.
-    sealed_ns : int
+    states : list of int
+        The `EntryState` of each.
+    complete : list of bool
+        Whether its checksum says that it is a sealed object; so does a FREE one's that was about to be.
+    object_ids : list of bytes
+        20 bytes each.
+    codecs : list of int
+        How the object is encoded.
+    offsets, extents : list of int
+        Where data and metadata begin, and how many bytes they take, in whole lines of `ALIGNMENT`.
+    sealed_ns : list of int
         When it was sealed, or created.
-    slot : int
-        The slot of its creator, -1 if there is none.
-    keep : bool
-        Whether it is never to be evicted.
-    container : int
-        Which one of the external store has a copy; 0 for none.
+    keeps : list of int
+        Not zero if it is never to be evicted.
+    containers : dict
+        Of those whose entry speaks of a copy: which container of the external store has it, or 0 if that is
+        damaged.
     """
 
-    entry: int
-    state: int
-    verdict: Verdict
-    object_id: bytes
-    offset: int
-    size_bytes: int
-    sealed_ns: int
-    slot: int
-    keep: bool
-    container: int
+    states: list[int]
+    complete: list[bool]
+    object_ids: list[bytes]
+    codecs: list[int]
+    offsets: list[int]
+    extents: list[int]
+    sealed_ns: list[int]
+    keeps: list[int]
+    containers: dict[int, int]
 
 
 class Table:
@@ -360,9 +366,9 @@ class Table:
         copy = container << 32 | place // ALIGNMENT
         words[at + _COPY] = 0
         if container:
-            fields = bytes(self._raw[at * 8 + 8 : at * 8 + 32])
+            fields = self._raw[at * 8 + 8 : at * 8 + 32]
             sizes = words[at + _DATA_SIZE], words[at + _METADATA_SIZE]
-            words[at + _COPY_CHECK] = _PRESENT | crc32(_COPIED.pack(fields, *sizes, copy))
+            words[at + _COPY_CHECK] = _copy_check(fields, *sizes, copy)
             words[at + _COPY] = copy
 
     def identity(self, entry: int) -> bytes:
@@ -455,93 +461,111 @@ class Table:
         self._committed = self._used_once = end
         return end
 
-    def scan(self) -> Iterator[Remains]:
-        """Yield what is left in each entry that is not free, or does not look like it; O(entries)."""
+    def scan(self) -> Remains:
+        """Return what is left in the entries; O(entries), 1 us each."""
         start = self._layout.entries
-        region = self._raw[start : start + self._used_once * ENTRY_BYTES]
-        records = _SCAN.iter_unpack(region)
-        for entry, record in enumerate(records):
-            word, fields, _, created_ns, construct_ns, check, owner, keep, copy, copy_check = record
-            generation, state = word >> GENERATION_SHIFT, word & STATE_MASK
-            verdict = Verdict.NOTHING
-            if check == _PRESENT | crc32(fields, _seed(generation, sealed=True)):
-                verdict = Verdict.COMPLETE
-            elif check == _PRESENT | crc32(fields, _seed(generation, sealed=False)):
-                verdict = Verdict.BEGUN
-            if state == _FREE and verdict is not Verdict.COMPLETE:
-                continue
-            object_id, _, offset, data_size, metadata_size = _OBJECT.unpack(fields)
-            size = data_size + metadata_size
-            sealed_ns = created_ns + construct_ns
-            container = 0
+        region = bytes(self._raw[start : start + self._used_once * ENTRY_BYTES])
+        words = memoryview(region).cast("Q")
+
+        def column(word: int) -> list[int]:
+            return words[word::ENTRY_WORDS].tolist()
+
+        state_words = column(_STATE)
+        fields = [each for (each,) in _FIELDS.iter_unpack(region)]
+        seeds = [word >> GENERATION_SHIFT << 1 & 0xFFFF_FFFF | 1 for word in state_words]
+        checksums = map(crc32, fields, seeds)
+        data_sizes, metadata_sizes = column(_DATA_SIZE), column(_METADATA_SIZE)
+        containers: dict[int, int] = {}
+        copies = column(_COPY)
+        for entry, copy in enumerate(copies if any(copies) else ()):
             if copy:
-                stable = _COPIED.pack(fields[:24], data_size, metadata_size, copy)
-                container = copy >> 32 if copy_check == _PRESENT | crc32(stable) else 0
-            yield Remains(
-                entry,
-                state,
-                verdict,
-                object_id,
-                offset,
-                size,
-                sealed_ns,
-                owner - 1,
-                bool(keep),
-                container,
-            )
+                sizes = data_sizes[entry], metadata_sizes[entry]
+                check = words[entry * ENTRY_WORDS + _COPY_CHECK]
+                is_whole = check == _copy_check(fields[entry], *sizes, copy)
+                containers[entry] = copy >> 32 if is_whole else 0
+        return Remains(
+            [word & STATE_MASK for word in state_words],
+            [check == _PRESENT | crc for check, crc in zip(column(_CHECK), checksums, strict=True)],
+            [each[:ID_BYTES] for each in fields],
+            [word >> 32 for word in column(_CODEC)],
+            column(_OFFSET),
+            [
+                data_size + metadata_size + ALIGNMENT - 1 & -ALIGNMENT
+                for data_size, metadata_size in zip(data_sizes, metadata_sizes, strict=True)
+            ],
+            list(map(add, column(_CREATED_NS), column(_CONSTRUCT_NS))),
+            column(_KEEP),
+            containers,
+        )
+
+    def is_begun(self, entry: int) -> bool:
+        """Tell whether the checksum says that this is an object which is not sealed."""
+        at = self._entries_word + entry * ENTRY_WORDS
+        words = self._words
+        seed = _seed(words[at] >> GENERATION_SHIFT, sealed=False)
+        fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
+        return bool(words[at + _CHECK] == _PRESENT | crc32(fields, seed))
 
     def owner(self, entry: int) -> int:
         """Return the slot of the object's creator, -1 where there is none."""
         return int(self._words[self._entries_word + entry * ENTRY_WORDS + _OWNER]) - 1
 
-    def relink(self, objects: Iterable[tuple[bytes, int]], free: Iterable[int]) -> None:
-        """Make these the objects that can be found, by id and entry, and those entries the free ones.
+    def relink(self, entries: Sequence[int], object_ids: Sequence[bytes], limbo: set[int]) -> None:
+        """Make the objects of these entries those that can be found; all others but those in limbo are free.
+
+        Parameters
+        ----------
+        entries : sequence of int
+            Whose ids differ.
+        object_ids : sequence of bytes
+            The id that each entry of the table has, or had.
+        limbo : set of int
+            Entries that are in no chain and not free.
 
         Notes
         -----
-        O(entries + buckets).  Readers may be under way.  A chain that is right already is not touched, so
-        that they go on finding what is in it; in one that is written anew they may miss something for a
-        moment, or go round in it, which they notice, and they ask the store.
+        O(entries), and a copy and a comparison of the buckets.  Readers may be under way.  A chain that is
+        right already is not touched, so that they go on finding what is in it; in one that is written anew
+        they may miss something for a moment, or go round in it, which they notice, and they ask the store.
         """
-        words, mask = self._words, self._mask
-        next_word = self._entries_word + _NEXT
-        chains: dict[int, list[int]] = {}
-        for object_id, entry in objects:
-            bucket = crc32(object_id) & mask
-            if bucket in chains:
-                chains[bucket].append(entry)
-            else:
-                chains[bucket] = [entry]
-            self._linked += 1
-        heads = words[self._buckets_word : self._buckets_word + mask + 1].tolist()
-        for bucket in [
-            *chains,
-            *(at for at, head in enumerate(heads) if head and at not in chains),
-        ]:
-            head, chain = heads[bucket], chains.get(bucket, [])
-            # Most chains have one entry; the others are looked at in full.
-            if len(chain) == 1 and head == chain[0] + 1:
-                if not words[next_word + chain[0] * ENTRY_WORDS]:
-                    continue
-            elif self._chain(head, len(chain)) == set(chain):
-                continue
+        words, mask, end = self._words, self._mask, self._used_once
+        first = self._entries_word
+        following = words[first + _NEXT : first + end * ENTRY_WORDS : ENTRY_WORDS].tolist()
+        start = self._buckets_word * 8
+        strays = bytearray(self._raw[start : start + (mask + 1) * 8])
+        heads = memoryview(strays).cast("Q")
+        buckets = [crc32(object_ids[entry]) & mask for entry in entries]
+        self._linked = len(buckets)
+        missing = dict(zip(entries, buckets, strict=True))
+        wrong: set[int] = set()
+        for bucket in set(buckets):
+            head, heads[bucket] = heads[bucket], 0
+            while head:
+                # One that was passed already is not missing any more, so nothing leads round for ever.
+                if missing.pop(head - 1, NO_ENTRY) != bucket:
+                    wrong.add(bucket)
+                    break
+                head = following[head - 1]
+        wrong.update(missing.values())
+        chains: dict[int, list[int]] = {bucket: [] for bucket in wrong}
+        if wrong:
+            for entry, bucket in zip(entries, buckets, strict=True):
+                if bucket in wrong:
+                    chains[bucket].append(entry)
+        # Most of the buckets may be empty, hence are to be looked at by the page.
+        for at in range(0, len(strays), _PAGE_BYTES):
+            if strays[at : at + _PAGE_BYTES] != _NO_HEADS:
+                page = heads[at // 8 : (at + _PAGE_BYTES) // 8].tolist()
+                chains.update((bucket, []) for bucket, head in enumerate(page, at // 8) if head)
+        for bucket, chain in chains.items():
             words[self._buckets_word + bucket] = 0
-            following = 0
+            head = 0
             for entry in chain:
-                words[self._entries_word + entry * ENTRY_WORDS + _NEXT] = following
-                following = entry + 1
-            words[self._buckets_word + bucket] = following
-        self._free = array("I", sorted(free, reverse=True))
-
-    def _chain(self, head: int, length: int) -> set[int]:
-        """Return the entries of a chain, at most one more than `length`; empty if it leaves the table."""
-        found: list[int] = []
-        while head and len(found) <= length:
-            if head > self._used_once:
-                return {NO_ENTRY}
-            found.append(head - 1)
-            head = self._words[self._entries_word + (head - 1) * ENTRY_WORDS + _NEXT]
-        return set(found) if len(found) == len(set(found)) else {NO_ENTRY}
+                words[first + entry * ENTRY_WORDS + _NEXT] = head
+                head = entry + 1
+            words[self._buckets_word + bucket] = head
+        taken = limbo.union(entries)
+        self._free = array("I", [e for e in range(end - 1, -1, -1) if e not in taken])
 
     def renew(self, entry: int) -> None:
         """Free an entry that is in no chain, under a new generation; `relink` puts it on the free list."""

@@ -61,7 +61,7 @@ _START_SECONDS: Final = 60.0
 _LOOK_SECONDS: Final = 0.5
 """How soon a store is noticed that ends instead."""
 _MEASURING: Final = "COVERAGE_PROCESS_CONFIG"
-_SMALL_BYTES: Final = 100
+_SMALL_BYTES: Final = (60, 100, 200)
 _DRIVER: Final = 0xFFFF
 """The number of the load that this program itself is."""
 
@@ -113,6 +113,8 @@ class Recoveries:
         How many there are.
     ready_seconds : tuple of float
         From the start of the process to its readiness.
+    processor_seconds : tuple of float
+        How much processor time it took until then; on a busy machine that says more.
     answer_seconds : tuple of float
         From the death of the store to the first answer that a waiting client gets.
     summaries : tuple of str
@@ -121,6 +123,7 @@ class Recoveries:
 
     objects: int
     ready_seconds: tuple[float, ...]
+    processor_seconds: tuple[float, ...]
     answer_seconds: tuple[float, ...]
     summaries: tuple[str, ...]
 
@@ -128,6 +131,7 @@ class Recoveries:
         lines = [f"objects: {self.objects:,}"]
         for name, all_seconds in (
             ("process start to ready", self.ready_seconds),
+            ("processor time until then", self.processor_seconds),
             ("SIGKILL to the first answer", self.answer_seconds),
         ):
             median = statistics.median(all_seconds)
@@ -210,6 +214,12 @@ class MortalStore:
         assert self._process is not None
         self._process.terminate()
         assert self._process.wait() == 0, f"the store has failed\n{self.log}"
+
+    @property
+    def processor_seconds(self) -> float:
+        """How long the process has been running on a processor."""
+        assert self._process is not None
+        return int(Path(f"/proc/{self._process.pid}/schedstat").read_text().split()[0]) / 1e9
 
     @property
     def condition(self) -> str:
@@ -526,8 +536,8 @@ def _run(times: int, n_clients: int, n_victims: int, progress: bool) -> Summary:
     )
 
 
-def measure(objects: int, times: int = 5) -> Recoveries:
-    """Measure how long a store takes to come back that holds so many small objects.
+def measure(objects: int, times: int = 7) -> Recoveries:
+    """Measure how long a store takes to come back that holds so many small objects, in no order and with gaps.
 
     Raises
     ------
@@ -537,15 +547,32 @@ def measure(objects: int, times: int = 5) -> Recoveries:
     return in_small_process(_measure, objects, times)
 
 
+def _churn(client: shmplasma.Client, objects: int) -> tuple[list[ObjectID], list[Known]]:
+    """Put objects, and replace half of them by chance, twice; return those that are left."""
+    rng = random.Random(objects)
+    stored: list[tuple[ObjectID, Known]] = []
+    serial = 0
+    for _ in range(3):
+        rng.shuffle(stored)
+        client.delete([object_id for object_id, _ in stored[objects // 2 :]])
+        del stored[objects // 2 :]
+        while len(stored) < objects:
+            known = Known(serial, rng.choice(_SMALL_BYTES), 0, is_value=False)
+            object_id = client.put_raw_buffer(content(serial, known.size))
+            stored.append((object_id, known))
+            serial += 1
+    client.flush()
+    return [object_id for object_id, _ in stored], [known for _, known in stored]
+
+
 def _measure(objects: int, times: int) -> Recoveries:
     answered: list[float] = []
+    busy: list[float] = []
     with MortalStore(max(CAPACITY, objects * 512)) as store:
         store.start()
         store.await_ready()
         with shmplasma.connect(store.path) as client:
-            known = [Known(number, _SMALL_BYTES, 0, is_value=False) for number in range(objects)]
-            ids = [client.put_raw_buffer(content(each.serial, each.size)) for each in known]
-            client.flush()
+            ids, known = _churn(client, objects)
             for _ in range(times):
                 time.sleep(0.5)
                 died = time.monotonic()
@@ -559,6 +586,7 @@ def _measure(objects: int, times: int) -> Recoveries:
                 asking.start()
                 store.start()
                 store.await_ready()
+                busy.append(store.processor_seconds)
                 asking.join()
                 for each, buffer in zip(known, client.get_buffers(ids, 0), strict=True):
                     prove_identical(each, buffer)
@@ -569,7 +597,9 @@ def _measure(objects: int, times: int) -> Recoveries:
         store.end()
         log = store.log
     summaries = tuple(line.partition(": ")[2] for line in log.splitlines() if "recovered" in line)
-    return Recoveries(objects, tuple(store.ready_seconds[1:]), tuple(answered), summaries)
+    return Recoveries(
+        objects, tuple(store.ready_seconds[1:]), tuple(busy), tuple(answered), summaries
+    )
 
 
 def main() -> int:

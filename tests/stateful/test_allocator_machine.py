@@ -110,6 +110,12 @@ class AllocatorMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=r"in use|not in the region"):
                 self.allocator.reserve(offset, size_bytes)
 
+    @rule()
+    def recover(self) -> None:
+        """Go on with an allocator that was told what is free."""
+        extents = tuple(self.allocator.free_extents())
+        self.allocator.refill(extents)
+
     @rule(line=st.integers(0, LINES), size_bytes=SIZES)
     def next_free(self, line: int, size_bytes: int) -> None:
         """Find the lowest extent from a place on that is large enough, cut off at that place."""

@@ -265,3 +265,16 @@ def test_check_finds_free_extents_that_touch() -> None:
     allocator._root.sizes[:1] = [4, 12]
     with pytest.raises(AssertionError, match="two free extents meet"):
         allocator.check([])
+
+
+@pytest.mark.parametrize("n_extents", [0, 1, _FAN_OUT - 1, _FAN_OUT, _FAN_OUT + 1, 3 * _FAN_OUT**2])
+def test_a_refilled_region_is_as_one_that_has_come_to_it(n_extents: int) -> None:
+    """Free extents that are given all at once are those of an allocator that took what lies between them."""
+    allocator, used = comb(n_extents)
+    refilled = Allocator(START, START + (2 * n_extents + 1) * ALIGNMENT)
+    refilled.refill(allocator.free_extents())
+    assert state(refilled) == state(allocator)
+    refilled.check(used)
+    for extent in used:
+        refilled.free(*extent)
+    refilled.check([])
