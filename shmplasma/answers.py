@@ -112,6 +112,16 @@ class Answers:
                 due.append(get)
         return due
 
+    def gone(self, object_id: bytes) -> list[PendingGet]:
+        """Take note that an object was deleted, perhaps while it came back; return what `came_back` returns."""
+        due: list[PendingGet] = []
+        for get in self._queue.who_wait_for(object_id):
+            if object_id in get.returning:
+                get.returning.remove(object_id)
+                if not (get.request.wait or get.returning):
+                    due.append(get)
+        return due
+
     def fail(self, object_id: bytes, failed: Failed) -> None:
         """Tell those who wait for an object that it cannot be had."""
         for get in self._queue.who_wait_for(object_id):

@@ -32,6 +32,7 @@ from shmplasma.creations import Creations, Creator
 from shmplasma.dispatch import Dispatch, Unsettled
 from shmplasma.effects import Drop, Effect
 from shmplasma.errors import ProtocolError
+from shmplasma.gets import PendingGet
 from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.leases import Leases
@@ -190,6 +191,14 @@ class ObjectStore:
     def _gone(self, object_id: bytes) -> None:
         self._ledger.references.forget_object(object_id)
         self._outgoing.gone(object_id)
+        if self._answers:
+            self._answer_later(self._answers.gone(object_id))
+
+    def _answer_later(self, gets: Iterable[PendingGet]) -> None:
+        """Have gets that do not wait answered once all outboxes are read."""
+        self._dispatch.unsettled += [
+            (get.client, get.request_id, get.request, self._now_ns) for get in gets
+        ]
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -427,10 +436,7 @@ class ObjectStore:
         elif isinstance(job, Read):
             entry = job.part.entry
             if spilling.was_read(job, failure):
-                self._dispatch.unsettled += [
-                    (get.client, get.request_id, get.request, self._now_ns)
-                    for get in self._answers.came_back(entry)
-                ]
+                self._answer_later(self._answers.came_back(entry))
             elif failure and self._objects.find_spilled(job.part.object_id) == entry:
                 # Had it been deleted meanwhile, who waits for its id would not be concerned.
                 failed = Failed(Failure.EXTERNAL, failure)

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
 from shmplasma.requests import Contains, Create, Delete, Evict, Get, Keep, List, Seal
 from shmplasma.spilling import Delete as DeleteContainers
-from shmplasma.spilling import ExternalLimits, Job, Read
+from shmplasma.spilling import ExternalLimits, Job, Read, Write
 from tests.conversation import Peer, name
 from tests.crash.damage import Mortal
 
@@ -131,9 +131,9 @@ class SpillMachine(RuleBasedStateMachine):
     def delete(self, object_ids: list[bytes]) -> None:
         """Delete objects."""
         self.peer.ask(Delete(object_ids), Done)
-        held = set(self.held.values())
+        in_use = self.in_use()
         for object_id in object_ids:
-            if object_id in held:
+            if object_id in in_use:
                 self.doomed.add(object_id)
             else:
                 self.contents.pop(object_id, None)
@@ -215,6 +215,14 @@ class SpillMachine(RuleBasedStateMachine):
         self.talk.turn()
         self.listen()
 
+    def in_use(self) -> set[bytes]:
+        """Return what stays for a while if it is deleted: it is held, a get may have it, or it is being written."""
+        gets = [question.request for question in self.questions]
+        asked = {each for get in gets if isinstance(get, Get) for each in get.object_ids}
+        writes = [job for job in self.talk.jobs if isinstance(job, Write)]
+        written = {part.object_id for job in writes for part in job.parts}
+        return {*self.held.values()} | asked | written
+
     def listen(self) -> None:
         """Take in what was answered."""
         for question in list(self.questions):
@@ -222,7 +230,7 @@ class SpillMachine(RuleBasedStateMachine):
                 self.questions.remove(question)
                 reply = self.peer.replies.pop(question.request_id)
                 self.hear(question.request, reply)
-        gone = self.doomed - set(self.held.values())
+        gone = self.doomed - self.in_use()
         for object_id in gone:
             self.contents.pop(object_id, None)
         self.doomed -= gone
@@ -249,6 +257,7 @@ class SpillMachine(RuleBasedStateMachine):
             content = content[: request.data_size]
             self.talk.raw[reply.offset : reply.offset + request.data_size] = content
             self.contents[request.object_id] = content
+            self.doomed.discard(request.object_id)
             self.peer.write(Seal(request.object_id))
             self.peer.release(request.slot)
             self.talk.wake()
@@ -293,6 +302,8 @@ class SpillMachine(RuleBasedStateMachine):
             self.talk.wake()
             self.listen()
         self.talk.is_busy = False
+        self.talk.later(1.5)
+        self.listen()
         for object_id, content in self.contents.items():
             self.talk.later(1.5)
             if self.limit:

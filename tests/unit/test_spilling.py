@@ -319,6 +319,27 @@ def test_an_entry_that_is_used_anew_while_its_old_object_is_read(talk: Conversat
     assert not list(talk.store._objects.spilling.extents())  # type: ignore[union-attr]  # it has one
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_get_of_what_is_deleted_while_it_comes_back(talk: Conversation, is_read: bool) -> None:
+    """Who does not wait is told that it is not there, be it read already or not; who waits goes on waiting."""
+    peer = talk.client()
+    put(talk, peer, 0, 40_000)
+    put(talk, peer, 1, 60_000)
+    peer.ask(Delete([name(1)]), Done)
+    asked = peer.post(peer.wanted([name(0), name(9)]))
+    waits = peer.post(peer.wanted([name(0)], wait=True))
+    talk.turn()
+    jobs = talk.take_jobs() if is_read else []
+    peer.ask(Delete([name(0)]), Done)
+    for job in jobs:
+        talk.do(job)
+    talk.settle_outside()
+    assert peer.take(asked, Objects).found == [ABSENT, ABSENT]
+    assert waits not in peer.replies
+    put(talk, peer, 0, 10)
+    peer.take(waits, Objects)
+
+
 def test_a_reading_that_fails_of_what_was_deleted(talk: Conversation) -> None:
     """Who waits for that id goes on waiting, for another object."""
     peer = talk.client()
