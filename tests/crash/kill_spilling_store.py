@@ -17,7 +17,7 @@ from pathlib import Path
 
 import shmplasma
 from shmplasma import ObjectID
-from tests.crash.kill_store import MortalStore
+from tests.crash.kill_store import PATIENCE, MortalStore
 
 __all__ = ["Summary", "run"]
 
@@ -57,9 +57,9 @@ def work(pipe: Connection, path: str, number: int, n_clients: int) -> None:
     rng = random.Random(number)
     live: dict[int, int] = {}
     puts = gets = 0
-    context = shmplasma.connect(path)
-    with context as client:
-        while not pipe.poll():
+    with shmplasma.connect(path, PATIENCE) as client:
+        # However slow the machine is, there is to be more than fits.
+        while not (pipe.poll() and sum(live.values()) > 1.5 * _CAPACITY / n_clients):
             if sum(live.values()) < _LIVE_BYTES // n_clients:
                 puts += 1
                 seed = number << 32 | puts

@@ -51,13 +51,15 @@ from tests.crash.workload import (
     prove_whole,
 )
 
-__all__ = ["Recoveries", "Summary", "measure", "run"]
+__all__ = ["PATIENCE", "MortalStore", "Recoveries", "Summary", "measure", "run"]
 
 CAPACITY: Final = 100_000_000
 _LONGEST_LIFE_SECONDS: Final = 0.06
 _SHARE_OF_EARLY_DEATHS: Final = 0.25
 """How often a store is killed before it is ready, hence also while it recovers."""
 _START_SECONDS: Final = 60.0
+PATIENCE: Final = 600
+"""Retries of a client, 0.1 s apart: on a machine that is busy enough a start takes longer than the usual 8 s."""
 _LOOK_SECONDS: Final = 0.5
 """How soon a store is noticed that ends instead."""
 _MEASURING: Final = "COVERAGE_PROCESS_CONFIG"
@@ -262,7 +264,7 @@ class MortalStore:
 
 def work(pipe: Connection, path: str, number: int) -> None:
     """Be a client that works until it is told to rest, and says then what there must be."""
-    with shmplasma.connect(path) as client:
+    with shmplasma.connect(path, PATIENCE) as client:
         load = Load(client, number)
         pipe.send("ready")
         while (others := pipe.recv()) is not None:
@@ -276,7 +278,7 @@ def work(pipe: Connection, path: str, number: int) -> None:
 
 def wait(pipe: Connection, path: str) -> None:
     """Be a client of which two threads wait for objects, while a third asks for what is not there."""
-    with shmplasma.connect(path) as client:
+    with shmplasma.connect(path, PATIENCE) as client:
         while (orders := pipe.recv()) is not None:
             found: list[object] = []
 
@@ -302,7 +304,7 @@ def wait(pipe: Connection, path: str) -> None:
 
 def be_a_victim(pipe: Connection, path: str, number: int) -> None:
     """Be a client that says of each thing what it does, until it is killed."""
-    with shmplasma.connect(path) as client:
+    with shmplasma.connect(path, PATIENCE) as client:
         load = Load(client, number, tell=pipe.send)
         pipe.send("ready")
         while True:
@@ -325,7 +327,7 @@ class Run:
         self._next_number = n_clients + 1
         for worker in self._workers:
             assert worker.hear() == "ready"
-        self._client = shmplasma.connect(store.path)
+        self._client = shmplasma.connect(store.path, PATIENCE)
         self._last_serial = _DRIVER << 32
         self._objects: dict[bytes, Known] = {}
         self._sample: list[bytes] = []
@@ -366,7 +368,7 @@ class Run:
             assert member.process.exitcode == 0, f"a client has failed: {member.hear_all()}"
             self._crew.dismiss(member)
         self._client.disconnect()
-        with shmplasma.connect(self._store.path) as client:
+        with shmplasma.connect(self._store.path, PATIENCE) as client:
             prove_empty(client)
         self._store.end()
 
@@ -571,7 +573,7 @@ def _measure(objects: int, times: int) -> Recoveries:
     with MortalStore(max(CAPACITY, objects * 512)) as store:
         store.start()
         store.await_ready()
-        with shmplasma.connect(store.path) as client:
+        with shmplasma.connect(store.path, PATIENCE) as client:
             ids, known = _churn(client, objects)
             for _ in range(times):
                 time.sleep(0.5)
@@ -592,7 +594,7 @@ def _measure(objects: int, times: int) -> Recoveries:
                     prove_identical(each, buffer)
                     del buffer
                 assert figures_of(client)["objects"] == objects
-        with shmplasma.connect(store.path) as client:
+        with shmplasma.connect(store.path, PATIENCE) as client:
             prove_empty(client)
         store.end()
         log = store.log
