@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from shmplasma import Store
+from shmplasma.orphans import sweep
 from tests.processes import Child, until
 
 OWNER = """
@@ -53,3 +57,29 @@ def test_an_orphan_is_swept_up() -> None:
             assert not segment.exists()
             assert not Path(path).parent.exists()
             assert kept.exists(), "a living store's segment stays"
+
+
+SWEEPER = """
+    import os, sys
+    from shmplasma.orphans import sweep
+    from shmplasma.segment import Segment
+
+    directory, scratch = sys.argv[1:]
+    for _ in range(40):
+        made = Segment.create(100_000, directory=directory, scratch=scratch)
+        print(*sweep(directory), sep="\\n")
+        assert os.path.exists(made.name.path), "another has removed what is in use"
+        made.close()  # and not unlinked, as if its store had been killed
+"""
+
+
+def test_many_that_sweep_together(tmp_path: Path) -> None:
+    """Each orphan is removed by one of them, and none removes what another has just made."""
+    arguments = str(tmp_path), str(tmp_path / "private" / "store")
+    program = [sys.executable, "-c", textwrap.dedent(SWEEPER), *arguments]
+    sweepers = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    removed = [path for each in sweepers for path in each.communicate()[0].split()]
+    assert [each.returncode for each in sweepers] == [0] * len(sweepers)
+    removed += sweep(str(tmp_path))
+    assert len(removed) == len(set(removed)) == 4 * 40
+    assert not list(tmp_path.iterdir())

@@ -964,6 +964,26 @@ def test_a_client_as_an_argument(client: plasma.PlasmaClient, method: str) -> No
     process.close()
 
 
+def test_a_client_as_an_argument_by_way_of_a_server(store: plasma.Store) -> None:
+    """So it can to one that a `forkserver` starts, which lives in a program of its own here."""
+    run_python(
+        """
+        import multiprocessing, sys
+        import shmplasma as plasma
+
+        with plasma.connect(sys.argv[1]) as client:
+            object_id = plasma.ObjectID.from_random()
+            context = multiprocessing.get_context("forkserver")
+            process = context.Process(target=client.put, args=("from there", object_id))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            assert client.get(object_id) == "from there"
+        """,
+        store.store_socket_name,
+    )
+
+
 HOLDERS = """
     import sys
     import shmplasma as plasma

@@ -169,6 +169,23 @@ def test_prefault(path: str) -> None:
         np.testing.assert_array_equal(client.get(object_id), noise(1, 40_000_000))
 
 
+def test_a_file_system_that_another_fills(small_tmpfs: str, path: str) -> None:
+    """What cannot be committed is refused with the figures and the remedy; nobody is killed, and the store goes on."""
+    arguments = ("-m", "6MiB", "-d", small_tmpfs, "--trim-floor", "0")
+    with running("-s", path, *arguments), plasma.connect(path) as client:
+        object_id = client.put(noise(1, 100_000))
+        other = Path(small_tmpfs, "other")
+        other.write_bytes(bytes(os.statvfs(small_tmpfs).f_bavail * 4096 - MIB))
+        free = os.statvfs(small_tmpfs).f_bavail * 4096
+        with pytest.raises(plasma.PlasmaStoreFull, match=f"make room in {small_tmpfs}") as caught:
+            client.create(plasma.ObjectID.from_random(), 5 * MIB)
+        assert f"({free} are free)" in str(caught.value)
+        del caught  # its frames hold the mapping
+        np.testing.assert_array_equal(client.get(object_id), noise(1, 100_000))
+        other.unlink()
+        client.create(plasma.ObjectID.from_random(), 5 * MIB)
+
+
 def test_prefault_without_the_memory(small_tmpfs: str, path: str) -> None:
     """A store that finds the memory taken does not start, says what is missing, and leaves the objects alone."""
     arguments = ("-m", "6MiB", "-d", small_tmpfs, "--trim-floor", "0")
