@@ -53,7 +53,7 @@ BUSY_WORD: Final = 0
 
 MIN_LEASE_BYTES: Final = 1 << 14
 _MAX_LEASE_BYTES: Final = 1 << 22
-"""A round trip takes as long as filling 20 small objects or copying 1 MB."""
+"""A round trip takes as long as filling 20 small objects or copying 1 MB.  A lease for larger objects has room for four."""
 _SHARE_OF_ONE: Final = 64
 _SHARE_OF_ALL: Final = 8
 _PATIENCE: Final = 1000
@@ -62,6 +62,13 @@ _BYTES_AN_OBJECT: Final = 128
 """A lease may publish so many objects as it has room for at this size, the smallest that objects often have."""
 _MAX_OBJECTS: Final = 8192
 """But not more than this: each of them has an entry of the table set aside, with memory behind it."""
+_OBJECTS: Final = 4
+"""So many objects of the size that is asked for fit into a lease."""
+
+
+def largest_object(capacity: int) -> int:
+    """Return how large an object may be at most for which a store of this capacity grants a lease."""
+    return capacity // _SHARE_OF_ONE // _OBJECTS
 
 
 @dataclass(slots=True)
@@ -134,17 +141,18 @@ class Leases:
     def size_for(self, client: int, needed_bytes: int) -> int:
         """Return how large a lease this client should get next; 0 for none.
 
-        It is twice as large as all before together, which were used up, from `MIN_LEASE_BYTES` to 4 MiB, and
-        has room for four objects of the size that is needed now.
+        It is twice as large as all before together, which were used up, from `MIN_LEASE_BYTES` to 4 MiB; or more, to
+        have room for four objects of the size that is needed now.
         """
-        least = max(MIN_LEASE_BYTES, 4 * needed_bytes)
-        size = min(max(2 * self.used_bytes(client), least), self._limit_bytes)
-        size = min(size, self._layout.capacity // _SHARE_OF_ALL - self.held_bytes) & -ALIGNMENT
-        return size if size >= least else 0
+        capacity, least = self._layout.capacity, self.least_for(needed_bytes)
+        size = max(min(2 * self.used_bytes(client), _MAX_LEASE_BYTES), least)
+        size = min(size, capacity // _SHARE_OF_ONE, capacity // _SHARE_OF_ALL - self.held_bytes)
+        return size & -ALIGNMENT if size >= least else 0
 
-    @property
-    def _limit_bytes(self) -> int:
-        return min(_MAX_LEASE_BYTES, self._layout.capacity // _SHARE_OF_ONE)
+    @staticmethod
+    def least_for(needed_bytes: int) -> int:
+        """Return how large a lease for objects of this size is at least, unless room is short."""
+        return max(MIN_LEASE_BYTES, _OBJECTS * align_up(needed_bytes, ALIGNMENT))
 
     def used_bytes(self, client: int) -> int:
         """Return how much this client was leased since its leases began small."""

@@ -16,13 +16,19 @@ import numpy.typing as npt
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord
-from shmplasma.leases import BUSY_WORD
+from shmplasma.leases import BUSY_WORD, largest_object
 from shmplasma.replies import Leased
 
-__all__ = ["MAX_OBJECT_BYTES", "LeaseWriter"]
+__all__ = ["LARGE_BYTES", "MAX_OBJECT_BYTES", "LeaseWriter"]
 
-MAX_OBJECT_BYTES: Final = 1 << 18
-"""Larger objects are created by a round trip: from here on the copy takes half as long and more."""
+MAX_OBJECT_BYTES: Final = 1 << 22
+"""Larger objects are created by a round trip, of which the copy takes many."""
+LARGE_BYTES: Final = 1 << 18
+"""From about here on the copy takes as long as a round trip.  So larger objects are created, and nothing is leased
+for them that may not be used, until a client has put some; those whose id may be taken are not copied in vain."""
+
+_LARGE_BEFORE_A_LEASE: Final = 4
+"""How many large objects a client has created by a round trip before it leases room for as many."""
 
 _PUTS_AFTER_REFUSAL: Final = 64
 """How many puts go by the store before a client asks again for a lease that it did not get."""
@@ -65,8 +71,12 @@ class LeaseWriter:
         self._data = layout.data
         self._epoch = -1
         self._cursor = self._end = self._objects = self._pause = 0
+        self._large_created = 0
+        self._largest = min(MAX_OBJECT_BYTES, largest_object(layout.capacity))
 
-    def put(self, size_bytes: int, fill: Callable[[npt.NDArray[np.uint8], int], None]) -> bool:
+    def put(
+        self, size_bytes: int, fill: Callable[[npt.NDArray[np.uint8], int], None], *, fresh: bool
+    ) -> bool:
         """Take room for an object and have it filled and announced.
 
         Parameters
@@ -75,6 +85,8 @@ class LeaseWriter:
             Data and metadata.
         fill : callable
             ``fill(room, offset)`` writes the object to `room` and sends its `Publish`.
+        fresh : bool
+            Whether no object can have its id.
 
         Returns
         -------
@@ -88,8 +100,12 @@ class LeaseWriter:
         still, and the store reads records, which lie in the outbox, before requests.  The next put asks for
         another lease, which the store does after that.
         """
-        if size_bytes > MAX_OBJECT_BYTES:
-            return False
+        if size_bytes > LARGE_BYTES:
+            if size_bytes > self._largest or not fresh:
+                return False
+            if self._large_created < _LARGE_BEFORE_A_LEASE:
+                self._large_created += 1
+                return False
         acquired: list[bool] = []
         try:
             acquired.extend(map(self._lock.acquire, (False,)))
@@ -121,12 +137,16 @@ class LeaseWriter:
         """Get a lease with room for an object, and be busy with it; tell whether there is one."""
         self._board[BUSY_WORD] = 0  # nothing was taken, and the store may have to wait for it
         self._cursor = self._end = 0
-        if self._pause:
+        large = size_bytes > LARGE_BYTES
+        if self._pause and not large:
             self._pause -= 1
             return False
         lease = self._ask(size_bytes)
         if not lease.size_bytes:
-            self._pause = _PUTS_AFTER_REFUSAL
+            if large:
+                self._large_created = -_PUTS_AFTER_REFUSAL
+            else:
+                self._pause = _PUTS_AFTER_REFUSAL
             return False
         self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
         self._objects, self._epoch = lease.objects, lease.epoch

@@ -10,7 +10,7 @@ take 20 us to fill.  So objects go for many puts at once, and some of these may 
 has limits:
 
 * A lease has room for the object at hand, or for twice of what its client was leased since it began small, and is never
-  more than `Leases` allows: 4 MiB, and a 64th of the capacity.  Who puts one object evicts for one object.
+  more than `Leases` allows: 4 MiB or four of these objects, and a 64th of the capacity.  Who puts one object evicts for one object.
 * With each grant the store begins to evict for the next lease, a few objects between two requests, until as much is free
   as the client was leased before this one, but no more than the next one may take.  That is done once for each lease: room
   which others take meanwhile is not made anew.
@@ -82,7 +82,7 @@ class Publishing:
         none = Leased(0, 0, 0, 0)
         if not size:
             return none
-        smallest, ahead = max(MIN_LEASE_BYTES, 4 * needed_bytes), min(size, used)
+        smallest, ahead = leases.least_for(needed_bytes), min(size, used)
         try:
             if not self._table.prepare(leases.objects_left + leases.objects_for(size)):
                 return none

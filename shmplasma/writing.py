@@ -320,6 +320,7 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = ObjectID.from_random() if object_id is None else checked(object_id)
+        fresh = fresh or object_id is None
         if session.leasing is not None:
             data_size, metadata_size = payload.size_bytes, len(metadata)
 
@@ -330,12 +331,12 @@ class Writing(Connected):
                 payload.write(room, threads)
                 fields = target_id.id_bytes, offset, data_size, metadata_size, codec, keep
                 # A fresh id cannot be taken; for another one the store has to decide.
-                if fresh or object_id is None:
+                if fresh:
                     session.post(_PUBLISH, PUBLISH.pack(*fields))
                 else:
                     session.call(Publish._make(fields), Done)
 
-            if session.leasing.put(data_size + metadata_size, fill):
+            if session.leasing.put(data_size + metadata_size, fill, fresh=fresh):
                 return target_id
         size = payload.size_bytes
         target = self._create(
