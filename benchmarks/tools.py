@@ -1,63 +1,26 @@
 """Tools: joblib, Dask and PyTorch with a store and without.
 
-``python -m benchmarks.tools`` prints a table; sizes are options.  Each way runs in a process of its own, and its figure is the best of
-some runs.  Memory is that of all processes, what they share counted once (PSS).
+``python -m benchmarks.tools`` prints a table; sizes are options (see `benchmarks.pairs`).  Memory is that of all processes, what they
+share counted once (PSS).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # it ships no types
 
 import shmplasma as plasma
+from benchmarks.pairs import Job, main, peak_of, pss_bytes
 from shmplasma.sizes import parse_size
-
-__all__ = ["main"]
 
 _SPARE_BYTES: Final = 64 << 20
 _SAMPLE_SHAPE: Final = 28, 28
-
-
-def _pss_bytes() -> int:
-    """Return the memory of this process and its children, what they share counted once."""
-    me = psutil.Process()
-    total = 0
-    for process in (me, *me.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().pss
-    return total
-
-
-@contextlib.contextmanager
-def _peak(peaks: list[int]) -> Iterator[None]:
-    """Append the most memory that is in use at a time during a block, as far as looking now and then tells."""
-    done = threading.Event()
-
-    def look() -> None:
-        peak = _pss_bytes()
-        while not done.wait(0.02):
-            peak = max(peak, _pss_bytes())
-        peaks.append(peak)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 # --- joblib: a large argument -------------------------------------------------------------------------------
@@ -68,7 +31,7 @@ def _part_sum(array: Any, number: int, count: int) -> float:
     return float(array[number * step : (number + 1) * step].sum())
 
 
-def _joblib(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
+def _joblib(options: argparse.Namespace, stored: bool) -> tuple[float, str]:
     import joblib  # noqa: PLC0415  # each way is a process, which needs one of the tools
 
     import shmplasma.joblib  # noqa: PLC0415
@@ -93,7 +56,7 @@ def _joblib(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
             began = time.perf_counter()
             call()
             best = min(best, time.perf_counter() - began)
-        with _peak(peaks):  # which takes time
+        with peak_of(peaks):  # which takes time
             call()
     shmplasma.joblib.shutdown()
     return best, f"{peaks[0] / array.nbytes:.2f} of the data at most, with the original"
@@ -110,7 +73,7 @@ def _read(array: Any, _: int) -> float:
     return float(array.sum())
 
 
-def _dask(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
+def _dask(options: argparse.Namespace, stored: bool) -> tuple[float, str]:
     import dask  # noqa: PLC0415
     from distributed import Client, LocalCluster, wait  # noqa: PLC0415
 
@@ -134,7 +97,7 @@ def _dask(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
             client.register_plugin(StorePlugin(store.store_socket_name))
         workers = list(client.scheduler_info(n_workers=-1)["workers"])
         client.gather(client.map(_read, [np.ones(1)] * len(workers), range(len(workers))))
-        before = _pss_bytes()
+        before = pss_bytes()
         for _ in range(options.times):
             result = client.submit(_make, options.result_bytes, workers=workers[:1], pure=False)
             wait(result)
@@ -145,7 +108,7 @@ def _dask(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
             ]
             sums = client.gather(reads)
             best = min(best, time.perf_counter() - began)
-            copies = (_pss_bytes() - before) / options.result_bytes
+            copies = (pss_bytes() - before) / options.result_bytes
             if set(sums) != {options.result_bytes // 8}:
                 raise SystemExit("a sum is wrong")
             del result, reads
@@ -157,7 +120,7 @@ def _dask(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
 # --- PyTorch: many small samples -------------------------------------------------------------------------------
 
 
-def _torch(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
+def _torch(options: argparse.Namespace, stored: bool) -> tuple[float, str]:
     import torch  # noqa: PLC0415
     from torch.utils.data import DataLoader  # noqa: PLC0415
 
@@ -180,13 +143,13 @@ def _torch(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
             loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=options.workers)
             batches = iter(loader)
             seen = len(next(batches)[1])
-            before = after = _pss_bytes()
+            before = after = pss_bytes()
             began = time.perf_counter()
             for number, (_, labels) in enumerate(batches, 2):
                 seen += len(labels)
                 if number == len(loader) - 2 * options.workers:
                     pause = time.perf_counter()
-                    after = _pss_bytes()
+                    after = pss_bytes()
                     began += time.perf_counter() - pause
             best = min(best, time.perf_counter() - began)
             growth = after - before
@@ -198,56 +161,25 @@ def _torch(options: argparse.Namespace, *, stored: bool) -> tuple[float, str]:
 
 # --- all of them -----------------------------------------------------------------------------------------------
 
-_TOOLS: Final[dict[str, Callable[..., tuple[float, str]]]] = {
-    "joblib": _joblib,
-    "dask": _dask,
-    "torch": _torch,
+_JOBS: Final = {
+    "joblib": Job("joblib: an argument of {array_bytes:,} bytes for 4 tasks a worker", _joblib),
+    "dask": Job("Dask: a result of {result_bytes:,} bytes, read by all workers", _dask),
+    "torch": Job("DataLoader: an epoch of {samples:,} samples", _torch),
 }
 
 
-def _title(tool: str, options: argparse.Namespace) -> str:
-    return {
-        "joblib": f"joblib: an argument of {options.array_bytes:,} bytes for {4 * options.workers} tasks",
-        "dask": f"Dask: a result of {options.result_bytes:,} bytes, read by all workers",
-        "torch": f"DataLoader: an epoch of {options.samples:,} samples",
-    }[tool]
-
-
-def _in_process(tool: str, way: str) -> tuple[float, str]:
-    program = [sys.executable, "-m", "benchmarks.tools", *sys.argv[1:], "--way", tool, way]
-    # Numbers of threads within workers are no matter here.
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    said = subprocess.check_output(program, env=environment, text=True)
-    seconds, memory = json.loads(said.splitlines()[-1])
-    return seconds, memory
-
-
-def main() -> None:
-    """Run what the options say."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=_TOOLS, default=list(_TOOLS))
-    parser.add_argument("--workers", type=int, default=4)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.tools", description=__doc__)
     parser.add_argument("--array-bytes", type=parse_size, default=1 << 30)
     parser.add_argument("--result-bytes", type=parse_size, default=500_000_000)
     parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.way:
-        tool, way = options.way
-        print(json.dumps(_TOOLS[tool](options, stored=way == "stored")))
-        return
-    print(f"| job, {options.workers} workers | plain | with a store | times faster | memory |")
-    print("| --- | --- | --- | --- | --- |")
-    for tool in options.only:
-        plain, plain_memory = _in_process(tool, "plain")
-        ours, memory = _in_process(tool, "stored")
-        print(
-            f"| {_title(tool, options)} | {1000 * plain:,.0f} ms | {1000 * ours:,.0f} ms | {plain / ours:.1f} | "
-            f"{memory} (plain {plain_memory}) |",
-            flush=True,
-        )
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        "benchmarks.tools",
+        _JOBS,
+        _parser(),
+        {"array_bytes": 4 << 20, "result_bytes": 4 << 20, "samples": 2000},
+    )
