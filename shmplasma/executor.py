@@ -25,6 +25,31 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+class _Bar:
+    """A bar on standard error: tasks that are done, of those that were submitted.  Thread-safe."""
+
+    def __init__(self) -> None:
+        from rich.console import Console  # noqa: PLC0415 - 50 ms, for those who want a bar
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TimeElapsedColumn,
+        )
+
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("tasks", total=0)
+        self._progress.start()
+
+    def __call__(self, done: int, submitted: int) -> None:
+        self._progress.update(self._task, completed=done, total=submitted)
+
+    def stop(self) -> None:
+        """Leave the bar as it is now."""
+        self._progress.stop()
+
+
 class StoreExecutor(Executor):
     """Runs functions in worker processes, to and from which arrays pass by reference.
 
@@ -36,8 +61,9 @@ class StoreExecutor(Executor):
         Capacity of its store, as for `Store`: room for the arguments and results that exist at a time.
     min_bytes : int, optional
         Smaller arrays pass as ever.
-    progress : callable, optional
-        ``progress(done, submitted)`` is called whenever a task is done, in a thread of the executor.
+    progress : bool or callable, optional
+        True draws a bar on standard error; a callable is called as ``progress(done, submitted)`` whenever a task is
+        done, in a thread of the executor.
 
     Attributes
     ----------
@@ -59,10 +85,11 @@ class StoreExecutor(Executor):
         *,
         memory: int | str,
         min_bytes: int = DEFAULT_MIN_BYTES,
-        progress: Callable[[int, int], object] | None = None,
+        progress: bool | Callable[[int, int], object] = False,
     ) -> None:
         self._max_workers = max_workers
-        self._progress = progress
+        self._bar = _Bar() if progress is True else None
+        self._progress = progress if callable(progress) else None
         self._lock = threading.Lock()
         self._submitted = self._done = 0
         self.store = Store(memory)
@@ -97,16 +124,20 @@ class StoreExecutor(Executor):
                 self._workers = self._new_workers()
                 future = self._workers.submit(fn, *args, **kwargs)
             self._submitted += 1
-        if self._progress is not None:
+            if self._bar is not None:
+                self._bar(self._done, self._submitted)
+        if self._progress is not None or self._bar is not None:
             future.add_done_callback(self._count)
         return future
 
     def _count(self, _: object) -> None:
-        assert self._progress is not None
         with self._lock:
             self._done += 1
             done, submitted = self._done, self._submitted
-        self._progress(done, submitted)
+            if self._bar is not None:
+                self._bar(done, submitted)
+        if self._progress is not None:
+            self._progress(done, submitted)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers, and then the store.
@@ -119,5 +150,7 @@ class StoreExecutor(Executor):
             Kill the tasks that are not done.
         """
         self._workers.shutdown(wait=True, kill_workers=cancel_futures or not wait)
+        if self._bar is not None:
+            self._bar.stop()
         self.client.disconnect()
         self.store.close()

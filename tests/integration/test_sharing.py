@@ -62,6 +62,23 @@ def test_an_executor() -> None:
     )
 
 
+def test_an_executor_that_draws_a_bar() -> None:
+    """At its end the bar says that all is done, also of what has failed; standard output is the program's."""
+    said = run_python(
+        """
+        import io, sys
+        import shmplasma as plasma
+
+        sys.stderr = io.StringIO()
+        with plasma.StoreExecutor(1, memory="10MB", progress=True) as executor:
+            futures = [executor.submit(divmod, 7, number) for number in range(3)]
+            print(*(type(future.exception()).__name__ for future in futures))
+        assert "3/3" in sys.stderr.getvalue(), sys.stderr.getvalue()
+        """
+    )
+    assert said == "ZeroDivisionError NoneType NoneType\n"
+
+
 @pytest.mark.parametrize("mode", ["copy", "cow"])
 def test_values_that_can_be_written_to(client: PlasmaClient, mode: Mode) -> None:
     """A change of a private copy, or of a private mapping, reaches nobody else."""
