@@ -56,7 +56,6 @@ from shmplasma.requests import (
     Hello,
     Hold,
     Post,
-    Release,
     Request,
     Role,
     SetOptions,
@@ -211,6 +210,8 @@ class Link:
         self.holds: weakref.WeakMethod[Callable[[], Sequence[tuple[bytes, int]]]] | None = None
         self._lost = False
         self._connecting = threading.Lock()
+        self._posting = threading.Lock()
+        self._untold: list[tuple[int, bytes]] | None = None
 
     def call(
         self,
@@ -281,14 +282,41 @@ class Link:
             The store has gone.
         """
         while True:
+            with self._posting:
+                written = self._outbox.append(kind, body)
+                announced = written and self._outbox.is_to_be_announced
+            if written:
+                break
+            self.call(Flush(), Done)
+        if announced:
             channel = self.channel
             try:
-                if channel.post(self._outbox, kind, body):
-                    return
+                channel.send(Post.KIND, b"")
             except ConnectionError as error:
                 self._announce(channel, error)
-                return
-            self.call(Flush(), Done)
+
+    def post_soon(self, kind: int, body: bytes) -> None:
+        """Tell the store something from a finalizer, which may have come in the middle of `post`.
+
+        Nobody is told that the store has gone.  What cannot be written to the outbox just now is sent, and read after it.
+        """
+        acquired: list[bool] = []
+        written = False
+        try:
+            acquired.extend(map(self._posting.acquire, (False,)))
+            written = acquired[0] and self._outbox.append(kind, body)
+            announced = written and self._outbox.is_to_be_announced
+        finally:
+            if acquired and acquired[0]:
+                self._posting.release()
+        if not written:
+            # In this order: whoever reconnects makes the list, then the channel, then drops the list.
+            untold = self._untold
+            if untold is not None:
+                untold.append((kind, body))
+            self.channel.send_soon(kind, body)
+        elif announced:
+            self.channel.send_soon(Post.KIND, b"")
 
     def _announce(self, broken: Channel, error: ConnectionError) -> None:
         """Tell a store that comes back of a record which could not be told of by the broken connection."""
@@ -299,23 +327,6 @@ class Link:
                 broken.send(Post.KIND, b"")
             except ConnectionError as another:
                 error = another
-            else:
-                return
-
-    def tell(self, request: Request) -> None:
-        """Send a one-way message, once more if its store has died.
-
-        Raises
-        ------
-        NotConnectedError
-            The store has gone.
-        """
-        while True:
-            channel = self.channel
-            try:
-                channel.send(request.KIND, request.encode())
-            except ConnectionError as error:
-                self.reconnect(channel, error)
             else:
                 return
 
@@ -351,32 +362,41 @@ class Link:
             reason = broken.hear_out()
             if broken.is_final or self._lost:
                 raise _gone(reason) from error
-            exchange, welcome = self._greet_again(reason)
+            # What `post_soon` sends from here on is sent once more.
+            untold = self._untold = []
             try:
-                if not welcome.reclaimed or welcome.token != self._token:
-                    self._lose()
-                    raise NotConnectedError(_not_reclaimed(welcome.token, self._token)) from error
-                renew_wake = self._renew_wake()
-                assert renew_wake is not None, "who calls the link keeps its owner"
-                renew_wake(exchange.take_descriptor())
-                told = self._held()
-                channel = Channel(exchange.detach(), self._first_message(told))
-            except BaseException:
-                exchange.close()
-                raise
-            # Others may use it from here on, so nothing here may close it.
-            self.channel = channel
-            # What has been let go meanwhile has told the channel that was broken.
-            for hold in set(told).difference(self._held()):
-                channel.send_soon(Release.KIND, Release(*hold).encode())
+                channel = self._connect_again(reason, error)
+                # Others may use it from here on, so nothing here may close it.
+                self.channel = channel
+            finally:
+                self._untold = None
+            for message in untold:
+                channel.send_soon(*message)
+
+    def _connect_again(self, reason: str, error: ConnectionError) -> Channel:
+        """Return a connection to the store that has come back."""
+        exchange, welcome = self._greet_again(reason)
+        try:
+            if not welcome.reclaimed or welcome.token != self._token:
+                self._lose()
+                raise NotConnectedError(_not_reclaimed(welcome.token, self._token)) from error
+            renew_wake = self._renew_wake()
+            assert renew_wake is not None, "who calls the link keeps its owner"
+            renew_wake(exchange.take_descriptor())
+            return Channel(exchange.detach(), self._first_message(self._held()))
+        except BaseException:
+            exchange.close()
+            raise
 
     def _first_message(self, held: Sequence[tuple[bytes, int]]) -> bytes:
-        """Return what a store that has come back is to be told before anything else."""
+        """Return what a store that has come back is to be told first."""
         requests: list[Request] = [] if self.options is None else [self.options]
         requests += [
             Hold(0, held[start : start + HOLDS_A_REQUEST])
             for start in range(0, len(held), HOLDS_A_REQUEST)
         ]
+        if self.holds is not None:
+            requests.append(Hold(0, ()))  # that was all
         return b"".join(encode_frame(each.KIND, ONE_WAY, each.encode()) for each in requests)
 
     def _held(self) -> Sequence[tuple[bytes, int]]:

@@ -1,7 +1,7 @@
 """Outboxes: what clients tell the store without asking, kept where the death of a store does not reach.
 
-A put, a seal or an abort is one record in the client's outbox, a ring of `RECORDS` records in the segment, and
-at times an empty message which says that there is something in it.  Messages that a store has not read die with
+A put, a seal, an abort, or a word about a reference is one record in the client's outbox, a ring of `RECORDS`
+records in the segment, and at times an empty message which says that there is something in it.  Messages that a store has not read die with
 it; records stay.  A store that recovers the segment handles all that was not acknowledged.
 
 ::

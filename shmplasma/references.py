@@ -14,9 +14,13 @@ A *ticket* is a handle on its way: 64 random bits in its pickle.
 ::
 
     sender                                      receiver
-    1. Lend(id, ticket)     to its outbox       3. Redeem(id, ticket, number)    the ticket's hold begins, and the
+    1. Lend(id, ticket)                         3. Redeem(id, ticket, number)    the ticket's hold begins, and the
     2. the pickle leaves                           ticket is used up: one step
     4. Release(id, number), now or ever         5. Release(id, number)
+
+All of these are records of outboxes: nobody waits for the store, nor wakes it while it looks by itself (`shmplasma.outbox`).
+A Release whose record would have to be waited for, by a finalizer perhaps, is a message; the store reads it after
+whatever the client had written before.
 
 Why no object is deleted that somebody holds, or is yet to receive
     Of one client the store reads 1 before 4 and 3 before 5.  Between clients it may read 3 before 1.  So it deletes
@@ -51,7 +55,19 @@ Deaths
     The holds of a client end with its connection, after its outbox was read.  What a store that dies knew is gone.
     Its clients tell its successor what they hold when they come back; and all referenced objects begin with one
     ticket for whatever was on its way, which lasts until the last client that lives has come back, and `ticket_ns` longer.
-    Outboxes that the dead store has not read are read by the successor: the tickets in them are known.
+    Outboxes that the dead store has not read are read by the successor: the tickets and holds in them are known, also those of
+    clients that have died since.  A Lend that comes again after its ticket was used up is of no harm: its ticket ends with
+    its sender, as one that nobody takes does.
+
+Coming back
+    A client asks to go on (1), hears that it may, notes what it holds (2), and tells so (3), while its other threads
+    redeem and release by its outbox, of which the store may read anything at any time.  So what it holds at 2 is neither
+    all that it holds when 3 is read, nor is all of that held still.
+    *What the store knows at 1, having read the outbox, and is not told of at 3 has ended*: it was begun before 1, so it was
+    let go before 2; the message that said so may have died with the old store.
+    *What the store learns between 1 and 3 stays*, as it may be newer than 2.  A Release of it that went to the dead
+    store after 1 is sent once more after 3 (`shmplasma.link`).
+    *Whose Release is read between 1 and 3 has ended*, though it be told of at 3.
 
 A client may say what it likes.  Of objects that are not there, or are no referenced ones, nothing is noted; a client
 that has more than `MAX_OF_A_CLIENT` holds and tickets loses its connection.
@@ -101,6 +117,14 @@ class _Ticket:
     protects: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Return:
+    """What a client that comes back is known to hold and has not said yet, and what it has let go meanwhile."""
+
+    doubted: set[tuple[bytes, int]]
+    ended: set[tuple[bytes, int]] = field(default_factory=set)
+
+
 class References:
     """All holds and tickets of a store.
 
@@ -128,10 +152,15 @@ class References:
         self._suspects: set[bytes] = set()
         self._due: list[tuple[int, int]] = []
         self._recovered: _Ticket | None = None
+        self._returns: dict[int, _Return] = {}
 
     def __len__(self) -> int:
         """Return the number of referenced objects."""
         return len(self._objects)
+
+    def is_returning(self, client: int) -> bool:
+        """Tell whether a client is yet to tell what it holds."""
+        return client in self._returns
 
     @property
     def n_holds(self) -> int:
@@ -174,6 +203,8 @@ class References:
 
     def release(self, object_id: bytes, client: int, number: int) -> None:
         """End a hold; one that is not known has ended already."""
+        if client in self._returns:
+            self._returns[client].ended.add((object_id, number))
         if object_id in self._ahead:
             self._ahead[object_id].append(partial(self.release, object_id, client, number))
             return
@@ -192,10 +223,24 @@ class References:
         self, client: int, ticket: int, holds: Iterable[tuple[bytes, int]], now_ns: int
     ) -> None:
         """Let a client hold what it says that it holds, and use up a ticket of its parent's."""
-        for object_id, number in holds:
+        told = set(holds)
+        returning = self._returns.get(client)
+        if returning is not None:
+            returning.doubted.difference_update(told)
+            if told:
+                told -= returning.ended
+            else:
+                del self._returns[client]
+                for object_id, number in returning.doubted:
+                    self.release(object_id, client, number)
+        for object_id, number in told:
             self._hold(object_id, client, number)
         if ticket in self._tickets:
             self._use_up(ticket, now_ns)
+
+    def come_back(self, client: int) -> None:
+        """Take note that a client of the store that died asks to go on: it will tell what it holds."""
+        self._returns[client] = _Return(self._holds_of.get(client, set()).copy())
 
     def _hold(self, object_id: bytes, client: int, number: int) -> None:
         owners = self._objects.get(object_id)
@@ -206,8 +251,10 @@ class References:
         self._review(object_id, owners)
 
     def check_limit(self, client: int) -> None:
-        """Raise ProtocolError if a client has more than it may."""
+        """Raise ProtocolError if a client has more than it may, or lets go without an end of what it may have."""
         count = len(self._holds_of.get(client, ())) + len(self._minted_by.get(client, ()))
+        if client in self._returns:
+            count += len(self._returns[client].ended)
         if count >= MAX_OF_A_CLIENT:
             raise ProtocolError(f"it has {count} references")
 
@@ -358,6 +405,7 @@ class References:
 
         Nothing is to be ahead: see `is_ahead`.
         """
+        self._returns.pop(client, None)
         for object_id, number in self._holds_of.pop(client, set()).copy():
             self.release(object_id, client, number)
         for number in self._minted_by.pop(client, ()):

@@ -386,7 +386,7 @@ _REDEEM: Final = Struct("<20sQQ")
 
 @dataclass(frozen=True, slots=True)
 class Redeem:
-    """A reference has arrived: this client holds the object under `number`; one-way."""
+    """A reference has arrived: this client holds the object under `number`; by the outbox."""
 
     KIND: ClassVar[int] = 41
     object_id: bytes
@@ -408,7 +408,7 @@ _HOLD: Final = Struct("<20sQ")
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The client does not hold the object under `number` any more; one-way."""
+    """The client does not hold the object under `number` any more; by the outbox, or one-way."""
 
     KIND: ClassVar[int] = 42
     object_id: bytes
@@ -426,7 +426,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What this client holds, and the ticket by which it came to it, 0 for none."""
+    """What this client holds, and the ticket by which it came to it, 0 for none.
+
+    A client that comes back to a store ends with a Hold of nothing: it holds no more than it has said.
+    """
 
     KIND: ClassVar[int] = 43
     ticket: int
@@ -530,7 +533,7 @@ Request = (
     | Trim
 )
 
-Posted = Publish | Seal | Abort | Lend
+Posted = Publish | Seal | Abort | Lend | Redeem | Release
 """What may come by way of an outbox."""
 
 _KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}

@@ -224,13 +224,9 @@ class Session:
         """
         self._link.post(kind, body)
 
-    def tell(self, request: Request) -> None:
-        """Send a one-way message; errors as `post`."""
-        self._link.tell(request)
-
-    def tell_soon(self, request: Request) -> None:
-        """Send a one-way message from a finalizer."""
-        self._link.channel.send_soon(request.KIND, request.encode())
+    def post_soon(self, kind: int, body: bytes) -> None:
+        """Tell the store something from a finalizer."""
+        self._link.post_soon(kind, body)
 
     def restate(self, holds: weakref.WeakMethod[Callable[[], Sequence[tuple[bytes, int]]]]) -> None:
         """Have a store that comes back told of what `holds` returns."""

@@ -274,6 +274,9 @@ class ObjectStore:
                 return NOTHING
             if type(request) is Hello:
                 self._greeter.hello(session, frame.request_id, request)
+                if session.claims is not None:
+                    self._heed(self._greeter.sessions[session.claims], now_ns)
+                    self._ledger.references.come_back(session.claims)
             elif session.claims is not None:
                 number = self._greeter.resume(session)
                 effects = self.handle(number, frame, now_ns)

@@ -161,7 +161,7 @@ class Home(Reading, Writing):
             return False
         session = self._session
         if session is not None:
-            session.tell_soon(Release(*hold))
+            session.post_soon(Release.KIND, Release(*hold).encode())
         return True
 
     def lend(self, object_id: ObjectID, receivers: int) -> int:
@@ -174,7 +174,7 @@ class Home(Reading, Writing):
         """Return a handle that has come with a ticket."""
         number = next(self._numbers)
         ref = StoreRef(self, object_id, number)
-        self._live().tell(Redeem(object_id.id_bytes, ticket, number))
+        self._live().post(Redeem.KIND, Redeem(object_id.id_bytes, ticket, number).encode())
         return ref
 
     def bequeath(self) -> int:

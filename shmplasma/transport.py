@@ -33,7 +33,6 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from shmplasma.errors import ProtocolError
-from shmplasma.outbox import Outbox
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     ONE_WAY,
@@ -42,12 +41,9 @@ from shmplasma.protocol import (
     split_frames,
 )
 from shmplasma.replies import Failed, decode_reply
-from shmplasma.requests import Post
 from shmplasma.spin import Spin
 
 __all__ = ["Channel"]
-
-_POST: Final = encode_frame(Post.KIND, ONE_WAY, b"")
 
 _READ_BYTES: Final = 1 << 18
 _LAST_WORDS_SECONDS: Final = 0.1
@@ -121,19 +117,6 @@ class Channel:
         why the id is known beforehand.
         """
         self._send(encode_frame(kind, request_id, body))
-
-    def post(self, outbox: Outbox, kind: int, body: bytes) -> bool:
-        """Write a record to the client's outbox, and tell the store unless it looks; False when it is full.
-
-        Raises ConnectionError after the record was written: a store that comes back finds it.
-        """
-        with self._sending:
-            if not outbox.append(kind, body):
-                return False
-            if outbox.is_to_be_announced:
-                self._push(_POST)
-        self._send_later()
-        return True
 
     def offer(self, messages: list[bytes]) -> bool:
         """Send without blocking; tell whether nothing is left to be sent.

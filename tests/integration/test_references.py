@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from shmplasma import (
     PlasmaStoreFull,
     Store,
     connect,
+    system,
 )
 from tests.clients import figure
 from tests.processes import Child, in_forked_child, until
@@ -32,9 +34,11 @@ RECEIVER = """
     import pickle, sys
 
     for line in sys.stdin:
-        command, _, rest = line.strip().partition(" ")
+        command, _, rest = line.strip().partition(": ")
         if command == "take":
             ref = pickle.loads(bytes.fromhex(rest))
+        elif command == "keep":
+            kept = ref
         elif command == "get":
             print(int(ref.get().sum()), flush=True)
         elif command == "send":
@@ -45,6 +49,9 @@ RECEIVER = """
         elif command == "put":
             import numpy as np, shmplasma
             ref = shmplasma.connect(rest).put_ref(np.arange(1000))
+            print(ref.object_id.binary().hex(), flush=True)
+        elif command == "put another":
+            ref = ref._home.put_ref(np.arange(1000))
             print(ref.object_id.binary().hex(), flush=True)
 """
 
@@ -189,7 +196,7 @@ def test_a_reference_that_moves(client: PlasmaClient) -> None:
         del ref
         until(lambda: figure(client, "references") == 0, "the sender has let go")
         assert client.contains(object_id)
-        child.say("take " + data.hex())
+        child.say("take: " + data.hex())
         child.say("get")
         assert child.hear() == "499500"
         assert client.contains(object_id)
@@ -226,7 +233,7 @@ def double(to: object, back: object) -> None:
 def test_a_holder_that_is_killed(store: Store, client: PlasmaClient) -> None:
     """What it alone had goes with it."""
     with Child(RECEIVER) as child:
-        child.say("put " + store.store_socket_name)
+        child.say("put: " + store.store_socket_name)
         object_id = ObjectID(bytes.fromhex(child.hear()))
         assert client.contains(object_id)
         child.kill()
@@ -236,7 +243,7 @@ def test_a_holder_that_is_killed(store: Store, client: PlasmaClient) -> None:
 def test_a_receiver_that_is_killed() -> None:
     """What has not been unpickled stays a while for somebody else, and goes then."""
     with short_store() as (store, client), Child(RECEIVER) as sender:
-        sender.say("put " + store.store_socket_name)
+        sender.say("put: " + store.store_socket_name)
         object_id = ObjectID(bytes.fromhex(sender.hear()))
         sender.say("send")
         data = bytes.fromhex(sender.hear())
@@ -246,7 +253,7 @@ def test_a_receiver_that_is_killed() -> None:
             receiver.kill()
         assert client.contains(object_id)
         assert pickle.loads(data).get().sum() == 499_500
-        sender.say("take " + data.hex())
+        sender.say("take: " + data.hex())
         sender.say("send")
         assert data != bytes.fromhex(sender.hear())
         sender.kill()
@@ -280,7 +287,7 @@ def test_one_pickle_for_many(client: PlasmaClient) -> None:
     del ref
     for _ in range(3):
         with Child(RECEIVER) as child:
-            child.say("take " + data.hex())
+            child.say("take: " + data.hex())
             child.say("get")
             assert child.hear() == "499500"
             child.say("drop")
@@ -336,6 +343,16 @@ def served(path: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
+@contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Let a store stand still within the block."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a store, and what is in it."""
     process.terminate()
@@ -350,7 +367,7 @@ def test_a_store_that_is_killed(tmp_path: Path) -> None:
             client = connect(path)
             held, dropped, sent = (client.put_ref(np.arange(1000)) for _ in range(3))
             ids = [ref.object_id for ref in (held, dropped, sent)]
-            idle.say("take " + pickle.dumps(held.lend(1)).hex())
+            idle.say("take: " + pickle.dumps(held.lend(1)).hex())
             idle.say("get")
             assert idle.hear() == "499500"
             data = pickle.dumps(sent.lend(1))
@@ -371,6 +388,107 @@ def test_a_store_that_is_killed(tmp_path: Path) -> None:
             gone(client, ids[2])
             assert client.contains(ids[0])
             end(process)
+
+
+@pytest.mark.skipif(not system.fast_path_available(), reason="the fast path is off")
+def test_nothing_is_waited_for(tmp_path: Path) -> None:
+    """While the store stands still an object is put, sent, received and let go; it goes when the store goes on."""
+    path = str(tmp_path / "s")
+    with (
+        served(path, "-m", "40MB") as process,
+        connect(path) as client,
+        Child(RECEIVER) as receiver,
+    ):
+        # It takes a lease for such as these at the fifth time.
+        first = [client.put_ref(np.arange(12_000)) for _ in range(5)][-1]
+        receiver.say("take: " + pickle.dumps(first.lend(1)).hex())
+        receiver.say("get")
+        assert receiver.hear() == "71994000"
+        receiver.say("keep")  # or the last one would take the connection along
+        with stopped(process):
+            for value in range(3):
+                ref = client.put_ref(np.full(12_000, value))
+                data = pickle.dumps(ref.lend(1))
+                del ref
+                with pickle.loads(data) as received:
+                    assert received.object_id != first.object_id
+                    receiver.say("take: " + pickle.dumps(received.lend(1)).hex())
+                receiver.say("drop")
+                assert receiver.hear() == "dropped"
+        until(lambda: client.list().keys() == {first.object_id}, "all others have gone")
+        end(process)
+
+
+@pytest.mark.skipif(not system.fast_path_available(), reason="the fast path is off")
+@pytest.mark.parametrize("killed", ["none", "sender", "receiver"])
+def test_a_store_that_is_killed_before_it_reads(tmp_path: Path, killed: str) -> None:
+    """Object, loan, receipt and release lie in outboxes; whoever then lives holds what he held."""
+    path = str(tmp_path / "s")
+    with Child(RECEIVER) as sender, Child(RECEIVER) as receiver:
+        with served(path) as process:
+            sender.say("put: " + path)
+            sender.hear()
+            sender.say("keep")
+            sender.say("send")
+            receiver.say("take: " + sender.hear())
+            receiver.say("keep")
+            receiver.say("get")
+            assert receiver.hear() == "499500"
+            with stopped(process):
+                sender.say("put another")
+                object_id = ObjectID(bytes.fromhex(sender.hear()))
+                sender.say("send")
+                receiver.say("take: " + sender.hear())
+                sender.say("drop")
+                assert sender.hear() == "dropped"
+                receiver.say("send")
+                receiver.hear()  # it has received, and sends to nobody
+                if killed != "none":
+                    {"sender": sender, "receiver": receiver}[killed].kill()
+                process.kill()
+        with served(path, "--ticket-seconds", "0.2") as process, connect(path) as client:
+            if killed in ("none", "receiver"):
+                sender.say("put: " + path)  # so it comes back, and is not waited for
+                sender.hear()
+                sender.say("drop")
+                sender.hear()
+            if killed in ("none", "sender"):
+                receiver.say("get")
+                assert receiver.hear() == "499500"
+                assert client.contains(object_id)
+                receiver.kill()
+            gone(client, object_id)
+            end(process)
+
+
+@pytest.mark.parametrize("received", [False, True])
+def test_a_sender_that_is_killed(received: bool) -> None:
+    """What it has put and sent is the receiver's; what is not received stays a while, and goes."""
+    with short_store() as (store, client), Child(RECEIVER) as receiver:
+        with Child(RECEIVER) as sender:
+            sender.say("put: " + store.store_socket_name)
+            object_id = ObjectID(bytes.fromhex(sender.hear()))
+            sender.say("send")
+            data = sender.hear()
+            if received:
+                receiver.say("take: " + data)
+                receiver.say("get")
+                assert receiver.hear() == "499500"
+            sender.kill()
+        if received:
+            until(lambda: figure(client, "references on their way") == 0, "no ticket is left")
+            assert client.contains(object_id)
+            receiver.kill()
+        gone(client, object_id)
+
+
+def test_many_that_are_let_go_at_once(client: PlasmaClient) -> None:
+    """More releases than the outbox takes records all reach the store, though nobody says anything afterwards."""
+    refs = [client.put_ref(number) for number in range(500)]
+    refs.clear()
+    gc.collect()
+    with connect(client.store_socket_name) as other:
+        until(lambda: not other.list(), "all have gone")
 
 
 def test_a_store_that_is_started_anew(tmp_path: Path) -> None:

@@ -2,11 +2,25 @@ from __future__ import annotations
 
 import pytest
 
-from shmplasma.layout import REFERENCED
+from shmplasma.layout import BOARD_WORDS, REFERENCED
+from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.references import LINGER_NS, MAX_OF_A_CLIENT, TICKET_NS
-from shmplasma.replies import Created, Done, Failed, Failure, Number
-from shmplasma.requests import Bequeath, Delete, Evict, Hold, Lend, Post, Redeem, Release, Seal
+from shmplasma.replies import Created, Done, Failed, Failure, Number, Welcome
+from shmplasma.requests import (
+    Bequeath,
+    Delete,
+    Evict,
+    Hello,
+    Hold,
+    Lend,
+    Post,
+    Redeem,
+    Release,
+    Role,
+    Seal,
+)
 from tests.conversation import Conversation, Peer
+from tests.crash.damage import Reopened
 
 X, Y = (bytes([letter]) * 20 for letter in (0x10, 0x11))
 TICKET_SECONDS = TICKET_NS / 1e9
@@ -29,7 +43,7 @@ def put(peer: Peer, object_id: bytes, size: int = 64) -> None:
 
 def drop(talk: Conversation, peer: Peer, object_id: bytes, number: int = 0) -> None:
     """Let go of a handle, and let the store do what it has to do."""
-    peer.tell(Release(object_id, number))
+    peer.write(Release(object_id, number))
     talk.turn()
 
 
@@ -49,7 +63,7 @@ def test_a_handle_that_moves(talk: Conversation) -> None:
     sender.write(Lend(X, 7, 1))
     drop(talk, sender, X)
     assert talk.ids() == {X}
-    receiver.tell(Redeem(X, 7, 1))
+    receiver.write(Redeem(X, 7, 1))
     talk.turn()
     assert talk.ids() == {X}
     drop(talk, receiver, X, 1)
@@ -64,10 +78,10 @@ def test_an_outbox_that_is_read_late(talk: Conversation) -> None:
     sender.write_silently(Seal(X))
     sender.release(request.slot)
     sender.write_silently(Lend(X, 7, 1))
-    receiver.tell(Redeem(X, 7, 1))
+    receiver.write(Redeem(X, 7, 1))
     receiver.write_silently(Lend(X, 8, 1))
-    receiver.tell(Release(X, 1))
-    third.tell(Redeem(X, 8, 1))
+    receiver.write(Release(X, 1))
+    third.write(Redeem(X, 8, 1))
     talk.turn()
     drop(talk, sender, X)
     assert talk.ids() == {X}
@@ -84,7 +98,7 @@ def test_a_receiver_that_leaves_before_the_object_is_known(talk: Conversation) -
     sender.write_silently(Seal(X))
     sender.release(request.slot)
     sender.write_silently(Lend(X, 7, 1))
-    receiver.tell(Redeem(X, 7, 1))
+    receiver.write(Redeem(X, 7, 1))
     talk.disconnect(receiver)
     talk.turn()
     assert talk.ids() == {X}
@@ -129,7 +143,7 @@ def test_the_same_bytes_to_many(talk: Conversation) -> None:
     sender.write(Lend(X, 7, 0))
     drop(talk, sender, X)
     for number, receiver in enumerate(receivers, start=1):
-        receiver.tell(Redeem(X, 7, number))
+        receiver.write(Redeem(X, 7, number))
         drop(talk, receiver, X, number)
         assert talk.ids() == {X}
         talk.later(LINGER_SECONDS - 1)
@@ -142,13 +156,13 @@ def test_a_known_number_of_receivers(talk: Conversation) -> None:
     """A loan for three stands for three, and is used up by the third."""
     sender, receiver = talk.client(), talk.client()
     put(sender, X)
-    receiver.tell(Redeem(X, 7, 1))  # before the loan is known
+    receiver.write(Redeem(X, 7, 1))  # before the loan is known
     sender.write(Lend(X, 7, 3))
     drop(talk, sender, X)
     drop(talk, receiver, X, 1)
     for number in (2, 3):
         assert talk.ids() == {X}
-        receiver.tell(Redeem(X, 7, number))
+        receiver.write(Redeem(X, 7, number))
         drop(talk, receiver, X, number)
     assert not talk.ids()
 
@@ -158,8 +172,8 @@ def test_a_second_copy_while_somebody_holds(talk: Conversation) -> None:
     sender, receiver = talk.client(), talk.client()
     put(sender, X)
     sender.write(Lend(X, 7, 1))
-    receiver.tell(Redeem(X, 7, 1))
-    receiver.tell(Redeem(X, 7, 2))
+    receiver.write(Redeem(X, 7, 1))
+    receiver.write(Redeem(X, 7, 2))
     drop(talk, sender, X)
     drop(talk, receiver, X, 1)
     assert talk.ids() == {X}
@@ -174,8 +188,8 @@ def test_a_handle_of_what_is_gone(talk: Conversation) -> None:
     put(sender, Y)
     sender.write(Lend(X, 7, 1))
     sender.ask(Delete([X]), Done)
-    receiver.tell(Redeem(X, 7, 1))
-    receiver.tell(Redeem(bytes(20), 9, 2))
+    receiver.write(Redeem(X, 7, 1))
+    receiver.write(Redeem(bytes(20), 9, 2))
     talk.turn()
     assert talk.ids() == {Y}
     assert "\nreferences: 1\nreferences on their way: 0\n" in talk.store.describe()
@@ -229,9 +243,137 @@ def test_a_client_with_too_many(talk: Conversation, monkeypatch: pytest.MonkeyPa
     creator, other = talk.client(), talk.client()
     put(creator, X)
     for number in (1, 2, 3, 4):
-        other.tell(Redeem(X, 7, number))
+        other.write(Redeem(X, 7, number))
     assert other.dropped == "it has 3 references"
     talk.disconnect(other)
     creator.tell(Post())
     talk.turn()
     assert talk.ids() == {X}
+
+
+# -- a store that comes back ------------------------------------------------------------------------
+
+
+def reopen(talk: Conversation) -> Reopened:
+    """Start another store, and let the first one be dead."""
+    return Reopened(talk.layout, talk.words, talk.raw)
+
+
+def welcome(later: Conversation, peer: Peer) -> Peer:
+    """Return a connection by which a client of the dead store has asked to go on."""
+    claim = later.connect()
+    hello = Hello(PROTOCOL_VERSION, Role.CLIENT, "", peer.free_slots[0] // BOARD_WORDS + 1)
+    assert claim.ask(hello, Welcome).reclaimed
+    claim.outbox, claim.free_slots = peer.outbox, peer.free_slots
+    return claim
+
+
+def tell(peer: Peer, *holds: tuple[bytes, int]) -> None:
+    """Say what a client holds, and that this is all."""
+    if holds:
+        peer.tell(Hold(0, holds))
+    peer.tell(Hold(0, ()))
+
+
+def forget_what_was_on_its_way(talk: Conversation) -> None:
+    """Let so much time pass that only holds count."""
+    talk.turn()
+    talk.later(TICKET_SECONDS)
+
+
+def test_records_that_a_dead_store_has_not_read(talk: Conversation) -> None:
+    """Object, loan, receipt and release are all known to the next store, in whatever order it reads the outboxes."""
+    receiver, sender = talk.client(), talk.client()
+    for object_id in (X, Y):
+        request = sender.new(object_id, codec=REFERENCED)
+        sender.ask(request, Created)
+        sender.write_silently(Seal(object_id))
+        sender.release(request.slot)
+        sender.write_silently(Lend(object_id, object_id[0], 1))
+        receiver.write_silently(Redeem(object_id, object_id[0], object_id[0]))
+        sender.write_silently(Release(object_id, 0))
+    receiver.write_silently(Release(X, X[0]))
+    later = reopen(talk)
+    receiver, sender = welcome(later, receiver), welcome(later, sender)
+    tell(sender)
+    tell(receiver, (Y, Y[0]))
+    assert "references on their way: 1\n" in later.store.describe(), "all of them, by one ticket"
+    forget_what_was_on_its_way(later)
+    assert later.ids() == {Y}
+    drop(later, receiver, Y, Y[0])
+    assert not later.ids()
+
+
+def test_a_release_that_died_with_its_store(talk: Conversation) -> None:
+    """What a client does not say that it holds has ended, though its beginning was in the outbox."""
+    peer = talk.client()
+    request = peer.new(X, codec=REFERENCED)
+    peer.ask(request, Created)
+    peer.write_silently(Seal(X))
+    peer.release(request.slot)
+    later = reopen(talk)
+    peer = welcome(later, peer)
+    tell(peer)
+    forget_what_was_on_its_way(later)
+    assert not later.ids()
+
+
+def test_a_release_before_it_is_told_that_there_was_a_hold(talk: Conversation) -> None:
+    """What was let go after a client had noted it, and before the store reads that, has ended."""
+    peer = talk.client()
+    put(peer, X)
+    put(peer, Y)
+    later = reopen(talk)
+    peer = welcome(later, peer)
+    peer.write_silently(Release(X, 0))
+    later.poll()
+    tell(peer, (X, 0), (Y, 0))
+    forget_what_was_on_its_way(later)
+    assert later.ids() == {Y}
+
+
+def test_a_receipt_that_is_newer_than_what_is_told(talk: Conversation) -> None:
+    """What a client takes between noting what it holds and saying so is its own all the same."""
+    peer = talk.client()
+    put(peer, X)
+    peer.write(Lend(X, 7, 1))
+    drop(talk, peer, X)
+    later = reopen(talk)
+    peer = welcome(later, peer)
+    peer.write_silently(Redeem(X, 7, 1))
+    later.poll()
+    tell(peer)
+    forget_what_was_on_its_way(later)
+    assert later.ids() == {X}
+    drop(later, peer, X, 1)
+    assert not later.ids()
+
+
+def test_a_receipt_that_was_written_before_the_client_is_welcome(talk: Conversation) -> None:
+    """It has ended if the client does not say that it holds it, whenever the store reads of it."""
+    peer = talk.client()
+    put(peer, X)
+    peer.write(Lend(X, 7, 1))
+    drop(talk, peer, X)
+    later = reopen(talk)
+    peer.write_silently(Redeem(X, 7, 1))
+    peer = welcome(later, peer)
+    later.poll()
+    tell(peer)
+    forget_what_was_on_its_way(later)
+    assert not later.ids()
+
+
+def test_a_client_that_comes_back_and_lets_go_without_end(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has to be remembered of it is limited."""
+    peer = talk.client()
+    later = reopen(talk)
+    peer = welcome(later, peer)
+    monkeypatch.setattr("shmplasma.references.MAX_OF_A_CLIENT", 3)
+    for number in range(3):
+        peer.tell(Release(X, number))
+    assert peer.dropped is None
+    peer.tell(Release(X, 3))
+    assert peer.dropped == "it has 3 references"
