@@ -1550,6 +1550,26 @@ def test_a_new_lease_ends_the_last_one(tenant: Tenant) -> None:
     tenant.talk.store.check()
 
 
+@pytest.mark.parametrize("size_bytes", [100_000, 100_001, 1 << 18])
+def test_a_lease_for_large_objects_has_room_for_four(size_bytes: int) -> None:
+    """It is as large as it has to be, and sets aside no more entries than one of 1 MiB does."""
+    talk = Conversation(1 << 26)
+    peer = talk.client()
+    lease = peer.ask(AskLease(size_bytes), Leased)
+    room = 4 * ((size_bytes + 63) & -64)
+    assert lease.size_bytes == room
+    assert lease.objects == min(room, 1 << 20) // 128
+    for number in range(4):
+        offset = lease.offset + number * room // 4
+        peer.write(Publish(bytes([number]) * 20, offset, size_bytes, 0, 3))
+    assert peer.dropped is None
+    assert len(talk.ids()) == 4
+    assert peer.ask(AskLease((1 << 18) + 1), Leased).size_bytes == 0, (
+        "it is too large for this store"
+    )
+    talk.store.check()
+
+
 def test_a_lease_without_memory_is_none() -> None:
     """Where the file system cannot give the pages the client puts by round trip instead."""
     talk = Conversation(1 << 20)
