@@ -125,9 +125,11 @@ class HeaderWord(IntEnum):
     WATERMARK = 35
     """Bytes of the data region beyond which there was never any memory (see `shmplasma.commitment`)."""
     POLLED = 36
-    """Not zero while the store reads the outboxes unasked (see `shmplasma.outbox`)."""
+    """The store's INCARNATION while it reads the outboxes unasked, else 0 (see `shmplasma.outbox`)."""
     TRIMS = 37
     """How often memory was given back; a client that finds another number maps its pages anew."""
+    INCARNATION = 38
+    """How many stores this segment has had."""
     MOVE_ENTRY = 40
     """Entry + 1 of the object that is being moved, or 0; this and the next words are the journal of `shmplasma.moves`."""
     MOVE_SOURCE = 41

@@ -383,6 +383,7 @@ class Link:
             renew_wake = self._renew_wake()
             assert renew_wake is not None, "who calls the link keeps its owner"
             renew_wake(exchange.take_descriptor())
+            self._outbox.connected()
             return Channel(exchange.detach(), self._first_message(self._held()))
         except BaseException:
             exchange.close()

@@ -30,7 +30,8 @@ When the message is spared
     pass each other in its CPU; the barrier forbids that, as it does for pins (see `shmplasma.pins`).  While
     somebody waits for an object, or for room, or is to be told of each, the store does not poll.
     A store that dies polling leaves POLLED set; its successor clears it, and issues a
-    barrier, before its first reading.
+    barrier, before its first reading.  POLLED is the number of the store that has set it, and a client is silent only to
+    the one that it is connected to: its first word to a successor is a message, by which it notices.
 
 A record is the client's to write at any time, as a message is; so it is copied before it is looked at.
 """
@@ -52,6 +53,7 @@ ANNOUNCED_EVERY: Final = RECORDS // 4
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
 _MASK: Final = RECORDS - 1
+_INCARNATIONS: Final = 1 << 32
 _CONTENT: Final = Struct("@HH52s")
 _RECORD: Final = Struct("@QHH52s")
 _WORDS: Final = _RECORD_BYTES // 8
@@ -68,20 +70,34 @@ class Outbox:
         The one word in which the store counts.
     polled : memoryview
         The header's POLLED word; where barriers do not reach this process, one that is always 0.
+    incarnation : memoryview
+        The header's INCARNATION word.
 
     Notes
     -----
     Not thread-safe: the caller holds a lock.
     """
 
-    __slots__ = ("_acknowledged", "_count", "_polled", "_raw", "_words")
+    __slots__ = ("_acknowledged", "_count", "_incarnation", "_polled", "_raw", "_store", "_words")
 
-    def __init__(self, page: memoryview, acknowledged: memoryview, polled: memoryview) -> None:
+    def __init__(
+        self,
+        page: memoryview,
+        acknowledged: memoryview,
+        polled: memoryview,
+        incarnation: memoryview,
+    ) -> None:
         self._words = page
         self._raw = page.cast("B")
         self._acknowledged = acknowledged
         self._polled = polled
+        self._incarnation = incarnation
         self._count = int(acknowledged[0])
+        self.connected()
+
+    def connected(self) -> None:
+        """Take note that the store of now is the one that this client is connected to."""
+        self._store = self._incarnation[0]
 
     def append(self, kind: int, body: bytes) -> bool:
         """Write a record; False when the ring is full and the store must handle something first."""
@@ -100,7 +116,7 @@ class Outbox:
     @property
     def is_to_be_announced(self) -> bool:
         """Whether the store is to be told of the record just written."""
-        return not (self._polled[0] and self._count % ANNOUNCED_EVERY)
+        return not (self._polled[0] == self._store and self._count % ANNOUNCED_EVERY)
 
 
 class Polling:
@@ -116,7 +132,7 @@ class Polling:
         Whether there is such a barrier; else every record is announced.
     """
 
-    __slots__ = ("_barrier", "_fruitless", "_possible", "_words", "is_on")
+    __slots__ = ("_barrier", "_fruitless", "_number", "_possible", "_words", "is_on")
 
     def __init__(self, words: memoryview, barrier: Callable[[], None], *, possible: bool) -> None:
         self._words = words
@@ -124,6 +140,8 @@ class Polling:
         self._possible = possible
         self._fruitless = 0
         self.is_on = False
+        self._number = words[HeaderWord.INCARNATION] % _INCARNATIONS + 1
+        words[HeaderWord.INCARNATION] = self._number
 
     def found(self, count: int) -> None:
         """Take note of how many records a look has found; after too many in vain, `stop` is due."""
@@ -139,7 +157,7 @@ class Polling:
         self._fruitless = 0
         if self._possible and not self.is_on:
             self.is_on = True
-            self._words[HeaderWord.POLLED] = 1
+            self._words[HeaderWord.POLLED] = self._number
 
     def stop(self) -> None:
         """Have clients announce their records again; all outboxes are to be read after this."""
@@ -169,7 +187,7 @@ def read_record(page: memoryview, acknowledged: int) -> tuple[int, bytes] | None
     Examples
     --------
     >>> page, zero = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
-    >>> Outbox(page.cast("Q"), zero, zero).append(5, b"body")
+    >>> Outbox(page.cast("Q"), zero, zero, zero).append(5, b"body")
     True
     >>> read_record(page, 0)
     (5, b'body')

@@ -182,7 +182,12 @@ class Session:
             name,
             board,
             attachment.token,
-            Outbox(attachment.outbox(board), attachment.words[count : count + 1], polled),
+            Outbox(
+                attachment.outbox(board),
+                attachment.words[count : count + 1],
+                polled,
+                attachment.words[HeaderWord.INCARNATION : HeaderWord.INCARNATION + 1],
+            ),
             weakref.WeakMethod(lifeline.renew_wake),
             num_retries * RETRY_SECONDS if returns else 0,
             when_lost,

@@ -70,6 +70,7 @@ def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
 
 
 POLLED = int(HeaderWord.POLLED)
+INCARNATION = int(HeaderWord.INCARNATION)
 
 
 class RecordedMemory:
@@ -482,7 +483,8 @@ class Conversation:
         start = (self.layout.outboxes + board * OUTBOX_BYTES) // 8
         count = (self.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
         page = self.words[start : start + OUTBOX_BYTES // 8]
-        return Outbox(page, self.words[count : count + 1], self.words[POLLED : POLLED + 1])
+        polled, incarnation = (self.words[at : at + 1] for at in (POLLED, INCARNATION))
+        return Outbox(page, self.words[count : count + 1], polled, incarnation)
 
     def write_slot(self, slot: int, word: int) -> None:
         """Write a word to a board."""

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shmplasma.layout import OUTBOX_BYTES
-from shmplasma.outbox import RECORDS, Outbox, read_record
+from shmplasma.layout import OUTBOX_BYTES, HeaderWord
+from shmplasma.outbox import ANNOUNCED_EVERY, RECORDS, Outbox, Polling, read_record
 
 RECORD_BYTES = OUTBOX_BYTES // RECORDS
 WORDS = RECORD_BYTES // 8
@@ -16,6 +16,7 @@ MAX_BODY = RECORD_BYTES - 12
 KINDS = st.integers(0, 0xFFFF)
 BODIES = st.binary(max_size=MAX_BODY)
 NEVER_POLLED = memoryview(bytes(8)).cast("Q")
+FIRST_STORE = memoryview((1).to_bytes(8, "little")).cast("Q")
 
 
 class Page:
@@ -26,7 +27,7 @@ class Page:
         self.words = self.raw.cast("Q")
         self.counter = memoryview(bytearray(8)).cast("Q")
         self.counter[0] = acknowledged
-        self.outbox = Outbox(self.words, self.counter, NEVER_POLLED)
+        self.outbox = Outbox(self.words, self.counter, NEVER_POLLED, FIRST_STORE)
 
     @property
     def handled(self) -> int:
@@ -189,9 +190,34 @@ def test_an_outbox_goes_on_where_it_was() -> None:
     for _ in range(RECORDS + 5):
         assert page.outbox.append(1, b"")
         page.handle()
-    again = Outbox(page.words, page.counter, NEVER_POLLED)
+    again = Outbox(page.words, page.counter, NEVER_POLLED, FIRST_STORE)
     assert again.append(2, b"after")
     assert page.handle() == (2, b"after")
+
+
+def test_nobody_is_silent_to_a_store_that_he_does_not_know() -> None:
+    """What a successor polls is announced to it until its client has come back, so that the client notices."""
+    header, page = memoryview(bytearray(4096)).cast("Q"), Page()
+    polled, incarnation = (
+        header[at : at + 1] for at in (HeaderWord.POLLED, HeaderWord.INCARNATION)
+    )
+    first = Polling(header, lambda: None, possible=True)
+    outbox = Outbox(page.words, page.counter, polled, incarnation)
+
+    def is_silent() -> bool:
+        outbox.append(1, b"")
+        return not outbox.is_to_be_announced
+
+    assert not is_silent()
+    first.start()
+    assert is_silent()
+    second = Polling(header, lambda: None, possible=True)
+    second.stop()
+    assert not is_silent()
+    second.start()
+    assert not is_silent()
+    outbox.connected()
+    assert [is_silent() for _ in range(ANNOUNCED_EVERY)].count(False) == 1
 
 
 # -- what a hostile client may write -------------------------------------------------------------

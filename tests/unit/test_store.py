@@ -1552,13 +1552,13 @@ def test_a_new_lease_ends_the_last_one(tenant: Tenant) -> None:
 
 @pytest.mark.parametrize("size_bytes", [100_000, 100_001, 1 << 18])
 def test_a_lease_for_large_objects_has_room_for_four(size_bytes: int) -> None:
-    """It is as large as it has to be, and sets aside no more entries than one of 1 MiB does."""
+    """It is as large as it has to be, and sets aside no more entries than 8,192."""
     talk = Conversation(1 << 26)
     peer = talk.client()
     lease = peer.ask(AskLease(size_bytes), Leased)
     room = 4 * ((size_bytes + 63) & -64)
     assert lease.size_bytes == room
-    assert lease.objects == min(room, 1 << 20) // 128
+    assert lease.objects == min(room // 128, 8192)
     for number in range(4):
         offset = lease.offset + number * room // 4
         peer.write(Publish(bytes([number]) * 20, offset, size_bytes, 0, 3))
