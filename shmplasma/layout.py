@@ -129,7 +129,7 @@ class HeaderWord(IntEnum):
     TRIMS = 37
     """How often memory was given back; a client that finds another number maps its pages anew."""
     INCARNATION = 38
-    """How many stores this segment has had."""
+    """How many stores this segment has had before."""
     MOVE_ENTRY = 40
     """Entry + 1 of the object that is being moved, or 0; this and the next words are the journal of `shmplasma.moves`."""
     MOVE_SOURCE = 41

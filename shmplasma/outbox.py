@@ -30,7 +30,7 @@ When the message is spared
     pass each other in its CPU; the barrier forbids that, as it does for pins (see `shmplasma.pins`).  While
     somebody waits for an object, or for room, or is to be told of each, the store does not poll.
     A store that dies polling leaves POLLED set; its successor clears it, and issues a
-    barrier, before its first reading.  POLLED is the number of the store that has set it, and a client is silent only to
+    barrier, before its first reading.  POLLED is the number of the store that has set it, counted from 1, and a client is silent only to
     the one that it is connected to: its first word to a successor is a message, by which it notices.
 
 A record is the client's to write at any time, as a message is; so it is copied before it is looked at.
@@ -97,7 +97,7 @@ class Outbox:
 
     def connected(self) -> None:
         """Take note that the store of now is the one that this client is connected to."""
-        self._store = self._incarnation[0]
+        self._store = self._incarnation[0] % _INCARNATIONS + 1
 
     def append(self, kind: int, body: bytes) -> bool:
         """Write a record; False when the ring is full and the store must handle something first."""
@@ -141,7 +141,12 @@ class Polling:
         self._fruitless = 0
         self.is_on = False
         self._number = words[HeaderWord.INCARNATION] % _INCARNATIONS + 1
-        words[HeaderWord.INCARNATION] = self._number
+
+    def succeed(self) -> None:
+        """Take over from a store that has died: no client is silent to this one before it has come back."""
+        self._words[HeaderWord.INCARNATION] = self._number
+        self._number = self._number % _INCARNATIONS + 1
+        self.stop()
 
     def found(self, count: int) -> None:
         """Take note of how many records a look has found; after too many in vain, `stop` is due."""

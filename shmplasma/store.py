@@ -539,7 +539,7 @@ class ObjectStore:
             session.connected_ns, session.limit_bytes = now_ns, self._greeter.limit_bytes
             self._greeter.sessions[board] = session
         n_posted = 0
-        self._polling.stop()
+        self._polling.succeed()
         for session in self._greeter.sessions.values():
             try:
                 n_posted += self._heed(session, now_ns, recovering=True)

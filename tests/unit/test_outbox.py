@@ -16,7 +16,7 @@ MAX_BODY = RECORD_BYTES - 12
 KINDS = st.integers(0, 0xFFFF)
 BODIES = st.binary(max_size=MAX_BODY)
 NEVER_POLLED = memoryview(bytes(8)).cast("Q")
-FIRST_STORE = memoryview((1).to_bytes(8, "little")).cast("Q")
+FIRST_STORE = memoryview(bytes(8)).cast("Q")
 
 
 class Page:
@@ -212,7 +212,7 @@ def test_nobody_is_silent_to_a_store_that_he_does_not_know() -> None:
     first.start()
     assert is_silent()
     second = Polling(header, lambda: None, possible=True)
-    second.stop()
+    second.succeed()
     assert not is_silent()
     second.start()
     assert not is_silent()
