@@ -37,6 +37,7 @@ _MIB: Final = 1 << 20
 _SMALL: Final = 100 * b"x"
 _KIBIBYTE: Final = 1024 * b"x"
 _ARRAY_ITEMS: Final = 1_000_000
+_FRAME_ROWS: Final = 1_000_000
 _PUT_MIB: Final = (1, 8, 64, 512)
 _CLIENTS: Final = (1, 2, 4, 8)
 _HALF_HEADERS: Final = 100
@@ -223,6 +224,39 @@ def _put_large(mib: int, *, as_array: bool) -> Callable[[Bench], list[float]]:
     return put_large
 
 
+def _frame(bench: Bench) -> Any:
+    """Return a data frame of ten columns of floats and one of strings."""
+    try:
+        import pandas as pd  # noqa: PLC0415 - not every peer's interpreter has it
+    except ImportError as error:
+        raise UnsupportedError from error
+    rows = bench.less(_FRAME_ROWS)
+    columns: dict[str, Any] = {f"x{n}": np.arange(rows, dtype=np.float64) + n for n in range(10)}
+    return pd.DataFrame({**columns, "name": pd.array([f"row {n}" for n in range(rows)], "str")})
+
+
+def _put_frame(bench: Bench) -> list[float]:
+    put, samples = bench.client.put_object(_frame(bench)), []
+    bench.client.drop([put()])
+    for _ in range(bench.less(5)):
+        began = time.perf_counter()
+        key = put()
+        samples.append(time.perf_counter() - began)
+        bench.client.drop([key])
+    return samples
+
+
+def _get_frame(bench: Bench) -> list[float]:
+    name = urandom(20)
+    key = bench.client.key(name)
+    bench.client.store_object(key, _frame(bench))
+    try:
+        samples: list[float] = bench.crew.ask(0, "get_frame", name, 1 + bench.less(5))
+        return samples[1:]  # pandas is imported by the first
+    finally:
+        bench.client.drop([key])
+
+
 def _hand_over(bench: Bench) -> list[float]:
     crew, client, samples = bench.crew, bench.client, []
     crew.ask(0, "ready")
@@ -337,6 +371,12 @@ CASES: Final = (
         for kind in ("raw", "array")
         for mib in _PUT_MIB
     ),
+    Case(
+        "put-frame",
+        _put_frame,
+        (Row("put of a data frame, 1,000,000 rows, 10 floats and a string", "ms"),),
+    ),
+    Case("get-frame", _get_frame, (Row("get of it in another process, until used", "ms"),)),
     Case(
         "hand-over",
         _hand_over,

@@ -123,11 +123,22 @@ def _carry_out(client: Client[Any], pipe: Connection, command: str, *arguments: 
             return rate
         case "contains", (name, n_operations):
             return _each(client.contains(client.key(name)), n_operations)
+        case "get_frame", (name, n_operations):
+            get: Any = client.get_object(client.key(name))
+            return _each(lambda: _use_frame(get()), n_operations)
         case "take_over", (name,):
             client.take_over(client.key(name), pipe)
             return time.perf_counter()
         case _:
             raise ValueError(f"a crew member cannot {command}{arguments}")
+
+
+def _use_frame(frame: Any) -> None:
+    """Touch both ends of each column of a data frame."""
+    for column in frame.columns:
+        values = frame[column]
+        if values.iloc[0] == values.iloc[-1]:
+            raise ValueError(f"the column {column} is not what was stored")
 
 
 def _loop(operation: Any, start: float, seconds: float, results: list[Any] | None) -> float:

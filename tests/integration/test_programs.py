@@ -22,7 +22,17 @@ def test_the_demo_runs_and_its_answers_agree() -> None:
 def test_a_benchmark_gives_figures(tmp_path: Path) -> None:
     """A quick run writes a page with a figure of ours in each row, both free and pinned."""
     page = tmp_path / "page.md"
-    cases = ["get-raw", "create", "put-array-1", "hand-over", "puts-2", "half-headers", "start"]
+    cases = [
+        "get-raw",
+        "create",
+        "put-array-1",
+        "put-frame",
+        "get-frame",
+        "hand-over",
+        "puts-2",
+        "half-headers",
+        "start",
+    ]
     program = [sys.executable, "-m", "benchmarks", "--quick", "--peers", "shmplasma"]
     done = subprocess.run(
         [*program, "--only", *cases, "--output", str(page)],
