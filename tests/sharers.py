@@ -82,7 +82,7 @@ def check_pool(client: plasma.PlasmaClient, context: Any) -> None:
                 assert large[-1] == total, name
             del large
         # Parts of what lies there are not stored again, nor is what was sent before; a frame is two arrays, one small.
-        assert objects(client) - before == 5, objects(client) - before
+        until(lambda: objects(client) - before == 5, f"five objects more than {before} are there")
         writable, _, _ = pool.apply(look, (np.arange(10),))
         assert writable, "a small one is as ever"
         writable, _, _ = pool.apply(look, (np.array([{}] * SIZE).astype(bool).astype(object),))
