@@ -273,8 +273,8 @@ class Link:
             if self.channel is first:
                 raise
 
-    def post(self, kind: int, body: bytes) -> None:
-        """Tell the store something, and do not wait.
+    def post(self, kind: int, body: bytes, weight: int = 1) -> None:
+        """Tell the store something, and do not wait; `weight` as for `Outbox.append`.
 
         Raises
         ------
@@ -283,7 +283,7 @@ class Link:
         """
         while True:
             with self._posting:
-                written = self._outbox.append(kind, body)
+                written = self._outbox.append(kind, body, weight)
                 announced = written and self._outbox.is_to_be_announced
             if written:
                 break

@@ -163,7 +163,7 @@ def test_writing_waits_for_nothing(
 def test_puts_in_a_row_are_mostly_silent(
     store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
 ) -> None:
-    """While the store looks by itself a client sends a message for every 16th put."""
+    """While the store looks by itself a client sends a message for every 32nd put."""
     client.put("the first one gets a lease")
     polled = session_of(client).attachment.words[HeaderWord.POLLED : HeaderWord.POLLED + 1]
     ids: list[ObjectID] = []

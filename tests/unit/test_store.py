@@ -1332,7 +1332,7 @@ def test_what_was_not_announced_counts_at_the_end(tenant: Tenant) -> None:
 
 
 def test_a_store_that_looks_is_not_told(tenant: Tenant) -> None:
-    """After a message clients are silent, but for every 16th record, until the store has looked in vain."""
+    """After a message clients are silent, but for every 32nd record, until the store has looked in vain."""
     store, outbox = tenant.talk.store, tenant.peer.outbox
     tenant.peer.write(Publish(name(0), tenant.next, 64, 0, 3))
     assert store.polls
