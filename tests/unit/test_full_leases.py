@@ -115,7 +115,7 @@ def test_leases_grow_with_use(full: Full, size_bytes: int) -> None:
         n_leases, free_before = len(putter.leases), full.free_bytes
         putter.put(size_bytes)
         if len(putter.leases) > n_leases:
-            least = max(MIN_LEASE_BYTES, 4 * size_bytes)
+            least = max(MIN_LEASE_BYTES, 4 * align_up(size_bytes, 64))
             assert putter.leases[-1] <= min(max(least, 2 * used), LIMIT_BYTES)
             # What goes ahead of need is no more than the client has used.
             assert full.free_bytes <= max(free_before, used + EXTENT_BYTES, least + EXTENT_BYTES)
