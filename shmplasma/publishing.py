@@ -11,7 +11,9 @@ has limits:
 
 * A lease has room for the object at hand, or for twice of what its client was leased since it began small, and is never
   more than `Leases` allows: 4 MiB or four of these objects, and a 64th of the capacity.  Who puts one object evicts for one object.
-* With each grant the store begins to evict for the next lease, a few objects between two requests, until as much is free
+* Nothing goes for a lease while there is room for the object at hand, which is created there: a store that its clients
+  fill to the last byte loses nothing.
+* After that, with each grant, the store begins to evict for the next lease, a few objects between two requests, until as much is free
   as the client was leased before this one, but no more than the next one may take.  That is done once for each lease: room
   which others take meanwhile is not made anew.
 * So beyond what was put there is room for two leases of that client at most.  A lease comes back before anybody finds
