@@ -44,10 +44,9 @@ from shmplasma.spilling import ExternalLimits
 from shmplasma.succession import replace
 
 if TYPE_CHECKING:
-    from shmplasma.spiller import Spiller
-
-if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from shmplasma.spiller import Spiller
 
 __all__ = ["main"]
 
