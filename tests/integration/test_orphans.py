@@ -47,9 +47,8 @@ def test_an_orphan_is_swept_up() -> None:
     with Store("1MB") as other, Child(OWNER) as owner:
         pid, _, path = owner.hear().partition(" ")
         segment = segment_of(int(pid))
-        os.kill(int(pid), signal.SIGSTOP)  # it is not to notice its owner's end
+        os.kill(int(pid), signal.SIGKILL)  # first, or it notices its owner's end, and leaves nothing
         owner.kill()
-        os.kill(int(pid), signal.SIGKILL)
         until(lambda: has_ended(int(pid)), "the store has ended")
         assert segment.exists()
         kept = segment_of(other.process.pid)
