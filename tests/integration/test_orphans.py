@@ -47,7 +47,8 @@ def test_an_orphan_is_swept_up() -> None:
     with Store("1MB") as other, Child(OWNER) as owner:
         pid, _, path = owner.hear().partition(" ")
         segment = segment_of(int(pid))
-        os.kill(int(pid), signal.SIGKILL)  # first, or it notices its owner's end, and leaves nothing
+        # First: one that is stopped is continued by the system when its owner ends, and leaves nothing.
+        os.kill(int(pid), signal.SIGKILL)
         owner.kill()
         until(lambda: has_ended(int(pid)), "the store has ended")
         assert segment.exists()
