@@ -1,8 +1,8 @@
 """Time a store that spills: clients put four times what fits, and read it back, each byte compared.
 
 Beside it, in the same run and by as many processes: plain writes, and reads, of files of the same sizes in the same directory;
-and the rate of hot gets of one more client: alone, beside the plain files, beside the store.  Run it as ``python -m benchmarks.spill``;
-``--gets 100000`` is the full measure.
+in rounds, of which the medians are given.  Then the rate of hot gets of one more client: alone, beside the plain files, which
+is what the machine itself costs it, and beside the store.  Run it as ``python -m benchmarks.spill``; ``--gets 100000`` is the full measure.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 import shmplasma
 from shmplasma import ObjectID, Store
 from shmplasma.sizes import parse_size
 
-MIN_BYTES, MAX_BYTES = 1 << 16, 4 << 20
+MAX_BYTES = 4 << 20
 N_HOT = 16
 _SPAWN = multiprocessing.get_context("spawn")
 _POOL = random.Random(1).randbytes(MAX_BYTES + (1 << 16))
@@ -58,17 +61,24 @@ class Share:
         return memoryview(_POOL)[start : start + self.sizes[index]]
 
 
-def shares(n_clients: int, total_bytes: int, gets: int) -> list[Share]:
+def shares(
+    n_clients: int, total_bytes: int, gets: int, least: int = 1 << 16, most: int = MAX_BYTES
+) -> list[Share]:
     """Return what each client does; sizes are spread evenly over their logarithms."""
     rng = random.Random(2)
     sizes: list[list[int]] = [[] for _ in range(n_clients)]
     at = 0
     while total_bytes > 0:
-        size = round(MIN_BYTES * (MAX_BYTES / MIN_BYTES) ** rng.random())
+        size = round(least * (most / least) ** rng.random())
         sizes[at % n_clients].append(size)
         total_bytes -= size
         at += 1
     return [Share(number, own, gets // n_clients) for number, own in enumerate(sizes)]
+
+
+def same(data: Any, expected: memoryview) -> bool:
+    """Compare bytes, as fast as memory allows."""
+    return bool(pa.py_buffer(data).equals(pa.py_buffer(expected)))
 
 
 def put_and_get(path: str, share: Share, start: Barrier, results: Any) -> None:
@@ -87,8 +97,7 @@ def put_and_get(path: str, share: Share, start: Barrier, results: Any) -> None:
             # Each of them once, and then whichever.
             index = at if at < len(share.sizes) else rng.randrange(len(share.sizes))
             ((metadata, data),) = client.get_buffers([share.object_id(index)], with_meta=True)
-            same = memoryview(data).cast("B") == share.content(index)
-            if not same or int(metadata) != len(data):
+            if not same(data, share.content(index)) or int(metadata) != len(data):
                 raise AssertionError(f"object {index} of client {share.number} has changed")
             n_bytes += len(data)
         results.put((wrote, time.perf_counter() - began, n_bytes))
@@ -96,6 +105,7 @@ def put_and_get(path: str, share: Share, start: Barrier, results: Any) -> None:
 
 def write_and_read(directory: str, share: Share, start: Barrier, results: Any) -> None:
     """Write files of the sizes of a share, and read them, without any store."""
+    rng = random.Random(share.number)
     start.wait()
     began = time.perf_counter()
     for index in range(len(share.sizes)):
@@ -106,10 +116,10 @@ def write_and_read(directory: str, share: Share, start: Barrier, results: Any) -
     began = time.perf_counter()
     n_bytes = 0
     for at in range(share.gets):
-        index = at % len(share.sizes)
+        index = at if at < len(share.sizes) else rng.randrange(len(share.sizes))
         with open(f"{directory}/{share.number}-{index}", "rb", buffering=0) as file:
             data = file.read()
-        if data != share.content(index):
+        if not same(data, share.content(index)):
             raise AssertionError(f"file {index} of process {share.number} has changed")
         n_bytes += len(data)
     results.put((wrote, time.perf_counter() - began, n_bytes))
@@ -126,6 +136,7 @@ def run_all(
     for worker in workers:
         worker.join()
         if worker.exitcode:
+            start.abort()  # the others do not wait for it
             raise SystemExit(f"a process has failed with {worker.exitcode}")
     wrote, read, n_bytes = zip(*(results.get() for _ in parts), strict=True)
     return max(wrote), max(read), sum(n_bytes)
@@ -152,16 +163,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--capacity", type=parse_size, default=parse_size("256MB"))
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--gets", type=int, default=2000, help="of all clients together")
+    parser.add_argument("--least", type=parse_size, default=1 << 16, help="of an object's size")
+    parser.add_argument("--most", type=parse_size, default=MAX_BYTES)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="on the disk to be measured (default: temporary files)")
     parser.add_argument("--uri", help="another external store, beside the same files")
     options = parser.parse_args(arguments)
-    parts = shares(options.clients, 4 * options.capacity, options.gets)
+    parts = shares(options.clients, 4 * options.capacity, options.gets, options.least, options.most)
     total = sum(sum(part.sizes) for part in parts)
+    puts: list[tuple[float, float]] = []
+    gets: list[tuple[float, float]] = []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+            plain_wrote, plain_read, n_bytes = run_all(partial(write_and_read, directory), parts)
+        with (
+            tempfile.TemporaryDirectory(dir=options.directory) as directory,
+            Store(
+                options.capacity, external_store=options.uri or Path(directory).as_uri()
+            ) as store,
+        ):
+            wrote, read, _ = run_all(partial(put_and_get, store.store_socket_name), parts)
+        puts.append((total / wrote / 1e6, total / plain_wrote / 1e6))
+        gets.append((n_bytes / read / 1e6, n_bytes / plain_read / 1e6))
+    n_objects = sum(len(part.sizes) for part in parts)
+    print(
+        f"{n_objects} objects of {options.least} to {options.most} bytes, {total / 1e9:.2f} GB, {len(parts)} clients, "
+        f"capacity {options.capacity / 1e9:.2f} GB; medians of {options.rounds} rounds"
+    )
+    print("| | spilling store, MB/s | plain files, MB/s | ratio in each round |")
+    print("| --- | ---: | ---: | ---: |")
+    for what, rates in (("put 4x the capacity", puts), ("get and compare", gets)):
+        ours, plain = (statistics.median(each) for each in zip(*rates, strict=True))
+        ratios = ", ".join(f"{rate / plain_rate:.2f}" for rate, plain_rate in rates)
+        print(f"| {what} | {ours:,.0f} | {plain:,.0f} | {ratios} |")
+    print(f"\n{options.rounds} times {options.gets} gets, every byte the same.")
+    hot_gets(options, parts)
+
+
+def hot_gets(options: argparse.Namespace, parts: Sequence[Share]) -> None:
+    """Print the rate of hot gets: alone, beside plain files, and beside clients whose objects are spilled."""
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        uri = options.uri or Path(directory).as_uri()
         plain = Path(directory, "plain")
         plain.mkdir()
-        with Store(options.capacity, external_store=uri) as store:
+        with Store(
+            options.capacity, external_store=options.uri or Path(directory).as_uri()
+        ) as store:
             path = store.store_socket_name
             ready, stop, results = _SPAWN.Event(), _SPAWN.Event(), _SPAWN.Queue()
             hot = _SPAWN.Process(target=get_hot, args=(path, ready, stop, results))
@@ -170,49 +216,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             time.sleep(2)  # it is measured alone
             plain_began = time.time()
             try:
-                plain_wrote, plain_read, plain_bytes = run_all(
-                    partial(write_and_read, str(plain)), parts
-                )
+                run_all(partial(write_and_read, str(plain)), parts)
                 began = time.time()
-                wrote, read, n_bytes = run_all(partial(put_and_get, path), parts)
+                run_all(partial(put_and_get, path), parts)
             finally:
                 stop.set()
             ended = time.time()
             rates = results.get()
             hot.join()
-            with store.connect() as client:
-                figures = client.debug_string()
     alone, with_plain, with_others = (
-        sum(window) / len(window)
-        for window in (
-            [rate for at, rate in rates if at < plain_began],
-            [rate for at, rate in rates if plain_began < at < began],
-            [rate for at, rate in rates if began < at < ended],
-        )
-    )
-    n_objects = sum(len(part.sizes) for part in parts)
-    print(
-        f"{n_objects} objects, {total / 1e9:.2f} GB, {len(parts)} clients, capacity {options.capacity / 1e9:.2f} GB"
-    )
-    print("| | spilling store, MB/s | plain files, MB/s | ratio |")
-    print("| --- | ---: | ---: | ---: |")
-    for what, bytes_, seconds, plain_bytes_, plain_seconds in (
-        ("put 4x the capacity", total, wrote, total, plain_wrote),
-        ("get and compare", n_bytes, read, plain_bytes, plain_read),
-    ):
-        rate, plain_rate = bytes_ / seconds / 1e6, plain_bytes_ / plain_seconds / 1e6
-        print(f"| {what} | {rate:,.0f} | {plain_rate:,.0f} | {rate / plain_rate:.2f} |")
-    print(
-        f"\n{options.gets} gets, every byte the same.  Hot gets of {N_HOT} objects by one more client: {alone:,.0f}/s alone, "
-        f"{with_plain:,.0f}/s beside the processes that use plain files, {with_others:,.0f}/s beside those that "
-        f"use the store ({with_others / with_plain:.2f} of that)."
+        statistics.mean(rate for at, rate in rates if first < at < last)
+        for first, last in ((0.0, plain_began), (plain_began, began), (began, ended))
     )
     print(
-        "\n".join(
-            line
-            for line in figures.splitlines()
-            if "spilled" in line or "written out" in line or "brought back" in line
-        )
+        f"Hot gets of {N_HOT} objects by one more client: {alone:,.0f}/s alone, {with_plain:,.0f}/s beside the processes "
+        f"that use plain files, {with_others:,.0f}/s beside those that use the store ({with_others / with_plain:.2f} of that)."
     )
 
 

@@ -244,8 +244,14 @@ class Creations:
         self._note_who_left()
 
     def _held_up(self) -> list[Creator]:
-        """Take out those who wait briefly behind one whose wait has no such end, and that may not be passed any more."""
+        """Take out those who wait briefly behind one whose wait has no such end, and that may not be passed any more.
+
+        Nobody as long as objects are written to the external store, or read: that may make room for all.
+        """
         held_up: list[Creator] = []
+        spilling = self._objects.spilling
+        if spilling is not None and spilling.is_under_way:
+            return held_up
         is_held_up = False
         for creator in self._queue:
             if creator.is_brief and is_held_up:

@@ -14,11 +14,13 @@ This module imports Arrow, hence the server imports it only when there is an ext
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 from zlib import crc32
 
@@ -26,7 +28,8 @@ import xxhash
 from pyarrow import ArrowException, fs
 
 from shmplasma.errors import ExternalStoreError
-from shmplasma.layout import ALIGNMENT, align_up
+from shmplasma.layout import ALIGNMENT
+from shmplasma.spilling import HEADER_BYTES
 
 __all__ = ["ExternalStore", "Item", "open_external"]
 
@@ -34,9 +37,16 @@ _MAGIC: Final = b"SHMSPILL"
 _VERSION: Final = 1
 _HEADER: Final = Struct("<8sII20s4xQQQI4x")
 """Magic, version, codec, id, data size, metadata size, checksum of the contents, checksum of the header."""
-_HEADER_BYTES: Final = align_up(_HEADER.size, ALIGNMENT)
 _PREFIX: Final = "shmplasma-"
 _NOTE: Final = "owner"
+_MOST_PARTS: Final = os.sysconf("SC_IOV_MAX")
+
+
+def _checksum(contents: memoryview) -> int:
+    """Return the XXH3 of contents; other threads run meanwhile, as with `xxh3_64_intdigest` they would not."""
+    state = xxhash.xxh3_64()
+    state.update(contents)
+    return state.intdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +75,29 @@ class Item:
         """Return what stands before the contents of this checksum."""
         fields = (self.codec, self.object_id, self.data_size, self.metadata_size, checksum)
         check = crc32(_HEADER.pack(_MAGIC, _VERSION, *fields, 0))
-        return _HEADER.pack(_MAGIC, _VERSION, *fields, check).ljust(_HEADER_BYTES, b"\0")
+        return _HEADER.pack(_MAGIC, _VERSION, *fields, check).ljust(HEADER_BYTES, b"\0")
 
 
 class _Place(Protocol):
     """Where files are, by names with slashes."""
 
+    @property
+    def is_on_own_disk(self) -> bool:
+        """Whether no other machine can reach it."""
+
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None: ...
-    def read(self, name: str, offset: int, into: memoryview) -> int: ...
+    def read(self, name: str, offset: int, into: Sequence[memoryview]) -> int: ...
     def delete(self, name: str) -> None: ...
-    def list(self, directory: str) -> list[str]: ...
+    def list(self, directory: str) -> Mapping[str, int]:
+        """Return what is in a directory, and its size in bytes."""
+
     def delete_directory(self, name: str) -> None: ...
 
 
 class _Memory:
     """Files in the store's own memory: they end with it, and are for trying things out."""
+
+    is_on_own_disk = False
 
     def __init__(self) -> None:
         self._files: dict[str, bytes] = {}
@@ -90,23 +108,30 @@ class _Memory:
         with self._lock:
             self._files[name] = data
 
-    def read(self, name: str, offset: int, into: memoryview) -> int:
+    def read(self, name: str, offset: int, into: Sequence[memoryview]) -> int:
         with self._lock:
             if name not in self._files:
                 raise FileNotFoundError(name)
-            part = memoryview(self._files[name])[offset : offset + len(into)]
-        into[: len(part)] = part
-        return len(part)
+            data = memoryview(self._files[name])
+        end = offset
+        for view in into:
+            part = data[end : end + len(view)]
+            view[: len(part)] = part
+            end += len(part)
+        return end - offset
 
     def delete(self, name: str) -> None:
         with self._lock:
             self._files.pop(name, None)
 
-    def list(self, directory: str) -> list[str]:
+    def list(self, directory: str) -> Mapping[str, int]:
         start = f"{directory}/" if directory else ""
         with self._lock:
-            inside = [name[len(start) :] for name in self._files if name.startswith(start)]
-        return sorted({name.partition("/")[0] for name in inside})
+            return {
+                name[len(start) :].partition("/")[0]: len(data)
+                for name, data in self._files.items()
+                if name.startswith(start)
+            }
 
     def delete_directory(self, name: str) -> None:
         with self._lock:
@@ -114,8 +139,80 @@ class _Memory:
                 del self._files[each]
 
 
+class _Directory:
+    """Files below a directory of this machine; between them and the segment nothing is copied."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    @property
+    def is_on_own_disk(self) -> bool:
+        try:
+            # File systems without a disk of their own, those of the network among them, have the major number 0.
+            return os.major(os.stat(self._root).st_dev) != 0
+        except OSError:
+            return False
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._root, name)
+
+    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        path, flags = self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            fd = os.open(path, flags, 0o600)
+        try:
+            left: list[bytes | memoryview] = list(parts)
+            while left:
+                left = _after(os.writev(fd, left[:_MOST_PARTS]), left)
+        finally:
+            os.close(fd)
+
+    def read(self, name: str, offset: int, into: Sequence[memoryview]) -> int:
+        fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            left, end = list(into), offset
+            while left and (n_bytes := os.preadv(fd, left, end)):
+                left = _after(n_bytes, left)
+                end += n_bytes
+        finally:
+            os.close(fd)
+        return end - offset
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):  # it is as it should be
+            os.unlink(self._path(name))
+
+    def list(self, directory: str) -> Mapping[str, int]:
+        try:
+            with os.scandir(self._path(directory)) as found:
+                return {each.name: each.stat(follow_symlinks=False).st_size for each in found}
+        except FileNotFoundError:
+            return {}
+
+    def delete_directory(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._path(name))
+
+
+_Bytes = TypeVar("_Bytes", bound=bytes | memoryview)
+
+
+def _after(n_bytes: int, parts: Sequence[_Bytes]) -> list[_Bytes]:
+    """Return what is left of parts of which so many bytes are done."""
+    for at, part in enumerate(parts):
+        if n_bytes < len(part):
+            return [cast("_Bytes", part[n_bytes:]), *parts[at + 1 :]]
+        n_bytes -= len(part)
+    return []
+
+
 class _Arrow:
     """Files of one of Arrow's file systems."""
+
+    is_on_own_disk = False
 
     def __init__(self, system: fs.FileSystem, root: str) -> None:
         self._system = system
@@ -125,20 +222,17 @@ class _Arrow:
         return f"{self._root}/{name}" if name else self._root
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        directory = name.rpartition("/")[0]
-        if self._system.type_name == "local" and not os.path.isdir(self._path(directory)):
-            os.makedirs(self._path(directory), mode=0o700, exist_ok=True)
         with self._system.open_output_stream(self._path(name)) as stream:
             for part in parts:
                 stream.write(part)
 
-    def read(self, name: str, offset: int, into: memoryview) -> int:
+    def read(self, name: str, offset: int, into: Sequence[memoryview]) -> int:
         with self._system.open_input_file(self._path(name)) as file:
             file.seek(offset)
-            done = 0
-            while done < len(into) and (got := file.readinto(into[done:])):
-                done += got
-        return done
+            left = list(into)
+            while left and (n_bytes := file.readinto(left[0])):
+                left = _after(n_bytes, left)
+            return int(file.tell()) - offset
 
     def delete(self, name: str) -> None:
         try:
@@ -146,9 +240,9 @@ class _Arrow:
         except FileNotFoundError:
             return  # as it should be
 
-    def list(self, directory: str) -> list[str]:
+    def list(self, directory: str) -> Mapping[str, int]:
         selector = fs.FileSelector(self._path(directory), allow_not_found=True)
-        return sorted(info.base_name for info in self._system.get_file_info(selector))
+        return {info.base_name: info.size or 0 for info in self._system.get_file_info(selector)}
 
     def delete_directory(self, name: str) -> None:
         try:
@@ -170,7 +264,7 @@ def _place(uri: str) -> _Place:
         raise ExternalStoreError(
             f"{_without_secrets(uri)!r} names no external store ({error}); write file:///directory, s3://bucket/prefix, or memory://"
         ) from error
-    return _Arrow(system, root)
+    return _Directory(root) if system.type_name == "local" else _Arrow(system, root)
 
 
 def _without_secrets(uri: str) -> str:
@@ -224,6 +318,11 @@ class ExternalStore:
         self.uri = uri
         self._directory = f"{_PREFIX}{token.hex()}"
 
+    @property
+    def is_on_own_disk(self) -> bool:
+        """Whether no other machine can reach it."""
+        return self._place.is_on_own_disk
+
     def claim(self, note: bytes) -> None:
         """Leave a note that says whose containers these are."""
         try:
@@ -249,12 +348,8 @@ class ExternalStore:
             size = len(item.contents)
             places.append(end)
             filling = bytes(-size % ALIGNMENT)
-            parts += [
-                item.header(xxhash.xxh3_64_intdigest(item.contents)),
-                item.contents,
-                filling,
-            ]
-            end += _HEADER_BYTES + size + len(filling)
+            parts += [item.header(_checksum(item.contents)), item.contents, filling]
+            end += HEADER_BYTES + size + len(filling)
         name = self._name(number)
         try:
             self._place.write(name, parts)
@@ -276,15 +371,14 @@ class ExternalStore:
         what = (
             f"object {item.object_id.hex()} in container {number} of the external store {self.uri}"
         )
-        header = bytearray(_HEADER_BYTES)
-        name = self._name(number)
+        header = bytearray(HEADER_BYTES)
+        into = memoryview(header), item.contents
         try:
-            n_header = self._place.read(name, offset, memoryview(header))
-            n_contents = self._place.read(name, offset + _HEADER_BYTES, item.contents)
+            n_bytes = self._place.read(self._name(number), offset, into)
         except (ArrowException, OSError) as error:
             raise ExternalStoreError(f"{what} cannot be read: {error}") from error
-        whole = n_header == _HEADER_BYTES and n_contents == len(item.contents)
-        if not whole or header != item.header(xxhash.xxh3_64_intdigest(item.contents)):
+        is_whole = n_bytes == HEADER_BYTES + len(item.contents)
+        if not is_whole or header != item.header(_checksum(item.contents)):
             raise ExternalStoreError(f"{what} is damaged: its checksum is not that of its contents")
 
     def delete(self, numbers: Sequence[int]) -> None:
@@ -295,17 +389,15 @@ class ExternalStore:
             except (ArrowException, OSError):
                 return
 
-    def numbers(self) -> Iterator[int]:
-        """Yield the numbers of all containers that there are."""
+    def containers(self) -> dict[int, int]:
+        """Return the sizes in bytes of all containers that there are, by number."""
         try:
-            names = self._place.list(self._directory)
+            found = self._place.list(self._directory)
         except (ArrowException, OSError) as error:
             raise ExternalStoreError(
                 f"the external store {self.uri} cannot be read: {error}"
             ) from error
-        for name in names:
-            if name.isdecimal():
-                yield int(name)
+        return {int(name): size for name, size in found.items() if name.isdecimal()}
 
     def remove(self) -> None:
         """Remove all containers and the note, because their store ends."""
@@ -330,7 +422,7 @@ class ExternalStore:
                     continue
                 note = bytearray(4096)
                 try:
-                    length = self._place.read(f"{name}/{_NOTE}", 0, memoryview(note))
+                    length = self._place.read(f"{name}/{_NOTE}", 0, [memoryview(note)])
                 except FileNotFoundError:
                     continue  # it is just being made, or another one sweeps
                 if is_dead(bytes(note[:length])):

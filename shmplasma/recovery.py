@@ -177,6 +177,7 @@ def examine(
             table.set_state(entry, _SEALED)
     _sort_sealed(remains, findings, sealed)
     findings.spilled = set(spilled)
+    findings.referenced = _referenced(remains, findings, sealed + spilled)
     _find_copies(table, remains, findings, whole + spilled)
     table.relink(whole + spilled, remains.object_ids, findings.limbo)
     findings.leases = _leases(findings.owners, used)
@@ -312,14 +313,19 @@ def _conflicting(remains: Remains, whole: list[int], spilled: list[int]) -> dict
 
 
 def _sort_sealed(remains: Remains, findings: Findings, sealed: list[int]) -> None:
-    """Say which of the sealed objects in memory may be evicted, in which order, and which belong to references."""
-    keeps, codecs, doomed = remains.keeps, remains.codecs, findings.doomed
+    """Say which of the sealed objects in memory may be evicted, and in which order."""
+    keeps = remains.keeps
     findings.kept = {entry for entry in sealed if keeps[entry]}
     findings.cached = [entry for entry in sealed if not keeps[entry]]
     findings.cached_bytes = sum(map(remains.extents.__getitem__, findings.cached))
     findings.cached.sort(key=remains.sealed_ns.__getitem__)
-    referenced = [entry for entry in sealed if codecs[entry] & REFERENCED]
-    findings.referenced = [remains.object_ids[each] for each in referenced if each not in doomed]
+
+
+def _referenced(remains: Remains, findings: Findings, entries: list[int]) -> list[bytes]:
+    """Return the ids of those of these entries that belong to references, but for doomed ones."""
+    codecs, doomed = remains.codecs, findings.doomed
+    referenced = [entry for entry in entries if codecs[entry] & REFERENCED]
+    return [remains.object_ids[entry] for entry in referenced if entry not in doomed]
 
 
 def _find_copies(

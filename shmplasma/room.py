@@ -49,6 +49,10 @@ GiB moved for it then, instead of 2.2, and no more is evicted, as the next one f
 _IS_SEALED: Final = (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING)
 
 
+_STRIDES: Final = 64
+"""What has copies makes room by so many parts of the capacity: each time costs barriers, and looks at all boards."""
+
+
 class External(Protocol):
     """What the room needs of `shmplasma.spilling`, where there is an external store."""
 
@@ -223,7 +227,8 @@ class Room:
             if missing > 0:
                 if self._evictable_bytes() < missing:
                     return None, evicted
-                evicted = self.make_room(missing)
+                stride = 0 if self.spilling is None else (self._end - self._start) // _STRIDES
+                evicted = self.make_room(max(missing, stride))
                 offset = self._allocator.allocate(size_bytes)
         if offset is not None:
             self.commitment.hand_out(offset, size_bytes)
@@ -313,7 +318,12 @@ class Room:
         return self._kept
 
     def protect(self, entry: int, protect: bool) -> None:
-        """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays."""
+        """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays.
+
+        Where there is an external store nothing has to be said: there it is not lost.
+        """
+        if self.spilling is not None:
+            return
         if protect:
             self._protected.add(entry)
         else:

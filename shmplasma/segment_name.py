@@ -26,6 +26,7 @@ __all__ = ["SegmentName", "map_segment", "open_segment", "refusal"]
 
 # Half of the token: macOS allows 31 characters to a name.
 _NAME_TOKEN_BYTES: Final = 8
+_POSIX_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked which one it is
 _NOTE: Final = re.compile(rb"(?:posix:|file:(?:/[^\0]*)?)/shmplasma-[0-9a-f]{16}")
 
 
@@ -75,6 +76,14 @@ class SegmentName:
             return None
         kind, _, path = text.partition(b":")
         return cls("posix" if kind == b"posix" else "file", os.fsdecode(path))
+
+    def where(self) -> str:
+        """Return what tells the directory of this name from all others of this boot; empty where that cannot be known."""
+        try:
+            found = os.stat(os.path.dirname(self.path) if self.kind == "file" else _POSIX_DIRECTORY)
+        except OSError:
+            return ""
+        return f"{found.st_dev}:{found.st_ino}"
 
     def remove(self) -> bool:
         """Remove the name from the system; whoever has the segment open keeps it.

@@ -5,18 +5,19 @@ This module imports Arrow, hence the server imports it only when there is an ext
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
+from shmplasma import system
 from shmplasma.errors import ExternalStoreError
 from shmplasma.external import ExternalStore, Item, open_external
 from shmplasma.segment_name import SegmentName
 from shmplasma.spilling import ExternalLimits, Job, Part, Read, Write
 
-__all__ = ["Spiller", "open_spiller"]
+__all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
 _THREADS: Final = 4
 _SEPARATOR: Final = b"\n"
@@ -33,18 +34,45 @@ def open_spiller(uri: str, token: bytes, name: SegmentName, limits: ExternalLimi
     ExternalStoreError
         There is no such place, or it cannot be written to.
     """
-    return Spiller(open_external(uri, token, _node() + _SEPARATOR + name.encode()), limits)
+    return Spiller(open_external(uri, token, note_of(name)), limits)
 
 
-def _node() -> bytes:
-    return os.uname().nodename.encode()
+def note_of(name: SegmentName) -> bytes:
+    """Return what a store leaves beside its containers, for `is_dead`: boot, directory and name of its segment."""
+    return _SEPARATOR.join([system.boot_id().encode(), name.where().encode(), name.encode()])
 
 
-def _is_dead(note: bytes) -> bool:
-    """Tell whether the store that left a note has gone for good: it was of this host, and its segment is gone."""
-    node, _, name = note.partition(_SEPARATOR)
-    segment = SegmentName.decode(name)
-    return node == _node() and segment is not None and segment.is_gone()
+def is_dead(note: bytes, *, on_own_disk: bool) -> bool:
+    """Tell whether it is certain that the store which left a note has gone for good.
+
+    Parameters
+    ----------
+    note : bytes
+        What `note_of` returned there.
+    on_own_disk : bool
+        Whether the note lies on a disk that no other machine has.
+
+    Notes
+    -----
+    A name says little: other machines, and other containers of this one, may use the same bucket, with the same
+    host name, and have segments that cannot be seen from here.  There are two proofs:
+
+    * It is of this boot, its segment's directory is the very one (device and inode) that has this name
+      here, and the segment is not in it.  As long as that store lives, it maps a file of that file system, which therefore
+      exists, and whose number no other one has.
+    * It is of another boot, and the place is a disk of this machine: so that boot is over, and with it went
+      all shared memory.  A segment in a directory may have outlived it, and be waited for.
+
+    What cannot be proven stays: in a bucket, files of stores that went with their machine.
+    """
+    boot, _, rest = note.partition(_SEPARATOR)
+    where, _, text = rest.partition(_SEPARATOR)
+    name, this_boot = SegmentName.decode(text), system.boot_id().encode()
+    if name is None or not boot or not this_boot:
+        return False
+    if boot == this_boot:
+        return bool(where) and where == name.where().encode() and name.is_gone()
+    return on_own_disk and name.kind == "posix"
 
 
 class Spiller:
@@ -70,14 +98,14 @@ class Spiller:
         self._pool = ThreadPoolExecutor(_THREADS, "spill")
         self._done: deque[Done] = deque()
 
-    def start(self, raw: memoryview, wake: Callable[[], None]) -> list[int]:
-        """Say where objects lie, and whom to tell when a job is done; return the containers that there are."""
+    def start(self, raw: memoryview, wake: Callable[[], None]) -> dict[int, int]:
+        """Say where objects lie, and whom to tell when a job is done; return what containers there are, and their sizes."""
         self._raw, self._wake = raw, wake
-        return list(self._store.numbers())
+        return self._store.containers()
 
     def sweep(self) -> Iterator[str]:
         """Remove what dead stores have left; yield its names."""
-        return self._store.sweep(_is_dead)
+        return self._store.sweep(partial(is_dead, on_own_disk=self._store.is_on_own_disk))
 
     def submit(self, job: Job) -> None:
         """Have a job carried out."""

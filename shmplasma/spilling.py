@@ -15,6 +15,14 @@ written until what is free, clean or being written meets it.  Above the high-wat
 any demand.  The eviction policy says which; what is kept goes last.  The clean ones go in the order in which they
 were written, and one that was read since gets another chance.
 
+Half-dead containers
+--------------------
+A container is deleted when no entry names it; one of many small objects may so outlive most of them.  When less than half of it
+is named it is *emptied*: what is in memory too forgets that it has a copy, what is not comes back and does then; so
+all are written anew, with others.  Thus the external store holds at most twice what is named, and what is being
+emptied; each byte that is written for that was paid for by one that was deleted.  No state is needed for it that a death could leave behind.
+One container at a time is emptied, when there is room for what comes back.
+
 What a death leaves
 -------------------
 Where the copy is stands in the entry (`Table.set_copy`), under a checksum of its own.  It is written after the
@@ -25,7 +33,7 @@ the state last.  A container that no entry names is nobody's: it is deleted by t
 Invariants
 ----------
 * `busy` entries are being written: nobody takes or moves them, though all may read them.
-* A container is deleted when no entry names it.
+* A container is deleted when no entry names it.  One of which less than half is named waits to be emptied, or was tried.
 * What comes back has its extent before it is read, and no entry says so until it is whole.
 * A failed write leaves objects as they are; who waits for room is told why.  A failed read fails those who wait for
   that object, and leaves it SPILLED.
@@ -45,8 +53,10 @@ from shmplasma.pins import Boards
 from shmplasma.room import Room
 from shmplasma.table import Table
 
-__all__ = ["Delete", "ExternalLimits", "Job", "Part", "Read", "Spilling", "Write"]
+__all__ = ["HEADER_BYTES", "Delete", "ExternalLimits", "Job", "Part", "Read", "Spilling", "Write"]
 
+HEADER_BYTES: Final = 128
+"""Before each object in a container."""
 _CONTAINER_BYTES: Final = 8 << 20
 """Small objects are written together, up to so many bytes."""
 _CONTAINER_OBJECTS: Final = 256
@@ -101,7 +111,7 @@ class ExternalLimits:
     Attributes
     ----------
     max_bytes : int
-        How much it may hold; 0 for no limit.
+        How much it may hold, what was deleted in containers that are still there included; 0 for no limit.
     high_water : float
         The share of the capacity above which objects are written ahead of need.
     """
@@ -162,13 +172,18 @@ class Spilling:
     written: int = 0
     _clean: OrderedDict[int, int] = field(default_factory=OrderedDict)
     _clean_bytes: int = 0
-    _named: Counter[int] = field(default_factory=Counter)
+    _named: dict[int, set[int]] = field(default_factory=dict)
+    _named_bytes: Counter[int] = field(default_factory=Counter)
     _bytes_of: dict[int, int] = field(default_factory=dict)
+    _sparse: set[int] = field(default_factory=set)
+    _emptied: set[int] = field(default_factory=set)
+    _emptying: int = 0
     _external_bytes: int = 0
     _is_fruitless: bool = False
     _has_failed: bool = False
     _writes: int = 0
     _writing_bytes: int = 0
+    _being_stored: int = 0
     _returns: dict[tuple[int, int], _Return] = field(default_factory=dict)
     _reads: int = 0
     _demand: int = 0
@@ -214,14 +229,64 @@ class Spilling:
         if entry in self._clean:
             self._clean_bytes -= self._clean.pop(entry)
         if number:
-            self._unname(number)
+            self._unname(entry, number)
 
-    def _unname(self, number: int) -> None:
-        self._named[number] -= 1
-        if not self._named[number]:
-            del self._named[number]
-            self._external_bytes -= self._bytes_of.pop(number)
-            self.jobs.append(Delete((number,)))
+    def _stored_bytes(self, entry: int) -> int:
+        return HEADER_BYTES + align_up(self.table.size(entry), ALIGNMENT)
+
+    def _name(self, entry: int, number: int) -> None:
+        self._named.setdefault(number, set()).add(entry)
+        self._named_bytes[number] += self._stored_bytes(entry)
+
+    def _unname(self, entry: int, number: int) -> None:
+        self._named[number].remove(entry)
+        self._named_bytes[number] -= self._stored_bytes(entry)
+        if self._named[number]:
+            self._note_if_sparse(number)
+            return
+        del self._named[number], self._named_bytes[number]
+        self._sparse.discard(number)
+        self._emptied.discard(number)
+        self._external_bytes -= self._bytes_of.pop(number)
+        self.jobs.append(Delete((number,)))
+
+    # -- emptying containers -------------------------------------------------------------------
+
+    def _is_sparse(self, number: int) -> bool:
+        return 2 * self._named_bytes[number] < self._bytes_of[number]
+
+    def _note_if_sparse(self, number: int) -> None:
+        if number not in self._emptied and self._is_sparse(number):
+            self._sparse.add(number)
+
+    def _empty_one(self) -> None:
+        """Begin to empty a container of which less than half is named, if none is being emptied."""
+        if not self._sparse:
+            return
+        table, before = self.table, self._named.get(self._emptying, ())
+        if any((entry, table.state_word(entry)) in self._returns for entry in before):
+            return
+        number = next(iter(self._sparse))
+        entries = tuple(self._named[number])
+        spilled = [entry for entry in entries if table.state(entry) == EntryState.SPILLED]
+        coming = sum(align_up(table.size(entry), ALIGNMENT) for entry in spilled)
+        if coming > self.room.attainable_bytes:
+            return
+        self._sparse.remove(number)
+        self._emptied.add(number)
+        self._emptying = number
+        for entry in entries:
+            if table.state(entry) in (EntryState.SEALED, EntryState.MOVING):
+                self._forget_copy(entry)
+        for entry in spilled:
+            self.bring(entry)
+
+    def _forget_copy(self, entry: int) -> None:
+        number, _ = self.table.copy_of(entry)
+        self.table.set_copy(entry, 0, 0)
+        self._clean_bytes -= self._clean.pop(entry)
+        self._unname(entry, number)
+        self.look_again()
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -233,7 +298,12 @@ class Spilling:
         """State that somebody wants room; tell whether there may be so much, now or when jobs are done."""
         self._demand = max(self._demand, align_up(size_bytes, ALIGNMENT))
         self.advance()
-        return self._writes > 0
+        return self.is_under_way
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether objects are being written, or read: what is may make room for others after that."""
+        return bool(self._writes or self._reads)
 
     def advance(self) -> None:
         """Begin to read what is wanted back, and to write what that demands, or others, or what is due ahead of need."""
@@ -256,14 +326,15 @@ class Spilling:
                 self._write(missing)
         if self._demand <= self.room.largest_bytes:
             self._demand = 0
+        self._empty_one()
 
     def _write(self, size_bytes: int) -> None:
         """Begin to write objects of so many bytes, as far as there are any and the limit allows."""
-        held = self.boards.pinned() | self.room.protected
+        held = self.boards.pinned()
         batch: list[Part] = []
         batch_bytes = 0
         left = (
-            self.limits.max_bytes - self._external_bytes - self._writing_bytes
+            self.limits.max_bytes - self._external_bytes - self._being_stored
             if self.limits.max_bytes
             else None
         )
@@ -276,12 +347,12 @@ class Spilling:
                 continue
             size = align_up(self.table.size(entry), ALIGNMENT)
             if left is not None:
-                if size > left:
+                if HEADER_BYTES + size > left:
                     self.failure = (
                         f"the external store may hold {self.limits.max_bytes} bytes, which it does"
                     )
                     continue
-                left -= size
+                left -= HEADER_BYTES + size
             object_id, codec = self.table.id_and_codec(entry)
             batch.append(Part(entry, object_id, codec, *self.table.location(entry)))
             self.room.busy.add(entry)
@@ -299,12 +370,15 @@ class Spilling:
         self._next += 1
         self._writes += 1
         self._writing_bytes += size_bytes
+        self._being_stored += size_bytes + HEADER_BYTES * len(batch)
 
     def wrote(self, job: Write, places: Iterable[int], failure: str) -> None:
         """Take note of what came of a write; whoever waits for room is to be served after this."""
         sizes = [align_up(self.table.size(part.entry), ALIGNMENT) for part in job.parts]
         self._writes -= 1
         self._writing_bytes -= sum(sizes)
+        stored = sum(sizes) + HEADER_BYTES * len(sizes)
+        self._being_stored -= stored
         self.look_again()
         self.room.busy.difference_update(part.entry for part in job.parts)
         self.failure = failure
@@ -313,11 +387,11 @@ class Spilling:
             self._has_failed = True
             self._demand = 0
             return
-        self._bytes_of[job.number] = sum(sizes)
-        self._external_bytes += sum(sizes)
+        self._bytes_of[job.number] = stored
+        self._external_bytes += stored
         for part, size, place in zip(job.parts, sizes, places, strict=True):
             self.table.set_copy(part.entry, job.number, place)
-            self._named[job.number] += 1
+            self._name(part.entry, job.number)
             self._clean[part.entry] = size
             self._clean_bytes += size
             self.written += 1
@@ -425,6 +499,8 @@ class Spilling:
         self._clean_bytes += extent
         self.spilled_bytes -= size
         self.restored += 1
+        if job.number in self._emptied:
+            self._forget_copy(entry)
         return True
 
     def drop(self, entry: int) -> None:
@@ -448,9 +524,9 @@ class Spilling:
         alone = set(spilled)
         for entry, number in copies.items():
             size = align_up(self.table.size(entry), ALIGNMENT)
-            self._named[number] += 1
-            self._bytes_of[number] = self._bytes_of.get(number, 0) + size
-            self._external_bytes += size
+            self._name(entry, number)
+            self._bytes_of[number] = self._named_bytes[number]
+            self._external_bytes += self._stored_bytes(entry)
             if entry in alone:
                 self.spilled_bytes += self.table.size(entry)
             else:
@@ -458,10 +534,19 @@ class Spilling:
                 self._clean_bytes += size
         self._next = max(copies.values(), default=0) + 1
 
-    def tidy(self, numbers: Iterable[int]) -> None:
-        """Delete those of these containers that no entry names, and number the next ones above all of them."""
-        found = tuple(numbers)
+    def tidy(self, found: Mapping[int, int]) -> None:
+        """Delete those of these containers that no entry names, and number the next ones above all of them.
+
+        Parameters
+        ----------
+        found : mapping
+            The size in bytes of each container that there is, by number.
+        """
         self._next = max((self._next, *(number + 1 for number in found)))
+        for number in self._named.keys() & found.keys():
+            self._external_bytes += found[number] - self._bytes_of[number]
+            self._bytes_of[number] = found[number]
+            self._note_if_sparse(number)
         unnamed = tuple(number for number in found if number not in self._named)
         if unnamed:
             self.jobs.append(Delete(unnamed))
@@ -469,17 +554,27 @@ class Spilling:
     def check(self) -> None:
         """Prove that what is said of copies is what the table says."""
         table = self.table
-        named: Counter[int] = Counter()
+        named: dict[int, set[int]] = {}
         for entry in table.entries(0, table.end):
             number, _ = table.copy_of(entry)
             state = table.state(entry)
             if number and state != EntryState.CREATED:
-                named[number] += 1
+                named.setdefault(number, set()).add(entry)
             if state in (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING):
                 assert bool(number) == (entry in self._clean), f"entry {entry} is clean or not"
             else:
                 assert entry not in self._clean, f"entry {entry} is clean, and no object"
-        assert named == self._named, "a container is named more or less often than is known"
+        assert named == self._named, "a container is named by others than is known"
+        for number, entries in named.items():
+            n_bytes = sum(map(self._stored_bytes, entries))
+            assert n_bytes == self._named_bytes[number], (
+                f"not so much of container {number} is named"
+            )
+            waits = number in self._sparse
+            assert waits == (self._is_sparse(number) and number not in self._emptied), (
+                f"container {number} is to be emptied or not"
+            )
+        assert self._sparse | self._emptied <= named.keys(), "what is not there is to be emptied"
         assert self._named.keys() == self._bytes_of.keys(), "a container without a size"
         assert sum(self._bytes_of.values()) == self._external_bytes, "a wrong sum of containers"
         assert sum(self._clean.values()) == self._clean_bytes, "the sum of clean bytes is wrong"

@@ -23,7 +23,7 @@ a question was asked is always found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from shmplasma.answers import Answers
 from shmplasma.commitment import FLOOR_BYTES
@@ -56,7 +56,7 @@ from shmplasma.requests import (
     decode_request,
 )
 from shmplasma.room import Memory, Room
-from shmplasma.spilling import ExternalLimits, Job, Read, Spilling, Write
+from shmplasma.spilling import Delete, ExternalLimits, Job, Read, Spilling, Write
 from shmplasma.table import Table
 from shmplasma.trims import Trims
 from shmplasma.waiters import RoomQueue
@@ -431,11 +431,12 @@ class ObjectStore:
         """
         spilling = self._objects.spilling
         assert spilling is not None, "a job for no external store"
+        if not isinstance(job, Delete):
+            self._dispatch.unsettled += self._dispatch.evictions
+            self._dispatch.evictions = []
         if isinstance(job, Write):
             spilling.wrote(job, places, failure)
             self._objects.wake()  # what was deleted meanwhile goes
-            self._dispatch.unsettled += self._dispatch.evictions
-            self._dispatch.evictions = []
         elif isinstance(job, Read):
             entry = job.part.entry
             if spilling.was_read(job, failure):
@@ -446,10 +447,10 @@ class ObjectStore:
                 self._answers.fail(job.part.object_id, failed)
         return self._outgoing.take()
 
-    def tidy_external(self, numbers: Iterable[int]) -> None:
-        """Delete what the external store has and nobody names; these are the containers that there are."""
+    def tidy_external(self, found: Mapping[int, int]) -> None:
+        """Delete what the external store has and nobody names; these containers there are, of so many bytes."""
         if self._objects.spilling is not None:
-            self._objects.spilling.tidy(numbers)
+            self._objects.spilling.tidy(found)
 
     # -- waiting for room ----------------------------------------------------------------------
 

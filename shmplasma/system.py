@@ -338,6 +338,11 @@ def watch_exit(pid: int) -> int | None:
         return None
 
 
+def boot_id() -> str:
+    """Return what tells this boot of this machine from all others; empty where that cannot be known."""
+    return (_read("/proc/sys/kernel/random/boot_id") or "").strip()
+
+
 def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; with the pid it names it for good.
 

@@ -197,7 +197,7 @@ class Mortal(Conversation):
                 for board in set(clients) - living:
                     self.carry_out(self.store.disconnect(board, self.now_ns))
                 self.store.check()
-                self.store.tidy_external(tuple(self.containers))
+                self.store.tidy_external({n: len(data) for n, data in self.containers.items()})
                 for peer in peers:
                     self._connect_again(peer)
             except Death:

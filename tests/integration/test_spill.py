@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import shmplasma as plasma
+from shmplasma.segment_name import SegmentName
+from shmplasma.spiller import is_dead, note_of
 from tests.clients import new_id
 from tests.command import running
 from tests.processes import Child, until
@@ -159,3 +161,23 @@ def test_files_of_a_dead_store_are_swept(path: str, tmp_path: Path) -> None:
     with running(*arguments(path, tmp_path, "--fresh")), plasma.connect(path) as client:
         assert not old.exists()
         assert client.contains(client.put("new", new_id()))
+
+
+def test_what_proves_that_a_store_is_dead(tmp_path: Path) -> None:
+    """Only what is seen from the same place in the same boot; or, on a disk of one's own, that the boot is over."""
+    shared = SegmentName.plan(os.urandom(16), None)
+    file = SegmentName.plan(os.urandom(16), str(tmp_path))
+    for name in (shared, file):
+        boot, where, text = note_of(name).split(b"\n")
+        assert is_dead(note_of(name), on_own_disk=False)
+        elsewhere = b"\n".join([boot, b"0:1", text])
+        earlier = b"\n".join([b"another", where, text])
+        assert not is_dead(elsewhere, on_own_disk=True)
+        assert not is_dead(earlier, on_own_disk=False)
+        assert is_dead(earlier, on_own_disk=True) == (name is shared)
+        assert not is_dead(b"\n".join([b"", where, text]), on_own_disk=True)
+    Path(file.path).touch()
+    assert not is_dead(note_of(file), on_own_disk=False)
+    file.remove()
+    for note in (b"", b"host\nposix:/shmplasma-0000000000000000", b"a\nb\nposix:/etc/passwd"):
+        assert not is_dead(note, on_own_disk=True)

@@ -40,9 +40,9 @@ def test_what_was_written_is_read(store: ExternalStore) -> None:
         filled = empty(item)
         store.read(7, place, filled)
         assert filled.contents == item.contents
-    assert list(store.numbers()) == [7]
+    assert list(store.containers()) == [7]
     store.delete([7, 8])
-    assert list(store.numbers()) == []
+    assert list(store.containers()) == []
     with pytest.raises(ExternalStoreError, match="cannot be read"):
         store.read(7, 0, empty(items()[0]))
     store.remove()
@@ -85,9 +85,9 @@ def test_plasmas_name_for_memory() -> None:
     """``hashtable://`` is ``memory://``."""
     store = open_external("hashtable://test", TOKEN, b"mine")
     store.write(1, items())
-    assert list(open_external("memory://test", TOKEN, b"mine").numbers()) == [1]
+    assert list(open_external("memory://test", TOKEN, b"mine").containers()) == [1]
     store.remove()
-    assert not list(store.numbers())
+    assert not list(store.containers())
 
 
 def test_what_dead_stores_have_left(store: ExternalStore) -> None:
@@ -96,8 +96,8 @@ def test_what_dead_stores_have_left(store: ExternalStore) -> None:
     other.claim(b"theirs")
     other.write(1, items())
     assert list(store.sweep(lambda note: note == b"nobody's")) == []
-    assert list(other.numbers()) == [1]
+    assert list(other.containers()) == [1]
     assert list(store.sweep(lambda note: note == b"theirs")) == [f"shmplasma-{OTHER.hex()}"]
-    assert list(other.numbers()) == []
-    assert list(store.numbers()) == [7]
+    assert list(other.containers()) == []
+    assert list(store.containers()) == [7]
     store.remove()

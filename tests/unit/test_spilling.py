@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from shmplasma.layout import EntryState
+from shmplasma.layout import REFERENCED, EntryState
+from shmplasma.references import TICKET_NS
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
-from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List, Seal
-from shmplasma.spilling import ExternalLimits, Read, Write
+from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List, Release, Seal
+from shmplasma.spilling import HEADER_BYTES, ExternalLimits, Read, Write
+from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
 SIZE = 1000
@@ -26,9 +28,9 @@ def content(number: int, size: int = SIZE) -> bytes:
     return (b"%d;" % number * size)[:size]
 
 
-def put(talk: Conversation, peer: Peer, number: int, size: int = SIZE) -> None:
+def put(talk: Conversation, peer: Peer, number: int, size: int = SIZE, codec: int = 0) -> None:
     """Put an object, with an external store that is asked as often as it takes."""
-    request = peer.new(name(number), size)
+    request = peer.new(name(number), size, codec=codec)
     request_id = peer.post(request)
     talk.settle_outside()
     offset = peer.take(request_id, Created).offset
@@ -273,7 +275,7 @@ def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     talk.store = talk.new_store(talk.words, talk.raw)
     talk.peers.clear()
     talk.store.recover(lambda *_: False, talk.now_ns)
-    talk.store.tidy_external(talk.containers)
+    talk.store.tidy_external({n: len(data) for n, data in talk.containers.items()})
     talk.settle_outside()
     talk.store.check()
     assert orphan not in talk.containers
@@ -365,3 +367,95 @@ def test_a_get_has_what_is_not_written_yet_make_room(talk: Conversation) -> None
     for number in range(2, 8):
         put(talk, peer, number, 9_000)
     get(talk, peer, [0, 1])
+
+
+# -- room ---------------------------------------------------------------------------------------------
+
+
+def test_who_may_not_pass_waits_for_what_is_being_written(talk: Conversation) -> None:
+    """It is not refused while that may make room; and it is when nothing is written any more, though another one goes on waiting."""
+    peer = talk.client()
+    peer.create(name(1000), 40_000)  # and goes on writing it
+    large = peer.post(peer.new(name(1001), 60_000)._replace(timeout_ns=FOR_EVER))
+    for number in range(MAX_PASSES):
+        peer.put(name(number), 300)
+    small = peer.post(peer.new(name(500), 300))
+    talk.turn()
+    assert small not in peer.replies
+    talk.settle_outside()
+    assert peer.take(small, Failed).failure is Failure.FULL
+    assert large not in peer.replies
+    talk.store.check()
+
+
+def test_referenced_objects_go_and_come_back(talk: Conversation) -> None:
+    """A reference says that an object is not lost, not where it is; it goes with its last owner, wherever it is."""
+    peer = talk.client()
+    for number in range(90):
+        put(talk, peer, number, codec=REFERENCED)
+    assert len(spilled(talk)) > 20
+    for number in range(90):
+        get(talk, peer, [number])
+    for number in range(90):
+        peer.tell(Release(name(number), 0))
+    talk.settle_outside()
+    assert not talk.ids()
+    assert not talk.containers
+    talk.store.check()
+
+
+def test_nobodys_objects_go_after_a_restart_though_they_are_spilled(talk: Conversation) -> None:
+    """A successor waits for their owners, as for those in memory."""
+    peer = talk.client()
+    for number in range(90):
+        put(talk, peer, number, codec=REFERENCED)
+    assert spilled(talk)
+    talk.store = talk.new_store(talk.words, talk.raw)
+    talk.peers.clear()
+    talk.store.recover(lambda *_: False, talk.now_ns)
+    for owner in list(talk.store._greeter.sessions):
+        talk.carry_out(talk.store.disconnect(owner, talk.now_ns))
+    talk.later(2 * TICKET_NS / 1e9)
+    talk.settle_outside()
+    assert not talk.ids()
+    talk.store.check()
+
+
+def test_a_container_of_which_little_is_left_is_emptied(talk: Conversation) -> None:
+    """What is wanted of it is written anew with others: there is never more than twice of that."""
+    peer = talk.client()
+    fill(talk, peer)
+    left = range(0, MANY, 5)
+    peer.ask(Delete([name(number) for number in range(MANY) if number not in left]), Done)
+    talk.settle_outside()
+    talk.store.check()
+    spilling = talk.store._objects.spilling
+    assert spilling is not None
+    n_copied = sum(len(entries) for entries in spilling._named.values())
+    stored = n_copied * (HEADER_BYTES + 1024)
+    assert sum(spilling._bytes_of.values()) <= 2 * stored
+    assert spilling._named.keys() == talk.containers.keys()
+    for number in left:
+        get(talk, peer, [number])
+    peer.ask(Delete([name(number) for number in left]), Done)
+    talk.settle_outside()
+    assert not talk.containers
+
+
+def test_a_successor_empties_containers_too(talk: Conversation) -> None:
+    """How much of a container is left it sees by the size of its file."""
+    peer = talk.client()
+    fill(talk, peer, 90)
+    there = spilled(talk)
+    talk.store = talk.new_store(talk.words, talk.raw)
+    talk.peers.clear()
+    talk.store.recover(lambda *_: False, talk.now_ns)
+    talk.store.tidy_external({n: 10 * len(data) for n, data in talk.containers.items()})
+    before = set(talk.containers)
+    for _ in before:
+        talk.settle_outside()
+    talk.store.check()
+    assert not before & talk.containers.keys()
+    talk._connections = talk.layout.n_boards
+    other = talk.client()
+    get(talk, other, there)
