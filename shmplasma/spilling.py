@@ -41,12 +41,13 @@ Invariants
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final, NamedTuple
 
+from shmplasma.containers import Containers
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.pins import Boards
@@ -172,13 +173,8 @@ class Spilling:
     written: int = 0
     _clean: OrderedDict[int, int] = field(default_factory=OrderedDict)
     _clean_bytes: int = 0
-    _named: dict[int, set[int]] = field(default_factory=dict)
-    _named_bytes: Counter[int] = field(default_factory=Counter)
-    _bytes_of: dict[int, int] = field(default_factory=dict)
-    _sparse: set[int] = field(default_factory=set)
-    _emptied: set[int] = field(default_factory=set)
+    _containers: Containers = field(default_factory=Containers)
     _emptying: int = 0
-    _external_bytes: int = 0
     _is_fruitless: bool = False
     _has_failed: bool = False
     _writes: int = 0
@@ -187,7 +183,6 @@ class Spilling:
     _returns: dict[tuple[int, int], _Return] = field(default_factory=dict)
     _reads: int = 0
     _demand: int = 0
-    _next: int = 1
 
     def __post_init__(self) -> None:
         self.room.spilling = self
@@ -234,46 +229,26 @@ class Spilling:
     def _stored_bytes(self, entry: int) -> int:
         return HEADER_BYTES + align_up(self.table.size(entry), ALIGNMENT)
 
-    def _name(self, entry: int, number: int) -> None:
-        self._named.setdefault(number, set()).add(entry)
-        self._named_bytes[number] += self._stored_bytes(entry)
-
     def _unname(self, entry: int, number: int) -> None:
-        self._named[number].remove(entry)
-        self._named_bytes[number] -= self._stored_bytes(entry)
-        if self._named[number]:
-            self._note_if_sparse(number)
-            return
-        del self._named[number], self._named_bytes[number]
-        self._sparse.discard(number)
-        self._emptied.discard(number)
-        self._external_bytes -= self._bytes_of.pop(number)
-        self.jobs.append(Delete((number,)))
+        if self._containers.unname(number, entry):
+            self.jobs.append(Delete((number,)))
 
     # -- emptying containers -------------------------------------------------------------------
 
-    def _is_sparse(self, number: int) -> bool:
-        return 2 * self._named_bytes[number] < self._bytes_of[number]
-
-    def _note_if_sparse(self, number: int) -> None:
-        if number not in self._emptied and self._is_sparse(number):
-            self._sparse.add(number)
-
     def _empty_one(self) -> None:
         """Begin to empty a container of which less than half is named, if none is being emptied."""
-        if not self._sparse:
+        number = self._containers.first_sparse()
+        if number is None:
             return
-        table, before = self.table, self._named.get(self._emptying, ())
+        table, before = self.table, self._containers.entries(self._emptying)
         if any((entry, table.state_word(entry)) in self._returns for entry in before):
             return
-        number = next(iter(self._sparse))
-        entries = tuple(self._named[number])
+        entries = self._containers.entries(number)
         spilled = [entry for entry in entries if table.state(entry) == EntryState.SPILLED]
         coming = sum(align_up(table.size(entry), ALIGNMENT) for entry in spilled)
         if coming > self.room.attainable_bytes:
             return
-        self._sparse.remove(number)
-        self._emptied.add(number)
+        self._containers.empty(number)
         self._emptying = number
         for entry in entries:
             if table.state(entry) in (EntryState.SEALED, EntryState.MOVING):
@@ -334,7 +309,7 @@ class Spilling:
         batch: list[Part] = []
         batch_bytes = 0
         left = (
-            self.limits.max_bytes - self._external_bytes - self._being_stored
+            self.limits.max_bytes - self._containers.total_bytes - self._being_stored
             if self.limits.max_bytes
             else None
         )
@@ -366,8 +341,7 @@ class Spilling:
         self._is_fruitless = self._writes < _MAX_WRITES and size_bytes > 0
 
     def _begin(self, batch: list[Part], size_bytes: int) -> None:
-        self.jobs.append(Write(self._next, tuple(batch)))
-        self._next += 1
+        self.jobs.append(Write(self._containers.new_number(), tuple(batch)))
         self._writes += 1
         self._writing_bytes += size_bytes
         self._being_stored += size_bytes + HEADER_BYTES * len(batch)
@@ -387,11 +361,10 @@ class Spilling:
             self._has_failed = True
             self._demand = 0
             return
-        self._bytes_of[job.number] = stored
-        self._external_bytes += stored
+        self._containers.wrote(job.number, stored)
         for part, size, place in zip(job.parts, sizes, places, strict=True):
             self.table.set_copy(part.entry, job.number, place)
-            self._name(part.entry, job.number)
+            self._containers.name(job.number, part.entry, HEADER_BYTES + size)
             self._clean[part.entry] = size
             self._clean_bytes += size
             self.written += 1
@@ -499,7 +472,7 @@ class Spilling:
         self._clean_bytes += extent
         self.spilled_bytes -= size
         self.restored += 1
-        if job.number in self._emptied:
+        if self._containers.was_emptied(job.number):
             self._forget_copy(entry)
         return True
 
@@ -524,15 +497,12 @@ class Spilling:
         alone = set(spilled)
         for entry, number in copies.items():
             size = align_up(self.table.size(entry), ALIGNMENT)
-            self._name(entry, number)
-            self._bytes_of[number] = self._named_bytes[number]
-            self._external_bytes += self._stored_bytes(entry)
+            self._containers.recover(number, entry, HEADER_BYTES + size)
             if entry in alone:
                 self.spilled_bytes += self.table.size(entry)
             else:
                 self._clean[entry] = size
                 self._clean_bytes += size
-        self._next = max(copies.values(), default=0) + 1
 
     def tidy(self, found: Mapping[int, int]) -> None:
         """Delete those of these containers that no entry names, and number the next ones above all of them.
@@ -542,39 +512,22 @@ class Spilling:
         found : mapping
             The size in bytes of each container that there is, by number.
         """
-        self._next = max((self._next, *(number + 1 for number in found)))
-        for number in self._named.keys() & found.keys():
-            self._external_bytes += found[number] - self._bytes_of[number]
-            self._bytes_of[number] = found[number]
-            self._note_if_sparse(number)
-        unnamed = tuple(number for number in found if number not in self._named)
+        unnamed = self._containers.tidy(found)
         if unnamed:
             self.jobs.append(Delete(unnamed))
 
     def check(self) -> None:
         """Prove that what is said of copies is what the table says."""
         table = self.table
-        named: dict[int, set[int]] = {}
+        named: dict[int, dict[int, int]] = {}
         for entry in table.entries(0, table.end):
             number, _ = table.copy_of(entry)
             state = table.state(entry)
             if number and state != EntryState.CREATED:
-                named.setdefault(number, set()).add(entry)
+                named.setdefault(number, {})[entry] = self._stored_bytes(entry)
             if state in (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING):
                 assert bool(number) == (entry in self._clean), f"entry {entry} is clean or not"
             else:
                 assert entry not in self._clean, f"entry {entry} is clean, and no object"
-        assert named == self._named, "a container is named by others than is known"
-        for number, entries in named.items():
-            n_bytes = sum(map(self._stored_bytes, entries))
-            assert n_bytes == self._named_bytes[number], (
-                f"not so much of container {number} is named"
-            )
-            waits = number in self._sparse
-            assert waits == (self._is_sparse(number) and number not in self._emptied), (
-                f"container {number} is to be emptied or not"
-            )
-        assert self._sparse | self._emptied <= named.keys(), "what is not there is to be emptied"
-        assert self._named.keys() == self._bytes_of.keys(), "a container without a size"
-        assert sum(self._bytes_of.values()) == self._external_bytes, "a wrong sum of containers"
+        self._containers.check(named)
         assert sum(self._clean.values()) == self._clean_bytes, "the sum of clean bytes is wrong"

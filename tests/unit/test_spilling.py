@@ -431,10 +431,10 @@ def test_a_container_of_which_little_is_left_is_emptied(talk: Conversation) -> N
     talk.store.check()
     spilling = talk.store._objects.spilling
     assert spilling is not None
-    n_copied = sum(len(entries) for entries in spilling._named.values())
-    stored = n_copied * (HEADER_BYTES + 1024)
-    assert sum(spilling._bytes_of.values()) <= 2 * stored
-    assert spilling._named.keys() == talk.containers.keys()
+    containers = spilling._containers
+    n_copied = sum(len(containers.entries(number)) for number in talk.containers)
+    assert n_copied
+    assert containers.total_bytes <= 2 * n_copied * (HEADER_BYTES + 1024)
     for number in left:
         get(talk, peer, [number])
     peer.ask(Delete([name(number) for number in left]), Done)
