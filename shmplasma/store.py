@@ -34,29 +34,28 @@ from shmplasma.effects import Drop, Effect
 from shmplasma.errors import ProtocolError
 from shmplasma.gets import PendingGet
 from shmplasma.greeting import Greeter, Session
-from shmplasma.layout import OUTBOX_BYTES, Layout
+from shmplasma.jobs import Jobs
+from shmplasma.layout import Layout
 from shmplasma.leases import Leases
 from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
 from shmplasma.moves import Moves
-from shmplasma.outbox import RECORDS, Polling, is_written, read_record
+from shmplasma.outbox import Polling
 from shmplasma.outgoing import NOTHING, Outgoing
 from shmplasma.pins import Boards
-from shmplasma.protocol import ONE_WAY, Frame
+from shmplasma.posts import Posts
+from shmplasma.protocol import Frame
 from shmplasma.publishing import Publishing
 from shmplasma.references import TICKET_NS
 from shmplasma.refusals import Refusals
-from shmplasma.replies import Failed, Failure
 from shmplasma.requests import (
     Hello,
     Post,
-    Publish,
     Role,
-    decode_posted,
     decode_request,
 )
 from shmplasma.room import Memory, Room
-from shmplasma.spilling import Delete, ExternalLimits, Job, Read, Spilling, Write
+from shmplasma.spilling import Delete, ExternalLimits, Job, Spilling
 from shmplasma.table import Table
 from shmplasma.trims import Trims
 from shmplasma.waiters import RoomQueue
@@ -185,8 +184,25 @@ class ObjectStore:
             self._heed_all,
         )
         self._polling = Polling(words, memory.barrier, possible=memory.has_barrier)
+        self._posts = Posts(
+            layout,
+            words,
+            raw,
+            self._control,
+            self._publishing,
+            self._outgoing,
+            sessions,
+            self._polling,
+            self._dispatch.request,
+        )
+        self._jobs = Jobs(
+            self._table, self._objects, self._answers, self._refusals, self._answer_later
+        )
         self._latest = -1
         self._now_ns = 0
+
+    def _heed_all(self, now_ns: int) -> int:
+        return self._posts.heed_all(now_ns)
 
     def _gone(self, object_id: bytes) -> None:
         self._ledger.references.forget_object(object_id)
@@ -237,7 +253,7 @@ class ObjectStore:
         session = self._greeter.sessions[client]
         if session.role is Role.CLIENT and not session.detached:
             try:
-                self._heed(session, now_ns)
+                self._posts.heed(session, now_ns)
             except ProtocolError:
                 session.detached = True  # it goes anyway
         del self._greeter.sessions[client]
@@ -275,7 +291,7 @@ class ObjectStore:
             if type(request) is Hello:
                 self._greeter.hello(session, frame.request_id, request)
                 if session.claims is not None:
-                    self._heed(self._greeter.sessions[session.claims], now_ns)
+                    self._posts.heed(self._greeter.sessions[session.claims], now_ns)
                     self._ledger.references.come_back(session.claims)
             elif session.claims is not None:
                 number = self._greeter.resume(session)
@@ -285,10 +301,10 @@ class ObjectStore:
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
-                if self._heed(session, now_ns) and not (self.polls or self._has_listeners):
+                if self._posts.heed(session, now_ns) and not (self.polls or self._has_listeners):
                     self._polling.start()
             else:
-                self._heed(session, now_ns)
+                self._posts.heed(session, now_ns)
                 self._dispatch.request(session, frame.request_id, request, now_ns)
         except Refused as refused:
             self._outgoing.reply(client, frame.request_id, refused.failed)
@@ -311,7 +327,7 @@ class ObjectStore:
 
         Some may have to wait once more: see `has_unsettled`.
         """
-        self._heed_all(self._now_ns)
+        self._posts.heed_all(self._now_ns)
         self._ledger.delete_nobodys()
         self._publishing.take_idle()
         for client, request_id, request, now_ns in unsettled:
@@ -380,41 +396,26 @@ class ObjectStore:
 
     def poll(self, now_ns: int) -> Sequence[Effect]:
         """Read all outboxes unasked; have clients announce again when nothing comes of it any more."""
-        if self._polling.is_fruitless:
-            return self.stop_polling(now_ns)
-        self._polling.found(self._heed_all(now_ns))
+        self._posts.poll(now_ns)
         return self._outgoing.take()
 
     def glance(self, now_ns: int) -> Sequence[Effect]:
         """Read the outbox of the client that was handled last, which most likely goes on."""
-        session = self._greeter.sessions.get(self._latest)
-        if session is not None and session.role is Role.CLIENT and not session.detached:
-            try:
-                self._heed(session, now_ns)
-            except ProtocolError as error:
-                self._outgoing.effects.append(Drop(session.client, str(error)))
+        self._posts.heed_or_drop(self._greeter.sessions.get(self._latest), now_ns)
         return self._outgoing.take()
 
     def stop_polling(self, now_ns: int) -> Sequence[Effect]:
         """Have clients announce what they put into their outboxes, and read what they did not."""
-        self._polling.stop()
-        self._heed_all(now_ns)
+        self._posts.stop_polling(now_ns)
         return self._outgoing.take()
 
     # -- the external store --------------------------------------------------------------------
 
     def take_jobs(self) -> tuple[Sequence[Job], Sequence[Effect]]:
         """Begin what is due with the external store, and return what is to be done: see `job_done`."""
-        spilling = self._objects.spilling
-        if spilling is None:
+        if self._objects.spilling is None:
             return (), NOTHING
-        spilling.advance()
-        while (entry := spilling.stuck()) is not None:
-            spilling.give_up(entry)
-            no_room = self._refusals.answer(NoRoom(self._table.size(entry)), self._now_ns)
-            self._answers.fail(self._table.object_id(entry), no_room)
-            spilling.advance()
-        jobs, spilling.jobs = spilling.jobs, []
+        jobs = self._jobs.take(self._now_ns)
         return jobs, self._outgoing.take()
 
     def job_done(self, job: Job, places: Sequence[int], failure: str) -> Sequence[Effect]:
@@ -429,28 +430,15 @@ class ObjectStore:
         failure : str
             Why it failed; empty if it did not.
         """
-        spilling = self._objects.spilling
-        assert spilling is not None, "a job for no external store"
         if not isinstance(job, Delete):
             self._dispatch.unsettled += self._dispatch.evictions
             self._dispatch.evictions = []
-        if isinstance(job, Write):
-            spilling.wrote(job, places, failure)
-            self._objects.wake()  # what was deleted meanwhile goes
-        elif isinstance(job, Read):
-            entry = job.part.entry
-            if spilling.was_read(job, failure):
-                self._answer_later(self._answers.came_back(entry))
-            elif failure and self._objects.find_spilled(job.part.object_id) == entry:
-                # Had it been deleted meanwhile, who waits for its id would not be concerned.
-                failed = Failed(Failure.EXTERNAL, failure)
-                self._answers.fail(job.part.object_id, failed)
+        self._jobs.done(job, places, failure)
         return self._outgoing.take()
 
     def tidy_external(self, found: Mapping[int, int]) -> None:
         """Delete what the external store has and nobody names; these containers there are, of so many bytes."""
-        if self._objects.spilling is not None:
-            self._objects.spilling.tidy(found)
+        self._jobs.tidy(found)
 
     # -- waiting for room ----------------------------------------------------------------------
 
@@ -475,7 +463,7 @@ class ObjectStore:
             The time.
         """
         self._publishing.note_idle()
-        self._heed_all(now_ns)
+        self._posts.heed_all(now_ns)
         self._publishing.take_idle()
         self._creations.offer(steady_ns, now_ns)
         return self._outgoing.take()
@@ -543,7 +531,7 @@ class ObjectStore:
         self._polling.succeed()
         for session in self._greeter.sessions.values():
             try:
-                n_posted += self._heed(session, now_ns, recovering=True)
+                n_posted += self._posts.heed(session, now_ns, recovering=True)
             except ProtocolError:
                 session.detached = True  # it is not waited for, and keeps what it holds
         for session in tuple(self._greeter.sessions.values()):
@@ -557,47 +545,6 @@ class ObjectStore:
             "dropped"
         )
         return pids, summary
-
-    def _heed_all(self, now_ns: int) -> int:
-        """Carry out whatever anybody has posted, and return how much that was."""
-        count = 0
-        for session in tuple(self._greeter.sessions.values()):
-            if session.role is Role.CLIENT and not session.detached:
-                try:
-                    count += self._heed(session, now_ns)
-                except ProtocolError as error:
-                    self._outgoing.effects.append(Drop(session.client, str(error)))
-        return count
-
-    def _heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
-        """Carry out what a client has posted, and return how much that was.
-
-        At a recovery the first record may have been carried out already.
-        """
-        board = session.board
-        start = self._layout.outboxes + board * OUTBOX_BYTES
-        acknowledged = self._control.acknowledged(board)
-        if not is_written(self._words, start, acknowledged):
-            return 0
-        page = self._raw[start : start + OUTBOX_BYTES]
-        count = 0
-        # A client that writes on and on is not to keep the others waiting.
-        while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
-            message = decode_posted(*record)
-            if not (
-                recovering
-                and not count
-                and isinstance(message, Publish)
-                and self._publishing.was_published(session.client, message.offset)
-            ):
-                try:
-                    self._dispatch.request(session, ONE_WAY, message, now_ns)
-                except Refused as refused:
-                    self._outgoing.reply(session.client, ONE_WAY, refused.failed)
-            acknowledged += 1
-            count += 1
-            self._control.acknowledge(board, acknowledged)
-        return count
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -616,13 +563,12 @@ class ObjectStore:
     @property
     def has_urgent_work(self) -> bool:
         """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved."""
-        spilling = self._objects.spilling
         return (
             self._creations.await_memory
             or self._room.mover.is_busy
             or bool(self._trims)
             or self._publishing.is_to_evict
-            or (spilling is not None and spilling.awaits_commit)
+            or self._jobs.await_commit
         )
 
     def advance(self) -> Sequence[Effect]:
@@ -630,16 +576,10 @@ class ObjectStore:
 
         Room that this makes is whose who waits for it, if `offer_room` is called before another request is handled.
         """
-        spilling = self._objects.spilling
         if self._creations.await_memory:
             self._creations.advance()
-        elif spilling is not None and spilling.awaits_commit:
-            entry, failure = spilling.commit()
-            if failure:
-                failed = self._refusals.answer(
-                    NoRoom(self._table.size(entry), failure), self._now_ns
-                )
-                self._answers.fail(self._table.object_id(entry), failed)
+        elif self._jobs.await_commit:
+            self._jobs.commit(self._now_ns)
         elif self._room.mover.is_busy:
             self._objects.note_evicted(self._room.advance())
             self._answers.look_again()

@@ -1,0 +1,96 @@
+"""Jobs: what the external store is to do for the store, and what becomes of it.  Pure.
+
+`shmplasma.spilling` says what is written and read; here is who hears of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from shmplasma.answers import Answers
+from shmplasma.gets import PendingGet
+from shmplasma.lifecycle import Lifecycle, NoRoom
+from shmplasma.refusals import Refusals
+from shmplasma.replies import Failed, Failure
+from shmplasma.spilling import Job, Read, Write
+from shmplasma.table import Table
+
+__all__ = ["Jobs"]
+
+
+class Jobs:
+    """The jobs of a store, if it has an external store.
+
+    Parameters
+    ----------
+    table, objects, answers, refusals
+        The parts of the store that it joins.
+    answer_later : callable
+        Has gets answered that wait no more.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        objects: Lifecycle,
+        answers: Answers,
+        refusals: Refusals,
+        answer_later: Callable[[Iterable[PendingGet]], None],
+    ) -> None:
+        self._table = table
+        self._objects = objects
+        self._answers = answers
+        self._refusals = refusals
+        self._answer_later = answer_later
+
+    def take(self, now_ns: int) -> Sequence[Job]:
+        """Begin what is due and return what is to be done; refuse those for whom there is no room."""
+        spilling = self._objects.spilling
+        if spilling is None:
+            return ()
+        spilling.advance()
+        while (entry := spilling.stuck()) is not None:
+            spilling.give_up(entry)
+            self._fail(entry, "", now_ns)
+            spilling.advance()
+        jobs, spilling.jobs = spilling.jobs, []
+        return jobs
+
+    def done(self, job: Job, places: Sequence[int], failure: str) -> None:
+        """Take note of what came of a job: see `ObjectStore.job_done`."""
+        spilling = self._objects.spilling
+        assert spilling is not None, "a job for no external store"
+        if isinstance(job, Write):
+            spilling.wrote(job, places, failure)
+            self._objects.wake()  # what was deleted meanwhile goes
+        elif isinstance(job, Read):
+            entry = job.part.entry
+            if spilling.was_read(job, failure):
+                self._answer_later(self._answers.came_back(entry))
+            elif failure and self._objects.find_spilled(job.part.object_id) == entry:
+                # Had it been deleted meanwhile, who waits for its id would not be concerned.
+                failed = Failed(Failure.EXTERNAL, failure)
+                self._answers.fail(job.part.object_id, failed)
+
+    def tidy(self, found: Mapping[int, int]) -> None:
+        """Delete what the external store has and nobody names; these containers there are, of so many bytes."""
+        if self._objects.spilling is not None:
+            self._objects.spilling.tidy(found)
+
+    @property
+    def await_commit(self) -> bool:
+        """Whether an object that comes back waits for memory."""
+        spilling = self._objects.spilling
+        return spilling is not None and spilling.awaits_commit
+
+    def commit(self, now_ns: int) -> None:
+        """Commit one step of the memory of an object that comes back."""
+        spilling = self._objects.spilling
+        assert spilling is not None, "nothing comes back from no external store"
+        entry, failure = spilling.commit()
+        if failure:
+            self._fail(entry, failure, now_ns)
+
+    def _fail(self, entry: int, why: str, now_ns: int) -> None:
+        no_room = NoRoom(self._table.size(entry), why)
+        self._answers.fail(self._table.object_id(entry), self._refusals.answer(no_room, now_ns))

@@ -1,0 +1,129 @@
+"""Posts: what clients have written to their outboxes, and when the store looks there.  Pure.
+
+`shmplasma.outbox` has the argument; here records become requests, in the order of each outbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from shmplasma.control import Control
+from shmplasma.effects import Drop
+from shmplasma.errors import ProtocolError
+from shmplasma.greeting import Session
+from shmplasma.layout import OUTBOX_BYTES, Layout
+from shmplasma.lifecycle import Refused
+from shmplasma.outbox import RECORDS, Polling, is_written, read_record
+from shmplasma.outgoing import Outgoing
+from shmplasma.protocol import ONE_WAY
+from shmplasma.publishing import Publishing
+from shmplasma.requests import Publish, Request, Role, decode_posted
+
+__all__ = ["Posts"]
+
+
+class Posts:
+    """The outboxes of all clients.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    words, raw : memoryview
+        The segment as native 8-byte words and as bytes.
+    control, publishing, outgoing
+        The parts of the store that it needs.
+    sessions : mapping
+        All connections.
+    polling : Polling
+        Whether the store looks by itself.
+    carry_out : callable
+        ``carry_out(session, request_id, request, now_ns)``; it may raise `Refused` and `ProtocolError`.
+
+    Notes
+    -----
+    O(1) for an outbox in which there is nothing.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        words: memoryview,
+        raw: memoryview,
+        control: Control,
+        publishing: Publishing,
+        outgoing: Outgoing,
+        sessions: Mapping[int, Session],
+        polling: Polling,
+        carry_out: Callable[[Session, int, Request, int], None],
+    ) -> None:
+        self._words = words
+        self._raw = raw
+        self._outboxes = layout.outboxes
+        self._control = control
+        self._publishing = publishing
+        self._outgoing = outgoing
+        self._sessions = sessions
+        self._polling = polling
+        self._carry_out = carry_out
+
+    def heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
+        """Carry out what a client has posted, and return how much that was.
+
+        At a recovery the first record may have been carried out already.
+
+        Raises
+        ------
+        ProtocolError
+            A record is malformed, or may not be there.
+        """
+        board = session.board
+        start = self._outboxes + board * OUTBOX_BYTES
+        acknowledged = self._control.acknowledged(board)
+        if not is_written(self._words, start, acknowledged):
+            return 0
+        page = self._raw[start : start + OUTBOX_BYTES]
+        count = 0
+        # A client that writes on and on is not to keep the others waiting.
+        while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
+            message = decode_posted(*record)
+            if not (
+                recovering
+                and not count
+                and isinstance(message, Publish)
+                and self._publishing.was_published(session.client, message.offset)
+            ):
+                try:
+                    self._carry_out(session, ONE_WAY, message, now_ns)
+                except Refused as refused:
+                    self._outgoing.reply(session.client, ONE_WAY, refused.failed)
+            acknowledged += 1
+            count += 1
+            self._control.acknowledge(board, acknowledged)
+        return count
+
+    def heed_or_drop(self, session: Session | None, now_ns: int) -> int:
+        """Carry out what a connection has posted, if it is a client's; drop it for what it may not post."""
+        if session is None or session.role is not Role.CLIENT or session.detached:
+            return 0
+        try:
+            return self.heed(session, now_ns)
+        except ProtocolError as error:
+            self._outgoing.effects.append(Drop(session.client, str(error)))
+            return 0
+
+    def heed_all(self, now_ns: int) -> int:
+        """Carry out whatever anybody has posted, and return how much that was."""
+        return sum(self.heed_or_drop(session, now_ns) for session in tuple(self._sessions.values()))
+
+    def poll(self, now_ns: int) -> None:
+        """Read all outboxes unasked; have clients announce again when nothing comes of it any more."""
+        if self._polling.is_fruitless:
+            self.stop_polling(now_ns)
+        else:
+            self._polling.found(self.heed_all(now_ns))
+
+    def stop_polling(self, now_ns: int) -> None:
+        """Have clients announce what they put into their outboxes, and read what they did not."""
+        self._polling.stop()
+        self.heed_all(now_ns)
