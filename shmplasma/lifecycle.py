@@ -138,7 +138,9 @@ class Lifecycle:
             self._room.mover.reveal(entry)
             return entry
         if state == EntryState.DOOMED:
-            self.wake()  # what comes by message may be faster than the wake-up
+            # What comes by message may be faster than the wake-up.  Others stay as they were found.
+            if not self._boards.is_pinned(entry):
+                self._take({entry})
             return entry if self._table.find(object_id) == entry else NO_ENTRY
         return entry if state == EntryState.SEALED else NO_ENTRY
 
@@ -364,7 +366,7 @@ class Lifecycle:
 
     def delete(self, object_ids: Iterable[bytes]) -> None:
         """Delete sealed objects: at once where nobody pins them, else at their last release."""
-        object_ids = list(object_ids)
+        object_ids = dict.fromkeys(object_ids)  # each is looked for once: it might have gone at the second time
         entries = {self.find_sealed(object_id) for object_id in object_ids} - {NO_ENTRY}
         self._take(entries)
         for object_id in object_ids:
@@ -393,7 +395,7 @@ class Lifecycle:
             One of them is not there; nothing is changed.
         """
         entries: list[int] = []
-        for object_id in object_ids:
+        for object_id in dict.fromkeys(object_ids):
             entry = self.find_sealed(object_id)
             if entry == NO_ENTRY:
                 entry = self._table.find(object_id)

@@ -655,6 +655,26 @@ def test_an_eviction_of_a_doomed_object_is_its_end(talk: Conversation) -> None:
     talk.store.check()
 
 
+@pytest.mark.parametrize("request_", [Delete([A, B, A]), Keep(True, [A, B, A])])
+def test_what_is_let_go_while_others_are_looked_for_is_not_gone_twice(
+    talk: Conversation, request_: Delete | Keep
+) -> None:
+    """Of deleted objects one may lose its last holder just when another one is taken."""
+    peer = talk.client()
+    for object_id in (A, B, C):
+        peer.put(object_id)
+    first, second, third = (peer.get(object_id)[1][0] for object_id in (A, B, C))
+    peer.ask(Delete([A, B, C]), Done)
+    peer.release(third)
+    talk.memory.at_barrier = lambda: talk.write_slot(first, 0)
+    peer.ask(request_, Done)
+    talk.store.check()
+    peer.release(second)
+    talk.wake()
+    assert flags(peer, A, B, C) == [0, 0, 0]
+    talk.store.check()
+
+
 def test_room_is_made_for_a_creation(talk: Conversation) -> None:
     """Objects that nobody uses go, those that were read later than others, those in use never."""
     peer = talk.client()
