@@ -366,7 +366,8 @@ class Lifecycle:
 
     def delete(self, object_ids: Iterable[bytes]) -> None:
         """Delete sealed objects: at once where nobody pins them, else at their last release."""
-        object_ids = dict.fromkeys(object_ids)  # each is looked for once: it might have gone at the second time
+        # Each is looked for once: it might have gone at the second time.
+        object_ids = dict.fromkeys(object_ids)
         entries = {self.find_sealed(object_id) for object_id in object_ids} - {NO_ENTRY}
         self._take(entries)
         for object_id in object_ids:
