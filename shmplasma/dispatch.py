@@ -293,8 +293,9 @@ class Dispatch:
         self._objects.abort_all(client)
         references = self._ledger.references
         if references.is_ahead:
+            references.begin_reading()
             self._heed_all(now_ns)
-            references.forget_ahead()
+            references.end_reading()
         references.forget_client(client, now_ns)
 
     def _list(self, start: int) -> Listing:

@@ -31,8 +31,9 @@ Why no object is deleted that somebody holds, or is yet to receive
     Release.  A ticket that is minted during the reading has a lender to whom all this applies, and so back to the
     creator.
     A Redeem whose ticket is not known is *early*, or came again: the receiver holds in any case, and the ticket is
-    remembered until the next such reading, which will have found its Lend; that counts as redeemed then.  What is
+    remembered until the end of the next such reading, which will have found its Lend; that counts as redeemed then.  What is
     said of an object that is not known is *ahead* of the creator's outbox, and is heard again when that was read.
+    The next one: a Redeem that is read in a reading may be younger than that reading's look at the lender's outbox.
 
 The same bytes, unpickled more than once
     As long as anybody holds the object, each unpickling is one more holder and nothing else.  A sender that knows
@@ -149,6 +150,7 @@ class References:
         self._minted_by: dict[int, set[int]] = {}
         self._early: Counter[int] = Counter()
         self._ahead: dict[bytes, list[Callable[[], None]]] = {}
+        self._overdue: tuple[set[int], set[bytes]] = set(), set()
         self._suspects: set[bytes] = set()
         self._due: list[tuple[int, int]] = []
         self._recovered: _Ticket | None = None
@@ -366,6 +368,19 @@ class References:
         """Whether something is to be judged when all outboxes have been read."""
         return bool(self._suspects or self._early or self._ahead)
 
+    def begin_reading(self) -> None:
+        """Take note that all outboxes are about to be read: what is early or ahead now will be explained by that, or by nothing."""
+        self._overdue = set(self._early), set(self._ahead)
+
+    def end_reading(self) -> None:
+        """Forget what this reading should have explained."""
+        tickets, object_ids = self._overdue
+        self._overdue = set(), set()
+        for ticket in tickets:
+            self._early.pop(ticket, None)
+        for object_id in object_ids:
+            self._ahead.pop(object_id, None)
+
     @property
     def is_ahead(self) -> bool:
         """Whether something waits for the outbox of a creator to be read."""
@@ -373,8 +388,7 @@ class References:
 
     def judge(self) -> list[bytes]:
         """Return the objects that nobody owns, and forget them; all outboxes have been read just now."""
-        self._early.clear()
-        self._ahead.clear()
+        self.end_reading()
         suspects, self._suspects = self._suspects, set()
         nobodys = []
         for object_id in suspects:
@@ -403,7 +417,7 @@ class References:
     def forget_client(self, client: int, now_ns: int) -> None:
         """End the holds of a client that has gone; the time of its tickets begins.
 
-        Nothing is to be ahead: see `is_ahead`.
+        Nothing that it has said is to be ahead: see `is_ahead`.
         """
         self._returns.pop(client, None)
         for object_id, number in self._holds_of.pop(client, set()).copy():
@@ -412,10 +426,6 @@ class References:
             ticket = self._tickets[number]
             ticket.sender = None
             self._end_at(number, ticket, now_ns + self._ticket_ns)
-
-    def forget_ahead(self) -> None:
-        """Drop what is ahead, as all outboxes have been read just now."""
-        self._ahead.clear()
 
     # -- recovering ----------------------------------------------------------------------------
 

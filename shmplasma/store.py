@@ -327,6 +327,7 @@ class ObjectStore:
 
         Some may have to wait once more: see `has_unsettled`.
         """
+        self._ledger.references.begin_reading()
         self._posts.heed_all(self._now_ns)
         self._ledger.delete_nobodys()
         self._publishing.take_idle()

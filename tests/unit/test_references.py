@@ -4,7 +4,7 @@ import pytest
 
 from shmplasma.layout import BOARD_WORDS, REFERENCED
 from shmplasma.protocol import PROTOCOL_VERSION
-from shmplasma.references import LINGER_NS, MAX_OF_A_CLIENT, TICKET_NS
+from shmplasma.references import LINGER_NS, MAX_OF_A_CLIENT, TICKET_NS, References
 from shmplasma.replies import Created, Done, Failed, Failure, Number, Welcome
 from shmplasma.requests import (
     Bequeath,
@@ -88,6 +88,58 @@ def test_an_outbox_that_is_read_late(talk: Conversation) -> None:
     assert talk.store.describe().count("references on their way: 0") == 1
     drop(talk, third, X, 1)
     assert not talk.ids()
+
+
+def read(references: References) -> list[bytes]:
+    """End a reading of all outboxes, begin the next one, and return what was found to be nobody's."""
+    nobodys = references.judge()
+    references.begin_reading()
+    return nobodys
+
+
+def test_a_receipt_that_is_younger_than_the_look_at_the_loan() -> None:
+    """A reading may see a receipt, and not the loan, whose outbox it had passed; the next one sees that."""
+    references = References(lambda *_: None)
+    references.create(X, client=1)
+    references.begin_reading()
+    references.redeem(X, 7, client=2, number=1, now_ns=0)
+    assert not read(references)
+    assert references.has_suspects, "there is to be another reading"
+    references.lend(X, 7, client=1, receivers=1, now_ns=0)
+    assert not read(references)
+    assert not references.n_tickets
+    references.release(X, 1, 0)
+    assert not read(references)
+    references.release(X, 2, 1)
+    assert read(references) == [X]
+    references.check()
+
+
+def test_a_receipt_that_is_younger_than_the_look_at_the_object() -> None:
+    """So may it see what is said of an object that it does not know yet."""
+    references = References(lambda *_: None)
+    references.begin_reading()
+    references.redeem(X, 7, client=2, number=1, now_ns=0)
+    assert not read(references)
+    references.create(X, client=1)
+    references.lend(X, 7, client=1, receivers=1, now_ns=0)
+    references.release(X, 1, 0)
+    assert not read(references)
+    assert references.n_holds == 1
+    assert not references.n_tickets
+    references.check()
+
+
+def test_what_two_readings_do_not_explain_is_forgotten() -> None:
+    """A receipt for what nobody has lent, or made, is not waited for any longer."""
+    references = References(lambda *_: None)
+    references.create(X, client=1)
+    references.begin_reading()
+    references.redeem(X, 7, client=2, number=1, now_ns=0)
+    references.redeem(Y, 8, client=2, number=2, now_ns=0)
+    assert (read(references), references.has_suspects) == ([], True)
+    assert (read(references), references.has_suspects) == ([], False)
+    references.check()
 
 
 def test_a_receiver_that_leaves_before_the_object_is_known(talk: Conversation) -> None:
