@@ -5,7 +5,10 @@ import pytest
 from tests.crash.faulty_calls import ERRORS, run
 from tests.crash.tracer import SUPPORTED
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="tracing is written for 64-bit x86 Linux")
+pytestmark = [
+    pytest.mark.skipif(not SUPPORTED, reason="tracing is written for 64-bit x86 Linux"),
+    pytest.mark.timeout(900),  # each starts a dozen of programs; what hangs is killed much sooner
+]
 
 
 def test_a_call_that_fails_costs_one_client_at_most() -> None:

@@ -286,16 +286,16 @@ class Traced:
             finally:
                 os.close(stderr)
             self._pidfd = os.pidfd_open(pid)
+            _, status = os.waitpid(pid, _WALL)  # its preparations are over
             started.set()
-            self._follow(pid)
+            self._follow(pid, status)
         except BaseException as error:  # noqa: BLE001 - `join` raises it
             self._failure = error
             self.kill()
         finally:
             started.set()
 
-    def _follow(self, pid: int) -> None:
-        _, status = os.waitpid(pid, _WALL)
+    def _follow(self, pid: int, status: int) -> None:
         if os.WIFSTOPPED(status):
             _ptrace(_SETOPTIONS, pid, 0, _OPTIONS)
         pass_on = failing = 0

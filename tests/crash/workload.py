@@ -502,7 +502,7 @@ def prove_accounts(
     doubtful : iterable of bytes or None, optional
         Ids of what may be there; None if there may be others too.
     """
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while True:  # a release that came just now may not have been noticed
         try:
             _prove_accounts(client, sealed, unsealed, held, doubtful)
@@ -552,7 +552,7 @@ def _names(ids: Iterable[bytes]) -> str:
 
 def prove_empty(client: shmplasma.PlasmaClient) -> None:
     """Prove, when all others have left, that no pin and no lease is left and that all room can be had."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     # A process that has ended may not have been noticed yet.
     while (figures := figures_of(client))["leased bytes"] or figures["pinned objects"]:
         assert time.monotonic() < deadline, f"pins or leases of the dead: {figures}"
