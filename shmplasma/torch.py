@@ -38,6 +38,7 @@ from shmplasma.store_ref import StoreRef
 __all__ = ["StoreDataset", "register"]
 
 _Array: TypeAlias = npt.NDArray[Any]
+_Rows: TypeAlias = npt.NDArray[np.int64]
 
 _BLOCK_BYTES: Final = 64 << 20
 """A block is read by one `get` a process, and a shuffled batch takes a few calls for each block that it meets."""
@@ -236,7 +237,7 @@ class _Stacked(NamedTuple):
     form: _Form
     columns: list[_Array]
 
-    def take(self, rows: list[int]) -> Sequence[Any]:
+    def take(self, rows: _Rows) -> Sequence[Any]:
         """Return copies of samples."""
         # NumPy gathers them; PyTorch would start threads for it.
         return _join(self.form, iter([column[rows] for column in self.columns]))
@@ -249,16 +250,43 @@ class _Packed(NamedTuple):
     places: list[tuple[int, int, int]]
     """Offset, size and codec of each."""
 
-    def take(self, rows: list[int]) -> Sequence[Any]:
+    def take(self, rows: _Rows) -> Sequence[Any]:
         """Return copies of samples."""
         samples = []
-        for start, size, codec in map(self.places.__getitem__, rows):
+        for start, size, codec in map(self.places.__getitem__, rows.tolist()):
             own = self.data[start : start + size].copy()
             samples.append(deserialize(pa.py_buffer(own.data), codec))
         return samples
 
 
 _Block: TypeAlias = "_Stacked | _Packed"
+_Part: TypeAlias = "tuple[_Block, _Rows, _Rows]"
+"""A block, which places of a batch its samples have, and which rows they are."""
+
+
+def _gather(parts: list[_Part], count: int) -> list[Any]:
+    """Return copies of samples from blocks."""
+    if len(parts) == 1:
+        ((block, _, rows),) = parts
+        return list(block.take(rows))
+    forms = [block.form if isinstance(block, _Stacked) else None for block, _, _ in parts]
+    if forms and forms[0] is not None and forms.count(forms[0]) == len(forms):
+        return list(_join(forms[0], iter(_columns(parts, count))))
+    samples: list[Any] = [None] * count
+    for block, places, rows in parts:
+        for place, sample in zip(places.tolist(), block.take(rows), strict=True):
+            samples[place] = sample
+    return samples
+
+
+def _columns(parts: list[_Part], count: int) -> Iterator[_Array]:
+    """Yield a column with the rows of all parts for each leaf of the form that they share."""
+    columns = [block.columns for block, _, _ in parts if isinstance(block, _Stacked)]
+    for pieces in zip(*columns, strict=True):
+        whole = np.empty((count, *pieces[0].shape[1:]), pieces[0].dtype)
+        for piece, (_, places, rows) in zip(pieces, parts, strict=True):
+            whole[places] = piece[rows]
+        yield whole
 
 
 def _blocks(samples: Iterable[Any], block_bytes: int) -> Iterator[tuple[int, _Block]]:
@@ -390,20 +418,22 @@ class StoreDataset(Dataset):  # type: ignore[misc]  # a class of PyTorch, which 
         IndexError
             There is no such sample.
         """
-        length = self._length
-        wanted = [index(position) for position in positions]
-        for position in wanted:
-            if not -length <= position < length:
-                raise IndexError(f"there is no sample {position} of {length}")
-        found = np.array(wanted) % length
+        found = self._found(positions)
         blocks = np.searchsorted(self._starts, found, side="right") - 1
-        samples: list[Any] = [None] * len(wanted)
-        for number in np.unique(blocks).tolist():
-            (places,) = np.nonzero(blocks == number)
-            rows = (found[places] - self._starts[number]).tolist()
-            for place, sample in zip(places.tolist(), self._block(number).take(rows), strict=True):
-                samples[place] = sample
-        return samples
+        parts = []
+        for number in set(blocks.tolist()):
+            places = np.flatnonzero(blocks == number)
+            parts.append((self._block(number), places, found[places] - self._starts[number]))
+        return _gather(parts, len(found))
+
+    def _found(self, positions: Sequence[SupportsIndex]) -> npt.NDArray[np.int64]:
+        """Return positions, counted from the beginning."""
+        wanted = list(map(index, positions))
+        length = self._length
+        if wanted and not -length <= min(wanted) <= max(wanted) < length:
+            wrong = next(each for each in wanted if not -length <= each < length)
+            raise IndexError(f"there is no sample {wrong} of {length}")
+        return np.array(wanted, np.int64) % max(length, 1)
 
     def _block(self, number: int) -> _Block:
         block = self._open.get(number)
