@@ -1,7 +1,7 @@
 """Time a store that spills: clients put four times what fits, and read it back, each byte compared.
 
-Beside it, in the same run and by as many processes: plain writes, and reads, of files of the same sizes in the same directory;
-in rounds, of which the medians are given.  Then the rate of hot gets of one more client: alone, beside the plain files, which
+Beside it, in the same run: plain writes, and reads, of files of the same sizes in the same directory, by one process as `dd`
+does it, and by as many as there are clients; in rounds, of which the medians are given.  Then the rate of hot gets of one more client: alone, beside the plain files, which
 is what the machine itself costs it, and beside the store.  Run it as ``python -m benchmarks.spill``; ``--gets 100000`` is the full measure.
 """
 
@@ -171,9 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     parts = shares(options.clients, 4 * options.capacity, options.gets, options.least, options.most)
     total = sum(sum(part.sizes) for part in parts)
-    puts: list[tuple[float, float]] = []
-    gets: list[tuple[float, float]] = []
+    alone = [Share(0, [size for part in parts for size in part.sizes], options.gets)]
+    puts: list[tuple[float, float, float]] = []
+    gets: list[tuple[float, float, float]] = []
     for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+            dd_wrote, dd_read, n_dd_bytes = run_all(partial(write_and_read, directory), alone)
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             plain_wrote, plain_read, n_bytes = run_all(partial(write_and_read, directory), parts)
         with (
@@ -183,19 +186,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ) as store,
         ):
             wrote, read, _ = run_all(partial(put_and_get, store.store_socket_name), parts)
-        puts.append((total / wrote / 1e6, total / plain_wrote / 1e6))
-        gets.append((n_bytes / read / 1e6, n_bytes / plain_read / 1e6))
+        puts.append((total / wrote / 1e6, total / dd_wrote / 1e6, total / plain_wrote / 1e6))
+        gets.append((n_bytes / read / 1e6, n_dd_bytes / dd_read / 1e6, n_bytes / plain_read / 1e6))
     n_objects = sum(len(part.sizes) for part in parts)
     print(
         f"{n_objects} objects of {options.least} to {options.most} bytes, {total / 1e9:.2f} GB, {len(parts)} clients, "
         f"capacity {options.capacity / 1e9:.2f} GB; medians of {options.rounds} rounds"
     )
-    print("| | spilling store, MB/s | plain files, MB/s | ratio in each round |")
-    print("| --- | ---: | ---: | ---: |")
+    print(
+        f"| MB/s | spilling store | files, one process | files, {len(parts)} processes | of the one, in each round | of the {len(parts)} |"
+    )
+    print("| --- | ---: | ---: | ---: | --- | --- |")
     for what, rates in (("put 4x the capacity", puts), ("get and compare", gets)):
-        ours, plain = (statistics.median(each) for each in zip(*rates, strict=True))
-        ratios = ", ".join(f"{rate / plain_rate:.2f}" for rate, plain_rate in rates)
-        print(f"| {what} | {ours:,.0f} | {plain:,.0f} | {ratios} |")
+        ours, dd, plain = (statistics.median(each) for each in zip(*rates, strict=True))
+        of_one = ", ".join(f"{rate[0] / rate[1]:.2f}" for rate in rates)
+        of_all = ", ".join(f"{rate[0] / rate[2]:.2f}" for rate in rates)
+        print(f"| {what} | {ours:,.0f} | {dd:,.0f} | {plain:,.0f} | {of_one} | {of_all} |")
     print(f"\n{options.rounds} times {options.gets} gets, every byte the same.")
     hot_gets(options, parts)
 

@@ -162,15 +162,16 @@ class Creations:
         return 0 if spilling is None else spilling.failures
 
     def _makes_room(self, request: Create, failures: int) -> bool:
-        """Have objects moved, or written to the external store; tell whether some room may come of it.
+        """Have objects written to the external store, or moved; tell whether some room may come of it.
 
         Nothing more is written for whom a write has failed since there were so many failures.
         """
         spilling = self._objects.spilling
         size = request.data_size + request.metadata_size
-        if self._room.compact(size):
+        # What is written has to be some day, and moves nothing; objects are moved where that does not help.
+        if spilling is not None and failures == self._failures and spilling.demand(size):
             return True
-        return spilling is not None and failures == self._failures and spilling.demand(size)
+        return self._room.compact(size)
 
     def _join(self, session: Session, request_id: int, request: Create) -> None:
         is_brief = request.timeout_ns == 0

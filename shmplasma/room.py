@@ -18,16 +18,20 @@ Where bytes are missing, so many are evicted, in the order of the eviction polic
 objects are moved (`compact`).  A store that is full to the last byte would have to bring all of its pieces together for a
 large object, and move nearly everything; so the mover may evict what has no other place, rather than slide, until
 so much more is free than was asked for as `_SPARE` says.  Beyond that nothing is evicted but what obstructs all ways.
+
+With an external store what has a copy is not lost when it goes.  There a stretch of such objects and free extents is
+cleared (`Room.stretch`), and what is in the way is written (`shmplasma.spilling`); objects are moved where that does not help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
+from shmplasma.clearing import cheapest_stretch
 from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
 from shmplasma.errors import CommitError
 from shmplasma.eviction import Sieve
@@ -52,6 +56,14 @@ _IS_SEALED: Final = (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING)
 _STRIDES: Final = 64
 """What has copies makes room by so many parts of the capacity: each time costs barriers, and looks at all boards."""
 
+_MOST_LOOKED_AT: Final = 2048
+"""Objects of which some are chosen to make one extent: 2 ms.  Where there are more, they are small, and moved."""
+
+_READ_SHIFT: Final = 2
+"""One that was read since the hand passed it is worth four times as much as one that was not."""
+_DIRTY_SHIFT: Final = 3
+"""One that is not even being written costs eight times as much as one that has a copy."""
+
 
 class External(Protocol):
     """What the room needs of `shmplasma.spilling`, where there is an external store."""
@@ -59,6 +71,10 @@ class External(Protocol):
     @property
     def clean_bytes(self) -> int:
         """Bytes of extents of objects that have a copy."""
+
+    @property
+    def copies(self) -> Mapping[int, int]:
+        """The objects in memory that have a copy, and their extents' sizes in bytes."""
 
     def is_clean(self, entry: int) -> bool:
         """Tell whether an object has a copy."""
@@ -230,9 +246,51 @@ class Room:
                 stride = 0 if self.spilling is None else (self._end - self._start) // _STRIDES
                 evicted = self.make_room(max(missing, stride))
                 offset = self._allocator.allocate(size_bytes)
+            if offset is None and self.spilling is not None:
+                evicted += self._clear_stretch(size_bytes)
+                offset = self._allocator.allocate(size_bytes)
         if offset is not None:
             self.commitment.hand_out(offset, size_bytes)
         return offset, evicted
+
+    def _clear_stretch(self, wanted: int) -> list[bytes]:
+        """Let objects go that have a copy, and make one extent; return their ids."""
+        chosen = self.stretch(wanted, dirty=False)
+        taken = self.take(chosen, spill=True) if chosen else []
+        return [self._table.object_id(entry) for entry in taken]
+
+    def stretch(self, wanted: int, *, dirty: bool) -> list[int]:
+        """Choose objects whose going makes an extent of so many bytes, those that have a copy or, if need be, any.
+
+        Returns
+        -------
+        list of int
+            Entries; empty where there is no such stretch, or where objects are many and small, and better moved.
+
+        Notes
+        -----
+        O(n log n) for n objects, of which it looks at `_MOST_LOOKED_AT` at most.
+        """
+        spilling, table = self.spilling, self._table
+        assert spilling is not None, "nothing has a copy"
+        copies = spilling.copies
+        count = len(self._queue) + len(self._kept) if dirty else len(copies)
+        if self.mover.is_busy or count > _MOST_LOOKED_AT:
+            return []
+        entries: Iterable[int] = (*self._queue, *self._kept) if dirty else copies
+        held = self._boards.pinned()
+        if not dirty:
+            held = held | self.busy
+        goods = []
+        for entry in entries:
+            size = self._extent_bytes(entry)
+            if size and entry not in held and table.state(entry) == EntryState.SEALED:
+                price = size << _READ_SHIFT if self._visited[entry] else size
+                if entry not in copies and entry not in self.busy:
+                    price <<= _DIRTY_SHIFT
+                goods.append((table.location(entry)[0], size, entry, price))
+        free = self._allocator.free_extents()
+        return cheapest_stretch(free, goods, align_up(wanted, ALIGNMENT))
 
     def is_fragmented(self, size_bytes: int) -> bool:
         """Tell whether there are so many free bytes, and no extent of them."""

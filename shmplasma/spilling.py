@@ -13,7 +13,9 @@ that state and ask the store.
 Who asks for room and finds none (a creator, or an object that comes back) states a *demand*: then objects are
 written until what is free, clean or being written meets it.  Above the high-water mark they are written ahead of
 any demand.  The eviction policy says which; what is kept goes last.  The clean ones go in the order in which they
-were written, and one that was read since gets another chance.
+were written, and one that was read since gets another chance.  Where there are bytes enough, but no extent, the stretch is
+cleared that loses least, of what is free, clean or, once it has been written, dirty; where objects are too many and too small to
+be chosen so, or none may go, some are moved.
 
 Half-dead containers
 --------------------
@@ -65,6 +67,8 @@ _MAX_WRITES: Final = 4
 _MAX_READS: Final = 4
 _AHEAD_BYTES: Final = 64 << 20
 """At most so much is clean ahead of need, whatever the high-water mark says."""
+_ALL: Final = 1 << 62
+"""More bytes than any store has."""
 
 
 class Part(NamedTuple):
@@ -183,6 +187,7 @@ class Spilling:
     _returns: dict[tuple[int, int], _Return] = field(default_factory=dict)
     _reads: int = 0
     _demand: int = 0
+    _stretched_for: int = 0
 
     def __post_init__(self) -> None:
         self.room.spilling = self
@@ -193,6 +198,11 @@ class Spilling:
     def clean_bytes(self) -> int:
         """Bytes of extents that can be free at once, but for those that are pinned."""
         return self._clean_bytes
+
+    @property
+    def copies(self) -> Mapping[int, int]:
+        """The objects in memory that have a copy, and their extents' sizes in bytes."""
+        return self._clean
 
     def is_clean(self, entry: int) -> bool:
         """Tell whether an object in memory has a copy."""
@@ -282,29 +292,45 @@ class Spilling:
 
     def advance(self) -> None:
         """Begin to read what is wanted back, and to write what that demands, or others, or what is due ahead of need."""
-        self._advance_returns()
-        ahead = 0
-        used = self.capacity - self.room.free_bytes
-        above = used - int(self.limits.high_water * self.capacity)
-        if above > 0 and not self.failure:
-            ahead = min(above, _AHEAD_BYTES)
-        wanted = ahead
-        if self._demand > self.room.largest_bytes:
-            # Where there are bytes enough, and moving does not make them one piece, more have to go, step by step.
-            step = 0 if self.room.mover.is_busy else self._demand // 4
-            wanted = max(ahead, self._demand - self.room.free_bytes, step)
-        if wanted > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
-            # What is pinned makes no room, clean or not.
-            clean_bytes = self.room.attainable_bytes - self.room.free_bytes
-            missing = wanted - clean_bytes - self._writing_bytes
-            if missing > 0:
-                self._write(missing)
+        lacking = self._advance_returns()
+        if not self._has_failed:
+            self._demand = max(self._demand, lacking)
+        self._write_ahead()
         if self._demand <= self.room.largest_bytes:
             self._demand = 0
+        elif self._demand != self._stretched_for and self._demand <= self.room.attainable_bytes:
+            self._write_stretch()
+        if lacking and not self.is_under_way:
+            self.room.compact(lacking)
         self._empty_one()
 
-    def _write(self, size_bytes: int) -> None:
-        """Begin to write objects of so many bytes, as far as there are any and the limit allows."""
+    def _write_ahead(self) -> None:
+        """Begin to write what makes the bytes that are wanted, if what is clean does not."""
+        wanted = 0
+        if not self.failure:
+            above = self.capacity - self.room.free_bytes
+            above -= int(self.limits.high_water * self.capacity)
+            wanted = min(above, _AHEAD_BYTES)
+        if self._demand > self.room.largest_bytes:
+            wanted = max(wanted, self._demand - self.room.free_bytes)
+        if wanted <= 0 or self._writes >= _MAX_WRITES or self._is_fruitless:
+            return
+        # What is pinned makes no room, clean or not.
+        clean_bytes = self.room.attainable_bytes - self.room.free_bytes
+        missing = wanted - clean_bytes - self._writing_bytes
+        if missing > 0:
+            left = self._write(chain(self.room.sweep(), tuple(self.room.kept)), missing)
+            self._is_fruitless = self._writes < _MAX_WRITES and left > 0
+
+    def _write_stretch(self) -> None:
+        """Begin to write what lies in the way of one extent: there are bytes enough, but what is clean lies scattered."""
+        if self._writes >= _MAX_WRITES:
+            return
+        self._stretched_for = self._demand
+        self._write(self.room.stretch(self._demand, dirty=True), _ALL)
+
+    def _write(self, candidates: Iterable[int], size_bytes: int) -> int:
+        """Begin to write objects of so many bytes, as far as there are any and the limit allows; return how many are left."""
         held = self.boards.pinned()
         batch: list[Part] = []
         batch_bytes = 0
@@ -313,7 +339,7 @@ class Spilling:
             if self.limits.max_bytes
             else None
         )
-        for entry in chain(self.room.sweep(), tuple(self.room.kept)):
+        for entry in candidates:
             if self._writes >= _MAX_WRITES or size_bytes <= 0:
                 break
             if entry in held or entry in self._clean or entry in self.room.busy:
@@ -338,7 +364,7 @@ class Spilling:
                 batch, batch_bytes = [], 0
         if batch:
             self._begin(batch, batch_bytes)
-        self._is_fruitless = self._writes < _MAX_WRITES and size_bytes > 0
+        return size_bytes
 
     def _begin(self, batch: list[Part], size_bytes: int) -> None:
         self.jobs.append(Write(self._containers.new_number(), tuple(batch)))
@@ -350,6 +376,7 @@ class Spilling:
         """Take note of what came of a write; whoever waits for room is to be served after this."""
         sizes = [align_up(self.table.size(part.entry), ALIGNMENT) for part in job.parts]
         self._writes -= 1
+        self._stretched_for = 0
         self._writing_bytes -= sum(sizes)
         stored = sum(sizes) + HEADER_BYTES * len(sizes)
         self._being_stored -= stored
@@ -398,18 +425,17 @@ class Spilling:
             if each.offset is not None and each.size_bytes:
                 yield each.offset, align_up(each.size_bytes, ALIGNMENT)
 
-    def _advance_returns(self) -> None:
+    def _advance_returns(self) -> int:
+        """Begin to read what has room; return how much room the first one lacks."""
         for each in tuple(self._returns.values()):
             if each.offset is None:
                 offset, _ = self.room.allocate(self.table.size(each.entry))
                 if offset is None:
-                    wanted = align_up(self.table.size(each.entry), ALIGNMENT)
-                    if not self.room.compact(wanted) and not self._has_failed:
-                        self._demand = max(self._demand, wanted)
-                    break  # in their order
+                    return align_up(self.table.size(each.entry), ALIGNMENT)  # in their order
                 each.offset = offset
             if each.job is None and self._reads < _MAX_READS:
                 self._read_if_ready(each)
+        return 0
 
     def _read_if_ready(self, each: _Return) -> None:
         assert each.offset is not None

@@ -372,6 +372,34 @@ def test_a_get_has_what_is_not_written_yet_make_room(talk: Conversation) -> None
 # -- room ---------------------------------------------------------------------------------------------
 
 
+def test_one_extent_is_made_of_copies_that_go(talk: Conversation) -> None:
+    """What is free lies scattered: what lies between is written, and goes; nothing is moved, and nothing lost."""
+    peer = talk.client()
+    for number in range(60):
+        put(talk, peer, number)
+    get(talk, peer, range(0, 60, 2))  # the others go first
+    put(talk, peer, 500, 20_000)
+    gone = spilled(talk)
+    assert any(number % 2 == 0 for number in gone)
+    assert any(number % 2 == 1 for number in gone)
+    assert not talk.store._room.mover.compactions
+    for number in range(60):
+        get(talk, peer, [number], wait=True)
+    assert not talk.store._room.mover.moves
+
+
+def test_where_copies_cannot_go_objects_are_moved(talk: Conversation) -> None:
+    """A full external store makes no room; what lies scattered is brought together all the same."""
+    talk = Conversation(external=ExternalLimits(max_bytes=1))
+    peer = talk.client()
+    for number in range(60):
+        peer.put(name(number), SIZE)
+    peer.ask(Delete([name(number) for number in range(0, 60, 2)]), Done)
+    put(talk, peer, 500, 20_000)
+    assert talk.store._room.mover.compactions
+    get(talk, peer, [500])
+
+
 def test_who_may_not_pass_waits_for_what_is_being_written(talk: Conversation) -> None:
     """It is not refused while that may make room; and it is when nothing is written any more, though another one goes on waiting."""
     peer = talk.client()
