@@ -45,11 +45,24 @@ class Share:
         Of its objects, in bytes.
     gets : int
         How many it reads.
+    disk : bool
+        Whether what is written has to be on the disk, and is read from there.
     """
 
     number: int
     sizes: list[int]
     gets: int
+    disk: bool
+
+    def wrote(self) -> None:
+        """Wait until all that was written, by whomever, is on the disk."""
+        if self.disk:
+            os.sync()
+
+    def before_reading(self) -> None:
+        """Have the system forget what it has read and written."""
+        if self.disk:
+            Path("/proc/sys/vm/drop_caches").write_text("1")
 
     def object_id(self, index: int) -> ObjectID:
         """Return the id of one of its objects."""
@@ -62,7 +75,13 @@ class Share:
 
 
 def shares(
-    n_clients: int, total_bytes: int, gets: int, least: int = 1 << 16, most: int = MAX_BYTES
+    n_clients: int,
+    total_bytes: int,
+    gets: int,
+    least: int = 1 << 16,
+    most: int = MAX_BYTES,
+    *,
+    disk: bool = False,
 ) -> list[Share]:
     """Return what each client does; sizes are spread evenly over their logarithms."""
     rng = random.Random(2)
@@ -73,7 +92,7 @@ def shares(
         sizes[at % n_clients].append(size)
         total_bytes -= size
         at += 1
-    return [Share(number, own, gets // n_clients) for number, own in enumerate(sizes)]
+    return [Share(number, own, gets // n_clients, disk) for number, own in enumerate(sizes)]
 
 
 def same(data: Any, expected: memoryview) -> bool:
@@ -89,7 +108,9 @@ def put_and_get(path: str, share: Share, start: Barrier, results: Any) -> None:
         began = time.perf_counter()
         for index, size in enumerate(share.sizes):
             client.create_and_seal(share.object_id(index), share.content(index), b"%d" % size)
+        share.wrote()
         wrote = time.perf_counter() - began
+        share.before_reading()
         start.wait()
         began = time.perf_counter()
         n_bytes = 0
@@ -111,7 +132,9 @@ def write_and_read(directory: str, share: Share, start: Barrier, results: Any) -
     for index in range(len(share.sizes)):
         with open(f"{directory}/{share.number}-{index}", "wb", buffering=0) as file:
             file.write(share.content(index))
+    share.wrote()
     wrote = time.perf_counter() - began
+    share.before_reading()
     start.wait()
     began = time.perf_counter()
     n_bytes = 0
@@ -168,10 +191,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="on the disk to be measured (default: temporary files)")
     parser.add_argument("--uri", help="another external store, beside the same files")
+    parser.add_argument(
+        "--disk",
+        action="store_true",
+        help="writes count until they are on the disk, and reads come from there (as root)",
+    )
     options = parser.parse_args(arguments)
-    parts = shares(options.clients, 4 * options.capacity, options.gets, options.least, options.most)
+    sizes = options.least, options.most
+    parts = shares(options.clients, 4 * options.capacity, options.gets, *sizes, disk=options.disk)
     total = sum(sum(part.sizes) for part in parts)
-    alone = [Share(0, [size for part in parts for size in part.sizes], options.gets)]
+    every = [size for part in parts for size in part.sizes]
+    alone = [Share(0, every, options.gets, options.disk)]
     puts: list[tuple[float, float, float]] = []
     gets: list[tuple[float, float, float]] = []
     for _ in range(options.rounds):
