@@ -188,6 +188,7 @@ class Spilling:
     _reads: int = 0
     _demand: int = 0
     _stretched_for: int = 0
+    _scattered: int = 0
 
     def __post_init__(self) -> None:
         self.room.spilling = self
@@ -280,10 +281,11 @@ class Spilling:
         self._is_fruitless = False
 
     def demand(self, size_bytes: int) -> bool:
-        """State that somebody wants room; tell whether there may be so much, now or when jobs are done."""
-        self._demand = max(self._demand, align_up(size_bytes, ALIGNMENT))
+        """State that somebody wants room; tell whether there may be so much, in one piece, now or when jobs are done."""
+        wanted = align_up(size_bytes, ALIGNMENT)
+        self._demand = max(self._demand, wanted)
         self.advance()
-        return self.is_under_way
+        return self.is_under_way and not self._is_to_be_moved_for(wanted)
 
     @property
     def is_under_way(self) -> bool:
@@ -300,7 +302,7 @@ class Spilling:
             self._demand = 0
         elif self._demand != self._stretched_for and self._demand <= self.room.attainable_bytes:
             self._write_stretch()
-        if lacking and not self.is_under_way:
+        if lacking and (not self.is_under_way or self._is_to_be_moved_for(lacking)):
             self.room.compact(lacking)
         self._empty_one()
 
@@ -324,10 +326,19 @@ class Spilling:
 
     def _write_stretch(self) -> None:
         """Begin to write what lies in the way of one extent: there are bytes enough, but what is clean lies scattered."""
-        if self._writes >= _MAX_WRITES:
+        if self._writes >= _MAX_WRITES or self.room.mover.is_busy:
             return
         self._stretched_for = self._demand
-        self._write(self.room.stretch(self._demand, dirty=True), _ALL)
+        chosen = self.room.stretch(self._demand, dirty=True)
+        n_writes = self._writes
+        self._write(chosen, _ALL)
+        # Nothing may go, or nothing more can be written.
+        if self._writes == n_writes and self.room.busy.isdisjoint(chosen):
+            self._scattered = self._demand
+
+    def _is_to_be_moved_for(self, size_bytes: int) -> bool:
+        """Tell whether there are bytes enough, and what can go makes no extent of them, written or not."""
+        return 0 < self._scattered <= size_bytes <= self.room.attainable_bytes
 
     def _write(self, candidates: Iterable[int], size_bytes: int) -> int:
         """Begin to write objects of so many bytes, as far as there are any and the limit allows; return how many are left."""
@@ -376,7 +387,7 @@ class Spilling:
         """Take note of what came of a write; whoever waits for room is to be served after this."""
         sizes = [align_up(self.table.size(part.entry), ALIGNMENT) for part in job.parts]
         self._writes -= 1
-        self._stretched_for = 0
+        self._stretched_for = self._scattered = 0
         self._writing_bytes -= sum(sizes)
         stored = sum(sizes) + HEADER_BYTES * len(sizes)
         self._being_stored -= stored

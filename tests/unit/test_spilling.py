@@ -388,8 +388,35 @@ def test_one_extent_is_made_of_copies_that_go(talk: Conversation) -> None:
     assert not talk.store._room.mover.moves
 
 
-def test_where_copies_cannot_go_objects_are_moved(talk: Conversation) -> None:
-    """A full external store makes no room; what lies scattered is brought together all the same."""
+def test_where_nothing_can_be_written_objects_are_moved() -> None:
+    """A full external store makes no room; what lies scattered is brought together all the same, whatever is read meanwhile."""
+    talk = Conversation(external=ExternalLimits(max_bytes=3_000))
+    peer = talk.client()
+    for number in range(60):
+        put(talk, peer, number)
+    asked = peer.post(Evict(2_000))
+    talk.settle_outside()
+    peer.take(asked, Number)
+    gone = spilled(talk)
+    assert len(gone) == 2
+    peer.ask(Delete([name(number) for number in range(10, 60, 2)]), Done)
+    wanted = peer.wanted([name(gone[0])])
+    coming = peer.post(wanted)
+    jobs = talk.take_jobs()
+    assert any(isinstance(job, Read) for job in jobs)
+    created = peer.post(peer.new(name(500), 20_000))
+    talk.turn()
+    assert talk.store._room.mover.compactions
+    for job in jobs:
+        talk.do(job)
+    talk.settle_outside()
+    peer.take(coming, Objects)
+    peer.take(created, Created)
+    talk.store.check()
+
+
+def test_where_copies_cannot_go_objects_are_moved() -> None:
+    """The same when nothing was ever written."""
     talk = Conversation(external=ExternalLimits(max_bytes=1))
     peer = talk.client()
     for number in range(60):
