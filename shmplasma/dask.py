@@ -227,13 +227,11 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
     """Serialize a value as references, for a recipient of the same store; else leave it to the next family."""
     recipient = (context or {}).get("recipient", {})
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
-    apart = None if sharing is None else _apart(value, sharing)
+    apart = None if sharing is None else _stored(value, sharing)
     if sharing is None or apart is None:
-        raise NotImplementedError
-    body, parts = apart
-    kept = [sharing.keep(part) for part in parts]
-    if any(part is None for part in kept):
-        raise NotImplementedError
+        # Dask's own word for "ask the next family": there is no store in common, nothing large, or no room in it.
+        raise NotImplementedError("not by reference")
+    body, _, kept = apart
     sink = io.BytesIO()
     pickler = pickle.Pickler(sink, pickle.HIGHEST_PROTOCOL)
     table: dict[type, Any] = {**copyreg.dispatch_table, **sharing.reducers}
@@ -255,16 +253,23 @@ register_serialization_family(_FAMILY, _dumps, _loads)
 
 def _kept(value: Any, sharing: Sharing) -> tuple[Any, Sequence[Any]] | None:
     """Return a value as it lies in the store, and its parts there; None if it is to stay as it is."""
+    apart = _stored(value, sharing)
+    if apart is None:
+        return None
+    body, parts, kept = apart
+    if all(mine is theirs for mine, theirs in zip(kept, parts, strict=True)):
+        return value, parts
+    return _together(body, kept), kept
+
+
+def _stored(value: Any, sharing: Sharing) -> tuple[bytes, list[Any], list[Any]] | None:
+    """Return a pickle of a value, what was left out of it, and that as it lies in the store; None if it is to stay as it is."""
     apart = _apart(value, sharing)
     if apart is None:
         return None
     body, parts = apart
     kept = [sharing.keep(part) for part in parts]
-    if any(part is None for part in kept):
-        return None
-    if all(mine is theirs for mine, theirs in zip(kept, parts, strict=True)):
-        return value, parts
-    return _together(body, kept), kept
+    return None if any(part is None for part in kept) else (body, parts, kept)
 
 
 def _apart(value: Any, sharing: Sharing) -> tuple[bytes, list[Any]] | None:
