@@ -277,8 +277,9 @@ class Spilling:
     # -- writing -------------------------------------------------------------------------------
 
     def look_again(self) -> None:
-        """Take note that there may be something to write where there was nothing."""
+        """Take note that there may be something to write, or to clear, where there was nothing."""
         self._is_fruitless = False
+        self._stretched_for = self._scattered = 0
 
     def demand(self, size_bytes: int) -> bool:
         """State that somebody wants room; tell whether there may be so much, in one piece, now or when jobs are done."""
@@ -387,17 +388,16 @@ class Spilling:
         """Take note of what came of a write; whoever waits for room is to be served after this."""
         sizes = [align_up(self.table.size(part.entry), ALIGNMENT) for part in job.parts]
         self._writes -= 1
-        self._stretched_for = self._scattered = 0
         self._writing_bytes -= sum(sizes)
         stored = sum(sizes) + HEADER_BYTES * len(sizes)
         self._being_stored -= stored
         self.look_again()
+        self._demand = 0  # whom this does not serve states it again
         self.room.busy.difference_update(part.entry for part in job.parts)
         self.failure = failure
         if failure:
             self.failures += 1
             self._has_failed = True
-            self._demand = 0
             return
         self._containers.wrote(job.number, stored)
         for part, size, place in zip(job.parts, sizes, places, strict=True):

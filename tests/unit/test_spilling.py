@@ -388,6 +388,32 @@ def test_one_extent_is_made_of_copies_that_go(talk: Conversation) -> None:
     assert not talk.store._room.mover.moves
 
 
+def test_what_is_kept_is_not_in_the_way_where_others_are() -> None:
+    """A stretch of others is written, though less would have to be where kept objects lie."""
+    talk = Conversation(external=ExternalLimits(high_water=1.0))
+    peer = talk.client()
+    for number in range(60):
+        put(talk, peer, number)
+    kept = range(0, 20, 2)
+    peer.ask(Keep(True, [name(number) for number in kept]), Done)
+    peer.ask(Delete([name(number) for number in range(1, 20, 2)]), Done)
+    put(talk, peer, 500, 18_000)
+    assert spilled(talk)
+    assert not set(spilled(talk)) & set(kept)
+
+
+def test_no_more_is_written_than_somebody_waits_for() -> None:
+    """Once a creation has its room, nothing is written on its behalf."""
+    talk = Conversation(external=ExternalLimits(high_water=1.0))
+    peer = talk.client()
+    for number in range(60):
+        put(talk, peer, number)
+    put(talk, peer, 500, 18_000)
+    assert len(spilled(talk)) < 20
+    assert talk.store._room.spilling is not None
+    assert not talk.store._room.spilling.copies
+
+
 def test_where_nothing_can_be_written_objects_are_moved() -> None:
     """A full external store makes no room; what lies scattered is brought together all the same, whatever is read meanwhile."""
     talk = Conversation(external=ExternalLimits(max_bytes=3_000))
