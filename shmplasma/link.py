@@ -273,8 +273,8 @@ class Link:
             if self.channel is first:
                 raise
 
-    def post(self, kind: int, body: bytes, weight: int = 1) -> None:
-        """Tell the store something, and do not wait; `weight` as for `Outbox.append`.
+    def post(self, kind: int, body: bytes) -> None:
+        """Tell the store something, and do not wait.
 
         Raises
         ------
@@ -283,7 +283,7 @@ class Link:
         """
         while True:
             with self._posting:
-                written = self._outbox.append(kind, body, weight)
+                written = self._outbox.append(kind, body)
                 announced = written and self._outbox.is_to_be_announced
             if written:
                 break

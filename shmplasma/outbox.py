@@ -11,7 +11,7 @@ it; records stay.  A store that recovers the segment handles all that was not ac
     1. record n is handled (n < ACKNOWLEDGED + RECORDS)  1. a = ACKNOWLEDGED
     2. write kind, length and body to place n % RECORDS  2. number at place a % RECORDS is a + 1?  no: done
     3. write number n + 1 there                          3. copy the record, carry it out
-    4. POLLED, and the weight is small: done             4. ACKNOWLEDGED = a + 1, and again
+    4. POLLED and n % ANNOUNCED_EVERY: done              4. ACKNOWLEDGED = a + 1, and again
     5. send the message
 
 Why nothing is lost, and nothing done twice
@@ -24,8 +24,7 @@ Why nothing is lost, and nothing done twice
 When the message is spared
     A store that has just read a record will read the next ones within a millisecond, unasked, and says so in
     the header's POLLED word; clients then send a message with every `ANNOUNCED_EVERY`-th record only, so that
-    the ring does not fill.  The record of a large object, which took long to fill, counts for several: a message is little beside
-    that, and the store does its part meanwhile instead of when the client next waits for it.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and
+    the ring does not fill.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and
     reads all outboxes once more: a record written before the barrier is seen by this reading; the client of
     one after it sees POLLED cleared, and sends.  The client's write of the record and its look at POLLED may
     pass each other in its CPU; the barrier forbids that, as it does for pins (see `shmplasma.pins`).  While
@@ -50,7 +49,7 @@ __all__ = ["ANNOUNCED_EVERY", "RECORDS", "Outbox", "Polling", "is_written", "rea
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
 ANNOUNCED_EVERY: Final = RECORDS // 4
-"""How much a client writes at most without a message: records, by their weight."""
+"""How many records a client writes at most without a message."""
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
 _MASK: Final = RECORDS - 1
@@ -79,16 +78,7 @@ class Outbox:
     Not thread-safe: the caller holds a lock.
     """
 
-    __slots__ = (
-        "_acknowledged",
-        "_count",
-        "_incarnation",
-        "_polled",
-        "_raw",
-        "_store",
-        "_weight",
-        "_words",
-    )
+    __slots__ = ("_acknowledged", "_count", "_incarnation", "_polled", "_raw", "_store", "_words")
 
     def __init__(
         self,
@@ -103,18 +93,14 @@ class Outbox:
         self._polled = polled
         self._incarnation = incarnation
         self._count = int(acknowledged[0])
-        self._weight = 0
         self.connected()
 
     def connected(self) -> None:
         """Take note that the store of now is the one that this client is connected to."""
         self._store = self._incarnation[0] % _INCARNATIONS + 1
 
-    def append(self, kind: int, body: bytes, weight: int = 1) -> bool:
-        """Write a record; False when the ring is full and the store must handle something first.
-
-        `weight`, at least 1, says how many records it counts for until the store is told of them.
-        """
+    def append(self, kind: int, body: bytes) -> bool:
+        """Write a record; False when the ring is full and the store must handle something first."""
         count = self._count
         at = (count & _MASK) * _WORDS
         if self._words[at] == count + 1:  # an interrupt came before it was counted
@@ -125,14 +111,12 @@ class Outbox:
         _CONTENT.pack_into(self._raw, at * 8 + 8, kind, len(body), body)
         self._words[at] = count + 1
         self._count = count + 1
-        before = self._weight
-        self._weight = weight if before >= ANNOUNCED_EVERY else before + weight
         return True
 
     @property
     def is_to_be_announced(self) -> bool:
         """Whether the store is to be told of the record just written."""
-        return not (self._polled[0] == self._store and self._weight < ANNOUNCED_EVERY)
+        return not (self._polled[0] == self._store and self._count % ANNOUNCED_EVERY)
 
 
 class Polling:

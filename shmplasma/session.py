@@ -219,15 +219,15 @@ class Session:
         self._link.options = options
         self._link.call(options, Done)
 
-    def post(self, kind: int, body: bytes, weight: int = 1) -> None:
-        """Tell the store something, and do not wait; `weight` as for `Outbox.append`.
+    def post(self, kind: int, body: bytes) -> None:
+        """Tell the store something, and do not wait.
 
         Raises
         ------
         NotConnectedError
             The store has gone.
         """
-        self._link.post(kind, body, weight)
+        self._link.post(kind, body)
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer."""

@@ -28,9 +28,6 @@ MAX_SIZE: Final = 1 << 62
 _PUBLISH: Final = Publish.KIND
 _SEAL: Final = Seal.KIND
 
-_BYTES_A_RECORD: Final = 1 << 13
-"""So many bytes take about as long to copy as the store takes for a record."""
-
 
 class ObjectArray(np.ndarray[Any, np.dtype[Any]]):
     """A writable array over a new object; see `PlasmaClient.create_array`.
@@ -335,7 +332,7 @@ class Writing(Connected):
                 fields = target_id.id_bytes, offset, data_size, metadata_size, codec, keep
                 # A fresh id cannot be taken; for another one the store has to decide.
                 if fresh:
-                    session.post(_PUBLISH, PUBLISH.pack(*fields), 1 + data_size // _BYTES_A_RECORD)
+                    session.post(_PUBLISH, PUBLISH.pack(*fields))
                 else:
                     session.call(Publish._make(fields), Done)
 

@@ -163,8 +163,9 @@ def test_writing_waits_for_nothing(
 def test_puts_in_a_row_are_mostly_silent(
     store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
 ) -> None:
-    """While the store looks by itself a client sends a message for every 32nd put."""
-    client.put("the first one gets a lease")
+    """While the store looks by itself a client sends a message for every 64th put."""
+    for number in range(400):
+        client.put(number)  # leases grow with use; the one of now has room for all that follow
     polled = session_of(client).attachment.words[HeaderWord.POLLED : HeaderWord.POLLED + 1]
     ids: list[ObjectID] = []
     while not ids:

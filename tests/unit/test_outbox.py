@@ -220,23 +220,6 @@ def test_nobody_is_silent_to_a_store_that_he_does_not_know() -> None:
     assert [is_silent() for _ in range(ANNOUNCED_EVERY)].count(False) == 1
 
 
-@pytest.mark.parametrize(("weight", "every"), [(1, 32), (2, 16), (13, 3), (32, 1), (1000, 1)])
-def test_heavy_records_are_announced_more_often(weight: int, every: int) -> None:
-    """A record that counts for several is one of fewer between two messages."""
-    header, page = memoryview(bytearray(4096)).cast("Q"), Page()
-    polled, incarnation = (
-        header[at : at + 1] for at in (HeaderWord.POLLED, HeaderWord.INCARNATION)
-    )
-    Polling(header, lambda: None, possible=True).start()
-    outbox = Outbox(page.words, page.counter, polled, incarnation)
-    told = []
-    for _ in range(96):
-        assert outbox.append(1, b"", weight)
-        told.append(outbox.is_to_be_announced)
-        page.handle()
-    assert told == 96 // every * [*(every - 1) * [False], True]
-
-
 # -- what a hostile client may write -------------------------------------------------------------
 
 

@@ -1311,6 +1311,14 @@ def tenant() -> Tenant:
     return Tenant(Conversation(1 << 20))
 
 
+@pytest.fixture
+def roomy() -> Tenant:
+    """Return a client whose lease has room for more objects than its outbox has for records."""
+    tenant = Tenant(Conversation(16 << 20))
+    tenant.next = tenant.peer.ask(AskLease(64 * RECORDS), Leased).offset
+    return tenant
+
+
 def test_a_lease_lies_in_committed_memory(tenant: Tenant) -> None:
     """Its client may write at once, and it does not count as free."""
     assert tenant.lease.size_bytes == MIN_LEASE_BYTES
@@ -1351,26 +1359,26 @@ def test_what_was_not_announced_counts_at_the_end(tenant: Tenant) -> None:
     tenant.talk.store.check()
 
 
-def test_a_store_that_looks_is_not_told(tenant: Tenant) -> None:
-    """After a message clients are silent, but for every 32nd record, until the store has looked in vain."""
-    store, outbox = tenant.talk.store, tenant.peer.outbox
-    tenant.peer.write(Publish(name(0), tenant.next, 64, 0, 3))
+def test_a_store_that_looks_is_not_told(roomy: Tenant) -> None:
+    """After a message clients are silent, but for every 64th record, until the store has looked in vain."""
+    store, outbox = roomy.talk.store, roomy.peer.outbox
+    roomy.peer.write(Publish(name(0), roomy.next, 64, 0, 3))
     assert store.polls
     told = []
     for number in range(1, 2 * ANNOUNCED_EVERY + 1):
-        tenant.peer.write_silently(Publish(name(number), tenant.next + 64 * number, 64, 0, 3))
+        roomy.peer.write_silently(Publish(name(number), roomy.next + 64 * number, 64, 0, 3))
         told.append(outbox.is_to_be_announced)
     assert sum(told) == 2
-    tenant.talk.poll()
-    assert tenant.control(ControlWord.ACKNOWLEDGED) >= 2 * ANNOUNCED_EVERY + 1
-    barriers = tenant.talk.memory.barriers
+    roomy.talk.poll()
+    assert roomy.control(ControlWord.ACKNOWLEDGED) >= 2 * ANNOUNCED_EVERY + 1
+    barriers = roomy.talk.memory.barriers
     looks = 0
-    while tenant.talk.words[HeaderWord.POLLED]:
+    while roomy.talk.words[HeaderWord.POLLED]:
         assert store.polls
-        tenant.talk.poll()
+        roomy.talk.poll()
         looks += 1
     assert looks == 3
-    assert tenant.talk.memory.barriers == barriers + 1
+    assert roomy.talk.memory.barriers == barriers + 1
     assert outbox.is_to_be_announced
     store.check()
 
@@ -1417,19 +1425,19 @@ def test_a_glance_reads_the_last_client(tenant: Tenant) -> None:
     assert not tenant.talk.store.glance(tenant.talk.now_ns)
 
 
-def test_a_full_outbox_and_one_message(tenant: Tenant) -> None:
+def test_a_full_outbox_and_one_message(roomy: Tenant) -> None:
     """One message has all records handled, in order, and the ring is free again."""
     ids = [name(number) for number in range(RECORDS)]
     for number, object_id in enumerate(ids):
-        tenant.peer.write_silently(Publish(object_id, tenant.next + 64 * number, 64, 0, 3))
-    assert not tenant.peer.outbox.append(Abort.KIND, Abort(A).encode())
-    before = tenant.control(ControlWord.ACKNOWLEDGED)
-    tenant.peer.tell(Post())
-    assert tenant.control(ControlWord.ACKNOWLEDGED) == before + RECORDS
-    tenant.next = tenant.peer.ask(AskLease(100), Leased).offset
-    tenant.publish(name(RECORDS))
-    assert flags(tenant.talk.client(), *ids, name(RECORDS)) == (RECORDS + 1) * [1]
-    tenant.talk.store.check()
+        roomy.peer.write_silently(Publish(object_id, roomy.next + 64 * number, 64, 0, 3))
+    assert not roomy.peer.outbox.append(Abort.KIND, Abort(A).encode())
+    before = roomy.control(ControlWord.ACKNOWLEDGED)
+    roomy.peer.tell(Post())
+    assert roomy.control(ControlWord.ACKNOWLEDGED) == before + RECORDS
+    roomy.next = roomy.peer.ask(AskLease(100), Leased).offset
+    roomy.publish(name(RECORDS))
+    assert flags(roomy.talk.client(), *ids, name(RECORDS)) == (RECORDS + 1) * [1]
+    roomy.talk.store.check()
 
 
 def test_a_record_that_clients_do_not_write(tenant: Tenant) -> None:
