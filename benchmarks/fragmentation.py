@@ -26,6 +26,8 @@ from statistics import mean, median
 from time import perf_counter, process_time, sleep
 from typing import Final
 
+import numpy as np
+
 import shmplasma
 from shmplasma.control import Control
 from shmplasma.layout import Layout
@@ -199,6 +201,9 @@ def _read(path: str, ids: list[bytes], count: Synchronized[int], ready: Event, e
             count.value += len(wanted)
 
 
+_PIECE: Final = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What compactions cost: medians over all of them."""
@@ -207,6 +212,8 @@ class Cost:
     moved_bytes: int
     gets_a_second_beside: float
     gets_a_second_without: float
+    gets_a_second_beside_a_copy: float
+    """While a process that is no store copies memory."""
 
 
 def measure(capacity: int, size: int, rounds: int) -> Cost:
@@ -217,6 +224,8 @@ def measure(capacity: int, size: int, rounds: int) -> Cost:
     costs: list[float] = []
     beside: list[float] = []
     without: list[float] = []
+    beside_a_copy: list[float] = []
+    source, target = (np.ones(capacity // 2, np.uint8) for _ in range(2))
     total = 0
     with shmplasma.Store(memory=capacity) as store, store.connect() as client:
         hot = [number.to_bytes(20, "big") for number in range(16)]
@@ -241,6 +250,11 @@ def measure(capacity: int, size: int, rounds: int) -> Cost:
             buffer = client.create(large, capacity * 45 // 100)
             elapsed = perf_counter() - begin
             beside.append((count.value - seen) / elapsed)
+            seen, begin = count.value, perf_counter()
+            while perf_counter() < begin + elapsed:
+                for at in range(0, len(source), _PIECE):
+                    target[at : at + _PIECE] = source[at : at + _PIECE]
+            beside_a_copy.append((count.value - seen) / (perf_counter() - begin))
             del buffer
             client.abort(large)
             moved = _moved(client) - before
@@ -249,7 +263,7 @@ def measure(capacity: int, size: int, rounds: int) -> Cost:
             client.delete(ids)
         end.set()
         reader.join()
-    return Cost(median(costs), total, median(beside), median(without))
+    return Cost(median(costs), total, median(beside), median(without), median(beside_a_copy))
 
 
 def _moved(client: shmplasma.PlasmaClient) -> int:
@@ -291,14 +305,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{1000 * median(slices):.2f} ms, p99 {1000 * slices[len(slices) * 99 // 100]:.2f} ms, longest "
         f"{1000 * slices[-1]:.2f} ms"
     )
-    print("\n| objects of | s a moved GiB | hot gets a second beside it | without it | share |")
-    print("| ---: " * 5 + "|")
+    print(
+        "\n| objects of | s a moved GiB | hot gets a second beside it | without it | share | beside a process that copies | share |"
+    )
+    print("| ---: " * 7 + "|")
     for size in (4 << 10, 64 << 10, 1 << 20):
         cost = measure(options.capacity, size, options.rounds)
-        share = cost.gets_a_second_beside / cost.gets_a_second_without
+        beside, without = cost.gets_a_second_beside, cost.gets_a_second_without
+        beside_a_copy = cost.gets_a_second_beside_a_copy
         print(
-            f"| {size >> 10} KiB | {cost.seconds_a_gib:.2f} | {cost.gets_a_second_beside:,.0f} | "
-            f"{cost.gets_a_second_without:,.0f} | {share:.2f} |"
+            f"| {size >> 10} KiB | {cost.seconds_a_gib:.2f} | {beside:,.0f} | {without:,.0f} | {beside / without:.2f} | "
+            f"{beside_a_copy:,.0f} | {beside / beside_a_copy:.2f} |"
         )
     return 0
 

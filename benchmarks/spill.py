@@ -1,8 +1,9 @@
 """Time a store that spills: clients put four times what fits, and read it back, each byte compared.
 
 Beside it, in the same run: plain writes, and reads, of files of the same sizes in the same directory, by one process as `dd`
-does it, and by as many as there are clients; in rounds, of which the medians are given.  Then the rate of hot gets of one more client: alone, beside the plain files, which
-is what the machine itself costs it, and beside the store.  Run it as ``python -m benchmarks.spill``; ``--gets 100000`` is the full measure.
+does it, and by as many as there are clients; in rounds, of which the medians are given.  Then the rate of hot gets of one more client: alone, beside the processes
+that use plain files, beside the clients when all that they put fits, and beside the clients when it is spilled.
+Run it as ``python -m benchmarks.spill``; ``--gets 100000`` is the full measure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier, Event
@@ -29,6 +31,8 @@ from shmplasma.sizes import parse_size
 
 MAX_BYTES = 4 << 20
 N_HOT = 16
+HOT_SECONDS = 0.02
+"""How often it is noted how many hot gets there were."""
 _SPAWN = multiprocessing.get_context("spawn")
 _POOL = random.Random(1).randbytes(MAX_BYTES + (1 << 16))
 
@@ -74,6 +78,27 @@ class Share:
         return memoryview(_POOL)[start : start + self.sizes[index]]
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one process, or all of them, did.
+
+    Attributes
+    ----------
+    wrote, read : float
+        Seconds of writing and of reading; of all, those of the slowest.
+    n_bytes : int
+        Read.
+    first, last : float
+        When it began and ended, in seconds since 1970; of all, when each of them was at it.
+    """
+
+    wrote: float
+    read: float
+    n_bytes: int
+    first: float
+    last: float
+
+
 def shares(
     n_clients: int,
     total_bytes: int,
@@ -105,7 +130,7 @@ def put_and_get(path: str, share: Share, start: Barrier, results: Any) -> None:
     rng = random.Random(share.number)
     with shmplasma.connect(path) as client:
         start.wait()
-        began = time.perf_counter()
+        first, began = time.time(), time.perf_counter()
         for index, size in enumerate(share.sizes):
             client.create_and_seal(share.object_id(index), share.content(index), b"%d" % size)
         share.wrote()
@@ -121,14 +146,14 @@ def put_and_get(path: str, share: Share, start: Barrier, results: Any) -> None:
             if not same(data, share.content(index)) or int(metadata) != len(data):
                 raise AssertionError(f"object {index} of client {share.number} has changed")
             n_bytes += len(data)
-        results.put((wrote, time.perf_counter() - began, n_bytes))
+        results.put(Run(wrote, time.perf_counter() - began, n_bytes, first, time.time()))
 
 
 def write_and_read(directory: str, share: Share, start: Barrier, results: Any) -> None:
     """Write files of the sizes of a share, and read them, without any store."""
     rng = random.Random(share.number)
     start.wait()
-    began = time.perf_counter()
+    first, began = time.time(), time.perf_counter()
     for index in range(len(share.sizes)):
         with open(f"{directory}/{share.number}-{index}", "wb", buffering=0) as file:
             file.write(share.content(index))
@@ -145,13 +170,11 @@ def write_and_read(directory: str, share: Share, start: Barrier, results: Any) -
         if not same(data, share.content(index)):
             raise AssertionError(f"file {index} of process {share.number} has changed")
         n_bytes += len(data)
-    results.put((wrote, time.perf_counter() - began, n_bytes))
+    results.put(Run(wrote, time.perf_counter() - began, n_bytes, first, time.time()))
 
 
-def run_all(
-    work: Callable[[Share, Barrier, Any], None], parts: Sequence[Share]
-) -> tuple[float, float, int]:
-    """Have each part worked by a process; return seconds of writing and of reading, and bytes read."""
+def run_all(work: Callable[[Share, Barrier, Any], None], parts: Sequence[Share]) -> Run:
+    """Have each part worked by a process."""
     start, results = _SPAWN.Barrier(len(parts)), _SPAWN.Queue()
     workers = [_SPAWN.Process(target=work, args=(part, start, results)) for part in parts]
     for worker in workers:
@@ -161,22 +184,28 @@ def run_all(
         if worker.exitcode:
             start.abort()  # the others do not wait for it
             raise SystemExit(f"a process has failed with {worker.exitcode}")
-    wrote, read, n_bytes = zip(*(results.get() for _ in parts), strict=True)
-    return max(wrote), max(read), sum(n_bytes)
+    runs: list[Run] = [results.get() for _ in parts]
+    return Run(
+        max(run.wrote for run in runs),
+        max(run.read for run in runs),
+        sum(run.n_bytes for run in runs),
+        max(run.first for run in runs),
+        min(run.last for run in runs),
+    )
 
 
 def get_hot(path: str, ready: Event, stop: Event, results: Any) -> None:
-    """Get a few small objects again and again; report the gets of each tenth of a second."""
-    rates: list[tuple[float, int]] = []
+    """Get a few small objects again and again; report the rates and when they were."""
+    rates: list[tuple[float, float]] = []
     with shmplasma.connect(path) as client:
         ids = [client.put_raw_buffer(os.urandom(1000)) for _ in range(N_HOT)]
         ready.set()
         while not stop.is_set():
-            count, end = 0, time.perf_counter() + 0.1
+            count, end = 0, time.perf_counter() + HOT_SECONDS
             while time.perf_counter() < end:
                 client.get_buffers(ids)
                 count += 1
-            rates.append((time.time(), count * 10))
+            rates.append((time.time(), count / HOT_SECONDS))
     results.put(rates)
 
 
@@ -202,22 +231,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = sum(sum(part.sizes) for part in parts)
     every = [size for part in parts for size in part.sizes]
     alone = [Share(0, every, options.gets, options.disk)]
-    puts: list[tuple[float, float, float]] = []
-    gets: list[tuple[float, float, float]] = []
+    runs: list[tuple[Run, Run, Run]] = []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            dd_wrote, dd_read, n_dd_bytes = run_all(partial(write_and_read, directory), alone)
+            dd = run_all(partial(write_and_read, directory), alone)
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            plain_wrote, plain_read, n_bytes = run_all(partial(write_and_read, directory), parts)
+            plain = run_all(partial(write_and_read, directory), parts)
         with (
             tempfile.TemporaryDirectory(dir=options.directory) as directory,
             Store(
                 options.capacity, external_store=options.uri or Path(directory).as_uri()
             ) as store,
         ):
-            wrote, read, _ = run_all(partial(put_and_get, store.store_socket_name), parts)
-        puts.append((total / wrote / 1e6, total / dd_wrote / 1e6, total / plain_wrote / 1e6))
-        gets.append((n_bytes / read / 1e6, n_dd_bytes / dd_read / 1e6, n_bytes / plain_read / 1e6))
+            ours = run_all(partial(put_and_get, store.store_socket_name), parts)
+        runs.append((ours, dd, plain))
     n_objects = sum(len(part.sizes) for part in parts)
     print(
         f"{n_objects} objects of {options.least} to {options.most} bytes, {total / 1e9:.2f} GB, {len(parts)} clients, "
@@ -227,47 +254,73 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"| MB/s | spilling store | files, one process | files, {len(parts)} processes | of the one, in each round | of the {len(parts)} |"
     )
     print("| --- | ---: | ---: | ---: | --- | --- |")
+    puts = [[total / run.wrote / 1e6 for run in each] for each in runs]
+    gets = [[run.n_bytes / run.read / 1e6 for run in each] for each in runs]
     for what, rates in (("put 4x the capacity", puts), ("get and compare", gets)):
-        ours, dd, plain = (statistics.median(each) for each in zip(*rates, strict=True))
+        medians = (statistics.median(each) for each in zip(*rates, strict=True))
         of_one = ", ".join(f"{rate[0] / rate[1]:.2f}" for rate in rates)
         of_all = ", ".join(f"{rate[0] / rate[2]:.2f}" for rate in rates)
-        print(f"| {what} | {ours:,.0f} | {dd:,.0f} | {plain:,.0f} | {of_one} | {of_all} |")
+        print(
+            f"| {what} | {' | '.join(f'{median:,.0f}' for median in medians)} | {of_one} | {of_all} |"
+        )
     print(f"\n{options.rounds} times {options.gets} gets, every byte the same.")
     hot_gets(options, parts)
 
 
 def hot_gets(options: argparse.Namespace, parts: Sequence[Share]) -> None:
-    """Print the rate of hot gets: alone, beside plain files, and beside clients whose objects are spilled."""
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        plain = Path(directory, "plain")
-        plain.mkdir()
-        with Store(
-            options.capacity, external_store=options.uri or Path(directory).as_uri()
-        ) as store:
-            path = store.store_socket_name
-            ready, stop, results = _SPAWN.Event(), _SPAWN.Event(), _SPAWN.Queue()
-            hot = _SPAWN.Process(target=get_hot, args=(path, ready, stop, results))
-            hot.start()
-            ready.wait()
-            time.sleep(2)  # it is measured alone
-            plain_began = time.time()
-            try:
-                run_all(partial(write_and_read, str(plain)), parts)
-                began = time.time()
-                run_all(partial(put_and_get, path), parts)
-            finally:
-                stop.set()
-            ended = time.time()
-            rates = results.get()
-            hot.join()
-    alone, with_plain, with_others = (
-        statistics.mean(rate for at, rate in rates if first < at < last)
-        for first, last in ((0.0, plain_began), (plain_began, began), (began, ended))
-    )
-    print(
-        f"Hot gets of {N_HOT} objects by one more client: {alone:,.0f}/s alone, {with_plain:,.0f}/s beside the processes "
-        f"that use plain files, {with_others:,.0f}/s beside those that use the store ({with_others / with_plain:.2f} of that)."
-    )
+    """Print the rate of hot gets beside what others do."""
+    rates: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        with ExitStack() as stack:
+            files = stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory))
+            spilled = stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory))
+            spilling = stack.enter_context(
+                Store(options.capacity, external_store=options.uri or Path(spilled).as_uri())
+            )
+            roomy = stack.enter_context(Store(6 * options.capacity))
+            cases: dict[str, tuple[Store, Callable[[], Run]]] = {
+                "nothing": (spilling, _rest),
+                "processes that use files": (
+                    spilling,
+                    partial(run_all, partial(write_and_read, files), parts),
+                ),
+                "clients, all fits": (
+                    roomy,
+                    partial(run_all, partial(put_and_get, roomy.store_socket_name), parts),
+                ),
+                "clients, it is spilled": (
+                    spilling,
+                    partial(run_all, partial(put_and_get, spilling.store_socket_name), parts),
+                ),
+            }
+            for case, (store, others) in cases.items():
+                rates.setdefault(case, []).append(_hot_rate(store, others))
+    print(f"\n| one client gets {N_HOT} hot objects beside | gets/s | in each round |")
+    print("| --- | ---: | --- |")
+    for case, each in rates.items():
+        in_each = ", ".join(f"{rate:,.0f}" for rate in each)
+        print(f"| {case} | {statistics.median(each):,.0f} | {in_each} |")
+
+
+def _rest() -> Run:
+    first = time.time()
+    time.sleep(2)
+    return Run(0, 0, 0, first, time.time())
+
+
+def _hot_rate(store: Store, others: Callable[[], Run]) -> float:
+    """Return how many hot gets one client makes a second, while others are at their work."""
+    ready, stop, results = _SPAWN.Event(), _SPAWN.Event(), _SPAWN.Queue()
+    hot = _SPAWN.Process(target=get_hot, args=(store.store_socket_name, ready, stop, results))
+    hot.start()
+    ready.wait()
+    try:
+        run = others()
+    finally:
+        stop.set()
+    rates: list[tuple[float, float]] = results.get()
+    hot.join()
+    return statistics.mean(rate for at, rate in rates if run.first + HOT_SECONDS < at < run.last)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ PEERS: Final = {
     "manager": "benchmarks.peers.manager:ManagerDict",
     "pipe": "benchmarks.peers.pipe:PicklePipe",
     "shared_memory": "benchmarks.peers.shared_memory:SharedMemoryBlocks",
+    "floor": "benchmarks.peers.floor:Floor",
 }
 
 
