@@ -175,7 +175,7 @@ class EntryWord(IntEnum):
     CONSTRUCT_NS = 9
     """Nanoseconds from creation to seal."""
     CHECK = 10
-    """Checksum of words 1 to 6, the generation, and whether the object is complete (see `shmplasma.table`)."""
+    """Checksum of words 1 to 6, the generation, and whether the object is complete (see `shmplasma.checks`)."""
     OWNER = 11
     """Slot + 1 that its creator lent, which says whose it is while it is CREATED."""
     KEEP = 12

@@ -50,7 +50,8 @@ from typing import Final, Self
 from shmplasma.control import Owner
 from shmplasma.layout import ALIGNMENT, BOARD_WORDS, REFERENCED, EntryState, Layout
 from shmplasma.pins import Boards
-from shmplasma.table import Remains, Table
+from shmplasma.remains import DeadTable, Remains
+from shmplasma.table import Table
 
 __all__ = ["Findings", "examine"]
 
@@ -143,12 +144,12 @@ def examine(
     -----
     O(n log n) in the number of entries that were ever used.
     """
-    table.take_over()
+    dead = table.take_over()
     finish_move()
-    remains = table.scan()
+    remains = dead.scan()
     findings = Findings(boards.recover())
     limits = layout.data, layout.data + layout.data_bytes
-    whole, spilled, going = _judge(limits, table, remains, boards, findings)
+    whole, spilled, going = _judge(limits, table, dead, remains, boards, findings)
     used = _Extents.of(remains, whole)
     if not (used.are_apart() and _have_own_ids(remains, whole, spilled)):
         gone = _conflicting(remains, whole, spilled)
@@ -167,7 +168,7 @@ def examine(
             if is_held and used.add(offset, offset + size):
                 findings.limbo.add(entry)
             else:
-                table.renew(entry)
+                dead.renew(entry)
     states, created = remains.states, findings.created
     sealed = [entry for entry in whole if entry not in created] if created else whole
     for entry in sealed:
@@ -179,7 +180,9 @@ def examine(
     findings.spilled = set(spilled)
     findings.referenced = _referenced(remains, findings, sealed + spilled)
     _find_copies(table, remains, findings, whole + spilled)
-    table.relink(whole + spilled, remains.object_ids, findings.limbo)
+    staying = whole + spilled
+    dead.relink(staying, remains.object_ids)
+    table.resume(staying, findings.limbo)
     findings.leases = _leases(findings.owners, used)
     for cursor, end in findings.leases.values():
         used.add(cursor, end)
@@ -242,7 +245,12 @@ class _Extents:
 
 
 def _judge(
-    limits: tuple[int, int], table: Table, remains: Remains, boards: Boards, findings: Findings
+    limits: tuple[int, int],
+    table: Table,
+    dead: DeadTable,
+    remains: Remains,
+    boards: Boards,
+    findings: Findings,
 ) -> tuple[list[int], list[int], list[int]]:
     """Separate what stays, in memory and in the external store, from what goes; note who creates what is unsealed."""
     whole: list[int] = []
@@ -259,7 +267,7 @@ def _judge(
                 (going if size else whole).append(entry)
         elif state == _SPILLED:
             (spilled if remains.containers.get(entry) else going).append(entry)
-        elif state == EntryState.CREATED and table.is_begun(entry):
+        elif state == EntryState.CREATED and dead.is_begun(entry):
             slot = table.owner(entry)
             creator = boards.owner(slot // BOARD_WORDS) if slot >= 0 else None
             if creator is not None and _is_plausible(limits, offset, size):

@@ -12,11 +12,9 @@ contract:
   miss an object; it never finds a wrong one, because it reads the state word before the id and again
   after its pin (`shmplasma.pins` owns that argument), and a miss only sends it to the store.
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
+* The checksum of an entry is written before the state that it goes with (`shmplasma.checks`).
 
-What a store that has died leaves behind is judged by CHECK: a checksum of id, codec, offset and
-sizes, begun with the generation and with whether the object is sealed.  It is written before the state that it
-goes with; so an entry of the state SEALED always has the checksum of a sealed object; one that was freed, or was
-never completed, or has a flipped bit, has not.
+A store that begins with the table of a dead one takes it over, and has it mended (`shmplasma.remains`).
 
 `Table.check` proves the structure.  Complexity: O(1) expected for each operation; no Python object is kept
 for an object of the store.
@@ -26,12 +24,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from operator import add
 from struct import Struct
 from typing import Final
 from zlib import crc32
 
+from shmplasma.checks import CHECKED_BYTES, PRESENT, check_seed, copy_check
 from shmplasma.layout import (
     ALIGNMENT,
     ENTRY_BYTES,
@@ -47,14 +44,13 @@ from shmplasma.layout import (
     mark_end,
     read_end,
 )
+from shmplasma.remains import DeadTable
 
-__all__ = ["NO_ENTRY", "Remains", "Table"]
+__all__ = ["NO_ENTRY", "Table"]
 
 NO_ENTRY: Final = -1
 
 _ID: Final = EntryWord.ID * 8
-_STATE: Final = int(EntryWord.STATE)
-_CODEC: Final = EntryWord.ID + 2
 _OFFSET: Final = int(EntryWord.OFFSET)
 _DATA_SIZE: Final = int(EntryWord.DATA_SIZE)
 _METADATA_SIZE: Final = int(EntryWord.METADATA_SIZE)
@@ -76,67 +72,9 @@ _SPILLED: Final = int(EntryState.SPILLED)
 
 _OBJECT: Final = Struct("@20sIQQQ")
 """Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
-_OBJECT_BYTES: Final = _OBJECT.size
 _RECORD: Final = Struct("@48sQQQQQQ24x")
 """All of an entry but its state: these, words 7 to 12, no other origin, and no copy in an external store."""
-_COPIED: Final = Struct("@24sQQQ")
-"""Words 1 to 3, 5, 6 and 14: what does not change when an object is moved or brought back."""
-_FIELDS: Final = Struct("@8x48s72x")
-"""Words 1 to 6 of a whole entry, in one piece."""
-_PAGE_BYTES: Final = 4096
-_NO_HEADS: Final = bytes(_PAGE_BYTES)
-_PRESENT: Final = 1 << 32
-"""Keeps the checksum of whatever from being 0, which an entry has that was never used."""
 _ALL_ONES: Final = (1 << 64) - 1
-
-
-def _copy_check(fields: bytes | memoryview, data_size: int, metadata_size: int, copy: int) -> int:
-    """Return the checksum of where a copy is."""
-    return _PRESENT | crc32(_COPIED.pack(bytes(fields[:24]), data_size, metadata_size, copy))
-
-
-def _seed(generation: int, sealed: bool) -> int:
-    """Return what a checksum begins with."""
-    return (generation << 1 | sealed) & 0xFFFF_FFFF
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """What a store that has died left in its entries; believed only as far as the verdicts go.
-
-    Each list has an item for each entry that was ever used.  Columns can be filled and compared in bulk, which
-    is five times as fast as an object an entry.
-
-    Attributes
-    ----------
-    states : list of int
-        The `EntryState` of each.
-    complete : list of bool
-        Whether its checksum says that it is a sealed object; so does a FREE one's that was about to be.
-    object_ids : list of bytes
-        20 bytes each.
-    codecs : list of int
-        How the object is encoded.
-    offsets, extents : list of int
-        Where data and metadata begin, and how many bytes they take, in whole lines of `ALIGNMENT`.
-    sealed_ns : list of int
-        When it was sealed, or created.
-    keeps : list of int
-        Not zero if it is never to be evicted.
-    containers : dict
-        Of those whose entry speaks of a copy: which container of the external store has it, or 0 if that is
-        damaged.
-    """
-
-    states: list[int]
-    complete: list[bool]
-    object_ids: list[bytes]
-    codecs: list[int]
-    offsets: list[int]
-    extents: list[int]
-    sealed_ns: list[int]
-    keeps: list[int]
-    containers: dict[int, int]
 
 
 class Table:
@@ -238,6 +176,10 @@ class Table:
         """Tell whether the object is never to be evicted."""
         return bool(self._words[self._entries_word + entry * ENTRY_WORDS + _KEEP])
 
+    def owner(self, entry: int) -> int:
+        """Return the slot of the object's creator, -1 where there is none."""
+        return int(self._words[self._entries_word + entry * ENTRY_WORDS + _OWNER]) - 1
+
     @property
     def end(self) -> int:
         """The index above all entries that were ever used."""
@@ -320,7 +262,7 @@ class Table:
         generation = words[at] >> GENERATION_SHIFT
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
         fields = _OBJECT.pack(object_id, codec, offset, data_size, metadata_size)
-        check = _PRESENT | crc32(fields, _seed(generation, state == _SEALED))
+        check = PRESENT | crc32(fields, check_seed(generation, state == _SEALED))
         self._raw[at * 8 + 8 : at * 8 + 128] = _RECORD.pack(
             fields, words[bucket], now_ns, 0, check, owner, _ALL_ONES if keep else 0
         )
@@ -348,8 +290,8 @@ class Table:
         words = self._words
         words[at + _CONSTRUCT_NS] = max(0, now_ns - words[at + _CREATED_NS])
         generation = words[at] >> GENERATION_SHIFT
-        fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
-        words[at + _CHECK] = _PRESENT | crc32(fields, _seed(generation, sealed=True))
+        fields = self._raw[at * 8 + 8 : at * 8 + 8 + CHECKED_BYTES]
+        words[at + _CHECK] = PRESENT | crc32(fields, check_seed(generation, sealed=True))
         words[at] = generation << GENERATION_SHIFT | _SEALED
 
     # -- copies in the external store ----------------------------------------------------------
@@ -368,7 +310,7 @@ class Table:
         if container:
             fields = self._raw[at * 8 + 8 : at * 8 + 32]
             sizes = words[at + _DATA_SIZE], words[at + _METADATA_SIZE]
-            words[at + _COPY_CHECK] = _copy_check(fields, *sizes, copy)
+            words[at + _COPY_CHECK] = copy_check(fields, *sizes, copy)
             words[at + _COPY] = copy
 
     def identity(self, entry: int) -> bytes:
@@ -388,8 +330,8 @@ class Table:
             words[at + _ORIGIN] = words[at + _OFFSET]
         words[at + _OFFSET] = offset
         generation = (words[at] >> GENERATION_SHIFT) + 1
-        fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
-        words[at + _CHECK] = _PRESENT | crc32(fields, _seed(generation, sealed=True))
+        fields = self._raw[at * 8 + 8 : at * 8 + 8 + CHECKED_BYTES]
+        words[at + _CHECK] = PRESENT | crc32(fields, check_seed(generation, sealed=True))
         words[at] = generation << GENERATION_SHIFT | _SEALED
 
     # -- leaving -------------------------------------------------------------------------------
@@ -440,17 +382,18 @@ class Table:
 
     # -- recovering ----------------------------------------------------------------------------
 
-    def take_over(self) -> int:
-        """Take over the table of a store that has died, still without its objects; return its size.
+    def take_over(self) -> DeadTable:
+        """Take over the table of a store that has died, still without its objects.
+
+        Returns
+        -------
+        DeadTable
+            Says what is in it, and mends it; `resume` is to follow.
 
         Raises
         ------
         CommitError
             Its memory cannot be had.
-
-        Notes
-        -----
-        `scan` says what is in it, and `relink` ends it.
         """
         layout = self._layout
         end = read_end(self._words, HeaderWord.ENTRIES_END, layout.n_entries)
@@ -459,120 +402,13 @@ class Table:
             self._commit(layout.visited, end)
         mark_end(self._words, HeaderWord.ENTRIES_END, end)
         self._committed = self._used_once = end
-        return end
+        return DeadTable(layout, self._words, self._raw, end)
 
-    def scan(self) -> Remains:
-        """Return what is left in the entries; O(entries), 1 us each."""
-        start = self._layout.entries
-        region = bytes(self._raw[start : start + self._used_once * ENTRY_BYTES])
-        words = memoryview(region).cast("Q")
-
-        def column(word: int) -> list[int]:
-            return words[word::ENTRY_WORDS].tolist()
-
-        state_words = column(_STATE)
-        fields = [each for (each,) in _FIELDS.iter_unpack(region)]
-        seeds = [word >> GENERATION_SHIFT << 1 & 0xFFFF_FFFF | 1 for word in state_words]
-        checksums = map(crc32, fields, seeds)
-        data_sizes, metadata_sizes = column(_DATA_SIZE), column(_METADATA_SIZE)
-        containers: dict[int, int] = {}
-        copies = column(_COPY)
-        for entry, copy in enumerate(copies if any(copies) else ()):
-            if copy:
-                sizes = data_sizes[entry], metadata_sizes[entry]
-                check = words[entry * ENTRY_WORDS + _COPY_CHECK]
-                is_whole = check == _copy_check(fields[entry], *sizes, copy)
-                containers[entry] = copy >> 32 if is_whole else 0
-        return Remains(
-            [word & STATE_MASK for word in state_words],
-            [check == _PRESENT | crc for check, crc in zip(column(_CHECK), checksums, strict=True)],
-            [each[:ID_BYTES] for each in fields],
-            [word >> 32 for word in column(_CODEC)],
-            column(_OFFSET),
-            [
-                data_size + metadata_size + ALIGNMENT - 1 & -ALIGNMENT
-                for data_size, metadata_size in zip(data_sizes, metadata_sizes, strict=True)
-            ],
-            list(map(add, column(_CREATED_NS), column(_CONSTRUCT_NS))),
-            column(_KEEP),
-            containers,
-        )
-
-    def is_begun(self, entry: int) -> bool:
-        """Tell whether the checksum says that this is an object which is not sealed."""
-        at = self._entries_word + entry * ENTRY_WORDS
-        words = self._words
-        seed = _seed(words[at] >> GENERATION_SHIFT, sealed=False)
-        fields = self._raw[at * 8 + 8 : at * 8 + 8 + _OBJECT_BYTES]
-        return bool(words[at + _CHECK] == _PRESENT | crc32(fields, seed))
-
-    def owner(self, entry: int) -> int:
-        """Return the slot of the object's creator, -1 where there is none."""
-        return int(self._words[self._entries_word + entry * ENTRY_WORDS + _OWNER]) - 1
-
-    def relink(self, entries: Sequence[int], object_ids: Sequence[bytes], limbo: set[int]) -> None:
-        """Make the objects of these entries those that can be found; all others but those in limbo are free.
-
-        Parameters
-        ----------
-        entries : sequence of int
-            Whose ids differ.
-        object_ids : sequence of bytes
-            The id that each entry of the table has, or had.
-        limbo : set of int
-            Entries that are in no chain and not free.
-
-        Notes
-        -----
-        O(entries), and a copy and a comparison of the buckets.  Readers may be under way.  A chain that is
-        right already is not touched, so that they go on finding what is in it; in one that is written anew
-        they may miss something for a moment, or go round in it, which they notice, and they ask the store.
-        """
-        words, mask, end = self._words, self._mask, self._used_once
-        first = self._entries_word
-        following = words[first + _NEXT : first + end * ENTRY_WORDS : ENTRY_WORDS].tolist()
-        start = self._buckets_word * 8
-        strays = bytearray(self._raw[start : start + (mask + 1) * 8])
-        heads = memoryview(strays).cast("Q")
-        buckets = [crc32(object_ids[entry]) & mask for entry in entries]
-        self._linked = len(buckets)
-        missing = dict(zip(entries, buckets, strict=True))
-        wrong: set[int] = set()
-        for bucket in set(buckets):
-            head, heads[bucket] = heads[bucket], 0
-            while head:
-                # One that was passed already is not missing any more, so nothing leads round for ever.
-                if missing.pop(head - 1, NO_ENTRY) != bucket:
-                    wrong.add(bucket)
-                    break
-                head = following[head - 1]
-        wrong.update(missing.values())
-        chains: dict[int, list[int]] = {bucket: [] for bucket in wrong}
-        if wrong:
-            for entry, bucket in zip(entries, buckets, strict=True):
-                if bucket in wrong:
-                    chains[bucket].append(entry)
-        # Most of the buckets may be empty, hence are to be looked at by the page.
-        for at in range(0, len(strays), _PAGE_BYTES):
-            if strays[at : at + _PAGE_BYTES] != _NO_HEADS:
-                page = heads[at // 8 : (at + _PAGE_BYTES) // 8].tolist()
-                chains.update((bucket, []) for bucket, head in enumerate(page, at // 8) if head)
-        for bucket, chain in chains.items():
-            words[self._buckets_word + bucket] = 0
-            head = 0
-            for entry in chain:
-                words[first + entry * ENTRY_WORDS + _NEXT] = head
-                head = entry + 1
-            words[self._buckets_word + bucket] = head
+    def resume(self, entries: Sequence[int], limbo: set[int]) -> None:
+        """Go on with a table that is mended: these entries are in its chains, those in limbo in none, all others are free."""
+        self._linked = len(entries)
         taken = limbo.union(entries)
-        self._free = array("I", [e for e in range(end - 1, -1, -1) if e not in taken])
-
-    def renew(self, entry: int) -> None:
-        """Free an entry that is in no chain, under a new generation; `relink` puts it on the free list."""
-        at = self._entries_word + entry * ENTRY_WORDS
-        generation = (self._words[at] >> GENERATION_SHIFT) + 1
-        # A damaged one may be the last that there is.
-        self._words[at] = generation << GENERATION_SHIFT & _ALL_ONES
+        self._free = array("I", [e for e in range(self._used_once - 1, -1, -1) if e not in taken])
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from shmplasma.layout import STAGE_BYTES, EntryState, HeaderWord, Layout, align_up
 from shmplasma.moves import Moves
+from shmplasma.remains import DeadTable
 from shmplasma.table import Table
 from tests.conversation import RecordedMemory, name, new_segment
 from tests.crash.damage import Clock, Death, Dying
@@ -61,21 +62,21 @@ class Shelf:
             for _ in self.moves.slide(self.entry, target):
                 assert self.table.state(self.entry) == EntryState.MOVING
 
-    def recover(self) -> Table:
-        """Return the table of another store, which has carried on with the move."""
+    def recover(self) -> DeadTable:
+        """Return the table as another store finds it, which has carried on with the move."""
         table = Table(self.layout, self.words, self.raw, self.commit)
-        table.take_over()
+        dead = table.take_over()
         self.new_moves(table).finish()
-        return table
+        return dead
 
     def read(self) -> bytes:
         """Return what lies where the table says."""
         offset, data_size, metadata_size = self.table.location(self.entry)
         return bytes(self.raw[offset : offset + data_size + metadata_size])
 
-    def is_whole(self, table: Table) -> bool:
+    def is_whole(self, dead: DeadTable) -> bool:
         """Tell whether a successor finds the object, complete and with its bytes."""
-        return table.scan().complete[self.entry] and self.read() == self.content
+        return dead.scan().complete[self.entry] and self.read() == self.content
 
 
 MOVES = [
@@ -160,9 +161,9 @@ def test_a_damaged_journal_moves_nothing(word: int, n_pieces: int) -> None:
             next(slide)
         shelf.words[word] ^= 1 << bit
         before = bytes(shelf.raw[shelf.layout.data + 20_000 :])
-        table = shelf.recover()
-        assert not table.scan().complete[shelf.entry]
-        assert not table.is_begun(shelf.entry)
+        dead = shelf.recover()
+        assert not dead.scan().complete[shelf.entry]
+        assert not dead.is_begun(shelf.entry)
         assert bytes(shelf.raw[shelf.layout.data + 20_000 :]) == before
 
 
