@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from shmplasma.denials import Refused
 from shmplasma.errors import ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
 from shmplasma.greeting import Session
-from shmplasma.lifecycle import Lifecycle, Refused
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY

@@ -7,7 +7,7 @@ gigabytes.
 
 While anybody waits for room
 
-* whoever lets go of a pin wakes the store (`shmplasma.lifecycle` has the WAKE word);
+* whoever lets go of a pin wakes the store (`shmplasma.releases` has the WAKE word);
 * leases are recalled, and none is granted;
 * the loop calls `Creations.offer` in each turn: any message may have made room, and it costs little to look;
 * while objects are moved it is offered only what is there already: the rest is in use twice, and comes together.
@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shmplasma.denials import NoRoom, Refused
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.greeting import Session
-from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
@@ -187,7 +188,7 @@ class Creations:
         )
         self._queue.join(creator)
         session.lent.add(request.slot)
-        self._objects.await_room(wanted=True)
+        self._objects.releases.await_room(wanted=True)
 
     def _left(self, creator: Creator) -> None:
         """Take note that a creator has left the queue, or is about to."""
@@ -264,7 +265,7 @@ class Creations:
 
     def _note_who_left(self) -> None:
         """Take note that the queue may be empty now: then nothing is moved for anybody in it."""
-        self._objects.await_room(wanted=self.await_room)
+        self._objects.releases.await_room(wanted=self.await_room)
         if not self.await_room:
             self._room.mover.cancel()
 

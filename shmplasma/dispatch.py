@@ -186,7 +186,7 @@ class Dispatch:
                 self._publishing.recall()
                 self._outgoing.reply(client, request_id, _DONE)
             case Trim():
-                self._objects.wake()  # what was released meanwhile goes as well
+                self._objects.releases.wake()  # what was released meanwhile goes as well
                 self._trims.ask(client, request_id)
             case Grow():
                 self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))

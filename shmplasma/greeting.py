@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from shmplasma.denials import NoRoom, Refused
 from shmplasma.effects import Adopt, Descriptor, HandOver
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.layout import BOARD_BYTES, Layout
-from shmplasma.lifecycle import NoRoom, Refused
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import PROTOCOL_VERSION

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from shmplasma.answers import Answers
+from shmplasma.denials import NoRoom
 from shmplasma.gets import PendingGet
-from shmplasma.lifecycle import Lifecycle, NoRoom
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.refusals import Refusals
 from shmplasma.replies import Failed, Failure
 from shmplasma.spilling import Job, Read, Write
@@ -62,7 +63,7 @@ class Jobs:
         assert spilling is not None, "a job for no external store"
         if isinstance(job, Write):
             spilling.wrote(job, places, failure)
-            self._objects.wake()  # what was deleted meanwhile goes
+            self._objects.releases.wake()  # what was deleted meanwhile goes
         elif isinstance(job, Read):
             entry = job.part.entry
             if spilling.was_read(job, failure):

@@ -10,73 +10,28 @@ r"""The life of an object: create, seal, abort, delete, evict.
 Invariants
 ----------
 * An unsealed object has exactly one creator, a connected client; only that one may seal or abort it.
-* A doomed object is sealed and was pinned: the store still gives it to readers, its id is taken, and it goes
-  at the last release.  Its state is one that readers do not know, so that they ask the store, which looks
-  first whether the last release has come.
-* A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
-  not free.
+* What is deleted or aborted while somebody holds it is left to `shmplasma.releases`, until it goes at the last release.
 * What a lease covers beyond its cursor is used space without an object (see `shmplasma.publishing`).
-* While anything is doomed or in limbo, or anybody waits for room, the header's WAKE word is set, so that the
-  release of a pin wakes the store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
-  barrier is seen by this reading, one after it sees the word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from shmplasma.denials import NoRoom, Refused, existing
 from shmplasma.errors import CommitError
-from shmplasma.layout import EntryState, HeaderWord, Layout
+from shmplasma.layout import EntryState, Layout
 from shmplasma.leases import Leases
 from shmplasma.pins import Boards
 from shmplasma.recovery import Findings, examine
+from shmplasma.releases import Releases
 from shmplasma.replies import Failed, Failure
 from shmplasma.requests import Create
 from shmplasma.room import Memory, Room
 from shmplasma.spilling import Spilling
 from shmplasma.table import NO_ENTRY, Table
 
-__all__ = ["Lifecycle", "NoRoom", "Refused", "existing"]
-
-
-class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
-    """A request that cannot be granted; carries the reply."""
-
-    def __init__(self, failed: Failed) -> None:
-        super().__init__(failed.text)
-        self.failed = failed
-
-
-class NoRoom(Exception):  # noqa: N818 - as `Refused`
-    """There is no room for a request; `shmplasma.refusals` has the words for it.
-
-    Attributes
-    ----------
-    requested_bytes : int
-        What was asked for.
-    text : str
-        The reason, if it is another than that the store is full.
-    may_come : bool
-        Whether there may be room when others let go of some.
-    limit_bytes, held_bytes : int
-        The client's limit and what it holds, if that is the reason; else 0.
-    """
-
-    def __init__(
-        self,
-        requested_bytes: int,
-        text: str = "",
-        *,
-        may_come: bool = False,
-        limit_bytes: int = 0,
-        held_bytes: int = 0,
-    ) -> None:
-        super().__init__(text)
-        self.requested_bytes = requested_bytes
-        self.text = text
-        self.may_come = may_come
-        self.limit_bytes = limit_bytes
-        self.held_bytes = held_bytes
+__all__ = ["Lifecycle"]
 
 
 class Lifecycle:
@@ -94,6 +49,15 @@ class Lifecycle:
         Issues barriers.
     gone : callable
         ``gone(object_id)`` is told of each sealed object that leaves.
+
+    Attributes
+    ----------
+    releases : Releases
+        What waits for a release.
+    spilling : Spilling or None
+        Where objects go instead, if there is an external store.
+    evictions : int
+        How many objects were evicted.
     """
 
     def __init__(
@@ -108,7 +72,6 @@ class Lifecycle:
         gone: Callable[[bytes], None],
     ) -> None:
         self._layout = layout
-        self._words = words
         self._table = table
         self._boards = boards
         self._room = room
@@ -118,13 +81,13 @@ class Lifecycle:
         self._leases = leases
         self._creators: dict[int, int] = {}
         self._unsealed: dict[int, set[int]] = {}
-        self._doomed: set[int] = set()
-        self._limbo: set[int] = set()
         self._recovered: set[int] = set()
-        self._room_is_awaited = False
+        self.releases = Releases(words, table, boards, room, memory, gone)
+        # Its sets, which are looked at with each put.
+        self._doomed = self.releases.doomed
+        self._limbo = self.releases.limbo
         self.evictions = 0
         self.spilling: Spilling | None = None
-        """Where objects go instead, if there is an external store."""
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -140,7 +103,7 @@ class Lifecycle:
         if state == EntryState.DOOMED:
             # What comes by message may be faster than the wake-up.  Others stay as they were found.
             if not self._boards.is_pinned(entry):
-                self._take({entry})
+                self.releases.take({entry})
             return entry if self._table.find(object_id) == entry else NO_ENTRY
         return entry if state == EntryState.SEALED else NO_ENTRY
 
@@ -187,11 +150,6 @@ class Lifecycle:
     def kept_bytes(self) -> int:
         """Bytes of sealed objects that are never evicted."""
         return self.bytes_of(self._room.kept)
-
-    @property
-    def awaits_release(self) -> int:
-        """How many entries wait for somebody to let go of them."""
-        return len(self._doomed) + len(self._limbo)
 
     # -- create ------------------------------------------------------------------------
 
@@ -251,7 +209,7 @@ class Lifecycle:
     def _allocate(self, size_bytes: int) -> int | None:
         """Find an extent, evicting what is needed when what was released meanwhile has gone."""
         if self._doomed or self._limbo:
-            self.wake()
+            self.releases.wake()
         offset, evicted = self._room.allocate(size_bytes)
         if evicted:
             self.note_evicted(evicted)
@@ -349,8 +307,7 @@ class Lifecycle:
         self._table.set_state(entry, EntryState.EVICTING)
         self._table.unlink(entry)
         if self._boards.is_pinned(entry):
-            self._limbo.add(entry)
-            self._await_release()
+            self.releases.leave(entry)
         else:
             self._room.free(entry)
 
@@ -369,15 +326,12 @@ class Lifecycle:
         # Each is looked for once: it might have gone at the second time.
         object_ids = dict.fromkeys(object_ids)
         entries = {self.find_sealed(object_id) for object_id in object_ids} - {NO_ENTRY}
-        self._take(entries)
+        self.releases.take(entries)
         for object_id in object_ids:
             if (spilled := self.find_spilled(object_id)) != NO_ENTRY:
                 self._drop(spilled)
         if entries:
-            for entry in entries:
-                self._table.set_state(entry, EntryState.DOOMED)
-            self._doomed |= entries
-            self._await_release()
+            self.releases.doom(entries)
 
     def _drop(self, entry: int) -> None:
         """Delete an object that is in the external store alone."""
@@ -416,65 +370,13 @@ class Lifecycle:
         self.note_evicted(evicted)
         return freed
 
-    def wake(self) -> None:
-        """Let go what waited for a release and is pinned no more."""
-        if not self.awaits_release:
-            return
-        pinned = self._boards.pinned()
-        self._take(self._doomed - pinned)
-        for entry in self._limbo - pinned:
-            self._limbo.remove(entry)
-            self._room.free(entry)
-        self._lower_wake_word()
-
-    def await_room(self, *, wanted: bool) -> None:
-        """Say whether somebody waits for room, so that releases wake the store.
-
-        Room has to be looked for once more after this: see the WAKE word.
-        """
-        if wanted != self._room_is_awaited:
-            self._room_is_awaited = wanted
-            if wanted:
-                self._words[HeaderWord.WAKE] = 1
-                self._memory.barrier()
-            else:
-                self._lower_wake_word()
-
-    @property
-    def is_to_be_woken(self) -> bool:
-        """Whether releases have to wake the store."""
-        return self._room_is_awaited or self.awaits_release > 0
-
-    def _await_release(self) -> None:
-        self._words[HeaderWord.WAKE] = 1
-        self._memory.barrier()
-        self.wake()
-
-    def _lower_wake_word(self) -> None:
-        if not self.is_to_be_woken:
-            self._words[HeaderWord.WAKE] = 0
-
-    def _take(self, entries: set[int]) -> None:
-        """Remove those of these objects that nobody pins, from the store and from the set."""
-        for entry in self._room.take(list(entries)) if entries else ():
-            entries.discard(entry)
-            self._gone(self._table.object_id(entry))
-        self._forget_doomed()
-
     def note_evicted(self, object_ids: Iterable[bytes]) -> None:
         """Take note of objects that were evicted, and tell of them."""
         for object_id in object_ids:
             self.evictions += 1
             if self.spilling is None:
                 self._gone(object_id)
-        self._forget_doomed()
-
-    def _forget_doomed(self) -> None:
-        """Take note of doomed objects that have gone, by whatever way; before their entries are used again."""
-        if self._doomed:
-            state = self._table.state
-            self._doomed = {entry for entry in self._doomed if state(entry) == EntryState.DOOMED}
-            self._lower_wake_word()
+        self.releases.note_gone()
 
     # -- recovering ----------------------------------------------------------------------------
 
@@ -505,12 +407,7 @@ class Lifecycle:
         self._recovered = set(found.created)
         if self.spilling is not None:
             self.spilling.recover(found.copies, found.spilled)
-        self._doomed, self._limbo = found.doomed, found.limbo
-        if self.awaits_release:
-            self._await_release()
-            self.wake()
-        else:
-            self._lower_wake_word()
+        self.releases.recover(found.doomed, found.limbo)
         return found
 
     # -- proof ---------------------------------------------------------------------------------
@@ -528,18 +425,6 @@ class Lifecycle:
         for entry in range(self._table.end):
             created = state(entry) == EntryState.CREATED
             assert created == (entry in unsealed), f"entry {entry} has no creator or is not CREATED"
-            limbo = state(entry) == EntryState.EVICTING
-            assert limbo == (entry in self._limbo), f"entry {entry} is being taken for ever"
-        for entry in range(self._table.end):
-            doomed = state(entry) == EntryState.DOOMED
-            assert doomed == (entry in self._doomed), f"entry {entry} is doomed for ever"
+        self.releases.check()
         if self.spilling is not None:
             self.spilling.check()
-        waits = self.is_to_be_woken
-        assert self._words[HeaderWord.WAKE] == waits, "nobody will wake the store, or for nothing"
-
-
-def existing(object_id: bytes) -> Refused:
-    """Return the refusal of an id that is taken."""
-    text = f"object {object_id.hex()} exists already; use another id or delete it first"
-    return Refused(Failed(Failure.EXISTS, text))

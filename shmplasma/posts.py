@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from shmplasma.control import Control
+from shmplasma.denials import Refused
 from shmplasma.effects import Drop
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
-from shmplasma.lifecycle import Refused
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import Outgoing
 from shmplasma.protocol import ONE_WAY

@@ -29,10 +29,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from shmplasma.denials import existing
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
-from shmplasma.lifecycle import Lifecycle, existing
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.replies import Leased
 from shmplasma.requests import Publish
 from shmplasma.room import Memory, Room
@@ -89,7 +90,7 @@ class Publishing:
             if not self._table.prepare(leases.objects_left + leases.objects_for(size)):
                 return none
             if room.largest_bytes < smallest:
-                self._objects.wake()  # nothing goes for want of what was released meanwhile
+                self._objects.releases.wake()  # nothing goes for want of what was released meanwhile
                 smallest = align_up(max(MIN_LEASE_BYTES, needed_bytes), ALIGNMENT)
                 lacks_room = self._is_full or room.largest_bytes < align_up(needed_bytes, ALIGNMENT)
                 if lacks_room and room.free_bytes < _SCATTERED_LEASES * size:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sized
 from typing import Final
 
+from shmplasma.denials import NoRoom
 from shmplasma.errors import Holder
 from shmplasma.greeting import Session
 from shmplasma.layout import Layout
-from shmplasma.lifecycle import Lifecycle, NoRoom
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.pins import Boards
 from shmplasma.replies import Failed, Failure
 from shmplasma.reports import printable

@@ -94,7 +94,7 @@ def describe(
             f"kept bytes: {objects.kept_bytes}",
             f"objects: {len(table)}",
             f"pinned objects: {len(held)}",
-            f"objects that wait for a release: {objects.awaits_release}",
+            f"objects that wait for a release: {objects.releases.n_waiting}",
             f"requests that wait for room: {n_waiting}",
             f"referenced objects: {len(references)}",
             f"references: {references.n_holds}",

@@ -29,6 +29,7 @@ from shmplasma.answers import Answers
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.control import Control
 from shmplasma.creations import Creations, Creator
+from shmplasma.denials import NoRoom, Refused
 from shmplasma.dispatch import Dispatch, Unsettled
 from shmplasma.effects import Drop, Effect
 from shmplasma.errors import ProtocolError
@@ -38,7 +39,7 @@ from shmplasma.jobs import Jobs
 from shmplasma.layout import Layout
 from shmplasma.leases import Leases
 from shmplasma.ledger import Ledger
-from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.moves import Moves
 from shmplasma.outbox import Polling
 from shmplasma.outgoing import NOTHING, Outgoing
@@ -471,7 +472,7 @@ class ObjectStore:
 
     def wake(self) -> Sequence[Effect]:
         """Let go what waited for a release and is pinned no more."""
-        self._objects.wake()
+        self._objects.releases.wake()
         if self._objects.spilling is not None:
             self._objects.spilling.look_again()
         return self._outgoing.take()
@@ -552,7 +553,7 @@ class ObjectStore:
     @property
     def may_miss_a_release(self) -> bool:
         """Whether something waits for a release which may not wake the store."""
-        if not self._objects.is_to_be_woken:
+        if not self._objects.releases.are_awaited:
             return False
         if self._publishing.are_recalled:  # a lease that comes to rest says nothing
             return True

@@ -2,7 +2,7 @@
 
 Each model repeats the steps of the code: `shmplasma.reader` and `shmplasma.room` (pin and take), `shmplasma.reader` and
 `shmplasma.mover` (pin and move),
-`shmplasma.leasing` and `shmplasma.leases` (lease and recall), `shmplasma.pinning` and `shmplasma.lifecycle` (the
+`shmplasma.leasing` and `shmplasma.leases` (lease and recall), `shmplasma.pinning` and `shmplasma.releases` (the
 wake word), `shmplasma.outbox` (polling).  The bounds are those of `explore`'s arguments.  Each model has twins in which one step is left out or
 two are swapped: that the explorer finds what is then wrong shows that it would find it in the original.
 
@@ -751,7 +751,7 @@ def release(case: Wake, pin: str) -> Program:
 
 
 def wait_for_release(case: Wake) -> Program:
-    """Raise WAKE, let a barrier pass, and read the boards: `Lifecycle._await_release`."""
+    """Raise WAKE, let a barrier pass, and read the boards: `Releases._await`."""
     if case.flag_first:
         yield Store("wake", 1)
         if case.barrier:
@@ -765,7 +765,7 @@ def wait_for_release(case: Wake) -> Program:
 
 
 def scan(case: Wake) -> Program:
-    """Read the boards: `Lifecycle.wake`."""
+    """Read the boards: `Releases.wake`."""
     for client in range(case.clients):
         if (yield Load(f"pin {client}")):
             return Stage(sleep, (case,))

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from shmplasma.control import Control
+from shmplasma.denials import NoRoom, Refused
 from shmplasma.layout import BOARD_WORDS, EntryState, HeaderWord, Layout
 from shmplasma.leases import Leases
-from shmplasma.lifecycle import Lifecycle, NoRoom, Refused
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.moves import Moves
 from shmplasma.pins import Boards, slots_of
 from shmplasma.replies import Failure
@@ -146,7 +147,7 @@ def test_an_id_is_taken_as_long_as_its_object_can_be_found(house: Household) -> 
     house.objects.delete([name(1)])
     assert refusal() is Failure.EXISTS
     house.release(slot)
-    house.objects.wake()
+    house.objects.releases.wake()
     house.create(1, client=BOB)
     house.objects.check()
 
@@ -180,12 +181,16 @@ def test_an_aborted_object_keeps_its_room_until_the_writer_lets_go(house: Househ
     house.objects.abort(ALICE, name(1))
     house.objects.check()
     assert house.table.find(name(1)) == NO_ENTRY
-    assert (house.room.free_bytes, house.objects.awaits_release, house.wake_word) == (64, 1, 1)
+    assert (house.room.free_bytes, house.objects.releases.n_waiting, house.wake_word) == (64, 1, 1)
     house.create(1, 64, BOB)
     assert house.no_room(lambda: house.create(2)).may_come
     house.release(slot)
-    house.objects.wake()
-    assert (house.room.free_bytes, house.objects.awaits_release, house.wake_word) == (4032, 0, 0)
+    house.objects.releases.wake()
+    assert (house.room.free_bytes, house.objects.releases.n_waiting, house.wake_word) == (
+        4032,
+        0,
+        0,
+    )
     assert house.gone == []
     house.objects.check()
 
@@ -307,7 +312,7 @@ def test_a_pinned_object_goes_at_its_last_release(house: Household) -> None:
         assert house.wake_word == 1
         house.objects.check()
         house.release(slot)
-        house.objects.wake()
+        house.objects.releases.wake()
     assert (house.sealed(), house.gone, house.wake_word) == ([], [name(1)], 0)
     house.objects.check()
 
@@ -340,7 +345,7 @@ def test_a_doomed_object_that_was_released_can_be_evicted(house: Household) -> N
     house.release(slot)
     assert house.objects.evict(1 << 40) == 128
     assert sorted(house.gone) == [name(1), name(2)]
-    house.objects.wake()
+    house.objects.releases.wake()
     house.objects.check()
     assert sorted(house.gone) == [name(1), name(2)]
     assert house.wake_word == 0
@@ -357,7 +362,7 @@ def test_no_delete_mark_outlives_its_object(house: Household, is_sealed: bool) -
     if is_sealed:
         house.objects.seal(ALICE, name(2), 1)
     house.release(slot)
-    house.objects.wake()
+    house.objects.releases.wake()
     house.objects.check()
     assert house.gone == [name(1)]
     assert house.table.find(name(2)) != NO_ENTRY
@@ -369,12 +374,12 @@ def test_a_second_delete_after_the_release_ends_the_wait(house: Household) -> No
     slot = house.pin(1)
     house.objects.delete([name(1)])
     house.objects.delete([name(1)])
-    assert house.objects.awaits_release == 1
+    assert house.objects.releases.n_waiting == 1
     house.release(slot)
     house.objects.delete([name(1)])
     assert house.gone == [name(1)]
-    assert house.objects.awaits_release == 0
-    house.objects.wake()
+    assert house.objects.releases.n_waiting == 0
+    house.objects.releases.wake()
     assert house.wake_word == 0
     house.objects.check()
 
@@ -387,10 +392,10 @@ def test_the_wake_word_stays_while_anything_waits(house: Household) -> None:
     house.objects.delete([name(1), name(2)])
     house.objects.abort(ALICE, name(3))
     for waiting, slot in zip((3, 2, 1), slots, strict=True):
-        assert house.objects.awaits_release == waiting
+        assert house.objects.releases.n_waiting == waiting
         assert house.wake_word == 1
         house.release(slot)
-        house.objects.wake()
+        house.objects.releases.wake()
         house.objects.check()
     assert house.wake_word == 0
 
@@ -459,7 +464,7 @@ def forget_creators(house: Household) -> None:
 DAMAGES: dict[str, Callable[[Household], object]] = {
     "creators and their unsealed": lambda h: h.objects._creators.clear(),
     "has no creator": forget_creators,
-    "being taken for ever": lambda h: h.objects._limbo.clear(),
+    "being taken for ever": lambda h: h.objects.releases.limbo.clear(),
     "nobody will wake": lambda h: h.words.__setitem__(HeaderWord.WAKE, 0),
 }
 
@@ -480,7 +485,7 @@ def test_the_proof_fails_for_a_doomed_object_that_has_gone(house: Household) -> 
     """Only what is sealed can be doomed."""
     house.create(1)
     house.objects.check()
-    house.objects._doomed.add(0)
+    house.objects.releases.doomed.add(0)
     house.words[HeaderWord.WAKE] = 1
     assert house.table.state(0) == EntryState.CREATED
     with pytest.raises(AssertionError):
