@@ -7,13 +7,14 @@ on something not being there, and `shmplasma.store` comes back with it when all 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, assert_never
 
 from shmplasma.answers import Answers
 from shmplasma.creations import Creations
 from shmplasma.effects import Descriptor
 from shmplasma.errors import ProtocolError
+from shmplasma.gets import PendingGet
 from shmplasma.greeting import Greeter, Session
 from shmplasma.layout import REFERENCED, Layout
 from shmplasma.ledger import Ledger
@@ -249,6 +250,13 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Text(self.describe()))
             case _:
                 raise AssertionError(f"{request} is answered at once")
+
+    def answer_later(self, gets: Iterable[PendingGet]) -> None:
+        """Have gets that do not wait any more answered once all outboxes are read."""
+        self.unsettled += [
+            (get.client, get.request_id, get.request, 0)  # whose answer asks for no time
+            for get in gets
+        ]
 
     def _spills_for(self, size_bytes: int) -> bool:
         """Tell whether objects are being written to the external store so that so many bytes can be evicted."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from shmplasma.control import Owner
 from shmplasma.denials import NoRoom, Refused
 from shmplasma.effects import Adopt, Descriptor, HandOver
 from shmplasma.errors import CommitError, ProtocolError
@@ -141,6 +143,19 @@ class Greeter:
         self._outgoing.reply(client, request_id, self._welcome(session), descriptor)
         if hello.role is Role.SUBSCRIBER:
             self._outgoing.replay(client, self._table)
+
+    def expect(self, owners: Mapping[int, Owner], now_ns: int) -> None:
+        """Await the clients of a store that has died; they are known by the numbers of their first boards."""
+        for board, owner in owners.items():
+            session = Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
+            session.board, session.awaited = board, True
+            session.connected_ns, session.limit_bytes = now_ns, self.limit_bytes
+            self.sessions[board] = session
+
+    @property
+    def expects_somebody(self) -> bool:
+        """Whether a client is still awaited."""
+        return any(session.awaited for session in self.sessions.values())
 
     def resume(self, session: Session) -> int:
         """Let a client go on with all that it has over the connection that claims it; return its number.

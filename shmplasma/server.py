@@ -28,6 +28,7 @@ from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Send
 from shmplasma.errors import CommitError, ExternalStoreError, ProtocolError
 from shmplasma.exits import Exits, close_descriptor
+from shmplasma.parts import Parts
 from shmplasma.protocol import ONE_WAY, encode_frame
 from shmplasma.reception import Reception
 from shmplasma.references import TICKET_NS
@@ -134,7 +135,7 @@ class Server:
         self._path = socket_path
         self._may_be_replaced = may_be_replaced
         self.is_handed_over = False
-        self._store = ObjectStore(
+        parts = Parts(
             segment.layout,
             segment.token,
             segment.words,
@@ -147,6 +148,8 @@ class Server:
             floor_bytes,
             None if spiller is None else spiller.limits,
         )
+        self._store = ObjectStore(parts)
+        self._upkeep = self._store.upkeep
         self._spiller = spiller
         self._connections: dict[int, Connection] = {}
         self._backlog: set[int] = set()
@@ -191,7 +194,7 @@ class Server:
         CommitError
             There is not so much memory.
         """
-        return self._store.commit_all()
+        return self._upkeep.commit_all()
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call `callback` in the loop whenever `fd` is readable."""
@@ -265,7 +268,7 @@ class Server:
             self._settle()
         if store.is_to_stop_polling:
             self._carry_out(store.stop_polling(time.time_ns()))
-        if idle or store.has_urgent_work:
+        if idle or self._upkeep.has_urgent_work:
             self._advance(idle=idle)
         if store.has_waiters:
             self._carry_out(store.offer_room(time.monotonic_ns(), time.time_ns()))
@@ -319,9 +322,9 @@ class Server:
     def _has_more_to_do(self) -> bool:
         """Whether there is something to do that waits for nobody."""
         store = self._store
-        if self._backlog or (self._commit_ahead and store.has_idle_work):
+        if self._backlog or (self._commit_ahead and self._upkeep.has_idle_work):
             return True
-        return not store.is_quiet and (store.has_unsettled or store.has_urgent_work)
+        return not store.is_quiet and (store.has_unsettled or self._upkeep.has_urgent_work)
 
     def _timeout(self) -> float | None:
         store = self._store
@@ -335,7 +338,7 @@ class Server:
             timeouts.append(max(0.0, (deadline_ns - steady_ns) / 1e9))
         if store.next_due_ns is not None:
             timeouts.append(max(0.001, (store.next_due_ns - time.time_ns()) / 1e9))
-        if (trim_ns := store.trim_ns(steady_ns)) is not None:
+        if (trim_ns := self._upkeep.trim_ns(steady_ns)) is not None:
             timeouts.append(trim_ns / 1e9)
         return min(timeouts, default=None)
 
@@ -507,21 +510,21 @@ class Server:
     # -- memory --------------------------------------------------------------------------------
 
     def _advance(self, *, idle: bool) -> None:
-        store = self._store
-        if store.has_urgent_work:
+        upkeep = self._upkeep
+        if upkeep.has_urgent_work:
             self._commit_ahead = True
-            self._carry_out(store.advance())
-        elif idle and self._commit_ahead and store.has_idle_work:
+            self._carry_out(upkeep.advance(time.time_ns()))
+        elif idle and self._commit_ahead and upkeep.has_idle_work:
             try:
-                store.commit_ahead()
+                upkeep.commit_ahead()
             except CommitError as error:
                 _LOG.info("no memory is committed ahead of need: %s", error)
                 self._commit_ahead = False
         if idle:
-            store.trim(time.monotonic_ns())
+            upkeep.trim(time.monotonic_ns())
             self._segment.check_size()
             self._reception.open()
-            self._carry_out(store.wake())
+            self._carry_out(self._store.wake())
 
     # -- writing -------------------------------------------------------------------------------
 

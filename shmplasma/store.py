@@ -1,9 +1,9 @@
 """The store's state machine: requests in, effects out.  Pure; `shmplasma.server` carries the effects out.
 
-It joins the parts that each own a piece of the state: `shmplasma.lifecycle` (what becomes of objects),
+The parts that `shmplasma.parts` joins each own a piece of the state: `shmplasma.lifecycle` (what becomes of objects),
 `shmplasma.publishing` (how they come from leases), `shmplasma.gets` (who waits for them), `shmplasma.pins` (who
-holds them); `shmplasma.dispatch` says which part answers what.  What is left here is the conversation with each
-connection: its frames, its outbox, its end.
+holds them); `shmplasma.dispatch` says which part answers what, and `shmplasma.upkeep` what is to be done between requests.
+What is left here is the conversation with each connection: its frames, its outbox, its end.
 
 Invariants
 ----------
@@ -23,43 +23,18 @@ a question was asked is always found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from shmplasma.answers import Answers
-from shmplasma.commitment import FLOOR_BYTES
-from shmplasma.control import Control
-from shmplasma.creations import Creations, Creator
 from shmplasma.denials import NoRoom, Refused
-from shmplasma.dispatch import Dispatch, Unsettled
+from shmplasma.dispatch import Unsettled
 from shmplasma.effects import Drop, Effect
 from shmplasma.errors import ProtocolError
-from shmplasma.gets import PendingGet
-from shmplasma.greeting import Greeter, Session
-from shmplasma.jobs import Jobs
-from shmplasma.layout import Layout
-from shmplasma.leases import Leases
-from shmplasma.ledger import Ledger
-from shmplasma.lifecycle import Lifecycle
-from shmplasma.moves import Moves
-from shmplasma.outbox import Polling
-from shmplasma.outgoing import NOTHING, Outgoing
-from shmplasma.pins import Boards
-from shmplasma.posts import Posts
+from shmplasma.greeting import Session
+from shmplasma.outgoing import NOTHING
+from shmplasma.parts import Parts
 from shmplasma.protocol import Frame
-from shmplasma.publishing import Publishing
-from shmplasma.references import TICKET_NS
-from shmplasma.refusals import Refusals
-from shmplasma.requests import (
-    Hello,
-    Post,
-    Role,
-    decode_request,
-)
-from shmplasma.room import Memory, Room
-from shmplasma.spilling import Delete, ExternalLimits, Job, Spilling
-from shmplasma.table import Table
-from shmplasma.trims import Trims
-from shmplasma.waiters import RoomQueue
+from shmplasma.requests import Hello, Post, Role, decode_request
+from shmplasma.spilling import Delete, Job
 
 __all__ = ["ObjectStore"]
 
@@ -69,153 +44,41 @@ class ObjectStore:
 
     Parameters
     ----------
-    layout : Layout
-        The segment's layout.
-    token : bytes
-        The segment's identity.
-    words, raw : memoryview
-        The segment as native 8-byte words and as bytes, writable.
-    segment_kind, segment_path : str
-        How a client finds the segment; passed on as they are.
-    memory : Memory
-        Commits pages and issues barriers.
-    client_limit_bytes : int, optional
-        What a client may hold that has no limit of its own; 0 for no limit.
-    ticket_ns : int, optional
-        As for `shmplasma.references.References`.
-    floor_bytes : int, optional
-        How much memory that is not used stays committed.
-    external : ExternalLimits, optional
-        What an external store may take, if there is one.
+    parts : Parts
+        What it is made of.
+
+    Attributes
+    ----------
+    upkeep : Upkeep
+        What there is to do between requests.
 
     Notes
     -----
     Time is an argument, in nanoseconds since 1970.  Not thread-safe: one loop drives it.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        token: bytes,
-        words: memoryview,
-        raw: memoryview,
-        segment_kind: str,
-        segment_path: str,
-        memory: Memory,
-        client_limit_bytes: int = 0,
-        ticket_ns: int = TICKET_NS,
-        floor_bytes: int = FLOOR_BYTES,
-        external: ExternalLimits | None = None,
-    ) -> None:
-        self._layout = layout
-        self._memory = memory
-        self._words = words
-        self._raw = raw
-        self._outgoing = Outgoing()
-        self._table = Table(layout, words, raw, memory.commit)
-        self._control = Control(layout, words)
-        self._boards = Boards(layout, words, raw, self._control, memory.commit)
-        visited = raw[layout.visited : layout.visited + layout.n_entries]
-        self._moves = Moves(words, raw, self._table)
-        self._room = Room(
-            layout, words, self._table, self._boards, visited, memory, self._moves, floor_bytes
-        )
-        leases = Leases(layout, words, self._control)
-        self._objects = Lifecycle(
-            layout,
-            words,
-            self._table,
-            self._boards,
-            self._room,
-            leases,
-            memory,
-            self._gone,
-        )
-        if external is not None:
-            self._objects.spilling = Spilling(
-                self._table, self._boards, self._room, layout.capacity, external
-            )
-        self._publishing = Publishing(self._table, self._room, leases, self._objects, memory)
-        self._ledger = Ledger(self._table, self._room, self._objects, ticket_ns)
-        self._greeter = Greeter(
-            layout,
-            token,
-            (segment_kind, segment_path),
-            self._table,
-            self._boards,
-            self._outgoing,
-            memory,
-            client_limit_bytes,
-        )
-        self._answers = Answers(
-            self._table,
-            self._boards,
-            self._room,
-            self._objects,
-            self._outgoing,
-            self._greeter.sessions,
-        )
-        self._queue = queue = RoomQueue[Creator]()
-        sessions = self._greeter.sessions
-        self._refusals = Refusals(layout, self._boards, self._room, self._objects, sessions, queue)
-        self._creations = Creations(
-            self._table,
-            self._boards,
-            self._room,
-            self._objects,
-            self._publishing,
-            self._refusals,
-            self._outgoing,
-            queue,
-        )
-        self._trims = Trims(self._room.commitment, self._outgoing)
-        self._dispatch = Dispatch(
-            layout,
-            self._table,
-            self._boards,
-            self._room,
-            self._objects,
-            self._publishing,
-            self._greeter,
-            self._answers,
-            self._creations,
-            self._ledger,
-            self._trims,
-            self._outgoing,
-            self._heed_all,
-        )
-        self._polling = Polling(words, memory.barrier, possible=memory.has_barrier)
-        self._posts = Posts(
-            layout,
-            words,
-            raw,
-            self._control,
-            self._publishing,
-            self._outgoing,
-            sessions,
-            self._polling,
-            self._dispatch.request,
-        )
-        self._jobs = Jobs(
-            self._table, self._objects, self._answers, self._refusals, self._answer_later
-        )
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.upkeep = parts.upkeep
+        self._outgoing = parts.outgoing
+        self._room = parts.room
+        self._objects = parts.objects
+        self._publishing = parts.publishing
+        self._ledger = parts.ledger
+        self._boards = parts.boards
+        self._greeter = parts.greeter
+        self._answers = parts.answers
+        self._creations = parts.creations
+        self._refusals = parts.refusals
+        self._trims = parts.trims
+        self._dispatch = parts.dispatch
+        self._polling = parts.polling
+        self._posts = parts.posts
+        self._jobs = parts.jobs
+        self._queue = parts.queue
+        self._memory = parts.memory
         self._latest = -1
         self._now_ns = 0
-
-    def _heed_all(self, now_ns: int) -> int:
-        return self._posts.heed_all(now_ns)
-
-    def _gone(self, object_id: bytes) -> None:
-        self._ledger.references.forget_object(object_id)
-        self._outgoing.gone(object_id)
-        if self._answers:
-            self._answer_later(self._answers.gone(object_id))
-
-    def _answer_later(self, gets: Iterable[PendingGet]) -> None:
-        """Have gets that do not wait answered once all outboxes are read."""
-        self._dispatch.unsettled += [
-            (get.client, get.request_id, get.request, self._now_ns) for get in gets
-        ]
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -477,6 +340,16 @@ class ObjectStore:
             self._objects.spilling.look_again()
         return self._outgoing.take()
 
+    @property
+    def may_miss_a_release(self) -> bool:
+        """Whether something waits for a release which may not wake the store."""
+        if not self._objects.releases.are_awaited:
+            return False
+        if self._publishing.are_recalled:  # a lease that comes to rest says nothing
+            return True
+        # Who has not come back since a recovery has the wake-up pipe of the store that died.
+        return not self._memory.has_barrier or self._greeter.expects_somebody
+
     # -- references ----------------------------------------------------------------------------
 
     @property
@@ -491,7 +364,7 @@ class ObjectStore:
 
     def _note_who_came_back(self) -> None:
         """See whether a client that the dead store had is still waited for."""
-        if not any(session.awaited for session in self._greeter.sessions.values()):
+        if not self._greeter.expects_somebody:
             self._ledger.references.all_came_back(self._now_ns)
 
     # -- recovering ----------------------------------------------------------------------------
@@ -524,11 +397,7 @@ class ObjectStore:
         self._now_ns = now_ns
         found = self._objects.recover()
         self._ledger.references.recover(found.referenced)
-        for board, owner in found.owners.items():
-            session = Session(board, owner.pid, owner.start_time, "recovered", Role.CLIENT)
-            session.board, session.awaited = board, True
-            session.connected_ns, session.limit_bytes = now_ns, self._greeter.limit_bytes
-            self._greeter.sessions[board] = session
+        self._greeter.expect(found.owners, now_ns)
         n_posted = 0
         self._polling.succeed()
         for session in self._greeter.sessions.values():
@@ -548,85 +417,6 @@ class ObjectStore:
         )
         return pids, summary
 
-    # -- memory --------------------------------------------------------------------------------
-
-    @property
-    def may_miss_a_release(self) -> bool:
-        """Whether something waits for a release which may not wake the store."""
-        if not self._objects.releases.are_awaited:
-            return False
-        if self._publishing.are_recalled:  # a lease that comes to rest says nothing
-            return True
-        # Who has not come back since a recovery has the wake-up pipe of the store that died.
-        return not self._memory.has_barrier or any(
-            session.awaited for session in self._greeter.sessions.values()
-        )
-
-    @property
-    def has_urgent_work(self) -> bool:
-        """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved."""
-        return (
-            self._creations.await_memory
-            or self._room.mover.is_busy
-            or bool(self._trims)
-            or self._publishing.is_to_evict
-            or self._jobs.await_commit
-        )
-
-    def advance(self) -> Sequence[Effect]:
-        """Do one step of the urgent work; answer who has waited for it.
-
-        Room that this makes is whose who waits for it, if `offer_room` is called before another request is handled.
-        """
-        if self._creations.await_memory:
-            self._creations.advance()
-        elif self._jobs.await_commit:
-            self._jobs.commit(self._now_ns)
-        elif self._room.mover.is_busy:
-            self._objects.note_evicted(self._room.advance())
-            self._answers.look_again()
-        elif self._publishing.is_to_evict:
-            self._publishing.evict_ahead()
-        else:
-            self._trims.advance()
-        return self._outgoing.take()
-
-    @property
-    def has_idle_work(self) -> bool:
-        """Whether memory should be committed ahead of need."""
-        return not self._room.commitment.is_ahead
-
-    def commit_ahead(self) -> None:
-        """Commit one step of memory ahead of need.
-
-        Raises
-        ------
-        CommitError
-            There is no memory.
-        """
-        self._room.commitment.step_ahead()
-
-    def commit_all(self) -> Iterator[int]:
-        """Commit the whole data region by steps; yield how many bytes that are so far.
-
-        Raises
-        ------
-        CommitError
-            There is no memory.
-        """
-        return self._room.commitment.commit_all()
-
-    def trim_ns(self, now_ns: int) -> int | None:
-        """Return when an idle store has to `trim`, in nanoseconds from now; None if not before it is used.
-
-        Any clock will do that does not go back.
-        """
-        return self._trims.idle_ns(now_ns)
-
-    def trim(self, now_ns: int) -> None:
-        """Give back one step of memory that was not used for a while, if it is time to look for some."""
-        self._trims.advance_idle(now_ns)
-
     # -- describing ----------------------------------------------------------------------------
 
     def describe(self) -> str:
@@ -635,7 +425,4 @@ class ObjectStore:
 
     def check(self) -> None:
         """Prove the invariants of all parts."""
-        self._objects.check()
-        self._answers.check()
-        self._creations.check()
-        self._ledger.references.check()
+        self._parts.check()

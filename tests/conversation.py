@@ -15,6 +15,7 @@ from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 from shmplasma.outbox import Outbox
+from shmplasma.parts import Parts
 from shmplasma.pins import slots_of
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
@@ -321,7 +322,7 @@ class Conversation:
 
     def new_store(self, words: memoryview, raw: memoryview) -> ObjectStore:
         """Return a store on this segment."""
-        return ObjectStore(
+        parts = Parts(
             self.layout,
             TOKEN,
             words,
@@ -332,6 +333,7 @@ class Conversation:
             floor_bytes=self.floor_bytes,
             external=self.external,
         )
+        return ObjectStore(parts)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -379,9 +381,9 @@ class Conversation:
         """Do what a turn of the store's loop does: settle, and commit what somebody waits for."""
         if self.store.has_waiters:
             self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
-        while self.store.has_unsettled or self.store.has_urgent_work:
+        while self.store.has_unsettled or self.store.upkeep.has_urgent_work:
             self.settle()
-            if self.store.has_urgent_work:
+            if self.store.upkeep.has_urgent_work:
                 self.advance()
             elif self.store.has_waiters:
                 self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
@@ -427,18 +429,18 @@ class Conversation:
 
     def commit_ahead(self) -> None:
         """Commit memory as an idle store does, until that is enough."""
-        while self.store.has_idle_work:
-            self.store.commit_ahead()
+        while self.store.upkeep.has_idle_work:
+            self.store.upkeep.commit_ahead()
 
     def trim(self, seconds: float = 60) -> None:
         """Let the store be idle until so many seconds have passed, and give memory back as it does then."""
         self.idle_ns += int(seconds * 1e9)
-        while self.store.trim_ns(self.idle_ns) == 0:
-            self.store.trim(self.idle_ns)
+        while self.store.upkeep.trim_ns(self.idle_ns) == 0:
+            self.store.upkeep.trim(self.idle_ns)
 
     def advance(self) -> None:
         """Do one step of the store's urgent work, and offer what room that has made."""
-        self.carry_out(self.store.advance())
+        self.carry_out(self.store.upkeep.advance(self.now_ns))
         if self.store.has_waiters:
             self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
 
@@ -501,6 +503,6 @@ class Conversation:
 
     def ids(self) -> set[bytes]:
         """Return the ids of all objects, sealed or not, as a listing has them."""
-        listing = list_objects(self.store._table, {}, 0)
+        listing = list_objects(self.store._parts.table, {}, 0)
         assert listing.next_start == 0
         return {record[0] for record in listing.records}

@@ -127,7 +127,7 @@ class Mortal(Conversation):
         words: Any = Dying(self.words, self.clock)
         raw: Any = Dying(self.raw, self.clock)
         store = self.new_store(words, raw)
-        store._moves.piece_bytes = self._piece_bytes
+        store._parts.moves.piece_bytes = self._piece_bytes
         return store
 
     def enter(self) -> Peer:

@@ -23,7 +23,7 @@ import numpy as np
 
 import shmplasma
 from shmplasma import cli
-from shmplasma.store import ObjectStore
+from shmplasma.parts import Parts
 from tests.crash.damage import Clock, Dying
 
 __all__ = ["Summary", "run"]
@@ -64,13 +64,13 @@ def doom() -> None:
     """Be a store that dies at the write which the environment names."""
     clock = _Lethal()
     clock.dies_at = int(os.environ[_DIES_AT])
-    begin: Any = ObjectStore.__init__
+    begin: Any = Parts.__init__
 
-    def begin_mortal(store: ObjectStore, layout: Any, token: bytes, *rest: Any) -> None:
+    def begin_mortal(parts: Parts, layout: Any, token: bytes, *rest: Any) -> None:
         words, raw, *others = rest
-        begin(store, layout, token, Dying(words, clock), Dying(raw, clock), *others)
+        begin(parts, layout, token, Dying(words, clock), Dying(raw, clock), *others)
 
-    setattr(ObjectStore, "__init__", begin_mortal)  # noqa: B010 - mypy knows no other way
+    setattr(Parts, "__init__", begin_mortal)  # noqa: B010 - mypy knows no other way
     sys.exit(cli.main())
 
 

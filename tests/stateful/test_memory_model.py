@@ -871,7 +871,7 @@ def stop_polling(case: Poll) -> Program:
 
 
 def heed_all(case: Poll) -> Program:
-    """Read the outboxes: `ObjectStore._heed_all`."""
+    """Read the outboxes: `Posts.heed_all`."""
     read = yield from heeded(case)
     return "all" if read == case.clients * case.records else Stage(await_message, (case,))
 

@@ -213,7 +213,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.witness: Peer | None = None
         self.talk = Watched(capacity, self.begin_to_judge, self.judge)
         self.talk.store._room.mover.slice_bytes = slice_bytes
-        self.talk.store._moves.piece_bytes = piece_bytes
+        self.talk.store._parts.moves.piece_bytes = piece_bytes
         self.commit_all()
         self.boards: dict[int, Peer] = {}
         self.active: list[Peer] = []
@@ -240,7 +240,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def locate(self) -> None:
         """Take note of where objects lie: those that nobody uses may have been moved."""
-        table = self.talk.store._table
+        table = self.talk.store._parts.table
         for thing in self.model.things.values():
             if thing.is_sealed:
                 entry = table.find(thing.object_id)
@@ -511,7 +511,7 @@ class StoreMachine(RuleBasedStateMachine):
     def work(self, slices: int) -> None:
         """Move objects for a while; the rest of it happens while others do what they do."""
         for _ in range(slices):
-            if self.talk.store.has_urgent_work:
+            if self.talk.store.upkeep.has_urgent_work:
                 self.talk.advance()
 
     @rule(
@@ -680,7 +680,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Find an object in the table and pin it without the store."""
         peer, thing = pick(self.active, which), pick(list(self.model.sealed().values()), number)
         slot = peer.free_slots.pop()
-        self.talk.write_slot(slot, self.talk.store._table.find(thing.object_id) + 1)
+        self.talk.write_slot(slot, self.talk.store._parts.table.find(thing.object_id) + 1)
         self.model.pins[slot] = thing
 
     @precondition(lambda self: self.model.pins)
@@ -928,7 +928,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def commit_all(self) -> None:
         """Commit all memory: the model knows nothing of objects that wait for theirs."""
-        for _ in self.talk.store.commit_all():
+        for _ in self.talk.store.upkeep.commit_all():
             pass
 
     # -- what always holds -------------------------------------------------------------------------
@@ -944,7 +944,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.locate()
         hidden = self.talk.store._room.mover.hidden
         for thing in {*self.model.things.values(), *self.model.pins.values()}:
-            if hidden != NO_ENTRY and hidden == self.talk.store._table.find(thing.object_id):
+            if hidden != NO_ENTRY and hidden == self.talk.store._parts.table.find(thing.object_id):
                 continue  # it is on its way
             content = self.talk.raw[thing.offset : thing.offset + thing.size]
             assert content == thing.content, "an object holds what was not written to it"
@@ -963,7 +963,7 @@ class StoreMachine(RuleBasedStateMachine):
         for slot, thing in self.model.pins.items():
             entry = self.talk.read_slot(slot) - 1
             assert entry >= 0
-            assert self.talk.store._table.object_id(entry) == thing.object_id
+            assert self.talk.store._parts.table.object_id(entry) == thing.object_id
 
     @invariant()
     def asks_to_be_woken(self) -> None:

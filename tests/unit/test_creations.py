@@ -4,6 +4,7 @@ import pytest
 
 from shmplasma.errors import Holder
 from shmplasma.leases import BUSY_WORD
+from shmplasma.parts import Parts
 from shmplasma.replies import Created, Done, Failed, Failure, Leased
 from shmplasma.requests import (
     Abort,
@@ -17,6 +18,7 @@ from shmplasma.requests import (
     Seal,
     SetOptions,
 )
+from shmplasma.store import ObjectStore
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
@@ -281,9 +283,10 @@ def test_a_store_that_recovers_serves_who_asks_again(crowd: Crowded) -> None:
     """Nothing of the queue outlives the store; the WAKE word that it has left is taken down."""
     crowd.wait_for(crowd.one, B)
     assert crowd.wake_word
-    store = type(crowd.store)(
+    parts = Parts(
         crowd.layout, bytes(16), crowd.words, crowd.raw, "posix", "/segment", crowd.memory
     )
+    store = ObjectStore(parts)
     store.recover(lambda *_: True, crowd.now_ns)
     assert not store.has_waiters
     assert not crowd.wake_word
@@ -339,9 +342,10 @@ def test_a_refusal_has_an_end() -> None:
 def test_a_default_limit_holds_for_who_has_none() -> None:
     """A client's own limit takes its place, 0 brings it back, and leases are for those without."""
     talk = Conversation(1 << 20)
-    talk.store = type(talk.store)(
+    parts = Parts(
         talk.layout, bytes(16), talk.words, talk.raw, "posix", "/segment", talk.memory, 1000
     )
+    talk.store = ObjectStore(parts)
     peer = talk.client()
     assert peer.ask(AskLease(10), Leased).size_bytes == 0
     failed = peer.ask(peer.new(A, 1001), Failed)

@@ -144,12 +144,12 @@ def test_an_eviction_ahead_of_need_is_done_in_slices(full: Full) -> None:
     n_gone, sizes = len(full.gone), []
     request_id = putter.peer.post(AskLease(1000))
     assert putter.peer.take(request_id, Leased).size_bytes
-    while full.talk.store.has_urgent_work:
+    while full.talk.store.upkeep.has_urgent_work:
         full.talk.advance()
         sizes.append(len(full.gone) - n_gone)
         n_gone = len(full.gone)
     assert max(sizes, default=0) <= 32
-    assert not full.talk.store.has_urgent_work
+    assert not full.talk.store.upkeep.has_urgent_work
     full.talk.store.check()
 
 
@@ -176,7 +176,7 @@ def test_a_store_full_of_what_is_held_stays_as_it_is() -> None:
     peer.create(name(0), (1 << 20) - MIN_LEASE_BYTES + 64)
     for _ in range(3):
         assert peer.ask(AskLease(2000), Leased).size_bytes == 0
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     talk.store.check()
 
 

@@ -17,7 +17,7 @@ class Rooms(Conversation):
         super().__init__(capacity or LINE * sum(lines))
         self.mover = self.store._room.mover
         self.mover.slice_bytes = 1
-        self.store._moves.piece_bytes = LINE
+        self.store._parts.moves.piece_bytes = LINE
         self.one, self.other = self.client(), self.client()
         for number, count in enumerate(lines):
             self.put(self.one, number, count)
@@ -48,7 +48,7 @@ class Rooms(Conversation):
     def until_hidden(self) -> None:
         """Go on until an object is hidden."""
         while self.mover.hidden == NO_ENTRY:
-            assert self.store.has_urgent_work, "nothing was hidden"
+            assert self.store.upkeep.has_urgent_work, "nothing was hidden"
             self.advance()
 
 
@@ -59,7 +59,7 @@ def hiding() -> Rooms:
     rooms.delete(0, 2)
     rooms.one.post(rooms.one.new(name(9), 5 * LINE))
     rooms.until_hidden()
-    assert rooms.store._table.object_id(rooms.mover.hidden) == name(1)
+    assert rooms.store._parts.table.object_id(rooms.mover.hidden) == name(1)
     return rooms
 
 
@@ -184,12 +184,12 @@ def test_a_pin_of_the_last_moment_is_respected() -> None:
     """An object that somebody pins while it is hidden stays; another way is found."""
     rooms = Rooms(*[1] * 12)
     rooms.delete(*range(0, 12, 2))
-    table, board = rooms.store._table, rooms.other
+    table, board = rooms.store._parts.table, rooms.other
     entry = table.find(name(3))
     where = table.location(entry)
     rooms.one.post(rooms.one.new(name(100), 3 * LINE))
     slot = board.free_slots.pop()
-    while rooms.store.has_urgent_work:
+    while rooms.store.upkeep.has_urgent_work:
         rooms.memory.at_barrier = lambda: rooms.write_slot(slot, entry + 1)
         rooms.advance()
     assert table.find(name(100)) != NO_ENTRY
@@ -243,7 +243,7 @@ def test_memory_that_cannot_be_had_is_not_moved_to() -> None:
     """An object is not copied to where no memory can be committed."""
     rooms = Rooms(capacity=16 << 20)
     rooms.mover.slice_bytes = 1 << 20
-    rooms.store._moves.piece_bytes = 1 << 20
+    rooms.store._parts.moves.piece_bytes = 1 << 20
     lines = (1 << 20) // LINE
     for number in range(6):
         rooms.put(rooms.one, number, lines)
@@ -284,5 +284,8 @@ def test_a_create_is_answered_once(hiding: Rooms) -> None:
     """However long it waited, there is one reply, and the object is its creator's."""
     hiding.turn()
     (reply,) = [each for each in hiding.one.replies.values() if isinstance(each, Created)]
-    assert reply.offset == hiding.store._table.location(hiding.store._table.find(name(9)))[0]
+    assert (
+        reply.offset
+        == hiding.store._parts.table.location(hiding.store._parts.table.find(name(9)))[0]
+    )
     hiding.store.check()

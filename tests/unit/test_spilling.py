@@ -62,7 +62,7 @@ def fill(talk: Conversation, peer: Peer, count: int = MANY) -> None:
 
 def spilled(talk: Conversation) -> list[int]:
     """Return the numbers of the objects that are in the external store alone."""
-    table = talk.store._table
+    table = talk.store._parts.table
     return [
         int.from_bytes(table.object_id(entry), "big")
         for entry in table.entries(0, table.end)
@@ -257,7 +257,7 @@ def test_a_limit_of_the_external_store() -> None:
             refused = reply
             break
         peer.write(Seal(name(number)))
-        peer.release(talk.store._table.owner(talk.store._table.find(name(number))))
+        peer.release(talk.store._parts.table.owner(talk.store._parts.table.find(name(number))))
     assert refused is not None
     assert "may hold 20000 bytes" in refused.text
     assert sum(map(len, talk.containers.values())) <= 20_000 + 64 * len(talk.containers)

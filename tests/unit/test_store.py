@@ -1000,7 +1000,7 @@ def test_a_connection_may_end_in_any_state(
         peer.ask(Detach(), Done)
     talk.disconnect(peer)
     talk.turn()
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     assert talk.wake_word == 0
     other = talk.client()
     assert other.free_slots[-1] == 1, "the board is granted anew"
@@ -1091,7 +1091,7 @@ def test_a_dropped_client_is_answered_no_more(
     talk.store.check()
     talk.disconnect(peer)
     talk.turn()
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     assert talk.wake_word == 0
     other.put(C, 65536)
     talk.store.check()
@@ -1113,7 +1113,7 @@ def test_no_writer_is_told_of_memory_that_is_not_there() -> None:
     data_commits = [commit for commit in talk.memory.commits if commit[0] >= talk.layout.data]
     assert data_commits == [(talk.layout.data + n * COMMIT_STEP, COMMIT_STEP) for n in range(3)]
     assert offset == talk.layout.data
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     talk.store.check()
 
 
@@ -1124,7 +1124,7 @@ def test_memory_is_committed_while_nothing_is_to_do() -> None:
     assert talk.memory.has(talk.layout.data, 3 * COMMIT_STEP)
     peer = talk.client()
     request_id = peer.post(peer.new(A, 3 * COMMIT_STEP))
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     peer.take(request_id, Created)
 
 
@@ -1132,9 +1132,9 @@ def test_a_refused_commit_ahead_of_need_is_the_callers_affair() -> None:
     """Nobody waits for it, so it is raised and not told to a client."""
     talk = Conversation(COMMIT_STEP)
     talk.memory.refuse_from = talk.layout.data
-    assert talk.store.has_idle_work
+    assert talk.store.upkeep.has_idle_work
     with pytest.raises(CommitError):
-        talk.store.commit_ahead()
+        talk.store.upkeep.commit_ahead()
     talk.store.check()
 
 
@@ -1151,7 +1151,7 @@ def test_a_refused_commit_is_a_full_store() -> None:
     assert "free some memory" in failed.text
     assert talk.read_slot(request.slot) == 0
     other.create(A, 2 * COMMIT_STEP)
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     talk.store.check()
     talk.memory.refuse_from = None
     peer.create(B, COMMIT_STEP)
@@ -1251,7 +1251,7 @@ def test_an_object_of_no_bytes_waits_for_no_memory(talk: Conversation) -> None:
     talk.memory.refuse_from = None
     peer = talk.client()
     request_id = peer.post(peer.new(A, 0))
-    assert not talk.store.has_urgent_work
+    assert not talk.store.upkeep.has_urgent_work
     peer.take(request_id, Created)
 
 

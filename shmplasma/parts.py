@@ -1,0 +1,191 @@
+"""The parts that a store is made of: each owns a piece of its state; here they are joined.  Pure.
+
+They are made from the bottom up, and each is given those that it asks.  What goes the other way is a callable: of an object that
+leaves all are told who may wait for it or own it; and a request may have the outboxes read, whose records are requests again.
+"""
+
+from __future__ import annotations
+
+from shmplasma.answers import Answers
+from shmplasma.commitment import FLOOR_BYTES
+from shmplasma.control import Control
+from shmplasma.creations import Creations, Creator
+from shmplasma.dispatch import Dispatch
+from shmplasma.greeting import Greeter
+from shmplasma.jobs import Jobs
+from shmplasma.layout import Layout
+from shmplasma.leases import Leases
+from shmplasma.ledger import Ledger
+from shmplasma.lifecycle import Lifecycle
+from shmplasma.moves import Moves
+from shmplasma.outbox import Polling
+from shmplasma.outgoing import Outgoing
+from shmplasma.pins import Boards
+from shmplasma.posts import Posts
+from shmplasma.publishing import Publishing
+from shmplasma.references import TICKET_NS
+from shmplasma.refusals import Refusals
+from shmplasma.room import Memory, Room
+from shmplasma.spilling import ExternalLimits, Spilling
+from shmplasma.table import Table
+from shmplasma.trims import Trims
+from shmplasma.upkeep import Upkeep
+from shmplasma.waiters import RoomQueue
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """The parts of one store, each under the name of what it is.
+
+    Parameters
+    ----------
+    layout : Layout
+        The segment's layout.
+    token : bytes
+        The segment's identity.
+    words, raw : memoryview
+        The segment as native 8-byte words and as bytes, writable.
+    segment_kind, segment_path : str
+        How a client finds the segment; passed on as they are.
+    memory : Memory
+        Commits pages and issues barriers.
+    client_limit_bytes : int, optional
+        What a client may hold that has no limit of its own; 0 for no limit.
+    ticket_ns : int, optional
+        As for `shmplasma.references.References`.
+    floor_bytes : int, optional
+        How much memory that is not used stays committed.
+    external : ExternalLimits, optional
+        What an external store may take, if there is one.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        token: bytes,
+        words: memoryview,
+        raw: memoryview,
+        segment_kind: str,
+        segment_path: str,
+        memory: Memory,
+        client_limit_bytes: int = 0,
+        ticket_ns: int = TICKET_NS,
+        floor_bytes: int = FLOOR_BYTES,
+        external: ExternalLimits | None = None,
+    ) -> None:
+        self.memory = memory
+        self.outgoing = Outgoing()
+        self.table = Table(layout, words, raw, memory.commit)
+        control = Control(layout, words)
+        self.boards = Boards(layout, words, raw, control, memory.commit)
+        visited = raw[layout.visited : layout.visited + layout.n_entries]
+        self.moves = Moves(words, raw, self.table)
+        self.room = Room(
+            layout, words, self.table, self.boards, visited, memory, self.moves, floor_bytes
+        )
+        leases = Leases(layout, words, control)
+        self.objects = Lifecycle(
+            layout,
+            words,
+            self.table,
+            self.boards,
+            self.room,
+            leases,
+            memory,
+            self._gone,
+        )
+        if external is not None:
+            self.objects.spilling = Spilling(
+                self.table, self.boards, self.room, layout.capacity, external
+            )
+        self.publishing = Publishing(self.table, self.room, leases, self.objects, memory)
+        self.ledger = Ledger(self.table, self.room, self.objects, ticket_ns)
+        self.greeter = Greeter(
+            layout,
+            token,
+            (segment_kind, segment_path),
+            self.table,
+            self.boards,
+            self.outgoing,
+            memory,
+            client_limit_bytes,
+        )
+        self.answers = Answers(
+            self.table,
+            self.boards,
+            self.room,
+            self.objects,
+            self.outgoing,
+            self.greeter.sessions,
+        )
+        self.queue = queue = RoomQueue[Creator]()
+        sessions = self.greeter.sessions
+        self.refusals = Refusals(layout, self.boards, self.room, self.objects, sessions, queue)
+        self.creations = Creations(
+            self.table,
+            self.boards,
+            self.room,
+            self.objects,
+            self.publishing,
+            self.refusals,
+            self.outgoing,
+            queue,
+        )
+        self.trims = Trims(self.room.commitment, self.outgoing)
+        self.dispatch = Dispatch(
+            layout,
+            self.table,
+            self.boards,
+            self.room,
+            self.objects,
+            self.publishing,
+            self.greeter,
+            self.answers,
+            self.creations,
+            self.ledger,
+            self.trims,
+            self.outgoing,
+            self._heed_all,
+        )
+        self.polling = Polling(words, memory.barrier, possible=memory.has_barrier)
+        self.posts = Posts(
+            layout,
+            words,
+            raw,
+            control,
+            self.publishing,
+            self.outgoing,
+            sessions,
+            self.polling,
+            self.dispatch.request,
+        )
+        self.jobs = Jobs(
+            self.table, self.objects, self.answers, self.refusals, self.dispatch.answer_later
+        )
+        self.upkeep = Upkeep(
+            self.room,
+            self.objects,
+            self.publishing,
+            self.answers,
+            self.creations,
+            self.jobs,
+            self.trims,
+            self.outgoing,
+        )
+
+    def _heed_all(self, now_ns: int) -> int:
+        return self.posts.heed_all(now_ns)
+
+    def _gone(self, object_id: bytes) -> None:
+        self.ledger.references.forget_object(object_id)
+        self.outgoing.gone(object_id)
+        if self.answers:
+            self.dispatch.answer_later(self.answers.gone(object_id))
+
+    def check(self) -> None:
+        """Prove the invariants of all parts."""
+        self.objects.check()
+        self.answers.check()
+        self.creations.check()
+        self.ledger.references.check()
