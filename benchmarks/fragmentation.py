@@ -33,6 +33,7 @@ from shmplasma.control import Control
 from shmplasma.layout import Layout
 from shmplasma.moves import Moves
 from shmplasma.pins import Boards
+from shmplasma.residents import Residents
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
 
@@ -110,7 +111,8 @@ class _Yard:
         boards = Boards(layout, words, raw, Control(layout, words), machine.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
         moves = Moves(words, raw, self.table)
-        self.room = Room(layout, words, self.table, boards, visited, machine, moves)
+        residents = Residents(self.table, visited)
+        self.room = Room(layout, words, self.table, boards, residents, machine, moves)
 
     def put(self, object_id: bytes, size: int) -> None:
         """Store an object, with whatever that takes."""
@@ -120,7 +122,7 @@ class _Yard:
             return
         entry = self.table.insert(object_id, 0, offset, size, 0, 0)
         self.table.seal(entry, 0)
-        self.room.sealed(entry)
+        self.room.residents.sealed(entry)
         self.sizes[object_id] = size
         self.hour.stored_bytes += size
 

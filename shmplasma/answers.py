@@ -14,7 +14,7 @@ from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
 from shmplasma.replies import Failed, Failure, Objects
 from shmplasma.requests import Get
-from shmplasma.room import Room
+from shmplasma.residents import Residents
 from shmplasma.table import NO_ENTRY, Table
 
 __all__ = ["Answers"]
@@ -25,7 +25,7 @@ class Answers:
 
     Parameters
     ----------
-    table, boards, room, objects, outgoing
+    table, boards, residents, objects, outgoing
         The parts of the store that it joins.
     sessions : mapping
         All connections, by their numbers.
@@ -35,14 +35,14 @@ class Answers:
         self,
         table: Table,
         boards: Boards,
-        room: Room,
+        residents: Residents,
         objects: Lifecycle,
         outgoing: Outgoing,
         sessions: Mapping[int, Session],
     ) -> None:
         self._table = table
         self._boards = boards
-        self._room = room
+        self._residents = residents
         self._objects = objects
         self._outgoing = outgoing
         self._sessions = sessions
@@ -135,7 +135,7 @@ class Answers:
         codec = self._table.id_and_codec(entry)[1]
         for slot in get.fill(object_id, (*self._table.location(entry), codec)):
             self._boards.pin(slot, entry)
-        self._room.read(entry)
+        self._residents.read(entry)
 
     def announce(self, entry: int) -> None:
         """Tell those who wait for an object, and the subscribers, that it is sealed."""

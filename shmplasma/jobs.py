@@ -13,8 +13,8 @@ from shmplasma.gets import PendingGet
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.refusals import Refusals
 from shmplasma.replies import Failed, Failure
-from shmplasma.spilling import Job, Read, Write
 from shmplasma.table import Table
+from shmplasma.transfers import Job, Read, Write
 
 __all__ = ["Jobs"]
 
@@ -51,10 +51,11 @@ class Jobs:
             return ()
         spilling.advance()
         while (entry := spilling.stuck()) is not None:
-            spilling.give_up(entry)
+            spilling.returns.give_up(entry)
             self._fail(entry, "", now_ns)
             spilling.advance()
-        jobs, spilling.jobs = spilling.jobs, []
+        jobs = tuple(spilling.jobs)
+        spilling.jobs.clear()
         return jobs
 
     def done(self, job: Job, places: Sequence[int], failure: str) -> None:
@@ -82,13 +83,13 @@ class Jobs:
     def await_commit(self) -> bool:
         """Whether an object that comes back waits for memory."""
         spilling = self._objects.spilling
-        return spilling is not None and spilling.awaits_commit
+        return spilling is not None and spilling.returns.await_commit
 
     def commit(self, now_ns: int) -> None:
         """Commit one step of the memory of an object that comes back."""
         spilling = self._objects.spilling
         assert spilling is not None, "nothing comes back from no external store"
-        entry, failure = spilling.commit()
+        entry, failure = spilling.returns.commit()
         if failure:
             self._fail(entry, failure, now_ns)
 

@@ -37,7 +37,7 @@ class Ledger:
     def _protect(self, object_id: bytes, whether: bool) -> None:
         entry = self._table.find(object_id)
         if entry != NO_ENTRY:
-            self._room.protect(entry, whether)
+            self._room.residents.protect(entry, whether)
 
     def sealed(self, client: int, entry: int) -> None:
         """Take note of an object that a client has sealed or published, if it is a referenced one."""

@@ -75,6 +75,7 @@ class Lifecycle:
         self._table = table
         self._boards = boards
         self._room = room
+        self._residents = room.residents
         room.fixed = self._fixed
         self._memory = memory
         self._gone = gone
@@ -149,7 +150,7 @@ class Lifecycle:
     @property
     def kept_bytes(self) -> int:
         """Bytes of sealed objects that are never evicted."""
-        return self.bytes_of(self._room.kept)
+        return self.bytes_of(self._residents.kept)
 
     # -- create ------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class Lifecycle:
 
     def _fixed(self) -> list[tuple[int, int]]:
         """Return offset and size of all that cannot be moved now."""
-        entries = self._boards.pinned() | self._room.busy | self._creators.keys()
+        entries = self._boards.pinned() | self._residents.busy | self._creators.keys()
         entries |= self._doomed | self._limbo
         table = self._table
         extents = [
@@ -273,7 +274,7 @@ class Lifecycle:
         entry = self._own(client, object_id)
         self._forget_creator(client, entry)
         self._table.seal(entry, now_ns)
-        self._room.sealed(entry)
+        self._residents.sealed(entry)
         return entry
 
     def abort(self, client: int, object_id: bytes) -> None:
@@ -362,7 +363,7 @@ class Lifecycle:
             if entry in self._creators or self._table.state(entry) == EntryState.SPILLED:
                 self._table.set_keep(entry, keep)
             else:
-                self._room.keep(entry, keep)
+                self._residents.keep(entry, keep)
 
     def evict(self, size_bytes: int) -> int:
         """Evict at least so many bytes if possible; return data plus metadata of what went."""
@@ -397,7 +398,8 @@ class Lifecycle:
         found = examine(
             self._layout, self._table, self._boards, memory.barrier, self._room.finish_move
         )
-        self._room.recover(found.cached, found.cached_bytes, found.kept, found.gaps)
+        self._room.recover(found.gaps)
+        self._residents.recover(found.cached, found.cached_bytes, found.kept)
         for client, (cursor, end) in found.leases.items():
             self._leases.restore(client, client, cursor, end)
         self._table.prepare(self._leases.objects_left)

@@ -25,6 +25,7 @@ from shmplasma.posts import Posts
 from shmplasma.publishing import Publishing
 from shmplasma.references import TICKET_NS
 from shmplasma.refusals import Refusals
+from shmplasma.residents import Residents
 from shmplasma.room import Memory, Room
 from shmplasma.spilling import ExternalLimits, Spilling
 from shmplasma.table import Table
@@ -81,8 +82,9 @@ class Parts:
         self.boards = Boards(layout, words, raw, control, memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
         self.moves = Moves(words, raw, self.table)
+        residents = Residents(self.table, visited)
         self.room = Room(
-            layout, words, self.table, self.boards, visited, memory, self.moves, floor_bytes
+            layout, words, self.table, self.boards, residents, memory, self.moves, floor_bytes
         )
         leases = Leases(layout, words, control)
         self.objects = Lifecycle(
@@ -114,7 +116,7 @@ class Parts:
         self.answers = Answers(
             self.table,
             self.boards,
-            self.room,
+            residents,
             self.objects,
             self.outgoing,
             self.greeter.sessions,

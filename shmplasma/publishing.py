@@ -67,6 +67,7 @@ class Publishing:
     ) -> None:
         self._table = table
         self._room = room
+        self._residents = room.residents
         self._leases = leases
         self._objects = objects
         self._memory = memory
@@ -166,7 +167,7 @@ class Publishing:
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
         self._leases.note_published(client)
-        self._room.sealed(entry)
+        self._residents.sealed(entry)
         return entry
 
     def was_published(self, client: int, offset: int) -> bool:

@@ -74,7 +74,7 @@ class Refusals:
             "unsealed_bytes": objects.unsealed_bytes,
             "leased_bytes": objects.leased_bytes,
             "kept_bytes": objects.kept_bytes,
-            "spillable_bytes": objects.bytes_of(self._room.kept - pinned),
+            "spillable_bytes": objects.bytes_of(self._room.residents.kept - pinned),
             "limit_bytes": no_room.limit_bytes,
             "held_bytes": no_room.held_bytes,
         }
@@ -107,8 +107,8 @@ class Refusals:
                 "written, or start the store with a larger -m"
             ).format(**figures)
         waiting = f", {len(self._waiting)} requests wait for room" if self._waiting else ""
-        if self._room.protected:
-            n_bytes = self._objects.bytes_of(self._room.protected)
+        if self._room.residents.protected:
+            n_bytes = self._objects.bytes_of(self._room.residents.protected)
             waiting = f", {n_bytes} belong to references, until these are released{waiting}"
         return (
             "the store is full: {requested_bytes} bytes were asked for; of {capacity} bytes "

@@ -1,13 +1,12 @@
 """Room: which bytes of the data region an object gets, and who must leave for it.
 
-This module joins the allocator, what is committed of the region, the eviction queue, the take protocol of
-`shmplasma.pins` and the mover.  It knows nothing of clients and messages.
+This module joins the allocator, what is committed of the region, what lies in it and may go (`shmplasma.residents`), the take
+protocol of `shmplasma.pins` and the mover.  It knows nothing of clients and messages.
 
 Invariants
 ----------
 * Each entry of the table that holds an object of size > 0 owns one extent; free extents and these tile the
   data region (`Room.check`).
-* Each sealed object is either in the eviction queue or kept, as its KEEP word says.
 * An extent is handed out only when it is ready (`shmplasma.commitment`), so that no client ever writes to a
   page which the file system cannot give (that would be a SIGBUS).
 * An object is freed, or moved, only when no board pins it.
@@ -25,76 +24,35 @@ cleared (`Room.stretch`), and what is in the way is written (`shmplasma.spilling
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import chain, islice
+from itertools import islice
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
 from shmplasma.clearing import cheapest_stretch
 from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
 from shmplasma.errors import CommitError
-from shmplasma.eviction import Sieve
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.mover import Mover
 from shmplasma.moves import Moves
 from shmplasma.pins import Boards
+from shmplasma.residents import Residents
 from shmplasma.table import Table
 
 __all__ = ["Memory", "Room"]
 
-_ROUND_UP: Final = ALIGNMENT - 1
 _EVICTING: Final = int(EntryState.EVICTING)
 _DOOMED: Final = int(EntryState.DOOMED)
 _SPARE: Final = 32
 """As much of the capacity.  In a store that is always full (`benchmarks.fragmentation`) each GiB that is put has 0.3
 GiB moved for it then, instead of 2.2, and no more is evicted, as the next one finds room."""
 
-_IS_SEALED: Final = (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING)
-
-
 _STRIDES: Final = 64
 """What has copies makes room by so many parts of the capacity: each time costs barriers, and looks at all boards."""
 
 _MOST_LOOKED_AT: Final = 512
 """Objects of which some are chosen to make one extent: 1.5 ms."""
-
-_READ_SHIFT: Final = 2
-"""One that was read since the hand passed it is worth four times as much as one that was not."""
-_DIRTY_SHIFT: Final = 3
-"""One that is not even being written costs eight times as much as one that has a copy."""
-_KEPT_PRICE: Final = 1 << 62
-"""More than all others together: what is kept is written last."""
-
-
-class External(Protocol):
-    """What the room needs of `shmplasma.spilling`, where there is an external store."""
-
-    @property
-    def clean_bytes(self) -> int:
-        """Bytes of extents of objects that have a copy."""
-
-    @property
-    def copies(self) -> Mapping[int, int]:
-        """The objects in memory that have a copy, and their extents' sizes in bytes."""
-
-    def is_clean(self, entry: int) -> bool:
-        """Tell whether an object has a copy."""
-
-    def victims(self) -> Iterator[int]:
-        """Yield objects that have a copy, in the order in which they should go."""
-
-    def went(self, entry: int) -> None:
-        """Take note that such an object is in memory no more."""
-
-    def forget(self, entry: int) -> None:
-        """Take note that an object goes for good."""
-
-    def look_again(self) -> None:
-        """Take note that there may be something new to write."""
-
-    def extents(self) -> Iterator[tuple[int, int]]:
-        """Yield the extents of objects that come back."""
 
 
 class Memory(Pages, Protocol):
@@ -121,8 +79,8 @@ class Room:
         The object table.
     boards : Boards
         The pin boards.
-    visited : memoryview
-        The visited region: a byte an entry.
+    residents : Residents
+        The sealed objects in memory.
     memory : Memory
         Commits pages and issues barriers.
     moves : Moves
@@ -132,6 +90,8 @@ class Room:
 
     Attributes
     ----------
+    residents : Residents
+        The sealed objects in memory.
     commitment : Commitment
         Which parts of the region are committed.
     mover : Mover
@@ -148,7 +108,7 @@ class Room:
         words: memoryview,
         table: Table,
         boards: Boards,
-        visited: memoryview,
+        residents: Residents,
         memory: Memory,
         moves: Moves,
         floor_bytes: int = FLOOR_BYTES,
@@ -160,14 +120,7 @@ class Room:
         self._start = layout.data
         self._end = layout.data + layout.data_bytes
         self._allocator = Allocator(self._start, self._end)
-        self._queue = Sieve(visited)
-        self._visited = visited
-        self._cached_bytes = 0
-        self._kept: set[int] = set()
-        self._protected: set[int] = set()
-        self.busy: set[int] = set()
-        """Entries that the store itself reads: they are neither taken nor moved."""
-        self.spilling: External | None = None
+        self.residents = residents
         self.takes = 0
         self.takes_that_met_a_pin = 0
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
@@ -245,10 +198,11 @@ class Room:
             if missing > 0:
                 if self._evictable_bytes() < missing:
                     return None, evicted
-                stride = 0 if self.spilling is None else (self._end - self._start) // _STRIDES
+                has_copies = self.residents.external is not None
+                stride = (self._end - self._start) // _STRIDES if has_copies else 0
                 evicted = self.make_room(max(missing, stride))
                 offset = self._allocator.allocate(size_bytes)
-            if offset is None and self.spilling is not None:
+            if offset is None and self.residents.external is not None:
                 evicted += self._clear_stretch(size_bytes)
                 offset = self._allocator.allocate(size_bytes)
         if offset is not None:
@@ -273,27 +227,12 @@ class Room:
         -----
         O(1): it looks at `_MOST_LOOKED_AT` objects, those first that should go first, and at as many free extents.
         """
-        spilling, table = self.spilling, self._table
-        assert spilling is not None, "nothing has a copy"
         if self.mover.is_busy:
             return []
         free = list(islice(self._allocator.free_extents(), _MOST_LOOKED_AT + 1))
         if len(free) > _MOST_LOOKED_AT:
             return []
-        copies, held = spilling.copies, self._boards.pinned()
-        if not dirty:
-            held = held | self.busy
-        candidates = chain(self._queue, self._kept) if dirty else iter(copies)
-        goods = []
-        for entry in islice(candidates, _MOST_LOOKED_AT):
-            size = self._extent_bytes(entry)
-            if size and entry not in held and table.state(entry) == EntryState.SEALED:
-                price = size << _READ_SHIFT if self._visited[entry] else size
-                if entry not in copies and entry not in self.busy:
-                    price <<= _DIRTY_SHIFT
-                    if entry in self._kept:
-                        price += _KEPT_PRICE
-                goods.append((table.location(entry)[0], size, entry, price))
+        goods = self.residents.priced(self._boards.pinned(), _MOST_LOOKED_AT, dirty=dirty)
         return cheapest_stretch(free, goods, align_up(wanted, ALIGNMENT))
 
     def is_fragmented(self, size_bytes: int) -> bool:
@@ -327,8 +266,7 @@ class Room:
 
     def _situation(self) -> object:
         """Return all that tells whether another compaction can do what the last one could not."""
-        clean_bytes = 0 if self.spilling is None else self.spilling.clean_bytes
-        return self.free_bytes, self._cached_bytes, clean_bytes, sorted(self.fixed())
+        return self.free_bytes, self.residents.situation(), sorted(self.fixed())
 
     def prepare(self, offset: int, size_bytes: int) -> bool:
         """Commit one step of an extent that an object is to be moved to; tell whether all of it is ready.
@@ -349,71 +287,10 @@ class Room:
             self._allocator.free(start, size)
         self.commitment.freed()
 
-    def sealed(self, entry: int) -> None:
-        """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
-        if self.spilling is not None:
-            self.spilling.look_again()
-        if self._table.is_kept(entry):
-            self._kept.add(entry)
-        else:
-            self._queue.insert(entry)
-            self._cached_bytes += self._table.size(entry) + _ROUND_UP & -ALIGNMENT
-
-    def _forget(self, entry: int, extent_bytes: int) -> None:
-        """Undo `sealed`."""
-        if entry in self._kept:
-            self._kept.remove(entry)
-        else:
-            self._queue.remove(entry)
-            self._cached_bytes -= extent_bytes
-
-    def keep(self, entry: int, keep: bool) -> None:
-        """Say of a sealed object whether it is never to be evicted; one that may be is taken for new."""
-        if keep != (entry in self._kept):
-            self._forget(entry, self._extent_bytes(entry))
-            self._table.set_keep(entry, keep)
-            self.sealed(entry)
-
-    @property
-    def kept(self) -> AbstractSet[int]:
-        """The entries of sealed objects that are never evicted."""
-        return self._kept
-
-    def protect(self, entry: int, protect: bool) -> None:
-        """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays.
-
-        Where there is an external store nothing has to be said: there it is not lost.
-        """
-        if self.spilling is not None:
-            return
-        if protect:
-            self._protected.add(entry)
-        else:
-            self._protected.discard(entry)
-
-    @property
-    def protected(self) -> AbstractSet[int]:
-        """The entries of sealed objects that are not evicted for now."""
-        return self._protected
-
-    def read(self, entry: int) -> None:
-        """Take note that the object was read."""
-        self._visited[entry] = 1
-
-    def was_read(self, entry: int) -> bool:
-        """Tell whether the object was read since this was asked, or the hand has passed it."""
-        was_read = bool(self._visited[entry])
-        self._visited[entry] = 0
-        return was_read
-
-    def sweep(self) -> Iterator[int]:
-        """Yield the objects that may go, in the order of the eviction policy."""
-        return self._queue.sweep()
-
     def free(self, entry: int) -> None:
         """Give back the extent and the entry of an unlinked object that nobody pins."""
-        if self.spilling is not None:
-            self.spilling.forget(entry)
+        if self.residents.external is not None:
+            self.residents.external.forget(entry)
         offset, data_size, metadata_size = self._table.location(entry)
         self.give_back(offset, data_size + metadata_size)
         self._table.free(entry)
@@ -426,7 +303,7 @@ class Room:
         The returned entries' ids and sizes are still what they were, until the next insertion.  With `spill`
         they have copies in the external store, and stay under their ids.
         """
-        table = self._table
+        table, residents = self._table, self.residents
         states = [table.state(entry) for entry in entries]
         for entry, state in zip(entries, states, strict=True):
             # A doomed one is hidden from readers already, and stays doomed for a successor of this store.
@@ -444,13 +321,12 @@ class Room:
                 continue
             offset, data_size, metadata_size = table.location(entry)
             size = (data_size + metadata_size + ALIGNMENT - 1) & -ALIGNMENT
-            self._forget(entry, size)
-            self._protected.discard(entry)
+            residents.forget(entry, size)
             if spill:
                 self._put_out(entry)
             else:
-                if self.spilling is not None:
-                    self.spilling.forget(entry)
+                if residents.external is not None:
+                    residents.external.forget(entry)
                 table.unlink(entry)
                 table.free(entry)
             if size:
@@ -461,9 +337,9 @@ class Room:
 
     def _put_out(self, entry: int) -> None:
         """Leave the entry of a taken object that has a copy."""
-        assert self.spilling is not None
+        assert self.residents.external is not None
         self._table.set_state(entry, EntryState.SPILLED)
-        self.spilling.went(entry)
+        self.residents.external.went(entry)
 
     def _give_back_all(self, extents: list[tuple[int, int]]) -> None:
         """Free many extents; what was sealed in a row often lies in a row, and goes as one."""
@@ -506,9 +382,9 @@ class Room:
         freed, evicted = 0, list[bytes]()
         batch: dict[int, int] = {}
         batch_bytes = 0
-        held = self._boards.pinned() | self._protected | self.busy | {self.mover.hidden}
-        spilling = self.spilling
-        candidates = self._queue.sweep() if spilling is None else spilling.victims()
+        residents = self.residents
+        held = self._boards.pinned() | residents.protected | residents.busy | {self.mover.hidden}
+        spill = residents.external is not None
 
         def spare() -> dict[int, int]:
             """Take out of the batch what it does without, what would be last to go first."""
@@ -525,13 +401,13 @@ class Room:
             return dict(reversed(spared.items()))
 
         def take_batch() -> int:
-            taken = self.take(tuple(batch), spill=spilling is not None)
+            taken = self.take(tuple(batch), spill=spill)
             evicted.extend(map(self._table.object_id, taken))
             gone = sum(batch[entry] for entry in taken)
             batch.clear()
             return gone
 
-        for entry in islice(candidates, at_most):
+        for entry in islice(residents.victims(), at_most):
             if entry in held:
                 continue
             size = batch[entry] = measure(entry)
@@ -549,12 +425,9 @@ class Room:
 
     def displace(self, entries: Sequence[int]) -> list[bytes]:
         """Evict these objects if all of them may go; return the ids of those that went."""
-        spilling = self.spilling
-        for entry in entries:
-            may_go = entry in self._queue if spilling is None else spilling.is_clean(entry)
-            if not may_go or entry in self._protected:
-                return []
-        taken = self.take(entries, spill=spilling is not None)
+        if not all(map(self.residents.may_go, entries)):
+            return []
+        taken = self.take(entries, spill=self.residents.external is not None)
         return [self._table.object_id(entry) for entry in taken]
 
     def _extent_bytes(self, entry: int) -> int:
@@ -563,79 +436,37 @@ class Room:
     def pinned(self, entries: Sequence[int]) -> AbstractSet[int]:
         """Return those of these entries, and maybe others, that somebody pins or the store itself reads."""
         if len(entries) == 1:
-            held = entries[0] in self.busy or self._boards.is_pinned(entries[0])
+            held = entries[0] in self.residents.busy or self._boards.is_pinned(entries[0])
             return set(entries) if held else set()
-        return self._boards.pinned() | self.busy
+        return self._boards.pinned() | self.residents.busy
 
     def _evictable_bytes(self) -> int:
-        held = self._boards.pinned() | self._protected
-        if self.spilling is not None:
-            return self.spilling.clean_bytes - sum(
-                self._extent_bytes(entry) for entry in held if self.spilling.is_clean(entry)
-            )
-        return self._cached_bytes - sum(
-            self._extent_bytes(entry) for entry in held if entry in self._queue
-        )
+        return self.residents.evictable_bytes(self._boards.pinned())
 
     # -- recovering ----------------------------------------------------------------------------
 
-    def recover(
-        self,
-        cached: Sequence[int],
-        cached_bytes: int,
-        kept: Iterable[int],
-        gaps: Iterable[tuple[int, int]],
-    ) -> None:
-        """Take over the data region of a store that has died.
-
-        Parameters
-        ----------
-        cached : sequence of int
-            The entries that may be evicted, in the order in which they were sealed.
-        cached_bytes : int
-            The sum of their extents.
-        kept : iterable of int
-            The sealed entries that may not.
-        gaps : iterable of (offset, size)
-            The extents that are free, by address.
+    def recover(self, gaps: Iterable[tuple[int, int]]) -> None:
+        """Take over the data region of a store that has died; `gaps` gives offset and size of what is free, by address.
 
         Notes
         -----
-        O(objects).
+        O(gaps).
         """
         self._allocator.refill(gaps)
         self.commitment.recover()
-        self._queue.fill(cached)
-        self._cached_bytes = cached_bytes
-        self._kept = set(kept)
 
     # -- proof ---------------------------------------------------------------------------------
 
     def check(self, leased: Iterable[tuple[int, int]]) -> None:
-        """Prove that extents, those of leases included, tile the region, and that the queue is right."""
-        table = self._table
+        """Prove that extents, those of leases included, tile the region, and what is said of residents."""
+        table, external = self._table, self.residents.external
         used = [*leased, *self.mover.extents()]
-        used += self.spilling.extents() if self.spilling is not None else ()
-        cached = queued = n_kept = 0
+        used += external.extents() if external is not None else ()
         for entry in table.entries(0, table.end):
             offset, data_size, metadata_size = table.location(entry)
             size = data_size + metadata_size
             if size and table.state(entry) != EntryState.SPILLED:
                 used.append((offset, align_up(size, ALIGNMENT)))
-            is_sealed = table.state(entry) in _IS_SEALED
-            is_cached = is_sealed and not table.is_kept(entry)
-            assert is_cached == (entry in self._queue), f"entry {entry} and the queue disagree"
-            assert (is_sealed and not is_cached) == (entry in self._kept), (
-                f"{entry} is kept wrongly"
-            )
-            n_kept += is_sealed and not is_cached
-            if is_cached:
-                cached += align_up(size, ALIGNMENT)
-                queued += 1
         self._allocator.check(used)
-        self._queue.check()
-        assert all(entry in self._queue or entry in self._kept for entry in self._protected)
+        self.residents.check()
         self.commitment.check()
-        assert queued == len(self._queue), "the queue holds what is not there"
-        assert n_kept == len(self._kept), "something is kept that is not there"
-        assert cached == self._cached_bytes, "the sum of evictable bytes is wrong"

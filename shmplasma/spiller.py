@@ -15,7 +15,8 @@ from shmplasma import system
 from shmplasma.errors import ExternalStoreError
 from shmplasma.external import ExternalStore, Item, open_external
 from shmplasma.segment_name import SegmentName
-from shmplasma.spilling import ExternalLimits, Job, Part, Read, Write
+from shmplasma.spilling import ExternalLimits
+from shmplasma.transfers import Job, Part, Read, Write
 
 __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 

@@ -36,7 +36,6 @@ Invariants
 ----------
 * `busy` entries are being written: nobody takes or moves them, though all may read them.
 * A container is deleted when no entry names it.  One of which less than half is named waits to be emptied, or was tried.
-* What comes back has its extent before it is read, and no entry says so until it is whole.
 * A failed write leaves objects as they are; who waits for room is told why.  A failed read fails those who wait for
   that object, and leaves it SPILLED.
 """
@@ -47,16 +46,17 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import Final
 
 from shmplasma.containers import Containers
-from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.pins import Boards
+from shmplasma.returns import Returns
 from shmplasma.room import Room
 from shmplasma.table import Table
+from shmplasma.transfers import Delete, Job, Part, Read, Write
 
-__all__ = ["HEADER_BYTES", "Delete", "ExternalLimits", "Job", "Part", "Read", "Spilling", "Write"]
+__all__ = ["HEADER_BYTES", "ExternalLimits", "Spilling"]
 
 HEADER_BYTES: Final = 128
 """Before each object in a container."""
@@ -64,49 +64,10 @@ _CONTAINER_BYTES: Final = 8 << 20
 """Small objects are written together, up to so many bytes."""
 _CONTAINER_OBJECTS: Final = 256
 _MAX_WRITES: Final = 4
-_MAX_READS: Final = 4
 _AHEAD_BYTES: Final = 64 << 20
 """At most so much is clean ahead of need, whatever the high-water mark says."""
 _ALL: Final = 1 << 62
 """More bytes than any store has."""
-
-
-class Part(NamedTuple):
-    """An object in the segment, on its way out or in."""
-
-    entry: int
-    object_id: bytes
-    codec: int
-    offset: int
-    data_size: int
-    metadata_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """Write these objects to a container of this number; the result is where each is in it."""
-
-    number: int
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Read an object from its place in a container to its extent."""
-
-    number: int
-    place: int
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class Delete:
-    """Delete containers."""
-
-    numbers: tuple[int, ...]
-
-
-Job = Write | Read | Delete
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +87,8 @@ class ExternalLimits:
 
 
 @dataclass(slots=True)
-class _Return:
-    """An object that comes back; deleted meanwhile, it leaves its entry to another one, which may want to come back, too."""
-
-    entry: int
-    state_word: int
-    size_bytes: int
-    offset: int | None = None
-    job: Read | None = None
-    awaits_commit: bool = False
-
-
-@dataclass(slots=True)
 class Spilling:
-    """What is written, what is clean, and what comes back.
+    """What is written, what is clean, and what is in the external store alone.
 
     Parameters
     ----------
@@ -154,6 +103,8 @@ class Spilling:
     ----------
     jobs : list of Job
         What is to be carried out, outside the loop.
+    returns : Returns
+        What comes back.
     failure : str
         Why the last write failed; empty if it did not.
     failures : int
@@ -170,6 +121,7 @@ class Spilling:
     capacity: int
     limits: ExternalLimits
     jobs: list[Job] = field(default_factory=list)
+    returns: Returns = field(init=False)
     failure: str = ""
     failures: int = 0
     spilled_bytes: int = 0
@@ -184,14 +136,13 @@ class Spilling:
     _writes: int = 0
     _writing_bytes: int = 0
     _being_stored: int = 0
-    _returns: dict[tuple[int, int], _Return] = field(default_factory=dict)
-    _reads: int = 0
     _demand: int = 0
     _stretched_for: int = 0
     _scattered: int = 0
 
     def __post_init__(self) -> None:
-        self.room.spilling = self
+        self.returns = Returns(self.table, self.room, self.jobs)
+        self.room.residents.external = self
 
     # -- what the room asks --------------------------------------------------------------------
 
@@ -220,7 +171,10 @@ class Spilling:
             if entry in offered:
                 continue
             # What is deleted and still held goes at its last release.
-            if not self.room.was_read(entry) and self.table.state(entry) == EntryState.SEALED:
+            if (
+                not self.room.residents.was_read(entry)
+                and self.table.state(entry) == EntryState.SEALED
+            ):
                 offered.add(entry)
                 yield entry
 
@@ -252,7 +206,7 @@ class Spilling:
         if number is None:
             return
         table, before = self.table, self._containers.entries(self._emptying)
-        if any((entry, table.state_word(entry)) in self._returns for entry in before):
+        if any(entry in self.returns for entry in before):
             return
         entries = self._containers.entries(number)
         spilled = [entry for entry in entries if table.state(entry) == EntryState.SPILLED]
@@ -291,11 +245,11 @@ class Spilling:
     @property
     def is_under_way(self) -> bool:
         """Whether objects are being written, or read: what is may make room for others after that."""
-        return bool(self._writes or self._reads)
+        return self._writes > 0 or self.returns.are_being_read
 
     def advance(self) -> None:
         """Begin to read what is wanted back, and to write what that demands, or others, or what is due ahead of need."""
-        lacking = self._advance_returns()
+        lacking = self.returns.advance()
         if not self._has_failed:
             self._demand = max(self._demand, lacking)
         self._write_ahead()
@@ -322,7 +276,9 @@ class Spilling:
         clean_bytes = self.room.attainable_bytes - self.room.free_bytes
         missing = wanted - clean_bytes - self._writing_bytes
         if missing > 0:
-            left = self._write(chain(self.room.sweep(), tuple(self.room.kept)), missing)
+            left = self._write(
+                chain(self.room.residents.sweep(), tuple(self.room.residents.kept)), missing
+            )
             self._is_fruitless = self._writes < _MAX_WRITES and left > 0
 
     def _write_stretch(self) -> None:
@@ -334,7 +290,7 @@ class Spilling:
         n_writes = self._writes
         self._write(chosen, _ALL)
         # Nothing may go, or nothing more can be written.
-        if self._writes == n_writes and self.room.busy.isdisjoint(chosen):
+        if self._writes == n_writes and self.room.residents.busy.isdisjoint(chosen):
             self._scattered = self._demand
 
     def _is_to_be_moved_for(self, size_bytes: int) -> bool:
@@ -354,7 +310,7 @@ class Spilling:
         for entry in candidates:
             if self._writes >= _MAX_WRITES or size_bytes <= 0:
                 break
-            if entry in held or entry in self._clean or entry in self.room.busy:
+            if entry in held or entry in self._clean or entry in self.room.residents.busy:
                 continue
             if self.table.state(entry) != EntryState.SEALED:
                 continue
@@ -368,7 +324,7 @@ class Spilling:
                 left -= HEADER_BYTES + size
             object_id, codec = self.table.id_and_codec(entry)
             batch.append(Part(entry, object_id, codec, *self.table.location(entry)))
-            self.room.busy.add(entry)
+            self.room.residents.busy.add(entry)
             batch_bytes += size
             size_bytes -= size
             if batch_bytes >= _CONTAINER_BYTES or len(batch) >= _CONTAINER_OBJECTS:
@@ -393,7 +349,7 @@ class Spilling:
         self._being_stored -= stored
         self.look_again()
         self._demand = 0  # whom this does not serve states it again
-        self.room.busy.difference_update(part.entry for part in job.parts)
+        self.room.residents.busy.difference_update(part.entry for part in job.parts)
         self.failure = failure
         if failure:
             self.failures += 1
@@ -411,101 +367,27 @@ class Spilling:
 
     def bring(self, entry: int) -> None:
         """Have a spilled object brought back."""
-        key = entry, self.table.state_word(entry)
-        if key not in self._returns:
-            self._returns[key] = _Return(*key, self.table.size(entry))
+        if self.returns.bring(entry):
             self.look_again()
-            self._advance_returns()
-
-    @property
-    def awaits_commit(self) -> bool:
-        """Whether an object that comes back waits for memory behind its extent."""
-        return any(each.awaits_commit for each in self._returns.values())
+            self.returns.advance()
 
     def stuck(self) -> int | None:
         """Return the first object that finds no room, if none is being made; those behind it were not tried yet."""
-        is_made = self._writes or self._reads or self.room.mover.is_busy
-        if is_made and not self._has_failed:
+        if (self.is_under_way or self.room.mover.is_busy) and not self._has_failed:
             return None
         self._has_failed = False
-        return next((each.entry for each in self._returns.values() if each.offset is None), None)
+        return self.returns.first_without_room()
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield the extents that no entry names yet."""
-        for each in self._returns.values():
-            if each.offset is not None and each.size_bytes:
-                yield each.offset, align_up(each.size_bytes, ALIGNMENT)
-
-    def _advance_returns(self) -> int:
-        """Begin to read what has room; return how much room the first one lacks."""
-        for each in tuple(self._returns.values()):
-            if each.offset is None:
-                offset, _ = self.room.allocate(self.table.size(each.entry))
-                if offset is None:
-                    return align_up(self.table.size(each.entry), ALIGNMENT)  # in their order
-                each.offset = offset
-            if each.job is None and self._reads < _MAX_READS:
-                self._read_if_ready(each)
-        return 0
-
-    def _read_if_ready(self, each: _Return) -> None:
-        assert each.offset is not None
-        size = self.table.size(each.entry)
-        each.awaits_commit = size > 0 and not self.room.commitment.is_ready(each.offset, size)
-        if each.awaits_commit:
-            return
-        number, place = self.table.copy_of(each.entry)
-        object_id, codec = self.table.id_and_codec(each.entry)
-        _, data_size, metadata_size = self.table.location(each.entry)
-        part = Part(each.entry, object_id, codec, each.offset, data_size, metadata_size)
-        each.job = Read(number, place, part)
-        self.jobs.append(each.job)
-        self._reads += 1
-
-    def commit(self) -> tuple[int, str]:
-        """Commit one step of memory for an object that comes back.
-
-        Returns
-        -------
-        entry : int
-            Which.
-        failure : str
-            Why there is no memory, and it stays where it is; empty if there is.
-        """
-        each = next(each for each in self._returns.values() if each.awaits_commit)
-        assert each.offset is not None
-        try:
-            if self.room.commitment.step(each.offset, self.table.size(each.entry)):
-                self._read_if_ready(each)
-        except CommitError as error:
-            self.give_up(each.entry)
-            return each.entry, str(error)
-        return each.entry, ""
-
-    def give_up(self, entry: int) -> None:
-        """Let an object stay in the external store that nobody waits for any more, or that finds no room."""
-        key = entry, self.table.state_word(entry)
-        each = self._returns.get(key)
-        if each is not None and each.job is None:
-            del self._returns[key]
-            if each.offset is not None:
-                self.room.give_back(each.offset, self.table.size(entry))
+        return self.returns.extents()
 
     def was_read(self, job: Read, failure: str) -> bool:
         """Take note of what came of a read; tell whether the object is in memory now."""
-        each = next(each for each in self._returns.values() if each.job is job)
-        del self._returns[each.entry, each.state_word]
-        self._reads -= 1
-        entry, size = each.entry, job.part.data_size + job.part.metadata_size
-        # It may have been deleted meanwhile, and its entry be another object's.
-        is_gone = self.table.state_word(entry) != each.state_word
-        if failure or is_gone:
-            self.room.give_back(job.part.offset, size)
+        if not self.returns.was_read(job, failure):
             return False
-        self.table.relocate(entry, job.part.offset)
-        self.room.sealed(entry)
-        extent = align_up(size, ALIGNMENT)
-        self._clean[entry] = extent
+        entry, size = job.part.entry, job.part.data_size + job.part.metadata_size
+        self._clean[entry] = extent = align_up(size, ALIGNMENT)
         self._clean_bytes += extent
         self.spilled_bytes -= size
         self.restored += 1
@@ -515,7 +397,7 @@ class Spilling:
 
     def drop(self, entry: int) -> None:
         """Forget a spilled object, which is deleted; its entry is about to be freed."""
-        self.give_up(entry)
+        self.returns.give_up(entry)
         self.spilled_bytes -= self.table.size(entry)
         self.forget(entry)
 

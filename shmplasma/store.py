@@ -34,7 +34,7 @@ from shmplasma.outgoing import NOTHING
 from shmplasma.parts import Parts
 from shmplasma.protocol import Frame
 from shmplasma.requests import Hello, Post, Role, decode_request
-from shmplasma.spilling import Delete, Job
+from shmplasma.transfers import Delete, Job
 
 __all__ = ["ObjectStore"]
 

@@ -48,8 +48,9 @@ from shmplasma.requests import (
     Role,
     Seal,
 )
-from shmplasma.spilling import Delete, ExternalLimits, Job, Read, Write
+from shmplasma.spilling import ExternalLimits
 from shmplasma.store import ObjectStore
+from shmplasma.transfers import Delete, Job, Read, Write
 
 __all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
 

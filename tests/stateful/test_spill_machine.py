@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
 from shmplasma.requests import Contains, Create, Delete, Evict, Get, Keep, List, Seal
-from shmplasma.spilling import Delete as DeleteContainers
-from shmplasma.spilling import ExternalLimits, Job, Read, Write
+from shmplasma.spilling import ExternalLimits
+from shmplasma.transfers import Delete as DeleteContainers
+from shmplasma.transfers import Job, Read, Write
 from tests.conversation import Peer, name
 from tests.crash.damage import Mortal
 

@@ -13,6 +13,7 @@ from shmplasma.moves import Moves
 from shmplasma.pins import Boards, slots_of
 from shmplasma.replies import Failure
 from shmplasma.requests import Create
+from shmplasma.residents import Residents
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
 from tests.conversation import RecordedMemory, name, new_segment
@@ -33,7 +34,8 @@ class Household:
         self.boards = Boards(layout, self.words, raw, control, self.memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
         moves = Moves(self.words, raw, self.table)
-        self.room = Room(layout, self.words, self.table, self.boards, visited, self.memory, moves)
+        residents = Residents(self.table, visited)
+        self.room = Room(layout, self.words, self.table, self.boards, residents, self.memory, moves)
         self.gone: list[bytes] = []
         self.objects = Lifecycle(
             layout,

@@ -10,6 +10,7 @@ from shmplasma.control import Control
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.moves import Moves
 from shmplasma.pins import Boards
+from shmplasma.residents import Residents
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
 from tests.conversation import RecordedMemory, name, new_segment
@@ -31,8 +32,9 @@ class Storeroom:
         self.boards.grant(CLIENT, 4711, 1)
         self.visited = self.raw[layout.visited : layout.visited + layout.n_entries]
         self.moves = Moves(self.words, self.raw, self.table)
+        residents = Residents(self.table, self.visited)
         self.room = Room(
-            layout, self.words, self.table, self.boards, self.visited, self.memory, self.moves
+            layout, self.words, self.table, self.boards, residents, self.memory, self.moves
         )
         self.n_objects = 0
         self.unnamed: list[tuple[int, int]] = []
@@ -44,7 +46,7 @@ class Storeroom:
         entry = self.table.insert(name(self.n_objects), 0, offset, size_bytes, 0, 1)
         self.n_objects += 1
         self.table.seal(entry, 1)
-        self.room.sealed(entry)
+        self.room.residents.sealed(entry)
         return entry
 
     def fill(self, size_bytes: int) -> list[int]:
@@ -126,7 +128,7 @@ def test_a_read_object_is_spared_once() -> None:
     """An object that was read since the hand last passed stays while another can go."""
     storeroom = Storeroom(256)
     entries = storeroom.fill(64)
-    storeroom.room.read(entries[0])
+    storeroom.room.residents.read(entries[0])
     storeroom.visited[entries[1]] = 255  # as a client may write it
     for expected in ([2], [2, 3], [0, 2, 3]):
         storeroom.allocate(1)
@@ -271,8 +273,8 @@ def test_neighbours_that_go_leave_one_extent() -> None:
 
 DAMAGES: dict[str, Callable[[Storeroom], object]] = {
     "the queue disagree": lambda s: s.table.set_state(0, EntryState.CREATED),
-    "what is not there": lambda s: s.room._queue.insert(9),
-    "sum of evictable bytes": lambda s: setattr(s.room, "_cached_bytes", 1),
+    "what is not there": lambda s: s.room.residents._queue.insert(9),
+    "sum of evictable bytes": lambda s: setattr(s.room.residents, "_cached_bytes", 1),
     "a gap or an overlap": lambda s: s.room.give_back(s.layout.data, 64),
 }
 

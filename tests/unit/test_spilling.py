@@ -8,7 +8,8 @@ from shmplasma.layout import REFERENCED, EntryState
 from shmplasma.references import TICKET_NS
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
 from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List, Release, Seal
-from shmplasma.spilling import HEADER_BYTES, ExternalLimits, Read, Write
+from shmplasma.spilling import HEADER_BYTES, ExternalLimits
+from shmplasma.transfers import Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
@@ -410,8 +411,8 @@ def test_no_more_is_written_than_somebody_waits_for() -> None:
         put(talk, peer, number)
     put(talk, peer, 500, 18_000)
     assert len(spilled(talk)) < 20
-    assert talk.store._room.spilling is not None
-    assert not talk.store._room.spilling.copies
+    assert talk.store._room.residents.external is not None
+    assert not talk.store._room.residents.external.copies
 
 
 def test_where_nothing_can_be_written_objects_are_moved() -> None:

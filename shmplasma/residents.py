@@ -1,0 +1,267 @@
+"""Residents: the sealed objects in memory, which of them may go for others, in which order, and at what price.  Pure.
+
+This module knows nothing of extents: `shmplasma.room` takes what has to go, and gives its room to others.
+
+Invariants
+----------
+* Each sealed object in memory is either in the eviction queue or kept, as its KEEP word says.
+* What is protected is one or the other, and stays while it is; what is busy is read by the store itself.
+
+What has a copy in an external store is not lost when it goes; then what has none may not go at all, and what is kept may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import chain, islice
+from typing import Final, Protocol
+
+from shmplasma.eviction import Sieve
+from shmplasma.layout import ALIGNMENT, EntryState, align_up
+from shmplasma.table import Table
+
+__all__ = ["External", "Residents"]
+
+_ROUND_UP: Final = ALIGNMENT - 1
+_IS_SEALED: Final = (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING)
+
+_READ_SHIFT: Final = 2
+"""One that was read since the hand passed it is worth four times as much as one that was not."""
+_DIRTY_SHIFT: Final = 3
+"""One that is not even being written costs eight times as much as one that has a copy."""
+_KEPT_PRICE: Final = 1 << 62
+"""More than all others together: what is kept is written last."""
+
+
+class External(Protocol):
+    """What is asked of `shmplasma.spilling`, where there is an external store."""
+
+    @property
+    def clean_bytes(self) -> int:
+        """Bytes of extents of objects that have a copy."""
+
+    @property
+    def copies(self) -> Mapping[int, int]:
+        """The objects in memory that have a copy, and their extents' sizes in bytes."""
+
+    def is_clean(self, entry: int) -> bool:
+        """Tell whether an object has a copy."""
+
+    def victims(self) -> Iterator[int]:
+        """Yield objects that have a copy, in the order in which they should go."""
+
+    def went(self, entry: int) -> None:
+        """Take note that such an object is in memory no more."""
+
+    def forget(self, entry: int) -> None:
+        """Take note that an object goes for good."""
+
+    def look_again(self) -> None:
+        """Take note that there may be something new to write."""
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield the extents of objects that come back."""
+
+
+class Residents:
+    """The sealed objects in memory.
+
+    Parameters
+    ----------
+    table : Table
+        The object table.
+    visited : memoryview
+        The visited region: a byte an entry.
+
+    Attributes
+    ----------
+    external : External or None
+        What has the copies, if there is an external store.
+    busy : set of int
+        Entries that the store itself reads: they are neither taken nor moved.
+    """
+
+    def __init__(self, table: Table, visited: memoryview) -> None:
+        self._table = table
+        self._visited = visited
+        self._queue = Sieve(visited)
+        self._cached_bytes = 0
+        self._kept: set[int] = set()
+        self._protected: set[int] = set()
+        self.busy: set[int] = set()
+        self.external: External | None = None
+
+    # -- coming, staying, going ----------------------------------------------------------------
+
+    def sealed(self, entry: int) -> None:
+        """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
+        if self.external is not None:
+            self.external.look_again()
+        if self._table.is_kept(entry):
+            self._kept.add(entry)
+        else:
+            self._queue.insert(entry)
+            self._cached_bytes += self._table.size(entry) + _ROUND_UP & -ALIGNMENT
+
+    def forget(self, entry: int, extent_bytes: int) -> None:
+        """Undo `sealed`."""
+        self._protected.discard(entry)
+        if entry in self._kept:
+            self._kept.remove(entry)
+        else:
+            self._queue.remove(entry)
+            self._cached_bytes -= extent_bytes
+
+    def keep(self, entry: int, keep: bool) -> None:
+        """Say of a sealed object whether it is never to be evicted; one that may be is taken for new."""
+        if keep != (entry in self._kept):
+            is_protected = entry in self._protected
+            self.forget(entry, self._extent_bytes(entry))
+            self._table.set_keep(entry, keep)
+            self.sealed(entry)
+            if is_protected:
+                self._protected.add(entry)
+
+    @property
+    def kept(self) -> AbstractSet[int]:
+        """The entries of sealed objects that are never evicted."""
+        return self._kept
+
+    def protect(self, entry: int, protect: bool) -> None:
+        """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays.
+
+        Where there is an external store nothing has to be said: there it is not lost.
+        """
+        if self.external is not None:
+            return
+        if protect:
+            self._protected.add(entry)
+        else:
+            self._protected.discard(entry)
+
+    @property
+    def protected(self) -> AbstractSet[int]:
+        """The entries of sealed objects that are not evicted for now."""
+        return self._protected
+
+    def read(self, entry: int) -> None:
+        """Take note that the object was read."""
+        self._visited[entry] = 1
+
+    def was_read(self, entry: int) -> bool:
+        """Tell whether the object was read since this was asked, or the hand has passed it."""
+        was_read = bool(self._visited[entry])
+        self._visited[entry] = 0
+        return was_read
+
+    # -- who may go ----------------------------------------------------------------------------
+
+    def sweep(self) -> Iterator[int]:
+        """Yield the objects that are not kept, in the order of the eviction policy."""
+        return self._queue.sweep()
+
+    def victims(self) -> Iterator[int]:
+        """Yield the objects that may go, in the order in which they should; some may be pinned, protected or busy."""
+        return self._queue.sweep() if self.external is None else self.external.victims()
+
+    def may_go(self, entry: int) -> bool:
+        """Tell whether an object may go, if nobody pins it."""
+        external = self.external
+        may_go = entry in self._queue if external is None else external.is_clean(entry)
+        return may_go and entry not in self._protected
+
+    def evictable_bytes(self, pinned: AbstractSet[int]) -> int:
+        """Bytes of the extents of all that may go, but for what is pinned."""
+        held, external = pinned | self._protected, self.external
+        if external is not None:
+            return external.clean_bytes - sum(
+                self._extent_bytes(entry) for entry in held if external.is_clean(entry)
+            )
+        return self._cached_bytes - sum(
+            self._extent_bytes(entry) for entry in held if entry in self._queue
+        )
+
+    def situation(self) -> object:
+        """Return what changes whenever something else may go."""
+        return self._cached_bytes, 0 if self.external is None else self.external.clean_bytes
+
+    def priced(
+        self, held: AbstractSet[int], most: int, *, dirty: bool
+    ) -> list[tuple[int, int, int, int]]:
+        """Return what may go, where there is an external store, and what it costs.
+
+        Parameters
+        ----------
+        held : set of int
+            Entries that stay.
+        most : int
+            How many objects are looked at, those first that should go first.
+        dirty : bool
+            Whether to count what has no copy yet, or is being written, as well.
+
+        Returns
+        -------
+        list of (offset, size, entry, price)
+        """
+        table, external = self._table, self.external
+        assert external is not None, "nothing has a copy"
+        copies = external.copies
+        candidates = chain(self._queue, self._kept) if dirty else iter(copies)
+        goods = []
+        for entry in islice(candidates, most):
+            size = self._extent_bytes(entry)
+            if not size or entry in held or table.state(entry) != EntryState.SEALED:
+                continue
+            if entry in self.busy and not dirty:
+                continue
+            price = size << _READ_SHIFT if self._visited[entry] else size
+            if entry not in copies and entry not in self.busy:
+                price <<= _DIRTY_SHIFT
+                if entry in self._kept:
+                    price += _KEPT_PRICE
+            goods.append((table.location(entry)[0], size, entry, price))
+        return goods
+
+    def _extent_bytes(self, entry: int) -> int:
+        return (self._table.size(entry) + ALIGNMENT - 1) & -ALIGNMENT  # a call less
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    def recover(self, cached: Sequence[int], cached_bytes: int, kept: Iterable[int]) -> None:
+        """Take over what a store that has died leaves.
+
+        Parameters
+        ----------
+        cached : sequence of int
+            The entries that may be evicted, in the order in which they were sealed.
+        cached_bytes : int
+            The sum of their extents.
+        kept : iterable of int
+            The sealed entries that may not.
+        """
+        self._queue.fill(cached)
+        self._cached_bytes = cached_bytes
+        self._kept = set(kept)
+
+    # -- proof ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Prove the invariants."""
+        table, queue = self._table, self._queue
+        cached_bytes = n_cached = n_kept = 0
+        for entry in table.entries(0, table.end):
+            is_sealed = table.state(entry) in _IS_SEALED
+            is_cached = is_sealed and not table.is_kept(entry)
+            assert is_cached == (entry in queue), f"entry {entry} and the queue disagree"
+            is_kept = is_sealed and not is_cached
+            assert is_kept == (entry in self._kept), f"{entry} is kept wrongly"
+            n_kept += is_kept
+            if is_cached:
+                cached_bytes += align_up(table.size(entry), ALIGNMENT)
+                n_cached += 1
+        queue.check()
+        assert all(entry in queue or entry in self._kept for entry in self._protected)
+        assert n_cached == len(queue), "the queue holds what is not there"
+        assert n_kept == len(self._kept), "something is kept that is not there"
+        assert cached_bytes == self._cached_bytes, "the sum of evictable bytes is wrong"
