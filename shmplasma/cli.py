@@ -10,8 +10,6 @@ not enough room), 2 for an error of usage.
 
 from __future__ import annotations
 
-import argparse
-import grp
 import logging
 import os
 import resource
@@ -21,7 +19,7 @@ import sys
 from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Final
 
-from shmplasma import __version__, system
+from shmplasma import system
 from shmplasma.backing import default_capacity
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.endpoint import Endpoint, default_socket_path
@@ -33,24 +31,23 @@ from shmplasma.errors import (
     LayoutError,
 )
 from shmplasma.layout import TOKEN_BYTES
+from shmplasma.options import PROGRAM, parse
 from shmplasma.orphans import sweep
 from shmplasma.prefault import prefault
-from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
 from shmplasma.server import Server
-from shmplasma.sizes import parse_size
 from shmplasma.spilling import ExternalLimits
 from shmplasma.succession import replace
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
     from shmplasma.spiller import Spiller
 
 __all__ = ["main"]
 
-_PROGRAM: Final = "shmplasma-store"
 _ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 _LOG: Final = logging.getLogger(__name__)
 
@@ -77,17 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     -----
     To be called on the main thread, as it handles signals.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.huge_pages and (
-        options.directory is None or system.huge_page_bytes(options.directory) is None
-    ):
-        parser.error(
-            "-h: huge pages need a hugetlbfs; mount one (mount -t hugetlbfs none /mnt/hugepages) "
-            "and name it: -d /mnt/hugepages -h"
-        )
+    options = parse(argv)
     logging.basicConfig(
-        format=f"%(asctime)s {_PROGRAM}: %(message)s",
+        format=f"%(asctime)s {PROGRAM}: %(message)s",
         level=logging.DEBUG if options.verbose else logging.INFO,
     )
     logging.raiseExceptions = False  # a full disk under the log is no reason to stop serving
@@ -105,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(text: str) -> int:
     with suppress(OSError):  # there may be no room for the message either
-        sys.stderr.write(f"{_PROGRAM}: error: {text}\n")
+        sys.stderr.write(f"{PROGRAM}: error: {text}\n")
     return 1
 
 
@@ -334,167 +323,6 @@ def _raise_file_limit() -> None:
 def _remove_directory(path: str) -> None:
     with suppress(OSError):  # somebody has put a file of his own there
         os.rmdir(path)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        _PROGRAM,
-        description="Run an in-memory object store for the processes of this machine.",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "-m",
-        dest="memory",
-        metavar="BYTES",
-        type=_size,
-        help="capacity, also as 4GB or 512MiB (default: 30%% of what can be had)",
-    )
-    add(
-        "-s",
-        dest="socket",
-        metavar="SOCKET",
-        help="path of the socket to listen on (default: in a private directory)",
-    )
-    add(
-        "-d",
-        dest="directory",
-        metavar="DIRECTORY",
-        type=_directory,
-        help="keep the objects in a file there (default: POSIX shared memory)",
-    )
-    add(
-        "-h",
-        dest="huge_pages",
-        action="store_true",
-        help="use huge pages; -d names a hugetlbfs",
-    )
-    add(
-        "--prefault",
-        action="store_true",
-        help="commit all memory before the store serves, and keep it",
-    )
-    add(
-        "--trim-floor",
-        type=_floor,
-        metavar="BYTES",
-        help="memory that is not used and stays committed (default: 64MiB; with --prefault: all)",
-    )
-    add(
-        "-e",
-        dest="external_store",
-        metavar="URI",
-        help="where objects go that no longer fit, and come back from when they are asked for: "
-        "file:///directory, s3://bucket/prefix, memory://",
-    )
-    add(
-        "--max-spill-bytes",
-        type=_size,
-        metavar="BYTES",
-        help="how much may be there (default: no limit)",
-    )
-    add(
-        "--spill-above",
-        type=_share,
-        default=0.8,
-        metavar="SHARE",
-        help="the share of the capacity from which on objects are written ahead of need (default: 0.8)",
-    )
-    add(
-        "--mode",
-        type=_mode,
-        default=0o600,
-        metavar="OCTAL",
-        help="permissions of the socket and the segment (default: 0600)",
-    )
-    add("--group", type=_group, metavar="NAME", help="group of the socket and the segment")
-    add(
-        "--client-limit",
-        metavar="BYTES",
-        type=_size,
-        help="what a client may hold or have unsealed that sets no limit of its own (default: no limit)",
-    )
-    add(
-        "--fresh",
-        action="store_true",
-        help="start empty, also where a store that has died has left objects",
-    )
-    add(
-        "--replace",
-        action="store_true",
-        help="take over from the store that serves the socket; its clients lose nothing",
-    )
-    add(
-        "--ticket-seconds",
-        type=_seconds,
-        default=TICKET_NS / 1e9,
-        metavar="SECONDS",
-        help="how long a reference that nobody has received outlives its sender, and keeps its object "
-        "from being evicted (default: 600)",
-    )
-    add("-v", dest="verbose", action="store_true", help="log more")
-    add(
-        "--version",
-        action="version",
-        version=f"{_PROGRAM} {__version__}",
-        help="print the version and exit",
-    )
-    add("--help", action="help", help="print this help and exit")
-    # For shmplasma.embedded: the inherited end of a socket pair, and whether the socket's directory
-    # was made for this store.
-    add("--owner", type=int, help=argparse.SUPPRESS)
-    add("--scratch", action="store_true", help=argparse.SUPPRESS)
-    return parser
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: write a number from 0 to 1")
-    return share
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _floor(text: str) -> int:
-    return 0 if text == "0" else _size(text)
-
-
-def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        seconds = float(text)
-        if 0 <= seconds < 1e9:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write 600 or 0.5")
-
-
-def _directory(text: str) -> str:
-    if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"there is no directory {text}; make it, or leave -d out")
-    return text
-
-
-def _mode(text: str) -> int:
-    with suppress(ValueError):
-        mode = int(text, 8)
-        if mode & 0o600 == 0o600 and not mode & ~0o666:
-            return mode
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is no mode of a socket; write 0600 (this user), 0660 (and a group) or 0666 (all)"
-    )
-
-
-def _group(text: str) -> int:
-    try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError as error:
-        raise argparse.ArgumentTypeError(f"there is no group {text}; see getent group") from error
 
 
 if __name__ == "__main__":
