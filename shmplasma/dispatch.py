@@ -21,12 +21,12 @@ from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
+from shmplasma.posted import Abort, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.replies import Done, Leased, Listing, Number, Text
 from shmplasma.reports import describe, list_objects, printable
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     AskLease,
     Attach,
@@ -43,15 +43,10 @@ from shmplasma.requests import (
     Hello,
     Hold,
     Keep,
-    Lend,
     List,
     Post,
-    Publish,
-    Redeem,
-    Release,
     Request,
     Role,
-    Seal,
     SetOptions,
     Trim,
 )

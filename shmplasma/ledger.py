@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from shmplasma.layout import REFERENCED
 from shmplasma.lifecycle import Lifecycle
+from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.references import References
-from shmplasma.requests import Bequeath, Hold, Lend, Redeem, Release
+from shmplasma.requests import Bequeath, Hold
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY, Table
 

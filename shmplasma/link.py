@@ -46,10 +46,10 @@ from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ExternalStoreError, ProtocolError, ShmPlasmaError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.outbox import Outbox
+from shmplasma.posted import Abort
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
 from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     Detach,
     Flush,

@@ -1,7 +1,7 @@
 """What all messages between a client and the store have in common, and the conversation that they make.  Pure.
 
 Each message is a frozen dataclass with ``encode() -> bytes`` and ``decode(body)``; its `KIND` goes into the
-frame's header.  `shmplasma.requests` has those that a client sends, `shmplasma.replies` those of the store.
+frame's header.  `shmplasma.requests` and `shmplasma.posted` have those that a client sends, `shmplasma.replies` those of the store.
 Numbers are little-endian; an object id is 20 bytes.
 
 The conversation

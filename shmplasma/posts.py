@@ -15,9 +15,10 @@ from shmplasma.greeting import Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import Outgoing
+from shmplasma.posted import Publish, decode_posted
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
-from shmplasma.requests import Publish, Request, Role, decode_posted
+from shmplasma.requests import Request, Role
 
 __all__ = ["Posts"]
 

@@ -34,8 +34,8 @@ from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.lifecycle import Lifecycle
+from shmplasma.posted import Publish
 from shmplasma.replies import Leased
-from shmplasma.requests import Publish
 from shmplasma.room import Memory, Room
 from shmplasma.table import NO_ENTRY, Table
 

@@ -10,12 +10,11 @@ from typing import ClassVar, Final, NamedTuple, get_args
 
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Empty, OneId, decode_message
-from shmplasma.protocol import ONE_WAY, Frame
+from shmplasma.posted import HOLD, Abort, Lend, Publish, Redeem, Release, Seal
+from shmplasma.protocol import Frame
 
 __all__ = [
     "MAX_NAME_BYTES",
-    "PUBLISH",
-    "Abort",
     "AnswerNow",
     "AskLease",
     "Attach",
@@ -32,18 +31,12 @@ __all__ = [
     "Hello",
     "Hold",
     "Keep",
-    "Lend",
     "List",
     "Post",
-    "Publish",
-    "Redeem",
-    "Release",
     "Request",
     "Role",
-    "Seal",
     "SetOptions",
     "Trim",
-    "decode_posted",
     "decode_request",
 ]
 
@@ -137,22 +130,6 @@ class Create(_CreateFields):
         if create.timeout_ns < -1:
             raise ValueError("a timeout that is none")
         return create
-
-
-@dataclass(frozen=True, slots=True)
-class Seal(OneId):
-    """The object is complete."""
-
-    KIND: ClassVar[int] = 4
-    object_id: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Abort(OneId):
-    """The object will not be completed."""
-
-    KIND: ClassVar[int] = 5
-    object_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,38 +287,6 @@ class AskLease:
         return cls(*_LEASE.unpack(body))
 
 
-PUBLISH: Final = Struct("<20sQQII?")
-"""Object id, offset, data size, metadata size, codec, and whether it is never to be evicted."""
-
-
-class _PublishFields(NamedTuple):
-    object_id: bytes
-    offset: int
-    data_size: int
-    metadata_size: int
-    codec: int
-    keep: bool = False
-
-
-class Publish(_PublishFields):
-    """An object lies sealed in the client's lease; one-way, or with `Done` or `Failed` as its reply.
-
-    A tuple: to make a dataclass would take as long as half of what the store does with it.
-    """
-
-    KIND: ClassVar[int] = 17
-    __slots__ = ()
-
-    def encode(self) -> bytes:
-        """Return the body."""
-        return PUBLISH.pack(*self)
-
-    @classmethod
-    def decode(cls, body: bytes) -> Publish:
-        """Return the message of a body."""
-        return cls._make(PUBLISH.unpack(body))
-
-
 @dataclass(frozen=True, slots=True)
 class Flush(Empty):
     """Ask for an answer, which comes when all that was sent before has been handled."""
@@ -354,74 +299,6 @@ class Post(Empty):
     """There is something in the client's outbox (`shmplasma.outbox`); one-way."""
 
     KIND: ClassVar[int] = 19
-
-
-_LEND: Final = Struct("<20sQI")
-
-
-@dataclass(frozen=True, slots=True)
-class Lend:
-    """A reference is about to leave this client (see `shmplasma.references`); always in the outbox.
-
-    `receivers` is how many will redeem the ticket, 0 where nobody knows.
-    """
-
-    KIND: ClassVar[int] = 40
-    object_id: bytes
-    ticket: int
-    receivers: int
-
-    def encode(self) -> bytes:
-        """Return the body."""
-        return _LEND.pack(self.object_id, self.ticket, self.receivers)
-
-    @classmethod
-    def decode(cls, body: bytes) -> Lend:
-        """Return the message of a body."""
-        return cls(*_LEND.unpack(body))
-
-
-_REDEEM: Final = Struct("<20sQQ")
-
-
-@dataclass(frozen=True, slots=True)
-class Redeem:
-    """A reference has arrived: this client holds the object under `number`; by the outbox."""
-
-    KIND: ClassVar[int] = 41
-    object_id: bytes
-    ticket: int
-    number: int
-
-    def encode(self) -> bytes:
-        """Return the body."""
-        return _REDEEM.pack(self.object_id, self.ticket, self.number)
-
-    @classmethod
-    def decode(cls, body: bytes) -> Redeem:
-        """Return the message of a body."""
-        return cls(*_REDEEM.unpack(body))
-
-
-_HOLD: Final = Struct("<20sQ")
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """The client does not hold the object under `number` any more; by the outbox, or one-way."""
-
-    KIND: ClassVar[int] = 42
-    object_id: bytes
-    number: int
-
-    def encode(self) -> bytes:
-        """Return the body."""
-        return _HOLD.pack(self.object_id, self.number)
-
-    @classmethod
-    def decode(cls, body: bytes) -> Release:
-        """Return the message of a body."""
-        return cls(*_HOLD.unpack(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,13 +314,13 @@ class Hold:
 
     def encode(self) -> bytes:
         """Return the body."""
-        return _LEASE.pack(self.ticket) + b"".join(_HOLD.pack(*hold) for hold in self.holds)
+        return _LEASE.pack(self.ticket) + b"".join(HOLD.pack(*hold) for hold in self.holds)
 
     @classmethod
     def decode(cls, body: bytes) -> Hold:
         """Return the message of a body."""
         (ticket,) = _LEASE.unpack(body[:8])
-        return cls(ticket, [*_HOLD.iter_unpack(body[8:])])
+        return cls(ticket, [*HOLD.iter_unpack(body[8:])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,22 +410,9 @@ Request = (
     | Trim
 )
 
-Posted = Publish | Seal | Abort | Lend | Redeem | Release
-"""What may come by way of an outbox."""
-
 _KINDS: Final[dict[int, type[Request]]] = {cls.KIND: cls for cls in get_args(Request)}
-_PUBLISH: Final = Publish.KIND
-_new_tuple = tuple.__new__  # a named tuple's own constructor takes three times as long
-_POSTED: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 
 
 def decode_request(frame: Frame) -> Request:
     """Return the request in a frame; raise ProtocolError when it holds none."""
     return decode_message(_KINDS, frame)
-
-
-def decode_posted(kind: int, body: bytes) -> Posted:
-    """Return what a record of an outbox says; raise ProtocolError when it says nothing."""
-    if kind == _PUBLISH and len(body) == PUBLISH.size:  # nearly every one
-        return _new_tuple(Publish, PUBLISH.unpack(body))
-    return decode_message(_POSTED, Frame(kind, ONE_WAY, body))

@@ -53,6 +53,7 @@ from shmplasma.link import Link, expect, greet
 from shmplasma.outbox import Outbox
 from shmplasma.pinning import BoardPool, Lifeline, Located, Pin, located
 from shmplasma.pins import FIRST_SLOT
+from shmplasma.posted import Abort
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import (
@@ -65,7 +66,6 @@ from shmplasma.replies import (
     Welcome,
 )
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     AskLease,
     Attach,

@@ -32,9 +32,10 @@ from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
 from shmplasma.link import HOLDS_A_REQUEST
 from shmplasma.objects import ObjectID
+from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.reading import Mode, ObjectNotAvailable, Reading
 from shmplasma.replies import Done
-from shmplasma.requests import Bequeath, Hold, Lend, Redeem, Release
+from shmplasma.requests import Bequeath, Hold
 from shmplasma.serialization import SerializationContext, deserialize, serialize
 from shmplasma.session import Session
 from shmplasma.writing import Writing

@@ -15,8 +15,9 @@ from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.objects import ObjectID
+from shmplasma.posted import PUBLISH, Abort, Publish, Seal
 from shmplasma.replies import Done
-from shmplasma.requests import PUBLISH, Abort, Flush, Publish, Seal
+from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
 from shmplasma.session import Session
 

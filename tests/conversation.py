@@ -17,6 +17,7 @@ from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, OUTBOX_BYTES, ControlWord
 from shmplasma.outbox import Outbox
 from shmplasma.parts import Parts
 from shmplasma.pins import slots_of
+from shmplasma.posted import Posted, Seal
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     ONE_WAY,
@@ -37,17 +38,7 @@ from shmplasma.replies import (
     decode_reply,
 )
 from shmplasma.reports import list_objects
-from shmplasma.requests import (
-    AnswerNow,
-    Create,
-    Get,
-    Hello,
-    Post,
-    Posted,
-    Request,
-    Role,
-    Seal,
-)
+from shmplasma.requests import AnswerNow, Create, Get, Hello, Post, Request, Role
 from shmplasma.spilling import ExternalLimits
 from shmplasma.store import ObjectStore
 from shmplasma.transfers import Delete, Job, Read, Write

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.layout import BOARD_WORDS, Layout
 from shmplasma.moves import PIECE_BYTES
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION
 from shmplasma.replies import Reply, Welcome
-from shmplasma.requests import Abort, Create, Get, Hello, Post, Publish, Request, Role, Seal
+from shmplasma.requests import Create, Get, Hello, Post, Request, Role
 from shmplasma.spilling import ExternalLimits
 from shmplasma.store import ObjectStore
 from tests.conversation import Conversation, Peer, RecordedMemory

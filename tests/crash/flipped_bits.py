@@ -24,8 +24,9 @@ from shmplasma.layout import (
     OUTBOX_BYTES,
     Layout,
 )
+from shmplasma.posted import Abort
 from shmplasma.replies import ABSENT, Done, Number
-from shmplasma.requests import Abort, Delete, Evict
+from shmplasma.requests import Delete, Evict
 from tests.conversation import TOKEN, Conversation, name
 from tests.crash.damage import Reopened
 

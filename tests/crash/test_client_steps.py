@@ -9,8 +9,9 @@ import pytest
 
 from shmplasma.layout import BOARD_WORDS, align_up
 from shmplasma.leases import BUSY_WORD
+from shmplasma.posted import Publish, Seal
 from shmplasma.replies import ABSENT, Created, Leased, Listing
-from shmplasma.requests import AskLease, Create, List, Post, Publish, Seal
+from shmplasma.requests import AskLease, Create, List, Post
 from tests.conversation import Conversation, Peer, name
 
 SHARED, CHOSEN, PUT, SECOND = map(name, range(1, 5))

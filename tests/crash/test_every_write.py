@@ -8,21 +8,9 @@ import pytest
 
 from shmplasma.layout import BOARD_WORDS, GRANULE_BYTES
 from shmplasma.leases import BUSY_WORD
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Done, Leased, Listing, Number, Objects
-from shmplasma.requests import (
-    Abort,
-    AskLease,
-    Contains,
-    Create,
-    Delete,
-    Evict,
-    Get,
-    Keep,
-    List,
-    Publish,
-    Seal,
-    Trim,
-)
+from shmplasma.requests import AskLease, Contains, Create, Delete, Evict, Get, Keep, List, Trim
 from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
 from tests.crash.damage import Death, Mortal

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 import pytest
 
+from shmplasma.posted import Seal
 from shmplasma.replies import ABSENT, Created, Done, Listing, Number, Objects, Reply
-from shmplasma.requests import Create, Delete, Evict, Get, List, Request, Seal
+from shmplasma.requests import Create, Delete, Evict, Get, List, Request
 from shmplasma.spilling import ExternalLimits
 from tests.conversation import Peer, name
 from tests.crash.damage import Death, Mortal

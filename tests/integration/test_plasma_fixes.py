@@ -32,10 +32,10 @@ import shmplasma as plasma
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS
 from shmplasma.pins import slots_of
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.protocol import MAX_REQUEST_BYTES, PROTOCOL_VERSION, encode_frame
 from shmplasma.replies import Created, Done, Failed, Failure, Number, Objects, Welcome
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     Contains,
     Create,
@@ -46,10 +46,8 @@ from shmplasma.requests import (
     Get,
     Hello,
     List,
-    Publish,
     Request,
     Role,
-    Seal,
 )
 from shmplasma.segment_name import SegmentName
 from shmplasma.transport import Channel

@@ -16,22 +16,11 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shmplasma.layout import BOARD_WORDS, REFERENCED
+from shmplasma.posted import Lend, Posted, Redeem, Release, Seal
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.references import LINGER_NS, TICKET_NS
 from shmplasma.replies import Created, Done, Welcome
-from shmplasma.requests import (
-    Bequeath,
-    Hello,
-    Hold,
-    Lend,
-    Post,
-    Posted,
-    Redeem,
-    Release,
-    Request,
-    Role,
-    Seal,
-)
+from shmplasma.requests import Bequeath, Hello, Hold, Post, Request, Role
 from tests.conversation import Conversation, Peer, name
 from tests.crash.damage import Reopened
 

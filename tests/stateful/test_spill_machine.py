@@ -11,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from shmplasma.posted import Seal
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
-from shmplasma.requests import Contains, Create, Delete, Evict, Get, Keep, List, Seal
+from shmplasma.requests import Contains, Create, Delete, Evict, Get, Keep, List
 from shmplasma.spilling import ExternalLimits
 from shmplasma.transfers import Delete as DeleteContainers
 from shmplasma.transfers import Job, Read, Write

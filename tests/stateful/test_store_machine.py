@@ -26,6 +26,7 @@ from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD
 from shmplasma.mover import SLICE_BYTES
 from shmplasma.moves import PIECE_BYTES
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -40,7 +41,6 @@ from shmplasma.replies import (
     Reply,
 )
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     AskLease,
     Contains,
@@ -51,9 +51,7 @@ from shmplasma.requests import (
     Get,
     Keep,
     List,
-    Publish,
     Request,
-    Seal,
     SetOptions,
     Trim,
 )

@@ -9,8 +9,9 @@ import pytest
 
 from shmplasma.layout import align_up
 from shmplasma.leases import MIN_LEASE_BYTES
+from shmplasma.posted import Publish
 from shmplasma.replies import Leased
-from shmplasma.requests import AskLease, Post, Publish
+from shmplasma.requests import AskLease, Post
 from tests.conversation import Conversation, Peer, name
 
 CAPACITY = 64 << 20

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shmplasma.errors import Holder, ProtocolError
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Message
+from shmplasma.posted import Abort, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -28,7 +29,6 @@ from shmplasma.replies import (
     decode_reply,
 )
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     AskLease,
     Attach,
@@ -45,15 +45,10 @@ from shmplasma.requests import (
     Hello,
     Hold,
     Keep,
-    Lend,
     List,
     Post,
-    Publish,
-    Redeem,
-    Release,
     Request,
     Role,
-    Seal,
     SetOptions,
     Trim,
     decode_request,

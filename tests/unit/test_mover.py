@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from shmplasma.posted import Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Leased, Number, Objects, Text
-from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get, Seal
+from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get
 from shmplasma.table import NO_ENTRY
 from tests.conversation import Conversation, Peer, name
 

@@ -3,22 +3,11 @@ from __future__ import annotations
 import pytest
 
 from shmplasma.layout import BOARD_WORDS, REFERENCED
+from shmplasma.posted import Lend, Redeem, Release, Seal
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.references import LINGER_NS, MAX_OF_A_CLIENT, TICKET_NS, References
 from shmplasma.replies import Created, Done, Failed, Failure, Number, Welcome
-from shmplasma.requests import (
-    Bequeath,
-    Delete,
-    Evict,
-    Hello,
-    Hold,
-    Lend,
-    Post,
-    Redeem,
-    Release,
-    Role,
-    Seal,
-)
+from shmplasma.requests import Bequeath, Delete, Evict, Hello, Hold, Post, Role
 from tests.conversation import Conversation, Peer
 from tests.crash.damage import Reopened
 

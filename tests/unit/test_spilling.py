@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 
 from shmplasma.layout import REFERENCED, EntryState
+from shmplasma.posted import Release, Seal
 from shmplasma.references import TICKET_NS
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
-from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List, Release, Seal
+from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.transfers import Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES

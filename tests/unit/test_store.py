@@ -16,6 +16,7 @@ from shmplasma.layout import (
 )
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.outbox import ANNOUNCED_EVERY, RECORDS
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -31,7 +32,6 @@ from shmplasma.replies import (
     Welcome,
 )
 from shmplasma.requests import (
-    Abort,
     AnswerNow,
     AskLease,
     Attach,
@@ -48,10 +48,8 @@ from shmplasma.requests import (
     Keep,
     List,
     Post,
-    Publish,
     Request,
     Role,
-    Seal,
     SetOptions,
 )
 from tests.conversation import TOKEN, Conversation, Peer, name
