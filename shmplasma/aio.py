@@ -37,9 +37,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from shmplasma.link import Link, expect
+from shmplasma.link import Link
 from shmplasma.notifications import LENGTH_BYTES, Subscription, decode
 from shmplasma.objects import ObjectID
+from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Located, Pin, located
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Objects

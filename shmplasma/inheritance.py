@@ -44,8 +44,9 @@ from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
 from shmplasma.exchange import Exchange
+from shmplasma.handshake import greet
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
-from shmplasma.link import expect, greet
+from shmplasma.outcomes import expect
 from shmplasma.pinning import Lifeline, PinBoard
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import Number

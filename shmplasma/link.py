@@ -29,120 +29,28 @@ link for good: what this client had is gone, and it must be told so.
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, TypeVar, assert_never
+from typing import Final, TypeVar
 
-from shmplasma.arrow_errors import (
-    NotConnectedError,
-    PlasmaObjectAlreadySealed,
-    PlasmaObjectExists,
-    PlasmaObjectNotFound,
-    PlasmaStoreFull,
-)
+from shmplasma.arrow_errors import NotConnectedError, PlasmaObjectNotFound
 from shmplasma.endpoint import may_come_back
-from shmplasma.errors import ExternalStoreError, ProtocolError, ShmPlasmaError
-from shmplasma.exchange import RETRY_SECONDS, Exchange
+from shmplasma.exchange import Exchange
+from shmplasma.handshake import greet_again
 from shmplasma.outbox import Outbox
+from shmplasma.outcomes import expect
 from shmplasma.posted import Abort
-from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION, Frame, encode_frame
-from shmplasma.replies import Done, Failed, Failure, Reply, Welcome, decode_reply
-from shmplasma.requests import (
-    AnswerNow,
-    Detach,
-    Flush,
-    Hello,
-    Hold,
-    Post,
-    Request,
-    Role,
-    SetOptions,
-)
+from shmplasma.protocol import ONE_WAY, Frame, encode_frame
+from shmplasma.replies import Done, Reply, Welcome
+from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Post, Request, Role, SetOptions
 from shmplasma.transport import Channel
 
-__all__ = ["HOLDS_A_REQUEST", "Link", "expect", "greet", "greet_again"]
+__all__ = ["HOLDS_A_REQUEST", "Link"]
 
 HOLDS_A_REQUEST: Final = 1 << 16
 
-_HANDSHAKE_SECONDS: Final = 10.0
-_RETRY_SECONDS: Final = 0.005
-"""A store that recovers is back after some tens of milliseconds."""
-
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
-
-
-def greet(
-    path: str, num_retries: int, role: Role, name: str, reclaim: int = 0
-) -> tuple[Exchange, Welcome]:
-    """Connect to the store at a path and introduce this process.
-
-    Parameters
-    ----------
-    path : str
-        The store's socket.
-    num_retries : int
-        How often to try again, 0.1 s apart.
-    role : Role
-        What the connection is for.
-    name : str
-        What the store is to call this client in its messages.
-    reclaim : int, optional
-        First board + 1 of a client that wants to go on after the death of its store.
-
-    Raises
-    ------
-    NotConnectedError
-        No store answers there.
-    """
-    while True:
-        try:
-            exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
-        except PermissionError as error:
-            raise NotConnectedError(
-                f"the store at {path!r} is another user's ({error}); its operator can admit others: start it with "
-                "--group NAME --mode 0660, or with --mode 0666"
-            ) from error
-        except OSError as error:
-            raise NotConnectedError(
-                f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"
-            ) from error
-        hello = Hello(PROTOCOL_VERSION, role, name, reclaim)
-        try:
-            return exchange, expect(Welcome, exchange.call(Hello.KIND, hello.encode()))
-        except (OSError, ProtocolError) as error:
-            exchange.close()
-            if isinstance(error, NotConnectedError):
-                raise
-            # A store that died just now may be back soon.
-            if num_retries <= 0 or not (isinstance(error, ConnectionError) and may_come_back(path)):
-                raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
-        except BaseException:
-            exchange.close()
-            raise
-        num_retries -= 1
-        time.sleep(RETRY_SECONDS)
-
-
-def greet_again(
-    path: str, role: Role, name: str, reclaim: int, patience_seconds: float
-) -> tuple[Exchange, Welcome]:
-    """Introduce this process to a store that has died and may come back, once it has; otherwise as `greet`.
-
-    Parameters
-    ----------
-    patience_seconds : float
-        How long to wait for it.
-    """
-    end = time.monotonic() + patience_seconds
-    while True:
-        try:
-            return greet(path, 0, role, name, reclaim)
-        except NotConnectedError:
-            if time.monotonic() >= end or not may_come_back(path):
-                raise
-        time.sleep(_RETRY_SECONDS)
 
 
 class Link:
@@ -444,47 +352,6 @@ def _exchange(
         raise
     assert reply is not None
     return reply
-
-
-def expect(expected: type[_ReplyT], frame: Frame) -> _ReplyT:
-    """Return the reply in a frame, or raise what the store refused with."""
-    reply = decode_reply(frame)
-    if isinstance(reply, Failed):
-        raise _refusal(reply)
-    if not isinstance(reply, expected):
-        raise ProtocolError(f"the store answered with {type(reply).__name__}")
-    return reply
-
-
-def _refusal(failed: Failed) -> ShmPlasmaError:
-    match failed.failure:
-        case Failure.EXISTS:
-            return PlasmaObjectExists(failed.text)
-        case Failure.NOT_FOUND:
-            return PlasmaObjectNotFound(failed.text)
-        case Failure.EXTERNAL:
-            return ExternalStoreError(failed.text)
-        case Failure.SEALED:
-            return PlasmaObjectAlreadySealed(failed.text)
-        case Failure.FULL | Failure.OVER_QUOTA | Failure.NO_BOARD:
-            return PlasmaStoreFull(
-                failed.text,
-                failed.requested_bytes,
-                failed.free_bytes,
-                failed.largest_bytes,
-                failed.pinned_bytes,
-                failed.unsealed_bytes,
-                failed.leased_bytes,
-                failed.kept_bytes,
-                failed.spillable_bytes,
-                failed.limit_bytes,
-                failed.held_bytes,
-                failed.holders,
-            )
-        case Failure.VERSION | Failure.DROPPED:
-            return NotConnectedError(failed.text)
-        case _:
-            assert_never(failed.failure)
 
 
 def _gone(reason: str) -> NotConnectedError:

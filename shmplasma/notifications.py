@@ -17,7 +17,7 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError
-from shmplasma.link import greet, greet_again
+from shmplasma.handshake import greet, greet_again
 from shmplasma.objects import ObjectID
 from shmplasma.replies import NOTIFICATION
 from shmplasma.requests import Role

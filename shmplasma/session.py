@@ -37,6 +37,7 @@ from shmplasma import system
 from shmplasma.attachment import Attachment
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
+from shmplasma.handshake import greet
 from shmplasma.inheritance import register
 from shmplasma.layout import (
     CONTROL_BYTES,
@@ -49,8 +50,9 @@ from shmplasma.layout import (
     align_up,
 )
 from shmplasma.leasing import LeaseWriter
-from shmplasma.link import Link, expect, greet
+from shmplasma.link import Link
 from shmplasma.outbox import Outbox
+from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located, Pin, located
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.posted import Abort
@@ -144,7 +146,7 @@ class Session:
         Parameters
         ----------
         path, num_retries, name
-            As for `shmplasma.link.greet`.
+            As for `shmplasma.handshake.greet`.
         when_lost : weakref.WeakMethod
             Called when the store, or what this client had in it, is gone for good.
 

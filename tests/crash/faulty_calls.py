@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 import shmplasma
-from shmplasma.link import greet
+from shmplasma.handshake import greet
 from shmplasma.requests import Role
 from tests.crash.tracer import Call, Fault, Traced
 

@@ -15,14 +15,14 @@ from tests.processes import Child, run_python
 INTERRUPTED = """
     import dis, sys
     import shmplasma as plasma
-    from shmplasma import link, pinning, transport
+    from shmplasma import handshake, link, outcomes, pinning, transport
 
     client = plasma.connect(sys.argv[1])
     client.set_client_options("interrupted", 500_000)
     object_id = client.put_raw_buffer(b"held" * 1000)
     missing = plasma.ObjectID.from_random()
     held = client.get_buffers(object_id)
-    modules = {module.__file__ for module in (link, pinning, transport)}
+    modules = {module.__file__ for module in (handshake, link, outcomes, pinning, transport)}
     left = 0
 
     def trace(frame, event, _):
