@@ -2,7 +2,7 @@
 
 Who may hold up whom
 --------------------
-Nobody.  The loop never blocks on a socket; a turn handles at most `_FRAMES_A_TURN` messages of a connection, and
+Nobody.  The loop never blocks on a socket; a turn handles so many messages of a connection and no more (`shmplasma.switchboard`), and
 of those whose answer takes a look at the whole store only one, so a flood waits its turn; half a message
 stays in its decoder.  Who does not read his replies is not read from either, and is dropped when that lasts;
 so is a subscriber who leaves too much unread (`shmplasma.connections` has the figures).  Memory is committed in
@@ -18,24 +18,22 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from shmplasma import system
 from shmplasma.commitment import FLOOR_BYTES
-from shmplasma.connections import Connection, StalledError
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Send
-from shmplasma.errors import CommitError, ExternalStoreError, ProtocolError
-from shmplasma.exits import Exits, close_descriptor
+from shmplasma.connections import Connection
+from shmplasma.effects import Descriptor
+from shmplasma.errors import CommitError, ExternalStoreError
+from shmplasma.exits import close_descriptor
 from shmplasma.parts import Parts
-from shmplasma.protocol import ONE_WAY, encode_frame
-from shmplasma.reception import Reception
 from shmplasma.references import TICKET_NS
-from shmplasma.replies import Failed, Failure
 from shmplasma.segment import Segment
 from shmplasma.spin import Spin
 from shmplasma.store import ObjectStore
+from shmplasma.switchboard import LOOK_AT_AWAITED_SECONDS, Switchboard
 
 if TYPE_CHECKING:
     from shmplasma.spiller import Spiller
@@ -44,7 +42,6 @@ __all__ = ["Server"]
 
 _LOG = logging.getLogger("shmplasma")
 
-_FRAMES_A_TURN: Final = 64
 _WAKE_BYTES: Final = 1 << 16
 """All that a pipe holds."""
 _LOOK_AGAIN_SECONDS: Final = 0.1
@@ -53,11 +50,9 @@ _LOOK_AGAIN_SECONDS: Final = 0.1
 _POLL_SECONDS: Final = 0.001
 """How often the outboxes are looked into while clients do not announce what they put there."""
 
-_LOOK_AT_AWAITED_SECONDS: Final = 1.0
 _COLLECT_AFTER: Final = 100_000
 
 _READ: Final = selectors.EVENT_READ
-_WRITE: Final = selectors.EVENT_WRITE
 
 
 class _SegmentMemory:
@@ -133,7 +128,6 @@ class Server:
     ) -> None:
         self._segment = segment
         self._path = socket_path
-        self._may_be_replaced = may_be_replaced
         self.is_handed_over = False
         parts = Parts(
             segment.layout,
@@ -151,20 +145,24 @@ class Server:
         self._store = ObjectStore(parts)
         self._upkeep = self._store.upkeep
         self._spiller = spiller
-        self._connections: dict[int, Connection] = {}
-        self._backlog: set[int] = set()
-        self._awaited: set[Connection] = set()  # to read, or to introduce themselves
-        self._look_at = 0.0
-        self._clients = segment.layout.n_boards  # lower numbers are of clients that are recovered
         self._commit_ahead = True
         self._stopping = False
         self._spin = Spin()
         self._selector = selectors.DefaultSelector()
-        self._exits = Exits(self._selector, self._forget)
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
-        self._reception = Reception(listener, self._selector, shared=shared, admit=self._admit)
+        self._switchboard = Switchboard(
+            self._store,
+            listener,
+            self._selector,
+            {Descriptor.SEGMENT: segment.fd, Descriptor.WAKE: self._wake_writer},
+            self._hand_over,
+            segment.layout.n_boards,
+            shared=shared,
+            may_be_replaced=may_be_replaced,
+        )
+        self._carry_out = self._switchboard.carry_out
         self._selector.register(self._wake_reader, _READ, self._wake)
         if recover:
             self._recover()
@@ -179,7 +177,7 @@ class Server:
         finally:
             gc.enable()
         for client, pid in clients.items():
-            self._exits.watch(client, pid)
+            self._switchboard.exits.watch(client, pid)
         _LOG.info(
             "recovered the segment of a store that has died here in %.0f ms: %s",
             1000 * (time.monotonic() - began),
@@ -207,6 +205,9 @@ class Server:
         self._stopping = True
         self._interrupt()
 
+    def _hand_over(self) -> None:
+        self.is_handed_over = self._stopping = True
+
     def _interrupt(self) -> None:
         """End the loop's sleep; from anywhere."""
         try:
@@ -219,17 +220,18 @@ class Server:
         # Nothing here makes reference cycles by the message; the collector would only look for some.
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER)
+        switchboard = self._switchboard
         try:
             while not self._stopping:
                 events = self._wait()
                 for key, mask in events:
                     if isinstance(key.data, Connection):
-                        self._ready(key.data, mask)
+                        switchboard.ready(key.data, mask)
                     else:
                         key.data()
-                if self._backlog:
-                    self._process_backlog(_FRAMES_A_TURN)
-                if not events or self._awaited or self._spiller or not self._store.is_quiet:
+                if switchboard.backlog:
+                    switchboard.process_backlog()
+                if not events or switchboard.awaited or self._spiller or not self._store.is_quiet:
                     self._finish_turn(idle=not events)
         finally:
             if self._spiller is not None:
@@ -265,15 +267,15 @@ class Server:
         if self._spiller is not None:
             self._hear(self._spiller)
         if store.has_unsettled:
-            self._settle()
+            self._carry_out(store.settle(store.take_unsettled()))
         if store.is_to_stop_polling:
             self._carry_out(store.stop_polling(time.time_ns()))
         if idle or self._upkeep.has_urgent_work:
             self._advance(idle=idle)
         if store.has_waiters:
             self._carry_out(store.offer_room(time.monotonic_ns(), time.time_ns()))
-        if self._awaited:
-            self._drop_the_slow()
+        if self._switchboard.awaited:
+            self._switchboard.drop_the_slow()
         if self._spiller is not None:
             self._spill(self._spiller)
 
@@ -281,12 +283,7 @@ class Server:
         """Close all connections; what their clients have is theirs still if another store takes over."""
         if not self.is_handed_over and self._store.polls:
             self._carry_out(self._store.stop_polling(time.time_ns()))
-        for client, connection in tuple(self._connections.items()):
-            if self.is_handed_over:
-                connection.hang_up()
-            elif client in self._connections:  # or it could not be told that another one has gone
-                self._close(client)
-        self._exits.close()
+        self._switchboard.close(keep=self.is_handed_over)
         close_descriptor(self._wake_reader)
         close_descriptor(self._wake_writer)
         self._selector.close()
@@ -322,17 +319,17 @@ class Server:
     def _has_more_to_do(self) -> bool:
         """Whether there is something to do that waits for nobody."""
         store = self._store
-        if self._backlog or (self._commit_ahead and self._upkeep.has_idle_work):
+        if self._switchboard.backlog or (self._commit_ahead and self._upkeep.has_idle_work):
             return True
         return not store.is_quiet and (store.has_unsettled or self._upkeep.has_urgent_work)
 
     def _timeout(self) -> float | None:
         store = self._store
         timeouts: list[float] = []
-        if not self._reception.is_open or store.may_miss_a_release:
+        if not self._switchboard.reception.is_open or store.may_miss_a_release:
             timeouts.append(_LOOK_AGAIN_SECONDS)
-        if self._awaited:
-            timeouts.append(_LOOK_AT_AWAITED_SECONDS)
+        if self._switchboard.awaited:
+            timeouts.append(LOOK_AT_AWAITED_SECONDS)
         steady_ns = time.monotonic_ns()
         if (deadline_ns := store.deadline_ns) is not None:
             timeouts.append(max(0.0, (deadline_ns - steady_ns) / 1e9))
@@ -341,165 +338,6 @@ class Server:
         if (trim_ns := self._upkeep.trim_ns(steady_ns)) is not None:
             timeouts.append(trim_ns / 1e9)
         return min(timeouts, default=None)
-
-    # -- connections ---------------------------------------------------------------------------
-
-    def _admit(self, sock: socket.socket, peer: system.Peer) -> None:
-        connection = Connection(self._clients + 1, peer.pid, sock, self._selector)
-        self._clients += 1
-        self._connections[connection.client] = connection
-        self._awaited.add(connection)
-        pid = peer.pid or 0
-        trusted = self._may_be_replaced and peer.uid in (0, os.geteuid())
-        self._store.connect(
-            connection.client,
-            pid,
-            system.start_time(pid) or 0,
-            time.time_ns(),
-            command=system.command(pid),
-            trusted=trusted,
-        )
-
-    def _close(self, client: int) -> None:
-        """End a connection that its client has ended: its objects and pins go."""
-        self._hang_up(client)
-        self._forget(client)
-
-    def _forget(self, client: int) -> None:
-        """Take back what a client had that has gone."""
-        self._carry_out(self._store.disconnect(client, time.time_ns()))
-
-    def _hang_up(self, client: int, last: bytes = b"") -> None:
-        connection = self._connections.pop(client)
-        self._backlog.discard(client)
-        self._awaited.discard(connection)
-        connection.hang_up(last)
-        self._reception.open()
-
-    def _lose(self, client: int, error: OSError) -> None:
-        """End a connection that can be neither read nor written any more.
-
-        Only where the error says that the other end is closed may what it held be given to others.
-        """
-        if isinstance(error, (ConnectionResetError, BrokenPipeError)):
-            _LOG.info("client %d: %s", client, error)
-            self._close(client)
-        else:
-            self._drop(client, f"its connection has failed: {error}")
-
-    def _drop(self, client: int, reason: str) -> None:
-        """End a connection that its client has not ended.
-
-        Its process may still read and write by the boards, the lease and the unsealed objects that it
-        was given; so they stay its own until it has gone.  Where that cannot be seen they stay for good.
-        """
-        connection = self._connections[client]
-        _LOG.warning("dropped client %d (pid %s): %s", client, connection.pid, reason)
-        last = Failed(Failure.DROPPED, f"the store has dropped this client: {reason}")
-        was_given = self._store.expel(client)
-        # It hears why, if it listens; a subscriber hears nothing.
-        self._hang_up(client, encode_frame(last.KIND, ONE_WAY, last.encode()) if was_given else b"")
-        if was_given:
-            self._exits.watch(client, connection.pid or 0)
-        else:
-            self._forget(client)
-
-    def _adopt(self, connection: Connection, number: int) -> None:
-        """Let a connection go on as a client that was waited for."""
-        del self._connections[connection.client]
-        connection.client = number
-        self._connections[number] = connection
-        self._exits.forget(number)
-
-    # -- reading -------------------------------------------------------------------------------
-
-    def _ready(self, connection: Connection, mask: int) -> None:
-        if connection.client not in self._connections:
-            return  # it was dropped by an earlier event of this turn
-        if mask & _WRITE:
-            self._flush(connection)
-        if (
-            mask & _READ
-            and connection.client in self._connections
-            and not connection.frames
-            and connection.paused_at is None
-        ):
-            self._read(connection)
-
-    def _read(self, connection: Connection) -> None:
-        try:
-            goes_on = connection.read()
-        except ProtocolError as error:
-            self._drop(connection.client, str(error))
-        except OSError as error:
-            self._lose(connection.client, error)
-        else:
-            if goes_on:
-                self._process(connection, _FRAMES_A_TURN)
-            else:
-                self._end(connection)
-
-    def _end(self, connection: Connection) -> None:
-        """Handle what a client has sent before it ended its connection."""
-        if connection.is_incomplete:
-            _LOG.info("client %d left in the middle of a message", connection.client)
-        self._process(connection, None)
-        if connection.client in self._connections:
-            self._close(connection.client)
-
-    def _process_backlog(self, limit: int | None) -> None:
-        for client in tuple(self._backlog):
-            connection = self._connections.get(client)
-            if connection is not None:
-                self._process(connection, limit)
-
-    def _process(self, connection: Connection, limit: int | None) -> None:
-        """Handle at most `limit` messages of a connection; remember whether there are more."""
-        frames, client = connection.frames, connection.client
-        store, now_ns = self._store, time.time_ns()
-        handle = store.handle
-        for _ in range(len(frames) if limit is None else min(limit, len(frames))):
-            if connection.paused_at is not None:
-                break
-            n_unsettled = store.n_unsettled
-            effects = handle(client, frames.popleft(), now_ns)
-            if effects:
-                self._carry_out(effects)
-                client = connection.client  # it may have turned out to be one that was waited for
-                if client not in self._connections:
-                    return
-            if store.n_unsettled > n_unsettled:
-                break
-        if frames and connection.paused_at is None:
-            self._backlog.add(client)
-        else:
-            self._backlog.discard(client)
-
-    def _settle(self) -> None:
-        """Answer what depends on something not being there."""
-        self._carry_out(self._store.settle(self._store.take_unsettled()))
-
-    # -- clients that are waited for ---------------------------------------------------------------
-
-    def _pause(self, connection: Connection) -> None:
-        """Take nothing more from a client until it reads."""
-        self._awaited.add(connection)
-        self._backlog.discard(connection.client)
-        connection.pause()
-
-    def _drop_the_slow(self) -> None:
-        now = time.monotonic()
-        if now < self._look_at:
-            return
-        self._look_at = now + _LOOK_AT_AWAITED_SECONDS
-        for connection in tuple(self._awaited):
-            if connection not in self._awaited:
-                continue  # it went with another one
-            try:
-                if not connection.is_awaited(now):
-                    self._awaited.discard(connection)
-            except StalledError as error:
-                self._drop(connection.client, str(error))
 
     def _wake(self) -> None:
         """See what a release, of which a client has told, lets go."""
@@ -523,51 +361,5 @@ class Server:
         if idle:
             upkeep.trim(time.monotonic_ns())
             self._segment.check_size()
-            self._reception.open()
+            self._switchboard.reception.open()
             self._carry_out(self._store.wake())
-
-    # -- writing -------------------------------------------------------------------------------
-
-    def _carry_out(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            connection = self._connections.get(effect.client)
-            if connection is None:
-                continue
-            if type(effect) is Send:  # nearly always
-                self._send(connection, effect)
-            elif isinstance(effect, Drop):
-                self._drop(effect.client, effect.reason)
-            elif isinstance(effect, Adopt):
-                self._adopt(connection, effect.number)
-            else:
-                _LOG.info("another store (pid %s) takes over", connection.pid)
-                self.is_handed_over = self._stopping = True
-
-    def _send(self, connection: Connection, send: Send) -> None:
-        fd = None if send.descriptor is None else self._descriptor(send.descriptor)
-        try:
-            connection.send(send.data, fd)
-            if (
-                connection.is_slow
-                and connection.paused_at is None
-                # Subscribers only read, in their own time.
-                and connection.client not in self._store.subscribers
-            ):
-                self._pause(connection)
-        except StalledError as error:
-            self._drop(connection.client, str(error))
-        except OSError as error:
-            self._lose(connection.client, error)
-
-    def _flush(self, connection: Connection) -> None:
-        was_paused = connection.paused_at is not None
-        try:
-            connection.flush()
-        except OSError as error:
-            self._lose(connection.client, error)
-            return
-        if was_paused and connection.paused_at is None and connection.frames:
-            self._backlog.add(connection.client)
-
-    def _descriptor(self, descriptor: Descriptor) -> int:
-        return self._segment.fd if descriptor is Descriptor.SEGMENT else self._wake_writer

@@ -1,4 +1,4 @@
-"""The store's state machine: requests in, effects out.  Pure; `shmplasma.server` carries the effects out.
+"""The store's state machine: requests in, effects out.  Pure; `shmplasma.switchboard` carries the effects out.
 
 The parts that `shmplasma.parts` joins each own a piece of the state: `shmplasma.lifecycle` (what becomes of objects),
 `shmplasma.publishing` (how they come from leases), `shmplasma.gets` (who waits for them), `shmplasma.pins` (who
