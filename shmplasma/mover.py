@@ -1,14 +1,11 @@
 """The mover: makes one free extent of many, in slices between requests.  Pure.
 
-`shmplasma.compaction` says where, `shmplasma.moves` how one object moves; this module holds what is free in the chosen
-range, finds out what lies in it, and moves that, as far as nobody pins it just then.  Nothing that can be seen
+`shmplasma.compaction` says where, `shmplasma.moves` how one object moves; this module has what is free in the chosen
+range held (`shmplasma.holding`), finds out what lies in it, and moves that, as far as nobody pins it just then.  Nothing that can be seen
 of the store is ever out of order between two slices; so a compaction may be given up at any of them.
 
 Invariants
 ----------
-* Of the range that is being emptied all that is free is *held*: the allocator hands out none of it, and what
-  becomes free in it meanwhile is held as well (`Mover.claim`).
-* An extent that an object is being copied to belongs to the mover until the object has arrived.
 * At most one object is hidden (MOVING) between two slices: one that slides onto itself.  Whoever wants it waits
   (`Mover.hidden`), or has the slide carried to its end at once (`Mover.reveal`).
 * A slice copies `SLICE_BYTES`, or less and does other work that takes as long.
@@ -32,6 +29,7 @@ from typing import Final, Protocol
 from shmplasma.allocator import Allocator
 from shmplasma.compaction import Range, best_run, best_window, movable_ranges
 from shmplasma.errors import CommitError
+from shmplasma.holding import Holding
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
 from shmplasma.moves import Moves
 from shmplasma.table import NO_ENTRY, Table
@@ -70,7 +68,7 @@ class Ground(Protocol):
         """Commit one step of an extent; tell whether all of it may be written to.  May raise `CommitError`."""
 
     def give_back(self, offset: int, size_bytes: int) -> None:
-        """Free an extent, of which the mover may claim a part."""
+        """Free an extent, of which `Holding.claim` may keep a part."""
 
     def pinned(self, entries: Sequence[int]) -> AbstractSet[int]:
         """Return those of these entries, and maybe others, that cannot be moved now."""
@@ -97,6 +95,8 @@ class Mover:
     ----------
     slice_bytes : int
         How much a slice copies.
+    holding : Holding
+        What belongs to the compaction.
     hidden : int
         The entry of the object that nobody can read just now, or `NO_ENTRY`.
     compactions, moves, moved_bytes, pins_met : int
@@ -125,9 +125,7 @@ class Mover:
         self._barrier = barrier
         self._work: Generator[None, None, bool] | None = None
         self._unwanted = False
-        self._held: Allocator | None = None
-        self._range: Range = (0, 0)
-        self._targets: dict[int, int] = {}
+        self.holding = Holding(allocator, ground.give_back)
         self._slide: Iterator[int] = iter(())
         self._spent = 0
         self._spare_bytes = 0
@@ -199,51 +197,6 @@ class Mover:
         evicted, self._evicted = self._evicted, []
         return evicted
 
-    # -- what is held --------------------------------------------------------------------------
-
-    def claim(self, offset: int, size_bytes: int) -> list[tuple[int, int]]:
-        """Hold what has become free in the range that is being emptied; return the rest, as offset and size."""
-        end = offset + align_up(size_bytes, ALIGNMENT)
-        low, high = self._range
-        first, last = max(offset, low), min(end, high)
-        if self._held is None or first >= last:
-            return [(offset, size_bytes)]
-        self._held.free(first, last - first)
-        rest = (offset, first - offset), (last, end - last)
-        return [(start, size) for start, size in rest if size]
-
-    def extents(self) -> list[tuple[int, int]]:
-        """Return offset and size of all that is neither free nor an object's."""
-        held = [] if self._held is None else list(self._held.free_extents())
-        return [*held, *self._targets.items()]
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that will be free again when the compaction is done."""
-        held = 0 if self._held is None else self._held.free_bytes
-        return held + sum(self._targets.values())
-
-    def _hold(self, low: int, high: int) -> Iterator[None]:
-        """Take what is free in a range out of the allocator."""
-        self._held = held = Allocator(low, high)
-        held.reserve(low, high - low)
-        self._range = low, high
-        position = low
-        while (found := self._allocator.next_free(position, 1)) is not None and found[0] < high:
-            offset, size = found
-            size = min(size, high - offset)
-            self._allocator.reserve(offset, size)
-            held.free(offset, size)
-            position = offset + size
-            yield from self._spend(_EXTENT_COST)
-
-    def _let_go(self) -> None:
-        """Give back what is held."""
-        held, self._held = self._held, None
-        if held is not None:
-            for offset, size in held.free_extents():
-                self._ground.give_back(offset, size)
-
     # -- the compaction ------------------------------------------------------------------------
 
     def _compact(
@@ -283,7 +236,7 @@ class Mover:
                         homeless.update(entry for *_, entry in left)
             return self._allocator.largest_free_bytes >= wanted * ALIGNMENT
         finally:
-            self._let_go()
+            self.holding.let_go()
 
     def _ranges(self, fixed: Iterable[tuple[int, int]], stuck: Iterable[int]) -> list[Range]:
         """Return where nothing lies that cannot be moved, in lines."""
@@ -346,7 +299,7 @@ class Mover:
                 yield
             return [entry for *_, entry in pinned], homeless
         finally:
-            self._let_go()
+            self.holding.let_go()
 
     def _evacuate(
         self, objects: Iterator[_Object], homeless: list[_Object], most: int
@@ -399,17 +352,14 @@ class Mover:
                     return [entry]
             return []
         finally:
-            self._let_go()
+            self.holding.let_go()
 
     def _shift(self, each: _Object, target: int) -> Generator[None, None, bool]:
         """Move an object down within what is held; tell whether it has arrived."""
         offset, size, entry = each
-        assert self._held is not None, "it is moved into what is held"
         gap = min(offset - target, size)
-        found = self._held.next_free(target, gap)
-        if found is None or found[0] != target:
+        if not self.holding.take(target, gap):
             return False  # something without an entry, a lease, has come there before the range was held
-        self._held.reserve(target, gap)
         if not (yield from self._prepare(target, gap)):
             return False
         if gap == size:
@@ -421,7 +371,7 @@ class Mover:
             finally:
                 self._give_up(batch)
         elif not self._is_there(each) or self._hide([entry]):
-            self._return(target)
+            self.holding.give_up(target)
         else:
             self.hidden = entry
             self._slide = self._slide_down(each, target)
@@ -435,11 +385,16 @@ class Mover:
         offset, size, entry = each
         yield from self._moves.slide(entry, target)
         self.hidden = NO_ENTRY
-        del self._targets[target]
+        self.holding.arrived(target)
         self._ground.give_back(target + size, offset - target)
         self._count(size)
 
     # -- the steps -----------------------------------------------------------------------------
+
+    def _hold(self, low: int, high: int) -> Iterator[None]:
+        """Hold what is free in a range."""
+        for _ in self.holding.hold(low, high):
+            yield from self._spend(_EXTENT_COST)
 
     def _spend(self, cost: int) -> Iterator[None]:
         """Yield when the slice is used up."""
@@ -470,15 +425,15 @@ class Mover:
 
     def _prepare(self, target: int, size: int) -> Generator[None, None, bool]:
         """Have memory behind an extent that was allocated; if there is none, tell so and give it back."""
-        self._targets[target] = size
+        self.holding.keep(target, size)
         try:
             while not self._ground.prepare(target, size):
                 yield
         except CommitError:
-            self._return(target)
+            self.holding.give_up(target)
             return False
         except GeneratorExit:
-            self._return(target)
+            self.holding.give_up(target)
             raise
         return True
 
@@ -504,7 +459,7 @@ class Mover:
                 left.append(each)
                 continue
             self._moves.arrive(entry, target)
-            del self._targets[target]
+            self.holding.arrived(target)
             self._ground.give_back(offset, size)
             self._count(size)
         self._give_up(batch)
@@ -513,12 +468,8 @@ class Mover:
     def _give_up(self, batch: list[tuple[_Object, int]]) -> None:
         """Give back the new places of what has not moved there."""
         for _, target in batch:
-            if target in self._targets:
-                self._return(target)
+            self.holding.give_up(target)
         batch.clear()
-
-    def _return(self, target: int) -> None:
-        self._ground.give_back(target, self._targets.pop(target))
 
     def _count(self, size: int) -> None:
         self.moves += 1

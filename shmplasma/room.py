@@ -126,6 +126,7 @@ class Room:
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
         self.finish_move = moves.finish
         self.mover = Mover(layout, table, self._allocator, moves, self, memory.barrier)
+        self._holding = self.mover.holding
         self.fixed: Callable[[], list[tuple[int, int]]] = list
         self._wanted = 0
         self._in_vain: tuple[object, int] | None = None
@@ -143,7 +144,7 @@ class Room:
     @property
     def attainable_bytes(self) -> int:
         """Bytes that are free, or will be when the mover is done, or would be if all that may go were evicted; O(boards)."""
-        return self.free_bytes + self.mover.held_bytes + self._evictable_bytes()
+        return self.free_bytes + self._holding.n_bytes + self._evictable_bytes()
 
     # -- extents -------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ class Room:
         """Free an extent that no entry owns."""
         if not size_bytes:
             return
-        for start, size in self.mover.claim(offset, size_bytes):
+        for start, size in self._holding.claim(offset, size_bytes):
             self._allocator.free(start, size)
         self.commitment.freed()
 
@@ -460,7 +461,7 @@ class Room:
     def check(self, leased: Iterable[tuple[int, int]]) -> None:
         """Prove that extents, those of leases included, tile the region, and what is said of residents."""
         table, external = self._table, self.residents.external
-        used = [*leased, *self.mover.extents()]
+        used = [*leased, *self._holding.extents()]
         used += external.extents() if external is not None else ()
         for entry in table.entries(0, table.end):
             offset, data_size, metadata_size = table.location(entry)
