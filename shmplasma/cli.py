@@ -34,6 +34,7 @@ from shmplasma.layout import TOKEN_BYTES
 from shmplasma.options import PROGRAM, parse
 from shmplasma.orphans import sweep
 from shmplasma.prefault import prefault
+from shmplasma.readiness import notify
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
 from shmplasma.server import Server
@@ -145,8 +146,8 @@ def _serve(options: argparse.Namespace) -> None:
         for number in _ENDING:
             signal.signal(number, end)
         if options.owner is None:
-            stack.callback(system.notify, "STOPPING=1")
-            system.notify("READY=1")
+            stack.callback(notify, "STOPPING=1")
+            notify("READY=1")
         else:
             _follow(options.owner, server, end, stack)
         _LOG.info(

@@ -20,10 +20,11 @@ from typing import Final
 
 import pyarrow as pa
 
-from shmplasma import __version__, system
+from shmplasma import __version__
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.client import connect
 from shmplasma.flight_server import StoreFlightServer
+from shmplasma.readiness import notify
 
 __all__ = ["main"]
 
@@ -81,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             host = options.listen.rpartition(":")[0]
             location = f"{scheme}://{host}:{server.port}"
             _LOG.info("ready: location %s, store %s", location, client.store_socket_name)
-            system.notify("READY=1")
+            notify("READY=1")
             signal.sigwait(_ENDING)
-            system.notify("STOPPING=1")
+            notify("STOPPING=1")
             _shut_down(server)
     except NotConnectedError as error:
         return _fail(str(error))

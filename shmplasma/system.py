@@ -19,7 +19,6 @@ import os
 import socket
 import struct
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -37,7 +36,6 @@ __all__ = [
     "huge_pages",
     "make_private",
     "membarrier",
-    "notify",
     "peer",
     "populate",
     "processors",
@@ -477,27 +475,6 @@ def available_memory() -> int:
         if not group:
             return room
         group = group.rpartition("/")[0]
-
-
-def notify(state: str) -> None:
-    """Tell systemd about the state of this service, as ``sd_notify`` does.
-
-    Parameters
-    ----------
-    state : str
-        For example ``"READY=1"``.
-
-    Notes
-    -----
-    Does nothing unless ``$NOTIFY_SOCKET`` is set, and is silent if nobody listens there any more.
-    """
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(state.encode(), address)
 
 
 def _read(path: str, letters: int = -1) -> str | None:

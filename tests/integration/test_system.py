@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shmplasma import system
+from shmplasma.readiness import notify
 from shmplasma.spin import Spin
 from tests.processes import until
 
@@ -313,16 +314,16 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(f"\0{name}" if abstract else name)
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
-        system.notify("READY=1")
+        notify("READY=1")
         assert listener.recv(100) == b"READY=1"
 
 
 def test_notify_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a socket to notify, or with nobody there any more, nothing happens."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    system.notify("READY=1")
+    notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    system.notify("READY=1")
+    notify("READY=1")
     assert not list(tmp_path.iterdir())
 
 
