@@ -28,6 +28,9 @@ The last column says how many times better shmplasma is than Plasma. A shared or
 Each peer is used as its users would use it: values of LMDB and Redis are pickled where Python objects are asked for and
 plain bytes elsewhere, LMDB lies on a tmpfs and syncs nothing, Redis has a unix socket and saves nothing. The 8 MB
 array is plain bytes in LMDB and Redis too. No reference is held between two gets.
+
+The floor of Python is no store: it is what an operation takes in Python when all but its substance is left out, that is what no store in
+Python can do without (`benchmarks/peers/floor.py` says what that is).
 """
 
 

@@ -31,6 +31,7 @@ import pyarrow as pa
 
 from benchmarks.peers.base import Client, Peer, use
 from benchmarks.peers.servers import serving
+from shmplasma.layout import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ class FloorClient(Client[bytes]):
 
     def __init__(self, directory: str, capacity: int) -> None:
         with open(f"{directory}/floor", "a+b") as file:
-            file.truncate(_DATA + capacity)
+            file.truncate(_DATA + align_up(capacity, 8))
             self._map = mmap.mmap(file.fileno(), 0)
         self._data = np.frombuffer(self._map, np.uint8)[_DATA:]
         self._words = memoryview(self._map).cast("Q")
