@@ -20,7 +20,7 @@ import socket
 import struct
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from os import urandom
 from pathlib import Path
 from platform import python_version
@@ -29,13 +29,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.peers.base import Client, Peer, use
+from benchmarks.peers.base import Client, Peer, UnsupportedError, use
 from benchmarks.peers.servers import serving
 from shmplasma.layout import align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.connection import Connection
 
     from benchmarks.peers.base import Array, Operation
@@ -58,6 +57,12 @@ _LOOK_SECONDS: Final = 50e-6
 def _at(key: bytes) -> int:
     """Return where the entry of a key lies; keys are random."""
     return int.from_bytes(key[:4], "little") % _SLOTS * _ENTRY_BYTES
+
+
+def _check(value: object) -> None:
+    """Refuse what nobody would pickle whole."""
+    if not isinstance(value, bytes):
+        raise UnsupportedError
 
 
 class _Pin:
@@ -98,6 +103,7 @@ class FloorClient(Client[bytes]):
         _ENTRY.pack_into(self._map, _at(key), 1, key, 0, _DATA, len(data), 0, 0)
 
     def store_object(self, key: bytes, value: object) -> None:
+        _check(value)
         self.store_raw(key, pickle.dumps(value, protocol=5))
 
     def store_array(self, key: bytes, array: Array) -> None:
@@ -145,9 +151,11 @@ class FloorClient(Client[bytes]):
             self._words[0] += 1
             return key
 
-        return put if size < 1 << 20 else self.put_array(np.frombuffer(data))
+        return put if size < 1 << 20 else self._put_large(pa.py_buffer(data))
 
     def put_object(self, value: object) -> Callable[[], bytes]:
+        _check(value)
+
         def put() -> bytes:
             data = pickle.dumps(value, protocol=5)
             return self.put_raw(data)()
@@ -155,8 +163,10 @@ class FloorClient(Client[bytes]):
         return put
 
     def put_array(self, array: Array) -> Callable[[], bytes]:
-        target = pa.py_buffer(self._data[: array.nbytes].data)
-        source = pa.py_buffer(array.data)
+        return self._put_large(pa.py_buffer(array.data))
+
+    def _put_large(self, source: pa.Buffer) -> Callable[[], bytes]:
+        target = pa.py_buffer(self._data[: source.size].data)
 
         def put() -> bytes:
             writer = pa.FixedSizeBufferWriter(target)
@@ -203,9 +213,11 @@ class Floor(Peer[bytes]):
     def version(self) -> str:
         return f"Python {python_version()}"
 
-    def serve(self) -> AbstractContextManager[int]:
+    @contextmanager
+    def serve(self) -> Iterator[None]:
         path = f"{self.directory}/answers"
-        return serving([sys.executable, "-m", "benchmarks.peers.floor", path], path)
+        with serving([sys.executable, "-m", "benchmarks.peers.floor", path], path):
+            yield
 
     def connect(self) -> FloorClient:
         return FloorClient(self.directory, self.capacity)
