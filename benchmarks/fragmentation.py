@@ -66,6 +66,13 @@ class _Machine:
     def barrier(self) -> None:
         """Do nothing: nobody reads."""
 
+    def lock(self, at: int) -> bool:  # noqa: ARG002 - as above
+        """Nobody else creates anything."""
+        return True
+
+    def unlock(self) -> None:
+        """Do nothing: nothing is locked."""
+
 
 @dataclass(slots=True)
 class Hour:

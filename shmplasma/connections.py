@@ -14,6 +14,7 @@ import selectors
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -149,8 +150,8 @@ class Connection:
         """Whether so much waits for it that it should ask for nothing more."""
         return self._out_bytes > _PAUSE_BYTES
 
-    def send(self, data: bytes, fd: int | None) -> None:
-        """Send a message with a descriptor, if one is given; what the socket does not take waits for `flush`.
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a message with descriptors, if some are given; what the socket does not take waits for `flush`.
 
         Raises
         ------
@@ -161,18 +162,15 @@ class Connection:
         """
         if not self._out:
             try:
-                if fd is None:
-                    sent = self._sock.send(data)
-                else:
-                    sent = socket.send_fds(self._sock, [data], [fd])
+                sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
             except (BlockingIOError, InterruptedError):
                 sent = 0
             if sent == len(data):
                 return
-            if fd is not None and not sent:
+            if fds and not sent:
                 raise StalledError("it asks for a descriptor and does not read")
             data = data[sent:]
-        elif fd is not None:
+        elif fds:
             raise StalledError("it asks for a descriptor and does not read")
         self._out.append(data)
         self._out_bytes += len(data)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shmplasma.denials import NoRoom, Refused
+from shmplasma.denials import Claimed, NoRoom, Refused, existing
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.lifecycle import Lifecycle
@@ -98,13 +98,29 @@ class Creations:
         """Tell whether the creator of this entry waits for memory."""
         return entry in self._waiting
 
-    def create(self, session: Session, request_id: int, request: Create, now_ns: int) -> bool:
+    def create(
+        self,
+        session: Session,
+        request_id: int,
+        request: Create,
+        now_ns: int,
+        *,
+        all_read: bool = False,
+    ) -> bool:
         """Make an object and tell its writer where, at once or when there is room and memory.
+
+        Parameters
+        ----------
+        session, request_id, request, now_ns
+            Who asks for what, and when.
+        all_read : bool, optional
+            Whether all outboxes were just read.
 
         Returns
         -------
         bool
-            False when there is no room, but leases may come back: ask again when they have.
+            False when its id may be somebody's who has not said so yet, or there is no room, but leases may come back:
+            ask again when outboxes are read, and leases have come back.
 
         Raises
         ------
@@ -129,7 +145,9 @@ class Creations:
             self._join(session, request_id, request)
             return True
         try:
-            entry = self._objects.create(client, request, session.limit_bytes, now_ns)
+            entry = self._create(session, request, now_ns, all_read=all_read)
+        except Claimed:
+            return False
         except NoRoom as no_room:
             if self._objects.spilling is not None:
                 self._objects.spilling.look_again()  # pins may have gone of which nobody was to tell
@@ -145,6 +163,28 @@ class Creations:
         queue.note_pass()
         self._grant(client, request_id, entry, now_ns)
         return True
+
+    def _create(
+        self, session: Session, request: Create, now_ns: int, *, all_read: bool = True
+    ) -> int:
+        """Make an object and return its entry, whoever has the lock of its id for nothing (see `shmplasma.claims`).
+
+        Raises
+        ------
+        Claimed
+            He may have it for something: try again when all outboxes are read.
+        Refused, NoRoom
+            It is not granted.
+        """
+        client, limit = session.client, session.limit_bytes
+        try:
+            return self._objects.create(client, request, limit, now_ns)
+        except Claimed:
+            if not all_read or self._publishing.recall():
+                raise
+            if self._publishing.are_recalled:  # its client was stopped
+                raise existing(request.object_id) from None
+        return self._objects.create(client, request, limit, now_ns, for_nothing=True)
 
     def _grant(self, client: int, request_id: int, entry: int, now_ns: int) -> None:
         """Tell a writer where its object lies, if there is memory."""
@@ -222,9 +262,10 @@ class Creations:
                     return wait(creator)
                 if self._room.mover.is_busy and size > self._room.largest_bytes:
                     return Offer.NOT_ENOUGH
-            limit = creator.session.limit_bytes
             try:
-                entry = self._objects.create(creator.client, request, limit, now_ns)
+                entry = self._create(creator.session, request, now_ns)
+            except Claimed:
+                return Offer.NOT_ENOUGH
             except NoRoom as no_room:
                 if no_room.may_come:
                     return wait(creator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shmplasma.replies import Failed, Failure
 
-__all__ = ["NoRoom", "Refused", "existing"]
+__all__ = ["Claimed", "NoRoom", "Refused", "existing"]
 
 
 class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
@@ -13,6 +13,10 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.text)
         self.failed = failed
+
+
+class Claimed(Exception):  # noqa: N818 - as `Refused`
+    """Somebody has the lock of the id: he may be about to create the object (see `shmplasma.claims`)."""
 
 
 class NoRoom(Exception):  # noqa: N818 - as `Refused`

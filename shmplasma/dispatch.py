@@ -21,7 +21,7 @@ from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
-from shmplasma.posted import Abort, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.replies import Done, Leased, Listing, Number, Text
@@ -131,6 +131,11 @@ class Dispatch:
         match request:
             case Publish():
                 self._publish(session, request_id, request, now_ns)
+            case Claim():
+                if not self._boards.owns(client, request.slot):
+                    raise ProtocolError(f"slot {request.slot} is not its own")
+                self._publishing.claim(client, request, now_ns)
+                self._outgoing.reply(client, request_id, _DONE)
             case Create():
                 if not self._boards.may_lend_one(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
@@ -217,7 +222,7 @@ class Dispatch:
             case _ if self._is_early(client, request_id, request):
                 self.unsettled.append((client, request_id, request, now_ns))
             case Create():
-                if not self._creations.create(session, request_id, request, now_ns):
+                if not self._creations.create(session, request_id, request, now_ns, all_read=True):
                     self.unsettled.append((client, request_id, request, now_ns))
             case Contains():
                 found = self._objects.contains(request.object_id)
@@ -278,10 +283,6 @@ class Dispatch:
 
     def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""
-        repeatable = session.resumed and request_id != ONE_WAY
-        if repeatable and self._publishing.is_repeated(session.client, message):
-            self._outgoing.reply(session.client, request_id, _DONE)
-            return
         entry = self._publishing.publish(session.client, message, now_ns)
         if message.codec & REFERENCED:
             self._ledger.sealed(session.client, entry)

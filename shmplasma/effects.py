@@ -13,6 +13,7 @@ class Descriptor(Enum):
 
     SEGMENT = "segment"
     WAKE = "wake"
+    """The wake-up pipe; after it comes a description of the segment's file, by which the client locks ids, if there is one."""
 
 
 class Send(NamedTuple):

@@ -20,6 +20,8 @@ _SEND_BYTES: Final = 32 << 10
 """What may wait unread at the store: some 80 small messages instead of 270.  An answer that needs a drain
 waits for all that others have sent."""
 RETRY_SECONDS: Final = 0.1
+_DESCRIPTORS: Final = 2
+"""What a message brings at most."""
 
 
 class _Socket(socket.socket):
@@ -90,7 +92,9 @@ class Exchange:
         decoder = FrameDecoder(MAX_REPLY_BYTES)
         while True:
             # Not a byte beyond the reply: what follows may be no frame (see `Role.SUBSCRIBER`).
-            data, descriptors, _, _ = socket.recv_fds(self._sock, decoder.missing_bytes, 1)
+            data, descriptors, _, _ = socket.recv_fds(
+                self._sock, decoder.missing_bytes, _DESCRIPTORS
+            )
             self._descriptors += descriptors
             if not data:
                 raise ConnectionResetError("the store closed the connection")
@@ -98,7 +102,7 @@ class Exchange:
                 return frame
 
     def take_descriptor(self) -> int:
-        """Return the descriptor that came with the last reply; the caller owns it.
+        """Return the first descriptor that came with the last reply; the caller owns it.
 
         Raises
         ------
@@ -107,15 +111,23 @@ class Exchange:
         """
         if not self._descriptors:
             raise OSError(errno.EMFILE, "no descriptor arrived; too many files are open here")
-        return self._descriptors.pop()
+        return self._descriptors.pop(0)
+
+    def take_another(self) -> int | None:
+        """Return the next one, if there is one; the caller owns it."""
+        return self._descriptors.pop(0) if self._descriptors else None
 
     def detach(self) -> socket.socket:
-        """Return the socket, blocking, for a `Channel`."""
+        """Return the socket, blocking, for a `Channel`; descriptors that nobody took are closed."""
+        self._close_descriptors()
         self._sock.settimeout(None)
         return self._sock
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took."""
         self._sock.close()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())

@@ -66,7 +66,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 6
+LAYOUT_VERSION: Final = 7
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -139,6 +139,9 @@ class HeaderWord(IntEnum):
     """How far it has got, with a checksum of its own."""
     MOVE_CHECK = 44
     """Checksum of words 40 to 42."""
+    INSERTIONS = 56
+    """Twice how many objects were ever inserted, and one more while chains are written anew; on a cache line of its own, as
+    it changes often (see `shmplasma.claims`)."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
 

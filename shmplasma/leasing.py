@@ -24,8 +24,8 @@ __all__ = ["LARGE_BYTES", "MAX_OBJECT_BYTES", "LeaseWriter"]
 MAX_OBJECT_BYTES: Final = 1 << 22
 """Larger objects are created by a round trip, of which the copy takes many."""
 LARGE_BYTES: Final = 1 << 18
-"""From about here on the copy takes as long as a round trip.  So larger objects are created, and nothing is leased
-for them that may not be used, until a client has put some; those whose id may be taken are not copied in vain."""
+"""From about here on the copy takes as long as a round trip.  So larger objects are created by one, and nothing is leased
+for them that may not be used, until a client has put some."""
 
 _LARGE_BEFORE_A_LEASE: Final = 4
 """How many large objects a client has created by a round trip before it leases room for as many."""
@@ -75,7 +75,10 @@ class LeaseWriter:
         self._largest = min(MAX_OBJECT_BYTES, largest_object(layout.capacity))
 
     def put(
-        self, size_bytes: int, fill: Callable[[npt.NDArray[np.uint8], int], None], *, fresh: bool
+        self,
+        size_bytes: int,
+        fill: Callable[[npt.NDArray[np.uint8], int], None],
+        claim: Callable[[], bool] | None = None,
     ) -> bool:
         """Take room for an object and have it filled and announced.
 
@@ -84,9 +87,9 @@ class LeaseWriter:
         size_bytes : int
             Data and metadata.
         fill : callable
-            ``fill(room, offset)`` writes the object to `room` and sends its `Publish`.
-        fresh : bool
-            Whether no object can have its id.
+            ``fill(room, offset)`` writes the object to `room` and posts its `Publish`, or its `Claim`.
+        claim : callable, optional
+            Takes the object's id, if it is not a fresh one, and tells whether that was granted.
 
         Returns
         -------
@@ -96,12 +99,11 @@ class LeaseWriter:
         Notes
         -----
         An interrupt ends the put and leaves neither the lock nor BUSY behind (the lock is taken in a way
-        that `shmplasma.transport` explains), nor the lease: a `Publish` that is a request may be on its way
-        still, and the store reads records, which lie in the outbox, before requests.  The next put asks for
-        another lease, which the store does after that.
+        that `shmplasma.transport` explains), nor the lease: the record may be in the outbox already, or not.  The next
+        put asks for another lease, which the store grants when it has read that.
         """
         if size_bytes > LARGE_BYTES:
-            if size_bytes > self._largest or not fresh:
+            if size_bytes > self._largest:
                 return False
             if self._large_created < _LARGE_BEFORE_A_LEASE:
                 self._large_created += 1
@@ -121,6 +123,8 @@ class LeaseWriter:
                 if not self._renew(size_bytes):
                     return False
                 offset = self._cursor
+            if claim is not None and not claim():
+                return False
             self._cursor = (offset + size_bytes + ALIGNMENT - 1) & -ALIGNMENT
             self._objects -= 1
             start = offset - self._data

@@ -17,12 +17,14 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from zlib import crc32
 
-from shmplasma.denials import NoRoom, Refused, existing
+from shmplasma.denials import Claimed, NoRoom, Refused, existing
 from shmplasma.errors import CommitError
 from shmplasma.layout import EntryState, Layout
 from shmplasma.leases import Leases
 from shmplasma.pins import Boards
+from shmplasma.posted import Claim
 from shmplasma.recovery import Findings, examine
 from shmplasma.releases import Releases
 from shmplasma.replies import Failed, Failure
@@ -154,15 +156,26 @@ class Lifecycle:
 
     # -- create ------------------------------------------------------------------------
 
-    def create(self, client: int, request: Create, limit_bytes: int, now_ns: int) -> int:
+    def create(
+        self,
+        client: int,
+        request: Create,
+        limit_bytes: int,
+        now_ns: int,
+        *,
+        for_nothing: bool = False,
+    ) -> int:
         """Make a new object, pinned for its writer in the request's slot, and return its entry.
 
-        Its memory need not be ready: the caller waits for it to be committed before the writer is told.
+        Its memory need not be ready: the caller waits for it to be committed before the writer is told.  With
+        `for_nothing` it is known that a lock of the id would be for nothing.
 
         Raises
         ------
         Refused
             The id exists.
+        Claimed
+            It may be about to.
         NoRoom
             There is none, or the client would exceed `limit_bytes` (0: none).
         """
@@ -181,14 +194,40 @@ class Lifecycle:
         # The region is the capacity in whole cache lines, which users are not to notice.
         if size > self._layout.capacity:
             raise NoRoom(size)
-        offset = self._allocate(size)
-        if offset is None:
-            raise NoRoom(size, may_come=True)
-        entry = self._insert(request, offset, size, now_ns)
-        self._creators[entry] = client
-        self._unsealed.setdefault(client, set()).add(entry)
+        if not (for_nothing or self._memory.lock(crc32(object_id))):
+            raise Claimed
+        try:
+            offset = self._allocate(size)
+            if offset is None:
+                raise NoRoom(size, may_come=True)
+            entry = self._insert(request, offset, size, now_ns)
+        finally:
+            self._memory.unlock()
+        self._note_creator(client, entry)
         self._boards.pin(request.slot, entry)
         return entry
+
+    def claim(self, client: int, message: Claim, now_ns: int) -> bool:
+        """Enter an object that a client creates in its lease, pinned already; tell whether its id is new.
+
+        If it is not, the room is in use until the writer lets go of it.
+        """
+        object_id, offset, data_size, metadata_size, codec, slot = message
+        is_new = not self.exists(object_id)
+        state = EntryState.CREATED if is_new else EntryState.EVICTING
+        entry = self._table.insert(
+            object_id, codec, offset, data_size, metadata_size, now_ns, state, slot + 1
+        )
+        self._boards.claimed(entry, offset)
+        if is_new:
+            self._note_creator(client, entry)
+        else:
+            self.releases.leave(entry)
+        return is_new
+
+    def _note_creator(self, client: int, entry: int) -> None:
+        self._creators[entry] = client
+        self._unsealed.setdefault(client, set()).add(entry)
 
     def exists(self, object_id: bytes) -> bool:
         """Tell whether an id is taken, sealed or not."""
@@ -338,8 +377,7 @@ class Lifecycle:
         """Delete an object that is in the external store alone."""
         if self.spilling is not None:
             self.spilling.drop(entry)
-        self._table.unlink(entry)
-        self._table.free(entry)
+        self._table.remove(entry)
         self._gone(self._table.object_id(entry))
 
     def keep(self, client: int, object_ids: Iterable[bytes], keep: bool) -> None:

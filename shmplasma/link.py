@@ -9,7 +9,6 @@ What is repeated, and why it may be
     *One-way messages* are records of the outbox; the store has them (`shmplasma.outbox`).
     *Create* names a slot, by which a store knows a creation that its predecessor granted and could not answer; one
     that waits for room joins the queue anew, for as long as it has left.
-    *Publish* names an offset in the lease, likewise.
     *Get* begins anew; the pins that the dead store wrote are cleared first, and the slots are lent again.
     *Abort* that was carried out finds nothing any more: it is done.
     All others change nothing, or the same again.
@@ -70,8 +69,8 @@ class Link:
         The segment's identity.
     outbox : Outbox
         The client's.
-    renew_wake : weakref.WeakMethod
-        ``renew_wake(fd)`` takes over the wake-up pipe of another store.  Weak, as its owner keeps the link.
+    renew : weakref.WeakMethod
+        ``renew(wake_fd, locks_fd)`` takes over what another store has given.  Weak, as its owner keeps the link.
     patience_seconds : float
         How long a store that has died is waited for.
     when_lost : weakref.WeakMethod
@@ -101,7 +100,7 @@ class Link:
         board: int,
         token: bytes,
         outbox: Outbox,
-        renew_wake: weakref.WeakMethod[Callable[[int], None]],
+        renew: weakref.WeakMethod[Callable[[int, int | None], None]],
         patience_seconds: float,
         when_lost: weakref.WeakMethod[Callable[[], None]],
     ) -> None:
@@ -112,7 +111,7 @@ class Link:
         self._board = board
         self._token = token
         self._outbox = outbox
-        self._renew_wake = renew_wake
+        self._renew = renew
         self.patience_seconds = patience_seconds
         self._when_lost = when_lost
         self.holds: weakref.WeakMethod[Callable[[], Sequence[tuple[bytes, int]]]] | None = None
@@ -288,9 +287,10 @@ class Link:
             if not welcome.reclaimed or welcome.token != self._token:
                 self._lose()
                 raise NotConnectedError(_not_reclaimed(welcome.token, self._token)) from error
-            renew_wake = self._renew_wake()
-            assert renew_wake is not None, "who calls the link keeps its owner"
-            renew_wake(exchange.take_descriptor())
+            renew = self._renew()
+            assert renew is not None, "who calls the link keeps its owner"
+            wake_fd = exchange.take_descriptor()
+            renew(wake_fd, exchange.take_another())
             self._outbox.connected()
             return Channel(exchange.detach(), self._first_message(self._held()))
         except BaseException:

@@ -114,6 +114,17 @@ class Outbox:
         return True
 
     @property
+    def written(self) -> int:
+        """How many records were written."""
+        count = self._count
+        return count + (self._words[(count & _MASK) * _WORDS] == count + 1)
+
+    @property
+    def read(self) -> int:
+        """How many of them the store has handled."""
+        return int(self._acknowledged[0])
+
+    @property
     def is_to_be_announced(self) -> bool:
         """Whether the store is to be told of the record just written."""
         return not (self._polled[0] == self._store and self._count % ANNOUNCED_EVERY)

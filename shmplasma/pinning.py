@@ -23,6 +23,7 @@ from typing import Protocol, runtime_checkable
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
+from shmplasma.lock_file import LockFile
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import ABSENT, Found
 
@@ -46,6 +47,8 @@ class Lifeline:
         The segment; closed at the end.
     wake_fd : int
         The writing end of the store's wake-up pipe, not blocking; closed at the end.
+    locks : LockFile or None
+        By what this client locks ids.
     path : str
         The store's socket.
     name : str
@@ -65,13 +68,22 @@ class Lifeline:
         "_wake_fd",
         "attachment",
         "connection",
+        "locks",
         "name",
         "path",
         "wake_word",
     )
 
-    def __init__(self, attachment: Attachment, wake_fd: int, path: str, name: str) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        wake_fd: int,
+        locks: LockFile | None,
+        path: str,
+        name: str,
+    ) -> None:
         self.attachment = attachment
+        self.locks = locks
         self.path = path
         self.name = name
         self.connection: object = None
@@ -84,11 +96,15 @@ class Lifeline:
         with suppress(OSError):  # the pipe is full, so a wake-up is pending; or the store has gone
             os.write(self._wake_fd, b"r")
 
-    def renew_wake(self, fd: int) -> None:
-        """Take over the wake-up pipe of a store that has taken the place of a dead one; closes `fd`."""
-        os.set_blocking(fd, False)
-        os.dup2(fd, self._wake_fd, inheritable=False)  # finalizers go on using the number
-        os.close(fd)
+    def renew(self, wake_fd: int, locks_fd: int | None) -> None:
+        """Take over what a store has given that has taken the place of a dead one; both descriptors are closed in time."""
+        if self.locks is not None:
+            self.locks.renew(locks_fd)
+        elif locks_fd is not None:
+            os.close(locks_fd)
+        os.set_blocking(wake_fd, False)
+        os.dup2(wake_fd, self._wake_fd, inheritable=False)  # finalizers go on using the number
+        os.close(wake_fd)
 
     @property
     def boards(self) -> list[PinBoard]:
@@ -104,6 +120,8 @@ class Lifeline:
         for board in self._boards:
             board.words = memoryview(bytearray(BOARD_BYTES)).cast("Q")
         self.attachment.isolate()
+        if self.locks is not None:
+            self.locks.close()
         os.close(self._wake_fd)
         self._wake_fd = -1
         connection = self.connection

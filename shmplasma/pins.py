@@ -15,6 +15,8 @@ held       the client: a reader pins, a finalizer clears         the finalizer, 
 lent       the store, which may write entry index + 1 to it      the reply to the request that named it: held
 =========  ====================================================  ==============================================
 
+A client that has created an object by itself holds it by its offset, until the buffer dies (`shmplasma.claims`).
+
 So every word has one writer at a time, and a buffer is released by one 8-byte store.  The store reads the
 boards when it wants to know who holds what; a word that names no object counts for nothing and harms only
 the client that wrote it.  A client that leaves loses its boards: the store clears them and grants them anew.
@@ -73,6 +75,7 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
+from shmplasma.claims import AT_OFFSET, pin_word
 from shmplasma.control import Control, Owner
 from shmplasma.layout import (
     BOARD_BYTES,
@@ -94,6 +97,8 @@ _EMPTY: Final = bytes(BOARD_BYTES - FIRST_SLOT * 8)
 _PART_BYTES: Final = len(_EMPTY) // 7
 """Boards are looked through by parts of 73 slots: most are empty, and comparing is much faster than taking words apart."""
 _EMPTY_PART: Final = bytes(_PART_BYTES)
+_CLAIMS_KEPT: Final = 64
+"""From so many claims on it is looked whether any was let go of."""
 
 
 def slots_of(board: int) -> range:
@@ -144,6 +149,9 @@ class Boards:
         self._of_client: dict[int, list[int]] = {}
         self._free: list[int] = []
         self._used_once = 0
+        self._claimed: dict[int, int] = {}
+        self._word_of: dict[int, int] = {}
+        self._prune_at = _CLAIMS_KEPT
 
     def grant(self, client: int, pid: int, start_time: int) -> int | None:
         """Give a client one more board and return its number, or None when all are in use.
@@ -244,13 +252,13 @@ class Boards:
                 return False
         return True
 
+    def owns(self, client: int, slot: int) -> bool:
+        """Tell whether this is a slot of one of the client's boards."""
+        return self._owner.get(slot // BOARD_WORDS) == client and slot % BOARD_WORDS >= FIRST_SLOT
+
     def may_lend_one(self, client: int, slot: int) -> bool:
         """Tell as much of a single slot."""
-        return (
-            self._owner.get(slot // BOARD_WORDS) == client
-            and slot % BOARD_WORDS >= FIRST_SLOT
-            and not self._words[self._first_word + slot]
-        )
+        return self.owns(client, slot) and not self._words[self._first_word + slot]
 
     def pin(self, slot: int, entry: int) -> None:
         """Write a pin to a slot that its client has lent."""
@@ -263,8 +271,42 @@ class Boards:
                 if self._words[self._first_word + slot] == entry + 1:
                     self._words[self._first_word + slot] = 0
 
+    def claimed(self, entry: int, offset: int) -> None:
+        """Take note of which entry is meant by pins of what lies at an offset, from now on.
+
+        Whoever pins it like that has done so already; amortized O(1).
+        """
+        word = pin_word(offset)
+        self._forget(word)
+        self._claimed[word] = entry
+        self._word_of[entry] = word
+        if len(self._claimed) > self._prune_at:
+            held = set[int]().union(*map(self._words_of, self._of_client))
+            for each in self._claimed.keys() - held:
+                self._forget(each)
+            self._prune_at = 2 * len(self._claimed) + _CLAIMS_KEPT
+
+    def _forget(self, word: int) -> None:
+        entry = self._claimed.pop(word, None)
+        if entry is not None and self._word_of.get(entry) == word:
+            del self._word_of[entry]
+
+    def pinned_offsets(self) -> set[int]:
+        """Return the offsets that anybody pins, with or without an object there."""
+        words = set[int]().union(*map(self._words_of, self._of_client))
+        return {word ^ AT_OFFSET for word in words if word & AT_OFFSET}
+
     def held_by(self, client: int) -> set[int]:
         """Return the entries that a client pins; words which name no entry are left out."""
+        held = self._words_of(client)
+        n_entries, claimed = self._layout.n_entries, self._claimed
+        entries = {word - 1 for word in held if word <= n_entries}
+        if claimed:
+            entries.update(claimed[word] for word in held if word in claimed)
+        return entries
+
+    def _words_of(self, client: int) -> set[int]:
+        """Return what stands in the slots of a client, but 0."""
         held: set[int] = set()
         for board in self._of_client.get(client, ()):
             start = self._layout.boards + board * BOARD_BYTES
@@ -275,8 +317,7 @@ class Boards:
                     if part != _EMPTY_PART:
                         held.update(memoryview(part).cast("Q"))
         held.discard(0)
-        n_entries = self._layout.n_entries
-        return {word - 1 for word in held if word <= n_entries}
+        return held
 
     def pinned(self) -> set[int]:
         """Return all entries that anybody pins."""
@@ -287,7 +328,12 @@ class Boards:
 
     def is_pinned(self, entry: int) -> bool:
         """Tell whether anybody pins the entry; cheaper than `pinned` for a single one."""
-        word = _WORD.pack(entry + 1)
+        claimed = self._word_of.get(entry)
+        return self._is_there(entry + 1) or (claimed is not None and self._is_there(claimed))
+
+    def _is_there(self, wanted: int) -> bool:
+        """Tell whether this stands in any slot."""
+        word = _WORD.pack(wanted)
         # Nearly all of a board is zeros, which are best not looked for.
         start_of_word = word.rstrip(b"\0")
         for board in self._owner:

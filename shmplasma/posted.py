@@ -13,9 +13,11 @@ from shmplasma.messages import OneId, decode_message
 from shmplasma.protocol import ONE_WAY, Frame
 
 __all__ = [
+    "CLAIM",
     "HOLD",
     "PUBLISH",
     "Abort",
+    "Claim",
     "Lend",
     "Posted",
     "Publish",
@@ -39,7 +41,7 @@ class _PublishFields(NamedTuple):
 
 
 class Publish(_PublishFields):
-    """An object lies sealed in the client's lease; one-way, or with `Done` or `Failed` as its reply.
+    """An object lies sealed in the client's lease; always in the outbox.
 
     A tuple: to make a dataclass would take as long as half of what the store does with it.
     """
@@ -55,6 +57,38 @@ class Publish(_PublishFields):
     def decode(cls, body: bytes) -> Publish:
         """Return the message of a body."""
         return cls._make(PUBLISH.unpack(body))
+
+
+CLAIM: Final = Struct("<20sQQIII")
+"""Object id, offset, data size, metadata size, codec, slot."""
+
+
+class _ClaimFields(NamedTuple):
+    object_id: bytes
+    offset: int
+    data_size: int
+    metadata_size: int
+    codec: int
+    slot: int
+
+
+class Claim(_ClaimFields):
+    """A client creates an object in its lease, under an id that it has locked (see `shmplasma.claims`); always in the outbox.
+
+    `slot` pins it by its offset.  A tuple, like `Publish`, for the same reason.
+    """
+
+    KIND: ClassVar[int] = 22
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return CLAIM.pack(*self)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Claim:
+        """Return the message of a body."""
+        return cls._make(CLAIM.unpack(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +176,7 @@ class Release:
         return cls(*HOLD.unpack(body))
 
 
-Posted = Publish | Seal | Abort | Lend | Redeem | Release
+Posted = Publish | Claim | Seal | Abort | Lend | Redeem | Release
 
 _KINDS: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 _PUBLISH: Final = Publish.KIND

@@ -15,7 +15,7 @@ from shmplasma.greeting import Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import Outgoing
-from shmplasma.posted import Publish, decode_posted
+from shmplasma.posted import Claim, Publish, decode_posted
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.requests import Request, Role
@@ -91,7 +91,7 @@ class Posts:
             if not (
                 recovering
                 and not count
-                and isinstance(message, Publish)
+                and isinstance(message, (Publish, Claim))
                 and self._publishing.was_published(session.client, message.offset)
             ):
                 try:

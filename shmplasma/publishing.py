@@ -34,10 +34,10 @@ from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.lifecycle import Lifecycle
-from shmplasma.posted import Publish
+from shmplasma.posted import Claim, Publish
 from shmplasma.replies import Leased
 from shmplasma.room import Memory, Room
-from shmplasma.table import NO_ENTRY, Table
+from shmplasma.table import Table
 
 __all__ = ["Publishing"]
 
@@ -170,24 +170,28 @@ class Publishing:
         self._residents.sealed(entry)
         return entry
 
-    def was_published(self, client: int, offset: int) -> bool:
-        """Tell whether a store that has died had entered the object that a client wrote there."""
-        return self._leases.was_published(client, offset)
-
-    def is_repeated(self, client: int, message: Publish) -> bool:
-        """Tell whether a store that has died had entered this object, and could not say so any more.
+    def claim(self, client: int, message: Claim, now_ns: int) -> None:
+        """Enter an object that a client creates in its lease.
 
         Raises
         ------
         Refused
-            It had refused it, because the id exists.
+            The id exists; the room goes back when its writer lets go of it.
+        ProtocolError
+            It is not in the client's lease.
         """
-        if not self._leases.was_published(client, message.offset):
-            return False
-        entry = self._table.find(message.object_id)
-        if entry != NO_ENTRY and self._table.origin(entry) != message.offset:
+        offset, size = message.offset, message.data_size + message.metadata_size
+        start, skipped = self._leases.publish(client, offset, size)
+        if skipped:
+            self._room.give_back(start, skipped)
+        is_new = self._objects.claim(client, message, now_ns)
+        self._leases.note_published(client)
+        if not is_new:
             raise existing(message.object_id)
-        return True
+
+    def was_published(self, client: int, offset: int) -> bool:
+        """Tell whether a store that has died had entered the object that a client wrote there."""
+        return self._leases.was_published(client, offset)
 
     def recall(self) -> bool:
         """Ask for all leases back; tell whether some may come back soon."""

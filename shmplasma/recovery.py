@@ -34,6 +34,9 @@ died between entering an object and moving the cursor has left an object in ther
 Its record is not acknowledged and comes again (`shmplasma.outbox`): it lies before the cursor and is known by
 that.
 
+*Claims* (`shmplasma.claims`) leave CREATED entries that lie in leases, and pins that name an offset: whose these are is looked up in the
+table.
+
 *Boards* stay as they are.  The clients are held to be connected until they are, or until they end.  One that
 has ended leaves when its outbox has been read: whatever it had put is there, although it died with its store.
 """
@@ -150,6 +153,7 @@ def examine(
     findings = Findings(boards.recover())
     limits = layout.data, layout.data + layout.data_bytes
     whole, spilled, going = _judge(limits, table, dead, remains, boards, findings)
+    _resolve_claims(boards, remains, going + whole)
     used = _Extents.of(remains, whole)
     if not (used.are_apart() and _have_own_ids(remains, whole, spilled)):
         gone = _conflicting(remains, whole, spilled)
@@ -278,6 +282,15 @@ def _judge(
         elif state != _FREE:
             going.append(entry)
     return whole, spilled, going
+
+
+def _resolve_claims(boards: Boards, remains: Remains, entries: list[int]) -> None:
+    """Say which entries are meant by pins of what lies at an offset; of those that claim to lie there, the last one."""
+    held = boards.pinned_offsets()
+    if held:
+        for entry in entries:
+            if remains.offsets[entry] in held and remains.extents[entry]:
+                boards.claimed(entry, remains.offsets[entry])
 
 
 def _give_up(

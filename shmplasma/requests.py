@@ -10,7 +10,7 @@ from typing import ClassVar, Final, NamedTuple, get_args
 
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Empty, OneId, decode_message
-from shmplasma.posted import HOLD, Abort, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import HOLD, Abort, Claim, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import Frame
 
 __all__ = [
@@ -399,6 +399,7 @@ Request = (
     | Detach
     | AskLease
     | Publish
+    | Claim
     | Flush
     | Post
     | Keep

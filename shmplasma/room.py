@@ -61,6 +61,12 @@ class Memory(Pages, Protocol):
     def barrier(self) -> None:
         """Make every client's CPU pass a full memory barrier, if there is a way."""
 
+    def lock(self, at: int) -> bool:
+        """Lock an id by its CRC-32, and tell whether nobody else has (see `shmplasma.claims`)."""
+
+    def unlock(self) -> None:
+        """Take back what was locked."""
+
     @property
     def has_barrier(self) -> bool:
         """Whether `barrier` does what it says; only then may clients pin without a message."""
@@ -328,8 +334,7 @@ class Room:
             else:
                 if residents.external is not None:
                     residents.external.forget(entry)
-                table.unlink(entry)
-                table.free(entry)
+                table.remove(entry)
             if size:
                 extents.append((offset, size))
             taken.append(entry)

@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from shmplasma import system
@@ -28,9 +29,11 @@ from shmplasma.connections import Connection
 from shmplasma.effects import Descriptor
 from shmplasma.errors import CommitError, ExternalStoreError
 from shmplasma.exits import close_descriptor
+from shmplasma.id_locks import IdLocks
 from shmplasma.parts import Parts
 from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
+from shmplasma.segment_name import open_segment
 from shmplasma.spin import Spin
 from shmplasma.store import ObjectStore
 from shmplasma.switchboard import LOOK_AT_AWAITED_SECONDS, Switchboard
@@ -65,6 +68,25 @@ class _SegmentMemory:
         ordered = system.register_membarrier()
         self.has_barrier = ordered and system.fast_path_available()
         self.barrier: Callable[[], None] = system.membarrier if ordered else _no_barrier
+        self._fd = segment.fd
+
+    def lock(self, at: int) -> bool:
+        """Lock an id; where clients do not put without a message, nobody else ever does."""
+        if not self.has_barrier:
+            return True
+        try:
+            return system.try_lock(self._fd, at)
+        except OSError as error:
+            _LOG.debug("an id cannot be locked, and is held to be claimed: %s", error)
+            return False
+
+    def unlock(self) -> None:
+        """Unlock what was locked; what stays locked does so for nothing."""
+        if self.has_barrier:
+            try:
+                system.unlock(self._fd)
+            except OSError as error:
+                _LOG.debug("an id cannot be unlocked: %s", error)
 
 
 def _no_barrier() -> None:
@@ -129,6 +151,8 @@ class Server:
         self._segment = segment
         self._path = socket_path
         self.is_handed_over = False
+        memory = _SegmentMemory(segment)
+        reopen = partial(open_segment, segment.name, create=False)
         parts = Parts(
             segment.layout,
             segment.token,
@@ -136,7 +160,7 @@ class Server:
             segment.raw,
             segment.name.kind,
             segment.name.path,
-            _SegmentMemory(segment),
+            memory,
             client_limit_bytes,
             round(ticket_seconds * 1e9),
             floor_bytes,
@@ -157,6 +181,7 @@ class Server:
             listener,
             self._selector,
             {Descriptor.SEGMENT: segment.fd, Descriptor.WAKE: self._wake_writer},
+            IdLocks(reopen if memory.has_barrier else None),
             self._hand_over,
             segment.layout.n_boards,
             shared=shared,

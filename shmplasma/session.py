@@ -35,6 +35,7 @@ import pyarrow as pa
 
 from shmplasma import system
 from shmplasma.attachment import Attachment
+from shmplasma.claiming import Claimant
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.handshake import greet
@@ -51,6 +52,7 @@ from shmplasma.layout import (
 )
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link
+from shmplasma.lock_file import LockFile
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located, Pin, located
@@ -80,25 +82,16 @@ from shmplasma.requests import (
 )
 from shmplasma.segment_name import SegmentName
 from shmplasma.transport import Channel
+from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 
 __all__ = ["Session"]
 
 _GIVE_UP_SECONDS: Final = 0.1
 """How long a get that was interrupted waits for its last answer, which usually takes 0.1 ms."""
 
-_POPULATE_BYTES: Final = 256 << 10
-"""Objects from this size on have their pages mapped in one call before they are filled: writing through
-fresh page-table entries runs at 1.2-3.6 GB/s, filling them in advance at 18 GB/s."""
-
 _NEVER: Final = memoryview(bytes(8)).cast("Q")
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
-
-
-class _Writable(np.ndarray[tuple[int], np.dtype[np.uint8]]):
-    """Bytes of the segment that keep a pin."""
-
-    pin: Pin
 
 
 class Session:
@@ -112,7 +105,14 @@ class Session:
     """
 
     def __init__(
-        self, link: Link, lifeline: Lifeline, attachment: Attachment, board: int, *, fast: bool
+        self,
+        link: Link,
+        lifeline: Lifeline,
+        attachment: Attachment,
+        board: int,
+        outbox: Outbox,
+        *,
+        fast: bool,
     ) -> None:
         self._link = link
         self.attachment = attachment
@@ -121,16 +121,22 @@ class Session:
         self._boards = BoardPool(lifeline, board, partial(_ask_for_board, link))
         self._mapping = pa.py_buffer(attachment.read_map)
         self.address = self._mapping.address
-        self._pages = _Pages(attachment)
+        self._pages = Pages(attachment)
         self.reader: FastReader | None = None
         """Reads without a message; None where the platform or the store does not allow it."""
         self.leasing: LeaseWriter | None = None
         """Puts without waiting; None likewise."""
+        self.claims: Claimant | None = None
+        """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
         if fast:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self.leasing = LeaseWriter(
                 attachment, board, partial(_ask_for_lease, link), self._pages.populate
             )
+            if lifeline.locks is not None:
+                self.claims = Claimant(
+                    attachment, lifeline.locks, self._boards, self.leasing, link, outbox
+                )
         register(lifeline)
 
     @classmethod
@@ -160,6 +166,8 @@ class Session:
         exchange, welcome = greet(path, num_retries, Role.CLIENT, name)
         try:
             wake_fd = exchange.take_descriptor()
+            locks_fd = exchange.take_another()
+            locks = None if locks_fd is None else LockFile(locks_fd)
             try:
                 os.set_blocking(wake_fd, False)
                 attachment = _attach(exchange, welcome)
@@ -173,29 +181,30 @@ class Session:
         ordered = system.register_membarrier()
         fast = ordered and welcome.fast_path and system.fast_path_available()
         board = welcome.board
-        lifeline = Lifeline(attachment, wake_fd, path, name)
+        lifeline = Lifeline(attachment, wake_fd, locks, path, name)
         count = (attachment.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
         polled = attachment.words[HeaderWord.POLLED : HeaderWord.POLLED + 1] if ordered else _NEVER
         # An embedded store that was killed is started again by nobody.
         returns = not Layout.scratch(attachment.words[: HEADER_BYTES // 8])
+        outbox = Outbox(
+            attachment.outbox(board),
+            attachment.words[count : count + 1],
+            polled,
+            attachment.words[HeaderWord.INCARNATION : HeaderWord.INCARNATION + 1],
+        )
         link = Link(
             path,
             Channel(exchange.detach()),
             name,
             board,
             attachment.token,
-            Outbox(
-                attachment.outbox(board),
-                attachment.words[count : count + 1],
-                polled,
-                attachment.words[HeaderWord.INCARNATION : HeaderWord.INCARNATION + 1],
-            ),
-            weakref.WeakMethod(lifeline.renew_wake),
+            outbox,
+            weakref.WeakMethod(lifeline.renew),
             num_retries * RETRY_SECONDS if returns else 0,
             when_lost,
         )
         lifeline.connection = link
-        return cls(link, lifeline, attachment, board, fast=fast)
+        return cls(link, lifeline, attachment, board, outbox, fast=fast)
 
     @property
     def patience_seconds(self) -> float:
@@ -287,14 +296,14 @@ class Session:
         may_wait = timeout_ns != 0
         offset = self._link.call(request, Created, undo, again, may_wait=may_wait).offset
         size = data_size + metadata_size
-        if size >= _POPULATE_BYTES:
+        if size >= POPULATE_BYTES:
             try:
                 self._pages.populate(offset, size)
             except OSError:
                 self.post(Abort.KIND, object_id)
                 raise
         start = offset - self.layout.data
-        writable = _Writable((size,), np.uint8, self.attachment.write_map, start)
+        writable = Writable((size,), np.uint8, self.attachment.write_map, start)
         writable.pin = pin
         return writable
 
@@ -421,7 +430,7 @@ class Session:
         offset, size, _, _, pin = located
         if not size:
             return self.data(located)
-        writable = _Writable((size,), np.uint8, self.attachment.private(offset, size))
+        writable = Writable((size,), np.uint8, self.attachment.private(offset, size))
         writable.pin = pin
         return pa.py_buffer(writable.data)
 
@@ -435,46 +444,6 @@ class Session:
     def detach(self) -> None:
         """Drop what was not sealed and end all requests; buffers stay as they are."""
         self._link.leave()
-
-
-class _Pages:
-    """Remembers which pages of the data region this process has mapped for writing."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-        self._chunk = attachment.layout.granule_bytes
-        self._populated = bytearray(-(-attachment.layout.data_bytes // self._chunk))
-        self._trims = 0
-
-    def populate(self, offset: int, size_bytes: int) -> None:
-        """Have the pages of an object mapped in one go, unless they are already.
-
-        Notes
-        -----
-        Goes by granules: these are committed as a whole, so that none has a page which cannot be had.  To be
-        called for what nobody can take from this process (`shmplasma.commitment` says why).
-        """
-        trims = self._attachment.words[HeaderWord.TRIMS]
-        if trims != self._trims:
-            self._populated[:] = bytes(len(self._populated))
-            self._trims = trims
-        chunk = self._chunk
-        start = offset - self._attachment.layout.data
-        first, last = start // chunk, -(-(start + size_bytes) // chunk)
-        if 0 not in self._populated[first:last]:
-            return
-        start, end = first * chunk, last * chunk
-        mapping = np.frombuffer(self._attachment.write_map, np.uint8)
-        if system.populate(mapping.ctypes.data + start, min(end, mapping.size) - start):
-            self._populated[first:last] = b"\1" * (last - first)
-
-    def give_back(self, offset: int, size_bytes: int) -> None:
-        """Unmap whole pages, if any are mapped for writing."""
-        start = offset - self._attachment.layout.data
-        first, last = start // self._chunk, -(-(start + size_bytes) // self._chunk)
-        if 1 in self._populated[first:last]:
-            self._attachment.write_map.madvise(mmap.MADV_DONTNEED, start, size_bytes)
-            self._populated[first:last] = bytes(last - first)
 
 
 def _ask_for_lease(link: Link, needed_bytes: int) -> Leased:

@@ -400,7 +400,9 @@ class ObjectStore:
         self._greeter.expect(found.owners, now_ns)
         n_posted = 0
         self._polling.succeed()
-        for session in self._greeter.sessions.values():
+        # The locks of those that have ended are gone, and what others have claimed since is theirs (`shmplasma.claims`).
+        sessions = self._greeter.sessions.values()
+        for session in sorted(sessions, key=lambda each: not is_alive(each.pid, each.start_time)):
             try:
                 n_posted += self._posts.heed(session, now_ns, recovering=True)
             except ProtocolError:

@@ -25,6 +25,7 @@ from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Send
 from shmplasma.errors import ProtocolError
 from shmplasma.exits import Exits
+from shmplasma.id_locks import IdLocks
 from shmplasma.protocol import ONE_WAY, encode_frame
 from shmplasma.reception import Reception
 from shmplasma.replies import Failed, Failure
@@ -55,6 +56,8 @@ class Switchboard:
         The loop's; a `Connection` is registered with itself as data, for `ready`.
     descriptors : mapping
         What a client may ask for.
+    locks : IdLocks
+        What each client is given.
     hand_over : callable
         Called when another store takes over.
     first_number : int
@@ -82,6 +85,7 @@ class Switchboard:
         listener: socket.socket,
         selector: selectors.BaseSelector,
         descriptors: Mapping[Descriptor, int],
+        locks: IdLocks,
         hand_over: Callable[[], None],
         first_number: int,
         *,
@@ -91,6 +95,7 @@ class Switchboard:
         self._store = store
         self._selector = selector
         self._descriptors = descriptors
+        self._locks = locks
         self._hand_over = hand_over
         self._may_be_replaced = may_be_replaced
         self._connections: dict[int, Connection] = {}
@@ -109,6 +114,7 @@ class Switchboard:
             elif client in self._connections:  # or it could not be told that another one has gone
                 self._close(client)
         self.exits.close()
+        self._locks.close()
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -136,6 +142,7 @@ class Switchboard:
     def _forget(self, client: int) -> None:
         """Take back what a client had that has gone."""
         self.carry_out(self._store.disconnect(client, time.time_ns()))
+        self._locks.end(client)
 
     def _hang_up(self, client: int, last: bytes = b"") -> None:
         connection = self._connections.pop(client)
@@ -174,9 +181,11 @@ class Switchboard:
 
     def _adopt(self, connection: Connection, number: int) -> None:
         """Let a connection go on as a client that was waited for."""
-        del self._connections[connection.client]
+        before = connection.client
+        del self._connections[before]
         connection.client = number
         self._connections[number] = connection
+        self._locks.rename(before, number)
         self.exits.forget(number)
 
     # -- reading -------------------------------------------------------------------------------
@@ -287,9 +296,14 @@ class Switchboard:
                 self._hand_over()
 
     def _send(self, connection: Connection, send: Send) -> None:
-        fd = None if send.descriptor is None else self._descriptors[send.descriptor]
+        fds: tuple[int, ...] = ()
+        if send.descriptor is not None:
+            fds = (self._descriptors[send.descriptor],)
+            if send.descriptor is Descriptor.WAKE:
+                locks = self._locks.give(send.client)
+                fds = fds if locks is None else (*fds, locks)
         try:
-            connection.send(send.data, fd)
+            connection.send(send.data, fds)
             if (
                 connection.is_slow
                 and connection.paused_at is None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import socket
@@ -42,6 +43,8 @@ __all__ = [
     "punch",
     "register_membarrier",
     "start_time",
+    "try_lock",
+    "unlock",
     "watch_exit",
 ]
 
@@ -88,6 +91,7 @@ _LOCAL_PEERCRED: Final = 1
 _LOCAL_PEERPID: Final = 2
 _XUCRED: Final = struct.Struct("@IIh2xI60x")
 _UCRED: Final = struct.Struct("@iII")
+_FLOCK: Final = struct.Struct("@hhqqi4x")
 
 
 @cache
@@ -206,6 +210,28 @@ def punch(fd: int, offset: int, size: int) -> bool:
     """
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
     return _LINUX and not _LIBC.fallocate(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size))
+
+
+def try_lock(fd: int, at: int) -> bool:
+    """Lock a byte of a file, which need not be there, and tell whether nobody else has; Linux only.
+
+    The lock belongs to the open file description behind `fd`, and goes with its last descriptor.  1 us; one that is in vain, 5 us.
+
+    Raises
+    ------
+    OSError
+        The kernel or the file system has no such locks, or no room for another.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(fd: int, at: int = 0, size: int = 0) -> None:
+    """Take back locks of the open file description behind `fd`, all behind `at` if the size is 0; Linux only."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, at, size, 0))
 
 
 @dataclass(frozen=True, slots=True)

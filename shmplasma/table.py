@@ -7,10 +7,12 @@ contract:
   changes when the successor in the chain goes, and OFFSET, which changes while the state is MOVING or SPILLED and
   nobody pins the object; after that it is SEALED under the next generation (`shmplasma.moves`).
 * An entry is linked into its chain when its fields are complete, and its state is set after that.
-* An entry that leaves is unlinked first and freed afterwards; its own NEXT stays, so that a reader who
-  stands on it still finds the rest of the chain.  A reader may be led astray by a reuse in this moment and
-  miss an object; it never finds a wrong one, because it reads the state word before the id and again
-  after its pin (`shmplasma.pins` owns that argument), and a miss only sends it to the store.
+* An entry that leaves is freed first and unlinked at once after that: what is in no chain is no object, also for the successor
+  of a store that dies in between.  Its own NEXT stays, so that a reader who stands on it still finds the rest of the chain.
+  A reader may be led astray by a reuse in this moment and miss an object; it never finds a wrong one, because it reads the
+  state word before the id and again after its pin (`shmplasma.pins` owns that argument), and a miss only sends it to the store.
+* INSERTIONS is raised before an entry is used anew, and is odd while a successor writes the chains: who finds it even, and the
+  same after he has followed a chain, has missed nothing (`shmplasma.claims` owns that argument).
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
 * The checksum of an entry is written before the state that it goes with (`shmplasma.checks`).
 
@@ -62,12 +64,14 @@ _CHECK: Final = int(EntryWord.CHECK)
 _OWNER: Final = int(EntryWord.OWNER)
 _KEEP: Final = int(EntryWord.KEEP)
 _ORIGIN: Final = int(EntryWord.ORIGIN)
+_INSERTIONS: Final = int(HeaderWord.INSERTIONS)
 _COPY: Final = int(EntryWord.COPY)
 _COPY_CHECK: Final = int(EntryWord.COPY_CHECK)
 
 _FREE: Final = int(EntryState.FREE)
 _CREATED: Final = int(EntryState.CREATED)
 _SEALED: Final = int(EntryState.SEALED)
+_EVICTING: Final = int(EntryState.EVICTING)
 _SPILLED: Final = int(EntryState.SPILLED)
 
 _OBJECT: Final = Struct("@20sIQQQ")
@@ -113,6 +117,7 @@ class Table:
         self._used_once = 0
         self._committed = 0
         self._linked = 0
+        self._insertions = 0
 
     def __len__(self) -> int:
         """Return the number of objects that can be found."""
@@ -241,7 +246,7 @@ class Table:
     ) -> int:
         """Add an object, CREATED or SEALED, and return its entry, or `NO_ENTRY` when the table is full.
 
-        The caller has made sure that the id is not there.  `owner` is the slot + 1 of who creates it, `keep`
+        The caller has made sure that the id is not there.  One that is EVICTING is in limbo, and in no chain.  `owner` is the slot + 1 of who creates it, `keep`
         whether it is never to be evicted.
 
         Raises
@@ -261,18 +266,20 @@ class Table:
         words = self._words
         generation = words[at] >> GENERATION_SHIFT
         bucket = self._buckets_word + (crc32(object_id) & self._mask)
+        words[_INSERTIONS] = self._insertions = (self._insertions + 2) & _ALL_ONES
         fields = _OBJECT.pack(object_id, codec, offset, data_size, metadata_size)
         check = PRESENT | crc32(fields, check_seed(generation, state == _SEALED))
         self._raw[at * 8 + 8 : at * 8 + 128] = _RECORD.pack(
             fields, words[bucket], now_ns, 0, check, owner, _ALL_ONES if keep else 0
         )
-        words[bucket] = entry + 1
+        if state != _EVICTING:
+            words[bucket] = entry + 1
+            self._linked += 1
         words[at] = generation << GENERATION_SHIFT | state
         if self._free:
             self._free.pop()
         else:
             self._used_once += 1
-        self._linked += 1
         return entry
 
     def set_state(self, entry: int, state: int) -> None:
@@ -337,7 +344,7 @@ class Table:
     # -- leaving -------------------------------------------------------------------------------
 
     def unlink(self, entry: int) -> None:
-        """Take the entry out of its chain: its id can be used anew, its memory not yet."""
+        """Take the entry out of its chain: its id can be used anew; what was not freed keeps its memory."""
         words = self._words
         link = self._buckets_word + (crc32(self.object_id(entry)) & self._mask)
         while (head := words[link]) != entry + 1:
@@ -346,11 +353,16 @@ class Table:
         self._linked -= 1
 
     def free(self, entry: int) -> None:
-        """Give an unlinked entry back: state FREE under the next generation."""
+        """Give an entry back, in a chain or not: state FREE under the next generation."""
         at = self._entries_word + entry * ENTRY_WORDS
         generation = self._words[at] >> GENERATION_SHIFT
         self._words[at] = (generation + 1) << GENERATION_SHIFT | _FREE
         self._free.append(entry)
+
+    def remove(self, entry: int) -> None:
+        """Give back the entry of an object that can be found."""
+        self.free(entry)
+        self.unlink(entry)
 
     @property
     def free_entries(self) -> int:
@@ -402,6 +414,8 @@ class Table:
             self._commit(layout.visited, end)
         mark_end(self._words, HeaderWord.ENTRIES_END, end)
         self._committed = self._used_once = end
+        self._insertions = self._words[_INSERTIONS] | 1
+        self._words[_INSERTIONS] = self._insertions
         return DeadTable(layout, self._words, self._raw, end)
 
     def resume(self, entries: Sequence[int], limbo: set[int]) -> None:
@@ -409,6 +423,8 @@ class Table:
         self._linked = len(entries)
         taken = limbo.union(entries)
         self._free = array("I", [e for e in range(self._used_once - 1, -1, -1) if e not in taken])
+        self._insertions = (self._insertions + 1) & _ALL_ONES
+        self._words[_INSERTIONS] = self._insertions
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import index
 from typing import Any, Final, Self, SupportsIndex
 
@@ -93,7 +94,8 @@ class Writing(Connected):
 
         Notes
         -----
-        One round trip.  Until it is sealed the object belongs to this client and is removed when the
+        What is small takes one one-way message and no waiting, anything else a round trip (see
+        `shmplasma.claims`).  Until it is sealed the object belongs to this client and is removed when the
         client leaves or dies.  Who waits for room is served in order (see `shmplasma.waiters`); other threads
         may use the client meanwhile, and Ctrl-C interrupts the wait.
         """
@@ -299,8 +301,7 @@ class Writing(Connected):
 
         Notes
         -----
-        A small value under a fresh id takes one one-way message and no waiting; anything else one round
-        trip.  Each byte of a large part is copied once.
+        A small value takes one one-way message and no waiting, anything else a round trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, serialization_context)
         return self._put(payload, object_id, b"", memcopy_threads, timeout_ms=timeout_ms, keep=keep)
@@ -321,8 +322,11 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = ObjectID.from_random() if object_id is None else checked(object_id)
-        fresh = fresh or object_id is None
-        if session.leasing is not None:
+        claims = None if keep else session.claims
+        claim = None
+        if not (fresh or object_id is None) and claims is not None:
+            claim = partial(claims.take, target_id)
+        if session.leasing is not None and (claim or fresh or object_id is None):
             data_size, metadata_size = payload.size_bytes, len(metadata)
 
             def fill(room: npt.NDArray[np.uint8], offset: int) -> None:
@@ -331,13 +335,9 @@ class Writing(Connected):
                     room = room[:data_size]
                 payload.write(room, threads)
                 fields = target_id.id_bytes, offset, data_size, metadata_size, codec, keep
-                # A fresh id cannot be taken; for another one the store has to decide.
-                if fresh:
-                    session.post(_PUBLISH, PUBLISH.pack(*fields))
-                else:
-                    session.call(Publish._make(fields), Done)
+                session.post(_PUBLISH, PUBLISH.pack(*fields))
 
-            if session.leasing.put(data_size + metadata_size, fill, fresh=fresh):
+            if session.leasing.put(data_size + metadata_size, fill, claim):
                 return target_id
         size = payload.size_bytes
         target = self._create(
@@ -410,9 +410,13 @@ class Writing(Connected):
             raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
         id_bytes = checked(object_id).id_bytes
         seconds = None if timeout_ms is None else wait_seconds(timeout_ms)
-        target = session.create(
-            id_bytes, size, len(metadata), codec, keep=keep, wait_seconds=seconds
-        )
+        target = None
+        if session.claims is not None and not keep:
+            target = session.claims.create(object_id, size, len(metadata), codec)
+        if target is None:
+            target = session.create(
+                id_bytes, size, len(metadata), codec, keep=keep, wait_seconds=seconds
+            )
         self._unsealed.add(id_bytes)
         if not metadata:
             return target

@@ -90,6 +90,10 @@ class RecordedMemory:
         Offset in the segment from which on nothing can be committed.
     at_barrier : callable or None
         What other processes do at the moment of the next barrier.
+    locked : set of int
+        What other processes have locked.
+    locks : int
+        How much the store has locked.
     """
 
     has_barrier = True
@@ -103,6 +107,8 @@ class RecordedMemory:
         self.barriers = 0
         self.refuse_from: int | None = None
         self.at_barrier: Callable[[], None] | None = None
+        self.locked: set[int] = set()
+        self.locks = 0
 
     def commit(self, offset: int, size_bytes: int) -> None:
         """Note a commit, or refuse it."""
@@ -125,6 +131,15 @@ class RecordedMemory:
     def has(self, offset: int, size_bytes: int) -> bool:
         """Tell whether a range can be touched."""
         return self.pages.issuperset(_pages(offset, size_bytes))
+
+    def lock(self, at: int) -> bool:
+        """Lock what nobody else has."""
+        self.locks += at not in self.locked
+        return at not in self.locked
+
+    def unlock(self) -> None:
+        """Unlock it."""
+        self.locks = 0
 
     def barrier(self) -> None:
         """Note a barrier, and let happen what is to happen at it, once."""

@@ -10,9 +10,18 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from shmplasma.commitment import FLOOR_BYTES
-from shmplasma.layout import BOARD_WORDS, Layout
+from shmplasma.layout import (
+    BOARD_WORDS,
+    CONTROL_BYTES,
+    OUTBOX_BYTES,
+    ControlWord,
+    EntryWord,
+    HeaderWord,
+    Layout,
+)
 from shmplasma.moves import PIECE_BYTES
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.outbox import read_record
+from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION
 from shmplasma.replies import Reply, Welcome
 from shmplasma.requests import Create, Get, Hello, Post, Request, Role
@@ -120,6 +129,7 @@ class Mortal(Conversation):
         self.clock = Clock()
         self._piece_bytes = piece_bytes
         self.deaths = 0
+        self._may_be_there: set[bytes] = set()
         self.store = self._new_store()
         self._connections = self.layout.n_boards
         self._boards: dict[Peer, int] = {}
@@ -153,7 +163,7 @@ class Mortal(Conversation):
                     for slot in request.slots if isinstance(request, Get) else (request.slot,):
                         self.write_slot(slot, 0)
 
-    def tell(self, peer: Peer, message: Publish | Seal | Abort) -> None:
+    def tell(self, peer: Peer, message: Publish | Claim | Seal | Abort) -> None:
         """Post something to the store."""
         try:
             peer.write(message)
@@ -189,6 +199,8 @@ class Mortal(Conversation):
         living = set(self._boards.values())
         while True:
             self.deaths += 1
+            if not self.words[HeaderWord.INSERTIONS] & 1:
+                self._may_be_there = self._linked() | self._posted()
             self.clock.dies_at = self.clock.next_death()
             self.store = self._new_store()
             self.peers.clear()
@@ -198,12 +210,40 @@ class Mortal(Conversation):
                 for board in set(clients) - living:
                     self.carry_out(self.store.disconnect(board, self.now_ns))
                 self.store.check()
+                assert self._linked() <= self._may_be_there, (
+                    "what was in no chain is an object again"
+                )
                 self.store.tidy_external({n: len(data) for n, data in self.containers.items()})
                 for peer in peers:
                     self._connect_again(peer)
             except Death:
                 continue
             return
+
+    def _linked(self) -> set[bytes]:
+        """Return the ids that a client finds to be taken."""
+        ids: set[bytes] = set()
+        layout, words = self.layout, self.words
+        for head in words[layout.buckets // 8 : layout.buckets // 8 + layout.n_buckets]:
+            entry = head
+            while entry:
+                start = layout.entry(entry - 1)
+                ids.add(bytes(self.raw[start + 8 : start + 28]))
+                entry = words[start // 8 + EntryWord.NEXT]
+        return ids
+
+    def _posted(self) -> set[bytes]:
+        """Return the ids in records that were not acknowledged; their clients have locked them."""
+        ids: set[bytes] = set()
+        layout = self.layout
+        for board in range(layout.n_boards):
+            count = (layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+            start = layout.outboxes + board * OUTBOX_BYTES
+            page, read = self.raw[start : start + OUTBOX_BYTES], self.words[count]
+            while record := read_record(page, read):
+                ids.add(record[1][:20])
+                read += 1
+        return ids
 
     def _connect_again(self, peer: Peer) -> None:
         self._connections += 1

@@ -7,14 +7,15 @@ from itertools import islice
 
 import pytest
 
+from shmplasma.claims import pin_word
 from shmplasma.layout import BOARD_WORDS, align_up
 from shmplasma.leases import BUSY_WORD
-from shmplasma.posted import Publish, Seal
+from shmplasma.posted import Claim, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Leased, Listing
 from shmplasma.requests import AskLease, Create, List, Post
 from tests.conversation import Conversation, Peer, name
 
-SHARED, CHOSEN, PUT, SECOND = map(name, range(1, 5))
+SHARED, CHOSEN, PUT, SECOND, CLAIMED = map(name, range(1, 6))
 
 
 def steps(talk: Conversation, peer: Peer) -> Iterator[bytes | None]:
@@ -48,7 +49,18 @@ def steps(talk: Conversation, peer: Peer) -> Iterator[bytes | None]:
     message = Publish(SECOND, lease.offset + 256, 100, 0, 0)
     assert peer.outbox.append(message.KIND, message.encode())
     yield SECOND
+    offset = lease.offset + 512
+    talk.write_slot(slot, pin_word(offset))
+    yield None
+    claim = Claim(CLAIMED, offset, 100, 0, 0, slot)
+    assert peer.outbox.append(claim.KIND, claim.encode())
+    yield None
     talk.words[busy] = 0
+    yield None
+    talk.raw[offset : offset + 100] = bytes(100)
+    assert peer.outbox.append(Seal.KIND, CLAIMED)
+    yield CLAIMED
+    talk.write_slot(slot, 0)
     yield None
     entry = shared_entry(talk)
     talk.write_slot(slot, entry + 1)

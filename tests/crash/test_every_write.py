@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from shmplasma.claims import AT_OFFSET, pin_word
 from shmplasma.layout import BOARD_WORDS, GRANULE_BYTES
 from shmplasma.leases import BUSY_WORD
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Done, Leased, Listing, Number, Objects
 from shmplasma.requests import AskLease, Contains, Create, Delete, Evict, Get, Keep, List, Trim
 from shmplasma.waiters import FOR_EVER
@@ -112,6 +113,23 @@ class Story:
             offset += 128
         self.talk.words[board + BUSY_WORD] = 0
 
+    def claim(self, peer: Peer, *object_ids: bytes) -> list[int]:
+        """Create objects in a lease, as a client does that has found their ids free; return the slots that pin them."""
+        board = self.talk.layout.boards // 8 + peer.free_slots[-1] // BOARD_WORDS * BOARD_WORDS
+        self.talk.words[board + BUSY_WORD] = 1
+        lease = self.talk.call(peer, AskLease(100), Leased)
+        assert lease.size_bytes
+        slots = []
+        for offset, object_id in enumerate(object_ids, lease.offset // 128 + 1):
+            slot = peer.free_slots.pop()
+            self.talk.write_slot(slot, pin_word(128 * offset))
+            self.talk.tell(peer, Claim(object_id, 128 * offset, 100, 0, 0, slot))
+            self.fill(object_id, 128 * offset, 100)
+            self.held[slot] = object_id
+            slots.append(slot)
+        self.talk.words[board + BUSY_WORD] = 0
+        return slots
+
     def store_large(self, peer: Peer, object_id: bytes) -> None:
         """Store an object of several granules, and let go of it."""
         created = self.create(peer, object_id, 3 * GRANULE_BYTES)
@@ -170,6 +188,16 @@ class Story:
         talk.trim()
         self.store_large(one, i)
         talk.trim()
+        j, k, m, n = map(name, range(12, 16))
+        claimed = self.claim(other, j, k, m, n)
+        self.seal(other, j)
+        self.get(one, j)
+        talk.tell(other, Abort(k))
+        self.release(claimed[1])
+        self.seal(other, m)
+        self.release(claimed[2])
+        assert k not in self.there()
+        assert self.there()[n] == (False, False)
         self.judge()
         self.get(one, a)  # which was deleted, and goes at the last release
         for slot in [slot for slot, object_id in self.held.items() if object_id == a]:
@@ -191,7 +219,10 @@ class Story:
         for slot, object_id in self.held.items():
             word = talk.read_slot(slot)
             assert word, f"the pin of {object_id.hex()} is lost"
-            start = talk.layout.entry(word - 1)
+            parts = talk.store._parts
+            entry = parts.table.find(object_id) if word & AT_OFFSET else word - 1
+            assert entry in parts.boards.pinned()
+            start = talk.layout.entry(entry)
             assert bytes(talk.raw[start + 8 : start + 28]) == object_id
             offset, data_size = talk.words[start // 8 + 4 : start // 8 + 6]
             self.look(object_id, offset, data_size)

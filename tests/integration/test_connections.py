@@ -96,7 +96,7 @@ def test_who_does_not_read_is_awaited(
     theirs.sendall(HELLO)
     read_first(connection)
     size = 8 << 20
-    connection.send(bytes(size), None)
+    connection.send(bytes(size))
     assert connection.is_slow
     connection.pause()
     now = time.monotonic()
@@ -112,8 +112,8 @@ def test_who_does_not_read_is_awaited(
 def test_what_waits_has_an_end(ends: tuple[Connection, socket.socket, socket.socket]) -> None:
     """For one who does not read, neither bytes without end nor descriptors wait."""
     connection, ours, _ = ends
-    connection.send(bytes(9 << 20), None)
+    connection.send(bytes(9 << 20))
     with pytest.raises(StalledError, match="descriptor"):
-        connection.send(b"reply", ours.fileno())
+        connection.send(b"reply", [ours.fileno()])
     with pytest.raises(StalledError, match="bytes wait for it"):
-        connection.send(bytes(9 << 20), None)
+        connection.send(bytes(9 << 20))

@@ -21,12 +21,13 @@ from hypothesis.stateful import (
     rule,
 )
 
+from shmplasma.claims import AT_OFFSET, pin_word
 from shmplasma.effects import Drop, Effect
 from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD
 from shmplasma.mover import SLICE_BYTES
 from shmplasma.moves import PIECE_BYTES
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -901,6 +902,27 @@ class StoreMachine(RuleBasedStateMachine):
         self.set_busy(peer, False)
         assert thing.is_sealed
 
+    @precondition(lambda self: any(rent.making for rent in self.model.rents.values()))
+    @rule(which=NUMBERS, object_id=IDS)
+    def claim(self, which: int, object_id: bytes) -> None:
+        """Create an object of what was written, under an id that is free."""
+        making = sorted(n for n, rent in self.model.rents.items() if rent.making)
+        peer = self.talk.peers[pick(making, which)]
+        rent = self.model.rents[peer.number]
+        thing = rent.making
+        assert thing is not None
+        if not thing.size or object_id in self.model.things:
+            return
+        thing.object_id = object_id
+        rent.making = None
+        rent.start = thing.offset + align_up(thing.size, 64)
+        slot = peer.free_slots.pop()
+        self.talk.write_slot(slot, pin_word(thing.offset))
+        self.model.things[object_id] = thing
+        self.model.pins[slot] = thing
+        peer.write(Claim(object_id, thing.offset, thing.data_size, 0, CODEC, slot))
+        self.set_busy(peer, False)
+
     # -- memory ------------------------------------------------------------------------------------
 
     @rule(which=NUMBERS)
@@ -913,8 +935,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert reply.value == size
 
         n_punches = len(self.talk.memory.punches)
-        self.model.note_wake()
         self.send(pick(self.active, which), Trim(), judge_reply)
+        self.model.note_wake()
         self.talk.turn()
         self.commit_all()
 
@@ -959,8 +981,10 @@ class StoreMachine(RuleBasedStateMachine):
     def shows_every_pin(self) -> None:
         """Find on the boards what the clients believe."""
         for slot, thing in self.model.pins.items():
-            entry = self.talk.read_slot(slot) - 1
-            assert entry >= 0
+            word = self.talk.read_slot(slot)
+            assert word
+            parts = self.talk.store._parts
+            entry = parts.boards._claimed[word] if word & AT_OFFSET else word - 1
             assert self.talk.store._parts.table.object_id(entry) == thing.object_id
 
     @invariant()

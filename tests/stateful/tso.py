@@ -23,6 +23,7 @@ __all__ = [
     "Drain",
     "Fence",
     "Load",
+    "Lock",
     "Program",
     "Report",
     "Stage",
@@ -82,7 +83,18 @@ class Await:
     value: int
 
 
-Step = Load | Store | Fence | Drain | Await
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """Write the own name to a word that is 0, once this CPU's buffer is empty; the result is whether it was.
+
+    What a lock of the kernel does; giving it back is a fence and a store.
+    """
+
+    word: str
+    owner: int
+
+
+Step = Load | Store | Fence | Drain | Await | Lock
 Program = Generator[Step, int, Hashable]
 
 
@@ -239,6 +251,13 @@ class _Explorer:
             for number, value in buffers[step.cpu]:
                 drained[number] = value
             return 0, tuple(drained), (*buffers[: step.cpu], (), *buffers[step.cpu + 1 :])
+        if isinstance(step, Lock):
+            if buffer:
+                return None
+            number = self.number[step.word]
+            if memory[number]:
+                return 0, memory, buffers
+            return 1, (*memory[:number], step.owner, *memory[number + 1 :]), buffers
         if isinstance(step, Await):
             return (0, memory, buffers) if memory[self.number[step.word]] == step.value else None
         return None

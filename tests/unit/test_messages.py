@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shmplasma.errors import Holder, ProtocolError
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Message
-from shmplasma.posted import Abort, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -88,6 +88,7 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Detach: st.just(Detach()),
     AskLease: st.builds(AskLease, U64),
     Publish: st.builds(Publish, IDS, U64, U64, U32, U32, st.booleans()),
+    Claim: st.builds(Claim, IDS, U64, U64, U32, U32, U32),
     Flush: st.just(Flush()),
     Post: st.just(Post()),
     Keep: st.builds(Keep, st.booleans(), st.lists(IDS, max_size=8)),

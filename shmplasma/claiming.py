@@ -1,0 +1,154 @@
+"""The client's side of a claim: takes an id of the caller's choice without a message (`shmplasma.claims` has the argument).
+
+The steps are those of the table there.  All are made while the client is busy with its lease, by one thread at a time.  Whatever is not as
+expected leaves the object to a round trip, by which the store decides.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shmplasma.attachment import Attachment
+from shmplasma.claims import pin_word
+from shmplasma.layout import ENTRY_BYTES, HeaderWord
+from shmplasma.leasing import LeaseWriter
+from shmplasma.link import Link
+from shmplasma.lock_file import LockFile
+from shmplasma.objects import ObjectID
+from shmplasma.outbox import Outbox
+from shmplasma.pinning import BoardPool
+from shmplasma.posted import CLAIM, Claim
+from shmplasma.writable import Writable
+
+__all__ = ["Claimant"]
+
+_CLAIM: Final = Claim.KIND
+_ENTRY: Final = Struct("@8x20s28xQ")
+"""An entry's id and the next one in its chain."""
+_SHIFT: Final = ENTRY_BYTES.bit_length() - 1
+_INSERTIONS: Final = int(HeaderWord.INSERTIONS)
+_ATTEMPTS: Final = 4
+"""How often a chain is followed: the store may insert objects meanwhile, some microseconds apart."""
+
+
+class Claimant:
+    """Creates objects in the client's lease, under ids that may be taken.
+
+    Parameters
+    ----------
+    attachment : Attachment
+        The segment.
+    locks : LockFile
+        By what ids are locked.
+    boards : BoardPool
+        The client's boards.
+    leasing : LeaseWriter
+        Where there is room.
+    link : Link
+        By which the store is told.
+    outbox : Outbox
+        The client's; by it can be seen how far the store has read.
+
+    Notes
+    -----
+    Thread-safe, as `leasing` is.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        locks: LockFile,
+        boards: BoardPool,
+        leasing: LeaseWriter,
+        link: Link,
+        outbox: Outbox,
+    ) -> None:
+        layout = attachment.layout
+        self._attachment = attachment
+        self._locks = locks
+        self._map = attachment.read_map
+        self._words = attachment.words
+        self._mask = layout.n_buckets - 1
+        self._buckets = layout.buckets // 8
+        self._longest = layout.n_entries
+        # Chains count entries from 1.
+        self._entries = layout.entries - ENTRY_BYTES
+        self._data = layout.data
+        self._boards = boards
+        self._leasing = leasing
+        self._link = link
+        self._outbox = outbox
+        self._locked: int | None = None
+        self._unread: dict[int, int] = {}
+
+    def take(self, object_id: ObjectID) -> bool:
+        """Lock an id, and tell whether it is free; to be called by `LeaseWriter.put`.  3 us, and no message."""
+        at, unread = object_id.hash32, self._unread
+        try:
+            if unread or self._locked is not None:
+                self._unlock()
+                if at in unread:
+                    return False
+            # Before it is, as an interrupt may leave a lock; the next claim takes it back.
+            self._locked = at
+            return self._locks.lock(at) and self._is_free(object_id)
+        except OSError:  # there are no such locks, or no more of them
+            return False
+
+    def _unlock(self) -> None:
+        """Unlock whatever the store has read the records of; the last claim has left its record by now."""
+        unread, read, written = self._unread, self._outbox.read, self._outbox.written
+        if self._locked is not None:
+            unread[self._locked] = written
+            self._locked = None
+        if written <= read:
+            self._locks.unlock_all()
+            unread.clear()
+        while unread and unread[first := next(iter(unread))] <= read:
+            self._locks.unlock(first)
+            del unread[first]
+
+    def _is_free(self, object_id: ObjectID) -> bool:
+        wanted, words = object_id.id_bytes, self._words
+        bucket = self._buckets + (object_id.hash32 & self._mask)
+        for _ in range(_ATTEMPTS):
+            insertions = words[_INSERTIONS]
+            if insertions & 1:
+                return False
+            entry = words[bucket]
+            steps = self._longest
+            while entry and steps:
+                found, entry = _ENTRY.unpack_from(self._map, (entry << _SHIFT) + self._entries)
+                if found == wanted:
+                    return False
+                steps -= 1
+            if words[_INSERTIONS] == insertions:
+                return not entry
+        return False
+
+    def create(
+        self, object_id: ObjectID, data_size: int, metadata_size: int, codec: int
+    ) -> npt.NDArray[np.uint8] | None:
+        """Create an object, if that can be done without asking; otherwise as `shmplasma.session.Session.create`."""
+        size = data_size + metadata_size
+        pins = self._boards.take_free(1) if size else ()  # what has no bytes lies nowhere
+        if not pins:
+            return None
+        pin = pins[0]
+        created: Writable | None = None
+
+        def announce(_: npt.NDArray[np.uint8], offset: int) -> None:
+            nonlocal created
+            pin.board.words[pin.word] = pin_word(offset)
+            fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
+            self._link.post(_CLAIM, CLAIM.pack(*fields))
+            start = offset - self._data
+            created = Writable((size,), np.uint8, self._attachment.write_map, start)
+            created.pin = pin
+
+        self._leasing.put(size, announce, lambda: self.take(object_id))
+        return created

@@ -1,0 +1,319 @@
+"""Objects under ids that their creators choose: whoever creates them, and whatever becomes of him, one of them gets the id."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from secrets import token_bytes
+from zlib import crc32
+
+import numpy as np
+import pytest
+
+import shmplasma as plasma
+from shmplasma import ObjectID, PlasmaClient, Store, system
+from shmplasma.layout import ID_BYTES
+from shmplasma.protocol import Frame
+from shmplasma.requests import Create
+from tests.clients import new_id
+from tests.command import killed, running
+from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
+    kinds,
+    needs_fast_path,
+    sent,
+    session_of,
+    stopped,
+)
+from tests.processes import in_forked_child
+
+pytestmark = needs_fast_path
+
+N_IDS = 500
+N_CREATORS = 4
+
+
+def nth_id(number: int) -> ObjectID:
+    """Return an id that all processes know."""
+    return ObjectID(number.to_bytes(ID_BYTES, "big"))
+
+
+def lease(client: PlasmaClient) -> None:
+    """Let a client have a lease."""
+    client.put(0)
+    client.flush()
+
+
+def exists_for(client: PlasmaClient, object_id: ObjectID) -> bool:
+    """Tell whether a client is told that it cannot create this object."""
+    try:
+        client.create(object_id, 10)
+    except plasma.PlasmaObjectExists:
+        return True
+    return False
+
+
+# -- what waits for nothing ----------------------------------------------------------------------
+
+
+def test_creations_wait_for_nothing(
+    store: Store, client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """While the store is stopped objects are created, filled, sealed, and put under chosen ids; they are found later."""
+    lease(client)
+    created, named, value, filled = new_id(), new_id(), new_id(), new_id()
+    with stopped(store):
+        buffer = client.create(created, 100, b"metadata")
+        np.frombuffer(memoryview(buffer), np.uint8)[:] = 7
+        client.seal(created)
+        client.put_raw_buffer(b"raw", named, b"more")
+        client.put([1, 2], value)
+        with client.create_array(filled, 5, np.int64) as array:
+            array[:] = range(5)
+        del buffer, array
+    ((metadata, data),) = client2.get_buffers([created], with_meta=True)
+    assert (metadata, set(bytes(data))) == (b"metadata", {7})
+    ((metadata, data),) = client2.get_buffers([named], with_meta=True)
+    assert (metadata, bytes(data)) == (b"more", b"raw")
+    assert client2.get(value) == [1, 2]
+    assert client2.get(filled).tolist() == list(range(5))
+
+
+def test_what_goes_by_the_store(client: PlasmaClient, sent: list[Frame]) -> None:  # noqa: F811
+    """What is to be kept, has no bytes, or is large, is created by a message."""
+    lease(client)
+    sent.clear()
+    for number, (size, keep) in enumerate([(10, True), (0, False), (1 << 20, False)]):
+        client.create(nth_id(number), size, keep=keep)
+        assert kinds(sent)[-1] == Create.KIND
+        client.seal(nth_id(number))
+    assert kinds(sent).count(Create.KIND) == 3
+
+
+# -- who gets the id -----------------------------------------------------------------------------
+
+
+def test_an_id_is_taken_before_the_store_knows(
+    store: Store, client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """Whoever creates an object again is told that it exists, sealed or not, and as often as he tries."""
+    lease(client)
+    lease(client2)
+    with stopped(store):
+        for number in range(10):
+            client.create(nth_id(number), 10)
+            if number % 2:
+                client.seal(nth_id(number))
+    for number in range(10):
+        assert exists_for(client2 if number % 3 else client, nth_id(number))
+    for number in range(10, 300):
+        client.create(nth_id(number), 10)
+        assert exists_for(client, nth_id(number))
+        assert exists_for(client2, nth_id(number))
+        client.seal(nth_id(number))
+        assert exists_for(client, nth_id(number))
+
+
+def test_an_id_is_used_again_and_again(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """By the same client or by another one: deleted is free, aborted is free."""
+    key = new_id()
+    for number in range(200):
+        one, other = (client, client2) if number % 3 else (client2, client)
+        one.put(number, key)
+        assert other.get(key) == number
+        assert exists_for(other, key)
+        other.delete([key])
+        other.create(key, 100)
+        other.abort(key)
+
+
+def test_threads_of_a_client_race(client: PlasmaClient) -> None:
+    """One of them gets each id."""
+
+    def create_all(_: int) -> int:
+        return sum(not exists_for(client, nth_id(number)) for number in range(N_IDS))
+
+    with ThreadPoolExecutor(4) as threads:
+        created = list(threads.map(create_all, range(4)))
+    assert sum(created) == N_IDS
+    for number in range(N_IDS):
+        client.seal(nth_id(number))
+
+
+def race(path: str, number: int, start: Connection) -> None:
+    """Create all objects, as fast as possible, with this process's number in them; tell which were granted."""
+    with plasma.connect(path) as client, start:
+        lease(client)
+        start.send("ready")
+        start.recv()
+        granted = []
+        for each in range(N_IDS):
+            try:
+                if (each + number) % 2:
+                    client.put(number, nth_id(each))
+                else:
+                    data = client.create(nth_id(each), 100, b"raw")
+                    np.frombuffer(memoryview(data), np.uint8)[:] = number
+                    client.seal(nth_id(each))
+            except plasma.PlasmaObjectExists:
+                continue
+            granted.append(each)
+        start.send(granted)
+
+
+@pytest.mark.usefixtures("spawning")
+def test_processes_race(store: Store, client: PlasmaClient) -> None:
+    """One of them gets each id, and it is his object that is there."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for number in range(N_CREATORS):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=race, args=(store.store_socket_name, number, theirs))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    for pipe in pipes:
+        assert pipe.recv() == "ready"
+    for pipe in pipes:
+        pipe.send("go")
+    granted = [pipe.recv() for pipe in pipes]
+    for pipe, process in zip(pipes, processes, strict=True):
+        process.join()
+        pipe.close()
+    assert Counter(each for ids in granted for each in ids) == Counter(range(N_IDS))
+    for number, ids in enumerate(granted):
+        for each in ids:
+            ((metadata, data),) = client.get_buffers([nth_id(each)], with_meta=True)
+            content = bytes(data)[0] if metadata == b"raw" else client.get(nth_id(each))
+            assert content == number
+            del data
+
+
+def test_ids_with_the_same_hash(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """They have one lock, and are two ids."""
+    seen: dict[int, bytes] = {}
+    while True:
+        one = token_bytes(ID_BYTES)
+        other = seen.setdefault(crc32(one), one)
+        if one != other:
+            break
+    lease(client)
+    client.put(1, ObjectID(one))
+    client2.put(2, ObjectID(other))
+    client.delete([ObjectID(one)])
+    client.put(3, ObjectID(one))
+    assert client2.get([ObjectID(one), ObjectID(other)]) == [3, 2]
+
+
+# -- what is held --------------------------------------------------------------------------------
+
+
+def test_a_writers_buffer_keeps_the_object_in_place(
+    client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """As long as it lives; then the object can be evicted."""
+    lease(client)
+    key = new_id()
+    buffer = client.create(key, 1000)
+    np.frombuffer(memoryview(buffer), np.uint8)[:] = 5
+    client.seal(key)
+    client2.evict(100_000_000)
+    assert client2.contains(key)
+    client.delete([key])
+    others = [client2.put(bytes(1000)) for _ in range(100)]
+    assert set(bytes(buffer)) == {5}
+    del buffer
+    gc.collect()
+    assert not client2.contains(key)
+    client2.delete(others)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_inherits_a_writers_buffer(client: PlasmaClient) -> None:
+    """It stays where it is for the child when the parent has let go of it."""
+    lease(client)
+    key = new_id()
+    buffer = client.create(key, 1000)
+    np.frombuffer(memoryview(buffer), np.uint8)[:] = 5
+    client.seal(key)
+    path = session_of(client)._lifeline.path
+
+    def look() -> None:
+        with plasma.connect(path) as other:
+            other.evict(100_000_000)
+            other.delete([key])
+            for _ in range(100):
+                other.put(bytes(1000))
+            assert set(bytes(buffer)) == {5}
+
+    assert in_forked_child(look) == 0
+
+
+def test_what_an_exception_leaves_unsealed_goes(client: PlasmaClient) -> None:
+    """And its id is free."""
+    lease(client)
+    key = new_id()
+    with pytest.raises(RuntimeError), client.create_array(key, 5):
+        raise RuntimeError
+    client.put(1, key)
+    assert client.get(key) == 1
+
+
+# -- when there are no locks, or no store ----------------------------------------------------------
+
+
+def test_without_locks_the_store_is_asked(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    sent: list[Frame],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a file system that has none, or no more of them."""
+
+    def refuse(fd: int, at: int) -> bool:
+        raise OSError(fd, f"no locks available for {at}")
+
+    lease(client)
+    monkeypatch.setattr(system, "try_lock", refuse)
+    key = new_id()
+    sent.clear()
+    client.put(1, key)
+    assert Create.KIND in kinds(sent)
+    assert exists_for(client2, key)
+
+
+def test_claims_outlast_the_store(tmp_path: Path) -> None:
+    """What was created and sealed while it was dead is there afterwards, and what was not can be sealed."""
+    path = str(tmp_path / "s")
+    with killed("-m", "10MB", "-s", path):
+        one = plasma.connect(path)
+        lease(one)
+        other = plasma.connect(path)
+        lease(other)
+        open_before = one.create(nth_id(0), 10)
+        one.put("before", nth_id(1))
+    open_after = one.create(nth_id(2), 10)
+    one.create(nth_id(3), 10)
+    one.seal(nth_id(3))
+    other.put("meanwhile", nth_id(4))
+    with running("-s", path):
+        assert one.get([nth_id(1), nth_id(4)]) == ["before", "meanwhile"]
+        for number in range(5):
+            assert exists_for(other if number != 4 else one, nth_id(number))
+        assert exists_for(one, nth_id(3))
+        one.seal(nth_id(0))
+        one.seal(nth_id(2))
+        assert other.contains(nth_id(2))
+        assert other.contains(nth_id(3))
+        for client in (one, other):
+            for number in range(100):
+                key = new_id()
+                client.put(number, key)
+                client.delete([key])
+        del open_before, open_after
+        one.disconnect()
+        other.disconnect()
