@@ -5,8 +5,7 @@ is what no store in Python can do without:
 
 * a get finds an entry by its hash, compares, pins and looks again, and makes a buffer that unpins (`shmplasma.pins`);
 * a put draws an id, copies, and leaves a record in shared memory;
-* a create is a message of the size of ours to another process in Python, and its answer, with both ends looking for 50 µs before
-  they sleep (`shmplasma.spin`);
+* a create locks an id, looks for it, makes a buffer that unpins, copies, leaves two records in shared memory, and unlocks;
 * a hand-over is such a message, and one from there to the process that waits;
 * a large put is a copy, in parallel, to memory that this process has touched before.
 """
@@ -20,7 +19,7 @@ import socket
 import struct
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from os import urandom
 from pathlib import Path
 from platform import python_version
@@ -32,6 +31,7 @@ import pyarrow as pa
 from benchmarks.peers.base import Client, Peer, UnsupportedError, use
 from benchmarks.peers.servers import serving
 from shmplasma.layout import align_up
+from shmplasma.system import try_lock, unlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,6 @@ _RECORD: Final = struct.Struct("20sQQQII")
 _TABLE_BYTES: Final = _SLOTS * _ENTRY_BYTES
 _PINS: Final = 2048
 _THREADS: Final = 2
-_MESSAGE: Final = 64 * b"e"
 _WAIT: Final = 64 * b"w"
 _DATA: Final = _TABLE_BYTES + 8 * _PINS
 _LOOK_SECONDS: Final = 50e-6
@@ -81,9 +80,9 @@ class FloorClient(Client[bytes]):
     """A table that all processes map, and a connection to the process that answers."""
 
     def __init__(self, directory: str, capacity: int) -> None:
-        with open(f"{directory}/floor", "a+b") as file:
-            file.truncate(_DATA + align_up(capacity, 8))
-            self._map = mmap.mmap(file.fileno(), 0)
+        self._file = open(f"{directory}/floor", "a+b")  # noqa: SIM115 - its locks are this client's
+        self._file.truncate(_DATA + align_up(capacity, 8))
+        self._map = mmap.mmap(self._file.fileno(), 0)
         self._data = np.frombuffer(self._map, np.uint8)[_DATA:]
         self._words = memoryview(self._map).cast("Q")
         self._pins = self._words[_TABLE_BYTES // 8 : _TABLE_BYTES // 8 + _PINS]
@@ -177,21 +176,22 @@ class FloorClient(Client[bytes]):
         return put
 
     def create(self, data: bytes) -> Callable[[bytes], object]:
-        def create(_: bytes) -> None:
-            self._socket.send(_MESSAGE)
-            self._answer()
-            self._data[: len(data)] = np.frombuffer(data, np.uint8)
+        fd, size = self._file.fileno(), len(data)
+
+        def create(key: bytes) -> None:
+            at = _at(key)
+            if not try_lock(fd, at) or _ENTRY.unpack_from(self._map, at)[1] == key:
+                return
+            pin = _Pin()
+            pin.words, pin.free, pin.slot = self._pins, self._free, self._free.pop()
+            pin.words[pin.slot] = at
+            target = pa.foreign_buffer(self._address + _DATA, size, pin)
+            _RECORD.pack_into(self._map, _TABLE_BYTES, key, 0, size, 0, 0, 0)
+            self._data[: target.size] = np.frombuffer(data, np.uint8)
+            _RECORD.pack_into(self._map, _TABLE_BYTES, key, 0, 0, 0, 0, 0)
+            unlock(fd)
 
         return create
-
-    def _answer(self) -> None:
-        """Take one answer; look for it a while before going to sleep."""
-        end = time.perf_counter() + _LOOK_SECONDS
-        while time.perf_counter() < end:
-            with suppress(BlockingIOError):
-                self._socket.recv(64, socket.MSG_DONTWAIT)
-                return
-        self._socket.recv(64)
 
     def hand_over(self, key: bytes, data: bytes, pipe: Connection) -> None:
         self._socket.send(64 * b"h")
@@ -202,10 +202,11 @@ class FloorClient(Client[bytes]):
 
     def close(self) -> None:
         self._socket.close()
+        self._file.close()
 
 
 class Floor(Peer[bytes]):
-    """A process that answers, in Python."""
+    """A process that passes messages on, in Python."""
 
     title = "floor of Python"
     imports = "import numpy, pyarrow"
@@ -223,8 +224,8 @@ class Floor(Peer[bytes]):
         return FloorClient(self.directory, self.capacity)
 
 
-def _answer_all(path: str) -> None:
-    """Answer each message, and pass on those for who waits."""
+def _pass_on(path: str) -> None:
+    """Pass on messages to who waits for one."""
     waiting: socket.socket | None = None
     with selectors.DefaultSelector() as selector, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -246,13 +247,11 @@ def _answer_all(path: str) -> None:
                 elif message.startswith(b"h"):
                     assert waiting is not None
                     waiting.send(message)
-                elif message:
-                    key.fileobj.send(message)
-                else:
+                elif not message:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
 
 
 if __name__ == "__main__":
     Path(sys.argv[1]).unlink(missing_ok=True)
-    _answer_all(sys.argv[1])
+    _pass_on(sys.argv[1])
