@@ -118,7 +118,7 @@ class HeaderWord(IntEnum):
     """Numbers of the header's words that change while the store lives; `Layout` owns the others."""
 
     WAKE = 32
-    """Not zero while somebody waits for a release: who clears a pin then wakes the store."""
+    """Not zero while somebody waits for a release: who clears a pin then wakes the store, once for each number."""
     ENTRIES_END = 33
     """Above all entries that were ever used; for a store that recovers the segment (see `mark_end`)."""
     BOARDS_END = 34

@@ -3,7 +3,7 @@
 A `PinBoard` is one board that the store has granted; a `Pin` holds one of its slots for as long as it lives.
 The slot's word is 0 until somebody writes an entry to it: the fast reader of this process, or the store, to
 which the slot was lent.  When the pin dies its finalizer writes 0, puts the slot back on the free list and,
-if the store has raised its WAKE word, wakes it.
+if the store has raised its WAKE word, wakes it, unless it is awake for that already (`shmplasma.releases`).
 
 A finalizer runs anywhere, inside the collector too and in any thread.  This one stores a word and appends to
 a list, which are single steps under the interpreter lock, takes no lock of its own, and writes to the
@@ -66,6 +66,7 @@ class Lifeline:
         "__weakref__",
         "_boards",
         "_wake_fd",
+        "_woken_by",
         "attachment",
         "connection",
         "locks",
@@ -90,11 +91,17 @@ class Lifeline:
         self._boards: weakref.WeakSet[PinBoard] = weakref.WeakSet()
         self.wake_word = attachment.words[HeaderWord.WAKE : HeaderWord.WAKE + 1]
         self._wake_fd = wake_fd
+        self._woken_by = 0
 
     def wake_store(self) -> None:
-        """Tell the store that something was released; never blocks, never raises."""
-        with suppress(OSError):  # the pipe is full, so a wake-up is pending; or the store has gone
-            os.write(self._wake_fd, b"r")
+        """Tell the store that something was released, if it has looked since it was last told; never blocks, never raises."""
+        number = self.wake_word[0]
+        if number != self._woken_by:
+            with suppress(
+                OSError
+            ):  # the pipe is full, so a wake-up is pending; or the store has gone
+                os.write(self._wake_fd, b"r")
+            self._woken_by = number
 
     def renew(self, wake_fd: int, locks_fd: int | None) -> None:
         """Take over what a store has given that has taken the place of a dead one; both descriptors are closed in time."""
@@ -105,6 +112,8 @@ class Lifeline:
         os.set_blocking(wake_fd, False)
         os.dup2(wake_fd, self._wake_fd, inheritable=False)  # finalizers go on using the number
         os.close(wake_fd)
+        self._woken_by = 0
+        self.wake_store()  # what was released meanwhile told nobody
 
     @property
     def boards(self) -> list[PinBoard]:
@@ -132,6 +141,7 @@ class Lifeline:
         """Go on, after `isolate`, with a connection of the child's own."""
         os.set_blocking(wake_fd, False)
         self._wake_fd = wake_fd
+        self._woken_by = 0
         self.connection = connection
 
     def __del__(self) -> None:

@@ -10,6 +10,10 @@ Invariants
 * While anything is doomed or in limbo, or anybody waits for room, the header's WAKE word is set, so that the
   release of a pin wakes the store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
   barrier is seen by this reading, one after it sees the word.
+* A client wakes the store once for each number that it finds in the word: a byte in the pipe costs a release as much as a get.
+  The store sets another number whenever it has emptied the pipe, before it reads the boards.  So of a release that finds the
+  number for which its client has written a byte already, that byte is still in the pipe, or the store sees the release when it
+  reads the boards after a barrier.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ class Releases:
         self.doomed: set[int] = set()
         self.limbo: set[int] = set()
         self._room_is_awaited = False
+        self._number = 0
 
     @property
     def n_waiting(self) -> int:
@@ -95,8 +100,7 @@ class Releases:
         if wanted != self._room_is_awaited:
             self._room_is_awaited = wanted
             if wanted:
-                self._words[HeaderWord.WAKE] = 1
-                self._memory.barrier()
+                self._raise_wake_word()
             else:
                 self._lower_wake_word()
 
@@ -110,9 +114,18 @@ class Releases:
             self._lower_wake_word()
 
     def _await(self) -> None:
-        self._words[HeaderWord.WAKE] = 1
-        self._memory.barrier()
+        self._raise_wake_word()
         self.wake()
+
+    def woken(self) -> None:
+        """Have clients wake the store anew: the pipe was emptied, and the boards are to be read after this."""
+        if self.are_awaited:
+            self._raise_wake_word()
+
+    def _raise_wake_word(self) -> None:
+        self._number += 1
+        self._words[HeaderWord.WAKE] = self._number
+        self._memory.barrier()
 
     def _lower_wake_word(self) -> None:
         if not self.are_awaited:
@@ -156,4 +169,4 @@ class Releases:
             doomed = state == EntryState.DOOMED
             assert doomed == (entry in self.doomed), f"entry {entry} is doomed for ever"
         word = self._words[HeaderWord.WAKE]
-        assert word == self.are_awaited, "nobody will wake the store, or for nothing"
+        assert bool(word) == self.are_awaited, "nobody will wake the store, or for nothing"

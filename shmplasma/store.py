@@ -334,7 +334,8 @@ class ObjectStore:
         return self._outgoing.take()
 
     def wake(self) -> Sequence[Effect]:
-        """Let go what waited for a release and is pinned no more."""
+        """Let go what waited for a release and is pinned no more; clients have to wake the store anew."""
+        self._objects.releases.woken()
         self._objects.releases.wake()
         if self._objects.spilling is not None:
             self._objects.spilling.look_again()

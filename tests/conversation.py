@@ -505,8 +505,8 @@ class Conversation:
 
     @property
     def wake_word(self) -> int:
-        """The header's word that asks clients to wake the store."""
-        return self.words[HeaderWord.WAKE]
+        """Whether the header's word asks clients to wake the store: 0 or 1."""
+        return min(1, self.words[HeaderWord.WAKE])
 
     def ids(self) -> set[bytes]:
         """Return the ids of all objects, sealed or not, as a listing has them."""

@@ -390,6 +390,33 @@ def test_a_release_wakes_the_store(
     assert not client.contains(object_id)
 
 
+@needs_fast_path
+def test_releases_wake_the_store_no_more_often_than_it_looks(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While somebody waits for a release, those that he does not wait for cost nobody a system call each."""
+    held, hot = put_numbers(client, 2)
+    buffer = client.get_buffers(held)
+    client2.delete(held)
+    words = session_of(client).attachment.words
+    assert words[HeaderWord.WAKE]
+    wake_ups: list[int] = []
+    write = os.write
+
+    def note_and_write(fd: int, data: bytes) -> int:
+        wake_ups.append(fd)
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", note_and_write)
+    with stopped(store):
+        for _ in range(1000):
+            client.get_buffers(hot)
+        assert len(wake_ups) <= 1
+        del buffer
+    until(lambda: not words[HeaderWord.WAKE], "the store waits no more")
+    assert not client.contains(held)
+
+
 # -- order ---------------------------------------------------------------------------------------
 
 

@@ -720,34 +720,39 @@ class Wake:
     Attributes
     ----------
     clients : int
-        CPUs 0 to clients - 1, each with a pin; the store is the next.
-    barrier, flag_first, clear_first, locked : bool
+        CPUs 0 to clients - 1; the store is the next.
+    pins : int
+        How many pins each has; it releases them one after the other.
+    barrier, flag_first, clear_first, anew, ordered : bool
         Whether the membarrier is there; WAKE is raised before the boards are read; a pin is cleared before WAKE is
-        read; and a write to the pipe has a barrier in it even when the pipe turns out to be full.
+        read; the store sets another number when it has emptied the pipe, and lets a barrier pass after that as well.
     """
 
     clients: int = 2
+    pins: int = 1
     barrier: bool = True
     flag_first: bool = True
     clear_first: bool = True
-    locked: bool = True
+    anew: bool = True
+    ordered: bool = True
 
 
-def release(case: Wake, pin: str) -> Program:
-    """Clear a pin, and wake the store if it wants to know: `Pin.__del__`.
+def release(case: Wake, client: int, number: int, woken_by: int) -> Program:
+    """Clear a pin, and wake the store if it wants to know and was not told since it looked: `Pin.__del__`.
 
     The pipe holds one byte, so that it is often full.
     """
+    if number == case.pins:
+        return "released"
     wanted = 0 if case.clear_first else (yield Load("wake"))
-    yield Store(pin, 0)
+    yield Store(f"pin {client} {number}", 0)
     if case.clear_first:
         wanted = yield Load("wake")
-    if wanted:
-        if case.locked:
-            yield Fence()
+    if wanted not in (0, woken_by):
         if not (yield Load("pipe")):
             yield Store("pipe", 1)
-    return "released"
+        woken_by = wanted
+    return Stage(release, (case, client, number + 1, woken_by))
 
 
 def wait_for_release(case: Wake) -> Program:
@@ -756,47 +761,60 @@ def wait_for_release(case: Wake) -> Program:
         yield Store("wake", 1)
         if case.barrier:
             yield from membarrier(range(case.clients))
-        return Stage(scan, (case,))
+        return Stage(scan, (case, 1))
     pinned = 0
-    for client in range(case.clients):
-        pinned += yield Load(f"pin {client}")
+    for word in _pins(case):
+        pinned += yield Load(word)
     yield Store("wake", 1)
-    return Stage(sleep, (case,)) if pinned else "gone"
+    return Stage(sleep, (case, 1)) if pinned else "gone"
 
 
-def scan(case: Wake) -> Program:
+def _pins(case: Wake) -> list[str]:
+    return [
+        f"pin {client} {number}" for client in range(case.clients) for number in range(case.pins)
+    ]
+
+
+def scan(case: Wake, number: int) -> Program:
     """Read the boards: `Releases.wake`."""
-    for client in range(case.clients):
-        if (yield Load(f"pin {client}")):
-            return Stage(sleep, (case,))
+    for word in _pins(case):
+        if (yield Load(word)):
+            return Stage(sleep, (case, number))
     yield Store("wake", 0)
     return "gone"
 
 
-def sleep(case: Wake) -> Program:
-    """Wait until something is in the pipe, empty it, and look again: `Server._wake`."""
+def sleep(case: Wake, number: int) -> Program:
+    """Wait until something is in the pipe, empty it, set another number, and look again: `Server._wake`, `Releases.woken`."""
     yield Await("pipe", 1)
     yield Store("pipe", 0)
     yield Fence()
-    return Stage(scan, (case,))
+    if case.anew:
+        number += 1
+        yield Store("wake", number)
+        if case.ordered:
+            yield from membarrier(range(case.clients))
+    return Stage(scan, (case, number))
 
 
 def explore_wake(case: Wake) -> Report:
     """Explore releases against a store that waits for them."""
-    words = {"wake": 0, "pipe": 0} | {f"pin {client}": 1 for client in range(case.clients)}
+    words = {"wake": 0, "pipe": 0} | dict.fromkeys(_pins(case), 1)
 
     def at_end(_: Mapping[str, int], results: Sequence[Any]) -> None:
         require(results[-1] == "gone", "the store sleeps although all pins were released")
 
-    stages = [Stage(release, (case, f"pin {client}")) for client in range(case.clients)]
+    stages = [Stage(release, (case, client, 0, 0)) for client in range(case.clients)]
     stages.append(Stage(wait_for_release, (case,)))
     return explore(stages, words, buffer_size=2, at_end=at_end)
 
 
-@pytest.mark.parametrize(("clients", "states"), [(1, 79), (2, 1_000), (3, 12_702)])
-def test_nobody_sleeps_for_ever(clients: int, states: int) -> None:
+@pytest.mark.parametrize(
+    ("clients", "pins", "states"), [(1, 1, 84), (2, 1, 1_285), (1, 3, 669), (2, 2, 22_733)]
+)
+def test_nobody_sleeps_for_ever(clients: int, pins: int, states: int) -> None:
     """When all pins are released the store notices, however the steps fall."""
-    report = explore_wake(Wake(clients))
+    report = explore_wake(Wake(clients, pins))
     assert report.violation == ""
     assert report.states == states
 
@@ -807,12 +825,13 @@ def test_nobody_sleeps_for_ever(clients: int, states: int) -> None:
         Wake(barrier=False),
         Wake(flag_first=False),
         Wake(clear_first=False),
-        Wake(locked=False),
+        Wake(1, 2, anew=False),
+        Wake(1, 2, ordered=False),
     ],
     ids=repr,
 )
 def test_the_wake_word_done_wrong(case: Wake) -> None:
-    """Without one of the barriers, or with two steps swapped, the store sleeps for ever."""
+    """Without one of the barriers, with two steps swapped, or with one number for ever, the store sleeps for ever."""
     assert explore_wake(case).violation.endswith("although all pins were released")
 
 

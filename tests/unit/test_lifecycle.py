@@ -97,7 +97,7 @@ class Household:
     @property
     def wake_word(self) -> int:
         """The header's word that asks clients to wake the store."""
-        return self.words[HeaderWord.WAKE]
+        return min(1, self.words[HeaderWord.WAKE])
 
 
 @pytest.fixture
