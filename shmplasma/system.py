@@ -177,36 +177,22 @@ if hasattr(os, "posix_fallocate"):
         Notes
         -----
         A signal breaks it off and Python starts it anew after the handler has run: commit in steps.
-        Where there is no ``posix_fallocate`` (macOS) it does nothing: shared memory objects are
-        swappable memory there and not files of a file system that may be full.  A file given with
-        ``-d`` has no such protection on that platform.
         """
         os.posix_fallocate(fd, offset, size)
 
 else:
 
     def commit(fd: int, offset: int, size: int) -> None:
-        """Do nothing: shared memory is swappable here, and no file system that may be full."""
+        """Do nothing: shared memory is swappable here; a file given with ``-d`` may meet a full file system."""
 
 
 def punch(fd: int, offset: int, size: int) -> bool:
-    """Give the pages of a range of a file back; they are zeros, and behind none is memory.
-
-    Parameters
-    ----------
-    fd : int
-        The segment, writable.
-    offset, size : int
-        Whole pages of its file system.
-
-    Returns
-    -------
-    bool
-        False where this cannot be done (not Linux, or a file system without holes): nothing has been done.
+    """Give whole pages of a file back; they are zeros, and behind none is memory.  Tell whether that was done.
 
     Notes
     -----
-    0.12 ms a MiB.  Mappings of the pages, in whatever process, fault them in anew.
+    Not done elsewhere than on Linux, or on a file system without holes.  0.12 ms a MiB.  Mappings of the pages, in whatever
+    process, fault them in anew.
     """
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
     return _LINUX and not _LIBC.fallocate(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size))
@@ -215,12 +201,8 @@ def punch(fd: int, offset: int, size: int) -> bool:
 def try_lock(fd: int, at: int) -> bool:
     """Lock a byte of a file, which need not be there, and tell whether nobody else has; Linux only.
 
-    The lock belongs to the open file description behind `fd`, and goes with its last descriptor.  1 us; one that is in vain, 5 us.
-
-    Raises
-    ------
-    OSError
-        The kernel or the file system has no such locks, or no room for another.
+    The lock belongs to the open file description behind `fd`, and goes with its last descriptor.  An OSError says that there are
+    no such locks, or no more of them.  1 us; 5 us in vain.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
