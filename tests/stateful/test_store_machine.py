@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TypeVar
 
 from hypothesis import settings
@@ -307,7 +308,8 @@ class StoreMachine(RuleBasedStateMachine):
         """Return the size of the largest stretch of the data region that is not occupied."""
         start = self.talk.layout.data
         extents = sorted((offset, align_up(size, 64)) for offset, size in occupied if size)
-        ends = [start, *(offset + size for offset, size in extents)]
+        # A lease that was recalled, and of which its client does not know yet, may be another's by now.
+        ends = accumulate([start, *(offset + size for offset, size in extents)], max)
         starts = [*(offset for offset, _ in extents), start + self.talk.layout.data_bytes]
         return max(follow - end for end, follow in zip(ends, starts, strict=True))
 
