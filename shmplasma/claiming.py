@@ -21,11 +21,12 @@ from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID
 from shmplasma.outbox import Outbox
 from shmplasma.pinning import BoardPool
-from shmplasma.posted import CLAIM, Claim
+from shmplasma.posted import CLAIM, Abort, Claim
 from shmplasma.writable import Writable
 
 __all__ = ["Claimant"]
 
+_ABORT: Final = Abort.KIND
 _CLAIM: Final = Claim.KIND
 _ENTRY: Final = Struct("@8x20s28xQ")
 """An entry's id and the next one in its chain."""
@@ -140,9 +141,11 @@ class Claimant:
             return None
         pin = pins[0]
         created: Writable | None = None
+        announced = False
 
         def announce(_: npt.NDArray[np.uint8], offset: int) -> None:
-            nonlocal created
+            nonlocal created, announced
+            announced = True
             pin.board.words[pin.word] = pin_word(offset)
             fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
             self._link.post(_CLAIM, CLAIM.pack(*fields))
@@ -150,5 +153,10 @@ class Claimant:
             created = Writable((size,), np.uint8, self._attachment.write_map, start)
             created.pin = pin
 
-        self._leasing.put(size, announce, lambda: self.take(object_id))
+        try:
+            self._leasing.put(size, announce, lambda: self.take(object_id))
+        except BaseException:
+            if announced:  # and nobody is going to seal it
+                self._link.post(_ABORT, object_id.id_bytes)
+            raise
         return created
