@@ -14,13 +14,50 @@ from collections.abc import Callable, Sequence
 from textwrap import dedent
 from typing import Self
 
-__all__ = ["Child", "in_forked_child", "run_python", "until"]
+__all__ = ["INTERRUPTER", "Child", "in_forked_child", "run_python", "until"]
 
 _POLL_SECONDS = 0.002
 _MEASURING = "COVERAGE_PROCESS_CONFIG"
 """By this variable coverage.py starts itself in a new interpreter."""
 _CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 """What a shell starts in the background ignores SIGINT, and hands that on to its children."""
+
+
+INTERRUPTER = """
+import dis, sys
+
+def is_interrupted(count, modules, action, *arguments):
+    files = {module.__file__ for module in modules}
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes = True
+        last = ""
+
+        def each(frame, event, _):
+            nonlocal count, last
+            if event == "opcode":
+                # Between others the interpreter does not look for signals; a `with` counts on that.
+                if last.startswith(("CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "RESUME")):
+                    count -= 1
+                    if not count:
+                        raise KeyboardInterrupt
+                last = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            return each
+
+        return each
+
+    sys.settrace(trace)
+    try:
+        action(*arguments)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+"""
+"""What a program begins with that interrupts itself, as Ctrl-C does, where these modules give the count-th chance to."""
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from secrets import token_bytes
+from textwrap import dedent
 from zlib import crc32
 
 import numpy as np
@@ -28,7 +29,7 @@ from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
     session_of,
     stopped,
 )
-from tests.processes import Child, in_forked_child
+from tests.processes import INTERRUPTER, Child, in_forked_child
 
 pytestmark = needs_fast_path
 
@@ -322,43 +323,11 @@ def test_claims_outlast_the_store(tmp_path: Path) -> None:
 # -- interrupts ----------------------------------------------------------------------------------
 
 INTERRUPTED = """
-    import dis, gc, sys
+    import gc
     import shmplasma as plasma
     from shmplasma import claiming, leasing, link, lock_file, outbox, session, writing
 
     parts = claiming, leasing, link, lock_file, outbox, session, writing
-    modules = {module.__file__ for module in parts}
-
-    def trace(frame, event, argument):
-        if frame.f_code.co_filename not in modules:
-            return None
-        frame.f_trace_opcodes = True
-        last = ""
-
-        def each(frame, event, argument):
-            nonlocal last
-            global left
-            if event == "opcode":
-                # Between others the interpreter does not look for signals.
-                if last.startswith(("CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "RESUME")):
-                    left -= 1
-                    if not left:
-                        raise KeyboardInterrupt
-                last = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            return each
-
-        return each
-
-    def is_interrupted(action, *arguments):
-        sys.settrace(trace)
-        try:
-            action(*arguments)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(None)
-        return False
-
     path = sys.argv[1]
     with plasma.connect(path) as client, plasma.connect(path) as other:
         client.put(0)
@@ -366,9 +335,9 @@ INTERRUPTED = """
             count, own = 0, 0
             while True:
                 count += 1
-                left, key = count, plasma.ObjectID.from_random()
+                key = plasma.ObjectID.from_random()
                 argument = (key, 100) if action == client.create else (b"x", key)
-                if not is_interrupted(action, *argument):
+                if not is_interrupted(count, parts, action, *argument):
                     break
                 client.flush()  # which takes in what an interrupted request has left
                 try:
@@ -395,7 +364,7 @@ INTERRUPTED = """
 
 def test_interrupts_at_each_point(store: Store) -> None:
     """Wherever Ctrl-C meets a creation, its id is free, or it is complete, or its client can abort it; no slot is lost."""
-    with Child(INTERRUPTED, store.store_socket_name) as child:
+    with Child(INTERRUPTER + dedent(INTERRUPTED), store.store_socket_name) as child:
         for _ in range(2):
             count, own = map(int, child.hear().split())
             assert count > 20

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 import shmplasma as plasma
 from tests.clients import figure
 from tests.command import killed, running
-from tests.processes import Child, run_python
+from tests.processes import INTERRUPTER, Child, run_python
 
 INTERRUPTED = """
-    import dis, sys
     import shmplasma as plasma
     from shmplasma import handshake, link, outcomes, pinning, transport
 
@@ -22,40 +22,7 @@ INTERRUPTED = """
     object_id = client.put_raw_buffer(b"held" * 1000)
     missing = plasma.ObjectID.from_random()
     held = client.get_buffers(object_id)
-    modules = {module.__file__ for module in (handshake, link, outcomes, pinning, transport)}
-    left = 0
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename not in modules:
-            return None
-        frame.f_trace_opcodes = True
-        last = ""
-
-        def each(frame, event, _):
-            nonlocal last
-            global left
-            if event == "opcode":
-                # Between others the interpreter does not look for signals; a `with` counts on that.
-                if last.startswith(("CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "RESUME")):
-                    left -= 1
-                    if not left:
-                        raise KeyboardInterrupt
-                last = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            return each
-
-        return each
-
-    def interrupted_after(count):
-        global left
-        left = count
-        sys.settrace(trace)
-        try:
-            client.contains(missing)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(None)
-        return False
+    parts = handshake, link, outcomes, pinning, transport
 
     def connection():
         return client._session._link.channel
@@ -64,7 +31,7 @@ INTERRUPTED = """
     print("ready", flush=True)
     for _ in sys.stdin:
         broken = connection()
-        while connection() is broken and interrupted_after(count):
+        while connection() is broken and is_interrupted(count, parts, client.contains, missing):
             count += 1
         assert not client.contains(missing)
         assert bytes(held) == b"held" * 1000
@@ -82,7 +49,7 @@ def test_interrupts_while_connecting_again(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     points = [0]
     with killed("-m", "1MB", "-s", path):
-        child = Child(INTERRUPTED, path)
+        child = Child(INTERRUPTER + dedent(INTERRUPTED), path)
         assert child.hear() == "ready"
     with child:
         for _ in range(10):
