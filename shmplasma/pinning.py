@@ -97,9 +97,8 @@ class Lifeline:
         """Tell the store that something was released, if it has looked since it was last told; never blocks, never raises."""
         number = self.wake_word[0]
         if number != self._woken_by:
-            with suppress(
-                OSError
-            ):  # the pipe is full, so a wake-up is pending; or the store has gone
+            # If it cannot be written, the pipe is full, so a wake-up is pending; or the store has gone.
+            with suppress(OSError):
                 os.write(self._wake_fd, b"r")
             self._woken_by = number
 

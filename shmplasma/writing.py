@@ -322,11 +322,11 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = ObjectID.from_random() if object_id is None else checked(object_id)
-        claims = None if keep else session.claims
         claim = None
-        if not (fresh or object_id is None) and claims is not None:
-            claim = partial(claims.take, target_id)
-        if session.leasing is not None and (claim or fresh or object_id is None):
+        may_lease = fresh = fresh or object_id is None
+        if not (fresh or keep or session.claims is None):
+            claim, may_lease = partial(session.claims.take, target_id), True
+        if session.leasing is not None and may_lease:
             data_size, metadata_size = payload.size_bytes, len(metadata)
 
             def fill(room: npt.NDArray[np.uint8], offset: int) -> None:

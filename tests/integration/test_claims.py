@@ -287,6 +287,37 @@ def test_without_locks_the_store_is_asked(
     assert exists_for(client2, key)
 
 
+CLAIMING = """
+    import sys
+    import shmplasma as plasma
+
+    path, number = sys.argv[1:]
+    with plasma.connect(path) as client:
+        client.put(0)
+        client.flush()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        client.put("dead", plasma.ObjectID(int(number).to_bytes(20, "big")))
+        print("claimed", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_a_lock_outlasts_a_killed_client(store: Store, client: PlasmaClient) -> None:
+    """Until the store has read what the client has left; nobody claims the id in between."""
+    locks = session_of(client)._lifeline.locks
+    assert locks is not None
+    with Child(CLAIMING, store.store_socket_name, "7") as child:
+        assert child.hear() == "ready"
+        with stopped(store):
+            child.say()
+            assert child.hear() == "claimed"
+            child.kill()
+            assert not locks.lock(nth_id(7).hash32)
+        assert exists_for(client, nth_id(7))
+    assert client.get(nth_id(7)) == "dead"
+
+
 def test_claims_outlast_the_store(tmp_path: Path) -> None:
     """What was created and sealed while it was dead is there afterwards, and what was not can be sealed."""
     path = str(tmp_path / "s")

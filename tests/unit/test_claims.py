@@ -332,3 +332,30 @@ def test_while_chains_are_written_anew_insertions_are_odd(claimer: Claimer) -> N
     successor = talk.new_store(talk.words, talk.raw)
     successor.recover(is_alive, talk.now_ns)
     assert set(seen) == {word + 2}
+
+
+def test_a_successor_reads_the_outboxes_of_the_dead_last() -> None:
+    """A client that died with its store had lost its lock: who has claimed the id since has it, whatever the boards' order."""
+    for first_is_dead in (True, False):
+        talk = Conversation(1 << 20)
+        dead, living = Claimer(talk), Claimer(talk)
+        if not first_is_dead:
+            dead, living = living, dead
+        dead.claim(A, silently=True)
+        dead.peer.write_silently(Seal(A))
+        _, offset = living.claim(A, silently=True)
+        living.peer.write_silently(Seal(A))
+        # All clients are of one process here; the order in which they are asked for tells them apart.
+        successor = talk.new_store(talk.words, talk.raw)
+        asked: list[int] = []
+
+        def is_alive(
+            _pid: int, _start_time: int, asked: list[int] = asked, dead: int = dead.board
+        ) -> bool:
+            asked.append(len(asked))
+            return asked[-1] % 2 != dead
+
+        successor.recover(is_alive, talk.now_ns)
+        entry = successor._parts.table.find(A)
+        assert successor._parts.table.location(entry)[0] == offset
+        successor.check()
