@@ -135,7 +135,9 @@ def assert_decodes_or_is_refused(decode: Callable[[Frame], Message], frame: Fram
     except ProtocolError:
         return
     assert type(message) in STRATEGIES
-    assert decode(Frame(frame.kind, 1, message.encode())) == message
+    again = decode(Frame(frame.kind, 1, message.encode()))
+    # By their bytes, as an age that was made NaN does not equal itself.
+    assert (type(again), again.encode()) == (type(message), message.encode())
 
 
 def test_all_messages_are_known_here() -> None:
