@@ -11,7 +11,8 @@ it; records stay.  A store that recovers the segment handles all that was not ac
     1. record n is handled (n < ACKNOWLEDGED + RECORDS)  1. a = ACKNOWLEDGED
     2. write kind, length and body to place n % RECORDS  2. number at place a % RECORDS is a + 1?  no: done
     3. write number n + 1 there                          3. copy the record, carry it out
-    4. POLLED and n % ANNOUNCED_EVERY: done              4. ACKNOWLEDGED = a + 1, and again
+    4. POLLED and n is not ACKNOWLEDGED + ANNOUNCED_AT:  4. ACKNOWLEDGED = a + 1, and again
+       done
     5. send the message
 
 Why nothing is lost, and nothing done twice
@@ -23,8 +24,8 @@ Why nothing is lost, and nothing done twice
 
 When the message is spared
     A store that has just read a record will read the next ones within a millisecond, unasked, and says so in
-    the header's POLLED word; clients then send a message with every `ANNOUNCED_EVERY`-th record only, so that
-    the ring does not fill.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and
+    the header's POLLED word; clients then send a message only when so many records wait that the store may sleep too
+    long for the ring.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and
     reads all outboxes once more: a record written before the barrier is seen by this reading; the client of
     one after it sees POLLED cleared, and sends.  The client's write of the record and its look at POLLED may
     pass each other in its CPU; the barrier forbids that, as it does for pins (see `shmplasma.pins`).  While
@@ -44,12 +45,12 @@ from typing import Final
 
 from shmplasma.layout import OUTBOX_BYTES, HeaderWord
 
-__all__ = ["ANNOUNCED_EVERY", "RECORDS", "Outbox", "Polling", "is_written", "read_record"]
+__all__ = ["ANNOUNCED_AT", "RECORDS", "Outbox", "Polling", "is_written", "read_record"]
 
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
-ANNOUNCED_EVERY: Final = RECORDS // 4
-"""How many records a client writes at most without a message."""
+ANNOUNCED_AT: Final = RECORDS // 2
+"""How many records may wait for a store that looks by itself before a message wakes it."""
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
 _MASK: Final = RECORDS - 1
@@ -127,7 +128,8 @@ class Outbox:
     @property
     def is_to_be_announced(self) -> bool:
         """Whether the store is to be told of the record just written."""
-        return not (self._polled[0] == self._store and self._count % ANNOUNCED_EVERY)
+        waiting = self._count - self._acknowledged[0]
+        return not (self._polled[0] == self._store and waiting != ANNOUNCED_AT)
 
 
 class Polling:
