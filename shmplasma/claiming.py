@@ -143,7 +143,7 @@ class Claimant:
         created: Writable | None = None
         announced = False
 
-        def announce(_: npt.NDArray[np.uint8], offset: int) -> None:
+        def announce(_: memoryview, offset: int) -> None:
             nonlocal created, announced
             announced = True
             pin.board.words[pin.word] = pin_word(offset)

@@ -45,6 +45,7 @@ from shmplasma.layout import ALIGNMENT, align_up
 __all__ = [
     "DECODERS",
     "ENCODERS",
+    "BytesPayload",
     "Codec",
     "DeserializationError",
     "Payload",
@@ -162,6 +163,37 @@ class Payload:
                 source.write(part, threads)
             else:
                 copy_into(part, source, threads)
+
+    def fill(self, room: memoryview, threads: int = 1) -> None:
+        """Fill `room`, bytes that can be written, as `write` fills its target."""
+        self.write(np.frombuffer(room, np.uint8), threads)
+
+
+class BytesPayload(Payload):
+    """A value that is ready to be written, as one `bytes`: what most small values come to.
+
+    Parameters
+    ----------
+    codec : Codec
+        How to read it back.
+    data : bytes
+        All of it.
+    """
+
+    __slots__ = ("_data",)
+
+    def __init__(self, codec: Codec, data: bytes) -> None:
+        self.codec = codec
+        self.size_bytes = size_bytes = len(data)
+        self._parts = ((0, size_bytes, data),)
+        self._data = data
+
+    def fill(self, room: memoryview, threads: int = 1) -> None:
+        """Fill `room` without an array over it, which takes as long as the copy of a small value."""
+        if self.size_bytes == room.nbytes < _STREAM_BYTES:
+            room[:] = self._data
+        else:
+            super().fill(room, threads)
 
 
 def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -> None:

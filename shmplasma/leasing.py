@@ -11,9 +11,6 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from shmplasma.attachment import Attachment
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord
 from shmplasma.leases import BUSY_WORD, largest_object
@@ -67,7 +64,7 @@ class LeaseWriter:
         self._ask = ask
         self._populate = populate
         self._lock = threading.Lock()
-        self._memory: npt.NDArray[np.uint8] = np.frombuffer(attachment.write_map, np.uint8)
+        self._memory = memoryview(attachment.write_map)
         self._data = layout.data
         self._epoch = -1
         self._cursor = self._end = self._objects = self._pause = 0
@@ -77,7 +74,7 @@ class LeaseWriter:
     def put(
         self,
         size_bytes: int,
-        fill: Callable[[npt.NDArray[np.uint8], int], None],
+        fill: Callable[[memoryview, int], None],
         claim: Callable[[], bool] | None = None,
     ) -> bool:
         """Take room for an object and have it filled and announced.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from secrets import token_bytes
+import os
+from typing import Final
 from zlib import crc32
 
 from shmplasma.layout import ID_BYTES
 
 __all__ = ["ObjectID"]
+
+_DRAWN_AT_ONCE: Final = 64
+"""A system call takes as long as half a put, whether it brings one id or these."""
+_drawn: list[bytes] = []
+os.register_at_fork(after_in_child=_drawn.clear)
 
 
 class ObjectID:
@@ -62,7 +68,14 @@ class ObjectID:
     @staticmethod
     def from_random() -> ObjectID:
         """Return a fresh id from the system's random source; collisions are not to be expected."""
-        return ObjectID(token_bytes(ID_BYTES))
+        try:
+            return ObjectID(_drawn.pop())
+        except IndexError:
+            drawn = os.urandom(_DRAWN_AT_ONCE * ID_BYTES)
+            # The last one is not shared: another thread may take all that are.
+            *shared, own = (drawn[at : at + ID_BYTES] for at in range(0, len(drawn), ID_BYTES))
+            _drawn.extend(shared)
+            return ObjectID(own)
 
     def binary(self) -> bytes:
         """Return the 20 bytes."""

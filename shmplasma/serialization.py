@@ -22,6 +22,7 @@ import numpy as np
 from shmplasma.codecs import (
     DECODERS,
     ENCODERS,
+    BytesPayload,
     Codec,
     DeserializationError,
     Payload,
@@ -240,10 +241,10 @@ def serialize(value: object, context: SerializationContext | None = None) -> Pay
     try:
         if cls is bytes:
             data: bytes = value  # type: ignore[assignment]  # the test above is faster than isinstance
-            return Payload(_BYTES, len(data), ((0, len(data), data),))
+            return BytesPayload(_BYTES, data)
         if cls in _ATOMS:
             data = pickle.dumps(value, PROTOCOL)
-            return Payload(_PICKLE, len(data), ((0, len(data), data),))
+            return BytesPayload(_PICKLE, data)
         context = context or default_context
         encode = context.encoder(cls)
         payload = encode(value) if encode is not None else None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
-from shmplasma.codecs import Codec, Payload, Source, ndarray_head
+from shmplasma.codecs import BytesPayload, Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.objects import ObjectID
 from shmplasma.posted import PUBLISH, Abort, Publish, Seal
@@ -27,6 +27,7 @@ __all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
 MAX_SIZE: Final = 1 << 62
 """Sizes beyond are refused at once: they do not fit the protocol's numbers, and no machine."""
 
+_RAW: Final = Codec.RAW  # an attribute of an enumeration takes 0.1 us to look up
 _PUBLISH: Final = Publish.KIND
 _SEAL: Final = Seal.KIND
 
@@ -253,8 +254,12 @@ class Writing(Connected):
         TypeError
             `value` has no bytes.
         """
-        size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
-        payload = Payload(Codec.RAW, size, ((0, size, value),))
+        payload: Payload
+        if type(value) is bytes:
+            payload = BytesPayload(_RAW, value)
+        else:
+            size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
+            payload = Payload(_RAW, size, ((0, size, value),))
         return self._put(
             payload, object_id, metadata, memcopy_threads, timeout_ms=timeout_ms, keep=keep
         )
@@ -329,13 +334,14 @@ class Writing(Connected):
         if session.leasing is not None and may_lease:
             data_size, metadata_size = payload.size_bytes, len(metadata)
 
-            def fill(room: npt.NDArray[np.uint8], offset: int) -> None:
+            def fill(room: memoryview, offset: int) -> None:
                 if metadata_size:
-                    room[data_size:] = np.frombuffer(_checked_metadata(metadata), np.uint8)
+                    room[data_size:] = _checked_metadata(metadata)
                     room = room[:data_size]
-                payload.write(room, threads)
-                fields = target_id.id_bytes, offset, data_size, metadata_size, codec, keep
-                session.post(_PUBLISH, PUBLISH.pack(*fields))
+                payload.fill(room, threads)
+                name = target_id.id_bytes
+                record = PUBLISH.pack(name, offset, data_size, metadata_size, codec, keep)
+                session.post(_PUBLISH, record)
 
             if session.leasing.put(data_size + metadata_size, fill, claim):
                 return target_id

@@ -79,6 +79,10 @@ def stored(
         payload.write(segment.data, threads)
     assert (segments[0].outside() == 0xAA).all()
     assert segments[0].data.tobytes() == segments[1].data.tobytes()
+    filled = Segment(payload.size_bytes)
+    payload.fill(filled.data.data, threads)
+    assert (filled.outside() == 0xAA).all()
+    assert filled.data.tobytes() == segments[0].data.tobytes()
     return segments[0].buffer(), payload.codec
 
 
@@ -975,6 +979,8 @@ def test_targets_of_another_size_are_refused(value: object) -> None:
         segment = Segment(size)
         with pytest.raises(ValueError, match=f"{size} bytes"):
             payload.write(segment.data)
+        with pytest.raises(ValueError, match=f"{size} bytes"):
+            payload.fill(segment.data.data)
         assert (segment.room == 0xAA).all()
 
 
