@@ -66,7 +66,7 @@ def answer(path: str, count: int, questions: Connection, result: Connection) -> 
         result.send((missed_by_contains, missed_by_get))
 
 
-def run(count: int, n_writers: int) -> Misses:
+def run(count: int, n_writers: int, *, progress: bool = False) -> Misses:
     """Put and ask so many times.
 
     Parameters
@@ -75,6 +75,8 @@ def run(count: int, n_writers: int) -> Misses:
         How many objects are put and asked for.
     n_writers : int
         How many processes keep the store busy.
+    progress : bool, optional
+        Whether to say on standard error how many it were so far.
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -98,6 +100,9 @@ def run(count: int, n_writers: int) -> Misses:
                 for number in range(count):
                     questions.send_bytes(client.put(number).binary())
                     assert questions.recv_bytes() == b"next"
+                    if progress and number % 500 == 499:
+                        sys.stderr.write(f"\r{number + 1:,} of {count:,} objects")
+                        sys.stderr.flush()
             misses = Misses(*result.recv())
         finally:
             stop.set()
@@ -114,9 +119,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000, help="objects (default: 100000)")
     parser.add_argument("--writers", type=int, default=4, help="busy processes (default: 4)")
     arguments = parser.parse_args()
-    misses = run(arguments.count, arguments.writers)
+    misses = run(arguments.count, arguments.writers, progress=True)
     sys.stdout.write(
-        f"of {arguments.count:,} objects contains missed {misses.contains}, get {misses.get}\n"
+        f"\nof {arguments.count:,} objects contains missed {misses.contains}, get {misses.get}\n"
     )
     return 1 if misses.contains or misses.get else 0
 
