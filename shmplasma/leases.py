@@ -53,7 +53,7 @@ BUSY_WORD: Final = 0
 
 MIN_LEASE_BYTES: Final = 1 << 14
 _MAX_LEASE_BYTES: Final = 1 << 22
-"""A round trip takes as long as filling 20 small objects or copying 1 MB.  A lease for larger objects has room for four."""
+"""A round trip takes as long as filling 20 small objects or copying 1 MB.  A lease for larger objects has room for two to four."""
 _SHARE_OF_ONE: Final = 64
 _SHARE_OF_ALL: Final = 8
 _PATIENCE: Final = 1000
@@ -63,12 +63,14 @@ _BYTES_AN_OBJECT: Final = 128
 _MAX_OBJECTS: Final = 8192
 """But not more than this: each of them has an entry of the table set aside, with memory behind it."""
 _OBJECTS: Final = 4
-"""So many objects of the size that is asked for fit into a lease."""
+"""So many objects of the size that is asked for fit into a lease, where its share of the capacity allows."""
+_FEWEST_OBJECTS: Final = 2
+"""For fewer of them a lease saves nothing."""
 
 
 def largest_object(capacity: int) -> int:
     """Return how large an object may be at most for which a store of this capacity grants a lease."""
-    return capacity // _SHARE_OF_ONE // _OBJECTS
+    return capacity // _SHARE_OF_ONE // _FEWEST_OBJECTS & -ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -142,17 +144,18 @@ class Leases:
         """Return how large a lease this client should get next; 0 for none.
 
         It is twice as large as all before together, which were used up, from `MIN_LEASE_BYTES` to 4 MiB; or more, to
-        have room for four objects of the size that is needed now.
+        have room for four objects of the size that is needed now, or for fewer if that is more than its share.
         """
         capacity, least = self._layout.capacity, self.least_for(needed_bytes)
-        size = max(min(2 * self.used_bytes(client), _MAX_LEASE_BYTES), least)
+        wanted = _OBJECTS * align_up(needed_bytes, ALIGNMENT)
+        size = max(min(2 * self.used_bytes(client), _MAX_LEASE_BYTES), wanted, least)
         size = min(size, capacity // _SHARE_OF_ONE, capacity // _SHARE_OF_ALL - self.held_bytes)
         return size & -ALIGNMENT if size >= least else 0
 
     @staticmethod
     def least_for(needed_bytes: int) -> int:
         """Return how large a lease for objects of this size is at least, unless room is short."""
-        return max(MIN_LEASE_BYTES, _OBJECTS * align_up(needed_bytes, ALIGNMENT))
+        return max(MIN_LEASE_BYTES, _FEWEST_OBJECTS * align_up(needed_bytes, ALIGNMENT))
 
     def used_bytes(self, client: int) -> int:
         """Return how much this client was leased since its leases began small."""

@@ -1576,21 +1576,26 @@ def test_a_new_lease_ends_the_last_one(tenant: Tenant) -> None:
     tenant.talk.store.check()
 
 
-@pytest.mark.parametrize("size_bytes", [100_000, 100_001, 1 << 18])
-def test_a_lease_for_large_objects_has_room_for_four(size_bytes: int) -> None:
-    """It is as large as it has to be, and sets aside no more entries than 8,192."""
-    talk = Conversation(1 << 26)
+@pytest.mark.parametrize(
+    ("size_bytes", "objects"),
+    [(100_000, 4), (100_001, 4), (1 << 18, 4), (300_000, 3), (1 << 19, 2)],
+)
+def test_a_lease_for_large_objects_has_room_for_some(size_bytes: int, objects: int) -> None:
+    """It is for four of them, for as many as a client's share of the store has room for, but not for one."""
+    share = 1 << 20
+    talk = Conversation(64 * share)
     peer = talk.client()
     lease = peer.ask(AskLease(size_bytes), Leased)
-    room = 4 * ((size_bytes + 63) & -64)
-    assert lease.size_bytes == room
-    assert lease.objects == min(room // 128, 8192)
-    for number in range(4):
-        offset = lease.offset + number * room // 4
+    each = (size_bytes + 63) & -64
+    assert lease.size_bytes == min(4 * each, share)
+    assert lease.size_bytes // each == objects
+    assert lease.objects == min(lease.size_bytes // 128, 8192)
+    for number in range(objects):
+        offset = lease.offset + number * each
         peer.write(Publish(bytes([number]) * 20, offset, size_bytes, 0, 3))
     assert peer.dropped is None
-    assert len(talk.ids()) == 4
-    assert peer.ask(AskLease((1 << 18) + 1), Leased).size_bytes == 0, (
+    assert len(talk.ids()) == objects
+    assert peer.ask(AskLease(share // 2 + 1), Leased).size_bytes == 0, (
         "it is too large for this store"
     )
     talk.store.check()
