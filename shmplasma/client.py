@@ -152,7 +152,7 @@ class PlasmaClient(Reading, Writing):
     def evict(self, num_bytes: SupportsIndex) -> int:
         """Evict sealed objects that nobody holds or keeps until `num_bytes` are free that were not.
 
-        None goes that the others make up for.
+        None goes that the others make up for, but an object without bytes goes in its turn.
 
         Returns
         -------

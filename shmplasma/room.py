@@ -383,7 +383,7 @@ class Room:
     ) -> tuple[int, list[bytes]]:
         """Evict until the sum of what `measure` says of each entry, and the count, are reached.
 
-        None goes that the others make up for.
+        None goes that the others make up for, but what has no bytes goes in its turn, as in Plasma.
         """
         freed, evicted = 0, list[bytes]()
         batch: dict[int, int] = {}
@@ -401,7 +401,7 @@ class Room:
             for entry, size in reversed(tuple(batch.items())):
                 if len(evicted) + len(batch) <= objects:
                     break
-                if size <= excess:
+                if 0 < size <= excess:
                     excess -= size
                     spared[entry] = batch.pop(entry)
             return dict(reversed(spared.items()))

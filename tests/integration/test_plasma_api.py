@@ -458,6 +458,19 @@ def test_evict(client: plasma.PlasmaClient) -> None:
     assert not client.list()
 
 
+def test_evict_takes_empty_objects_in_their_turn(client: plasma.PlasmaClient) -> None:
+    """Objects without bytes go with the first later one that has some, oldest first; none after it goes."""
+    client.subscribe()
+    empty = [client.put_raw_buffer(b"") for _ in range(3)]
+    full = client.put_raw_buffer(b"data", metadata=b"metadata")
+    last = client.put_raw_buffer(b"")
+    assert [client.get_next_notification()[0] for _ in range(5)] == [*empty, full, last]
+    assert client.evict(1) == 12
+    gone = [client.get_next_notification() for _ in range(4)]
+    assert gone == [(object_id, -1, -1) for object_id in (*empty, full)]
+    assert list(client.list()) == [last]
+
+
 @pytest.mark.parametrize("number", [0, -1, -(10**30)])
 def test_evict_nothing(client: plasma.PlasmaClient, number: int) -> None:
     """Zero or less evicts nothing."""
