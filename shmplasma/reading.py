@@ -101,9 +101,23 @@ class Reading(Connected):
         it, lives.  Ctrl-C interrupts a wait at once.
         """
         session = self._session or self._live()
-        ids = object_ids if type(object_ids) is list else _ids(object_ids)
+        reader = session.reader
+        # One object is what most ask for, and a list of one what Plasma's users have to ask for.
+        if (
+            reader is not None
+            and not with_meta
+            and type(object_ids) is list
+            and len(object_ids) == 1
+        ):
+            try:
+                buffer = reader.buffer(object_ids[0])
+            except AttributeError:
+                _refuse(object_ids)
+            if buffer is not None:
+                return [buffer]
+        ids = _ids(object_ids)
         items: list[Any]
-        if session.reader is None or with_meta:
+        if reader is None or with_meta:
             located = self._locate(session, ids, timeout_ms)
             if with_meta:
                 items = [_with_metadata(session, got) for got in located]
@@ -111,9 +125,10 @@ class Reading(Connected):
                 items = [None if got is None else session.data(got) for got in located]
         else:
             try:
-                items, misses = session.reader.buffers(ids)
+                items = list(map(reader.buffer, ids))
             except AttributeError:
                 _refuse(ids)
+            misses = [at for at, buffer in enumerate(items) if buffer is None]
             if misses:
                 asked = self._ask(session, [ids[at] for at in misses], timeout_ms)
                 for at, got in zip(misses, asked, strict=True):
@@ -195,9 +210,10 @@ class Reading(Connected):
         session = self._session or self._live()
         value = _value if mode == "view" else _writable_value(mode)
         if isinstance(object_ids, ObjectID):
-            return value(
-                session, self._locate(session, (object_ids,), timeout_ms)[0], serialization_context
-            )
+            got = None if session.reader is None else session.reader.locate(object_ids)
+            if got is None:
+                (got,) = self._ask(session, (object_ids,), timeout_ms)
+            return value(session, got, serialization_context)
         return [
             value(session, got, serialization_context)
             for got in self._locate(session, _sequence(object_ids), timeout_ms)
@@ -291,9 +307,10 @@ class Reading(Connected):
         if session.reader is None:
             return [None] * len(ids), range(len(ids))
         try:
-            return session.reader.find(ids)
+            items = list(map(session.reader.locate, ids))
         except AttributeError:
             _refuse(ids)
+        return items, [at for at, got in enumerate(items) if got is None]
 
     def _ask(
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
