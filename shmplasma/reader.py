@@ -77,8 +77,9 @@ class FastReader:
         self._words = attachment.words
         self._visited = attachment.visited
         self._address = address
+        first = layout.buckets // 8
+        self._buckets = attachment.words[first : first + layout.n_buckets]
         self._mask = layout.n_buckets - 1
-        self._buckets = layout.buckets // 8
         # What changes under the feet of a reader, or is damaged, might lead in a circle.
         self._longest = layout.n_entries
         # Chains count entries from 1.
@@ -90,24 +91,24 @@ class FastReader:
         """Tell whether the object is sealed; False means: ask the store."""
         wanted = object_id.id_bytes
         words = self._words
-        entry = words[self._buckets + (object_id.hash32 & self._mask)]
-        steps = self._longest
+        entry = self._buckets[object_id.hash32 & self._mask]
+        steps = 0
         while entry:
             at = (entry << _SHIFT) + self._entries
             word, found = _NAME.unpack_from(self._map, at)
             if found == wanted:
                 # Both were read in one incarnation if the word is still the same.
                 return word & STATE_MASK == _SEALED and bool(words[at >> 3] == word)
-            steps -= 1
-            entry = words[(at >> 3) + _NEXT] if steps else 0
+            steps += 1
+            entry = words[(at >> 3) + _NEXT] if steps < self._longest else 0
         return False
 
     def buffer(self, object_id: ObjectID) -> Any:
         """Pin an object and return a `pyarrow.Buffer` over its data; None means: ask the store."""
         wanted = object_id.id_bytes
         words = self._words
-        entry = words[self._buckets + (object_id.hash32 & self._mask)]
-        steps = self._longest
+        entry = self._buckets[object_id.hash32 & self._mask]
+        steps = 0
         while entry:
             at = (entry << _SHIFT) + self._entries
             word, found, offset, data_size = _DATA.unpack_from(self._map, at)
@@ -127,16 +128,16 @@ class FastReader:
                     return None
                 self._visited[entry - 1] = 1
                 return foreign_buffer(self._address + offset, data_size, pin)
-            steps -= 1
-            entry = words[(at >> 3) + _NEXT] if steps else 0
+            steps += 1
+            entry = words[(at >> 3) + _NEXT] if steps < self._longest else 0
         return None
 
     def locate(self, object_id: ObjectID) -> Located | None:
         """Pin an object and return where it is; None means: ask the store."""
         wanted = object_id.id_bytes
         words = self._words
-        entry = words[self._buckets + (object_id.hash32 & self._mask)]
-        steps = self._longest
+        entry = self._buckets[object_id.hash32 & self._mask]
+        steps = 0
         while entry:
             at = (entry << _SHIFT) + self._entries
             word, found, codec, offset, data_size, metadata_size = _WHERE.unpack_from(self._map, at)
@@ -156,8 +157,8 @@ class FastReader:
                     return None
                 self._visited[entry - 1] = 1
                 return offset, data_size, metadata_size, codec, pin
-            steps -= 1
-            entry = words[(at >> 3) + _NEXT] if steps else 0
+            steps += 1
+            entry = words[(at >> 3) + _NEXT] if steps < self._longest else 0
         return None
 
     def _another(self) -> tuple[PinBoard, int, Pin]:
