@@ -214,7 +214,7 @@ def _put_large(mib: int, *, as_array: bool) -> Callable[[Bench], list[float]]:
         put = bench.client.put_array(array) if as_array else bench.client.put_raw(array.tobytes())
         bench.client.drop([put()])
         samples = []
-        for _ in range(bench.less(max(2, min(20, 128 // mib)))):
+        for _ in range(bench.less(max(4, min(20, 1024 // mib)))):
             began = time.perf_counter()
             key = put()
             samples.append(size / (time.perf_counter() - began))
