@@ -39,6 +39,8 @@ _KIBIBYTE: Final = 1024 * b"x"
 _ARRAY_ITEMS: Final = 1_000_000
 _FRAME_ROWS: Final = 1_000_000
 _PUT_MIB: Final = (1, 8, 64, 512)
+_WARM_UP_MIB: Final = 64
+"""So much is put before large puts are timed: what is used again and again has been touched then, by all peers."""
 _CLIENTS: Final = (1, 2, 4, 8)
 _HALF_HEADERS: Final = 100
 _STALLED_AFTER_SECONDS: Final = 3.0
@@ -212,7 +214,8 @@ def _put_large(mib: int, *, as_array: bool) -> Callable[[Bench], list[float]]:
             raise UnsupportedError
         array = np.arange(size // 8, dtype=np.float64)
         put = bench.client.put_array(array) if as_array else bench.client.put_raw(array.tobytes())
-        bench.client.drop([put()])
+        for _ in range(bench.less(max(1, min(16, _WARM_UP_MIB // mib)))):
+            bench.client.drop([put()])
         samples = []
         for _ in range(bench.less(max(4, min(20, 1024 // mib)))):
             began = time.perf_counter()

@@ -48,7 +48,7 @@ class PlasmaStoreFull(ShmPlasmaError, ArrowException):  # noqa: N818 - Plasma's 
     unsealed_bytes : int
         Bytes of objects that are still being written.
     leased_bytes : int
-        Bytes that clients have set aside for small objects; they come back before anything fails.
+        Bytes that clients have set aside for what they put; they come back before anything fails.
     kept_bytes : int
         Bytes of objects that are never evicted.
     spillable_bytes : int

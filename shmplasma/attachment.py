@@ -5,7 +5,7 @@ What lies where in it is `shmplasma.layout`'s.
 Invariants
 ----------
 * A client never maps beyond the end of the file, and maps nothing writable but the data region, the
-  visited region and the boards that it was given.
+  visited region, and the boards and the outbox that it was given.
 * A mapping lives as long as any view of it: closing an attachment takes away no one's buffer.
 """
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.errors import AttachError, CommitError
-from shmplasma.layout import Layout
+from shmplasma.layout import OUTBOX_BYTES, Layout
 
 __all__ = [
     "SHM_DIRECTORY",
@@ -62,7 +62,7 @@ def check_room(layout: Layout, directory: str | None) -> None:
     needed = layout.segment_bytes
     if layout.page_bytes == mmap.PAGESIZE:
         needed -= layout.data - layout.boards + layout.control - layout.entries
-        needed += 4 * layout.page_bytes
+        needed += 3 * layout.page_bytes + OUTBOX_BYTES  # entries, visited, a board and its outbox
     free = free_bytes(directory)
     if free < needed:
         raise CommitError(needed, free, remedy(needed - free, directory))

@@ -17,7 +17,7 @@ C0. it has an unread record under this lock: `Create`    S1. is the id in the ta
 C1. lock the id; somebody else has it: `Create`          S2. lock the id; somebody has it: see below
 C2. i = INSERTIONS; i is odd: `Create`                   S3. insert the object
 C3. follow the chain; the id is there: `Create`          S4. unlock
-C4. INSERTIONS is not i: `Create`
+C4. INSERTIONS is not i: C2 again, or `Create`
 C5. the pin: a slot says where the object lies
 C6. `Claim`, or `Publish`, to the outbox
 C7. unlock, some time after the store has read that

@@ -1,7 +1,7 @@
 """``shmplasma-store``: the command that runs a store.
 
-Order of a start: claim the socket path, sweep up the segment of a store that died there, make a
-segment, serve.  Each step is undone if a later one fails.  Signals are held back until the server
+Order of a start: claim the socket path, recover the segment of a store that died there, or make
+one, serve.  Each step is undone if a later one fails.  Signals are held back until the server
 can take them, so that none of the steps is interrupted half-way.
 
 Exit codes: 0 after SIGTERM or SIGINT, 1 if the store cannot be had (the path is served, there is

@@ -27,7 +27,7 @@ Invariants
 nothing where there is memory; what it does not need it gives back.  So no death between a hole and the note of it can
 lead to a SIGBUS.
 
-*What clients remember.*  A client maps the pages of a granule for writing once (`shmplasma.session`); a hole
+*What clients remember.*  A client maps the pages of a granule for writing once (`shmplasma.writable`); a hole
 takes the mapping away.  TRIMS in the header is raised before a hole is made, and a client that finds another number than before
 forgets what it has mapped.  It looks when it has been given an extent, which nobody takes from it meanwhile.
 """

@@ -17,8 +17,7 @@ from shmplasma.protocol import MAX_REPLY_BYTES, Frame, FrameDecoder, encode_fram
 __all__ = ["RETRY_SECONDS", "Exchange"]
 
 _SEND_BYTES: Final = 32 << 10
-"""What may wait unread at the store: some 80 small messages instead of 270.  An answer that needs a drain
-waits for all that others have sent."""
+"""What may wait unread at the store: some 80 small messages instead of 270."""
 RETRY_SECONDS: Final = 0.1
 _DESCRIPTORS: Final = 2
 """What a message brings at most."""

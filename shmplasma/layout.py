@@ -13,7 +13,7 @@ buckets   store           read-only                       heads of the hash chai
 entries   store           read-only                       the object table, `ENTRY_BYTES` an entry
 visited   clients, store  read-write                      a byte an entry: "read lately", a hint
 control   store           read-only                       `CONTROL_BYTES` a board: words to its client
-boards    one client each its own boards read-write       pins: 8-byte words, 0 or entry index + 1
+boards    one client each its own boards read-write       8-byte words: BUSY, then pins (`shmplasma.pins`)
 outboxes  one client each its own one read-write          what it has told the store one-way
 data      the creator     writers rw, readers ro          data, then metadata, 64-byte aligned
 ========  ==============  ==============================  =============================================
@@ -180,7 +180,7 @@ class EntryWord(IntEnum):
     CHECK = 10
     """Checksum of words 1 to 6, the generation, and whether the object is complete (see `shmplasma.checks`)."""
     OWNER = 11
-    """Slot + 1 that its creator lent, which says whose it is while it is CREATED."""
+    """Slot + 1 that its creator lent, or pins it by, which says whose it is while it is CREATED."""
     KEEP = 12
     """0 for an object that may be evicted; for one that may not, all ones, so that no flipped bit drops it."""
     ORIGIN = 13
@@ -194,7 +194,7 @@ class EntryWord(IntEnum):
 class ControlWord(IntEnum):
     """Numbers of a control line's words, which the store writes and one client reads.
 
-    All but the first are for a store that recovers the segment: whose the board is, and what it leases.
+    All but the first two are for a store that recovers the segment: whose the board is, and what it leases.
     """
 
     EPOCH = 0

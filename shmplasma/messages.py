@@ -7,7 +7,8 @@ Numbers are little-endian; an object id is 20 bytes.
 The conversation
 ----------------
 A connection begins with `Hello`, answered by `Welcome` or `Failed`.  After that each request gets exactly one
-reply under its request id; `Seal` and `Abort` may be sent one-way as well, and `AnswerNow` is always one-way.
+reply under its request id.  `AnswerNow` and `Post` are always one-way, `Hold`, `Release` and `SetOptions` at times; what
+`shmplasma.posted` has is mostly not sent at all, but a record of the outbox.
 
 A `Get` that waits is answered when all of its objects are there, or when its client sends `AnswerNow` (its
 time is over, or it was interrupted): then with those that are.  Time is thus kept by the client alone.

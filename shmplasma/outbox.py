@@ -11,8 +11,8 @@ it; records stay.  A store that recovers the segment handles all that was not ac
     1. record n is handled (n < ACKNOWLEDGED + RECORDS)  1. a = ACKNOWLEDGED
     2. write kind, length and body to place n % RECORDS  2. number at place a % RECORDS is a + 1?  no: done
     3. write number n + 1 there                          3. copy the record, carry it out
-    4. POLLED and n is not ACKNOWLEDGED + ANNOUNCED_AT:  4. ACKNOWLEDGED = a + 1, and again
-       done
+    4. POLLED, and n + 1 is not ACKNOWLEDGED +           4. ACKNOWLEDGED = a + 1, and again
+       ANNOUNCED_AT: done
     5. send the message
 
 Why nothing is lost, and nothing done twice

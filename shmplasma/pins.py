@@ -30,7 +30,7 @@ Reading without a message, and taking
     R2  id, offset, sizes of e                      T2  membarrier
     R3  slot = e + 1                                T3  read all boards
     R4  state[e] == w?  no: slot = 0, ask the store T4a somebody pins e: state[e] = w again
-    R5  the buffer is good until slot = 0           T4b nobody: unlink, free the extent, state[e] = FREE, g + 1
+    R5  the buffer is good until slot = 0           T4b nobody: state[e] = FREE, g + 1, unlink, free the extent
 
 ``state[e]`` is one word, generation << 8 | state.  x86-64 keeps the order of loads and that of stores, but a
 load may overtake an earlier store to another word: R4 may run while R3 still waits in the store buffer of
@@ -53,16 +53,16 @@ taken without T1, so that a successor of a store that dies meanwhile still sees 
 
 *A pin that fails R4 is harmless.*  It may make a take give up, or a deletion wait; its release wakes the
 store like any other (see `shmplasma.releases` for the WAKE word, whose argument is the same: the releaser's
-slot = 0 and its reading of WAKE against the store's WAKE = 1, membarrier, reading of the boards).
+slot = 0 and its reading of WAKE against the store's new number in WAKE, membarrier, reading of the boards).
 
-*Data.*  The creator's writes are visible before SEALED is: it sent its message after them, and a system call
-on each side lies in between.  The reader's loads of the data precede its slot = 0, as x86-64 lets no store
+*Data.*  The creator's writes are visible before SEALED is: the number of the record that says so is stored after
+them, the store reads it before it writes SEALED, and x86-64 keeps the order of stores, and that of loads.  The reader's loads of the data precede its slot = 0, as x86-64 lets no store
 overtake an earlier load; so memory is reused only when it was read.
 
 Interruptions: a signal handler or the collector may run between any two steps of a reader, and even read or
 release by the same board: it uses other slots.  A pin object exists before R3, so an exception after it
 clears the slot.  Only an interrupt that arrives in the finalizer itself, whose exception Python drops, leaves a
-pin behind, until the client leaves.  A forked child works on private copies of the boards (`shmplasma.session`).  A client that
+pin behind, until the client leaves.  A forked child has boards of its own (`shmplasma.inheritance`).  A client that
 is killed between R3 and R4 leaves a pin that goes with its board.
 
 Where there is no membarrier, or the machine is not x86-64, nobody reads like this: the store itself writes

@@ -15,6 +15,9 @@ from shmplasma.table import Table
 
 __all__ = ["describe", "list_objects", "notification", "printable", "sealed_notifications"]
 
+_SEALED: Final = frozenset(
+    (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING, EntryState.SPILLED)
+)
 _LIST_WINDOW: Final = 4096
 """Entries that one `Listing` covers: a few milliseconds of the loop's time."""
 
@@ -61,9 +64,9 @@ def notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
 
 
 def sealed_notifications(table: Table) -> Iterator[bytes]:
-    """Yield a notification for each object that is sealed."""
+    """Yield a notification for each object that is sealed, wherever it lies."""
     for entry in table.entries(0, table.end):
-        if table.state(entry) in (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING):
+        if table.state(entry) in _SEALED:
             _, data_size, metadata_size = table.location(entry)
             yield notification(table.object_id(entry), data_size, metadata_size)
 

@@ -243,7 +243,7 @@ class List:
 
 @dataclass(frozen=True, slots=True)
 class SetOptions:
-    """Name this client and limit the bytes that it may hold; a limit of 0 is none."""
+    """Name this client and limit the bytes that it may hold; a limit of 0 is the store's default."""
 
     KIND: ClassVar[int] = 12
     limit_bytes: int

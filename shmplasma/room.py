@@ -45,8 +45,8 @@ __all__ = ["Memory", "Room"]
 _EVICTING: Final = int(EntryState.EVICTING)
 _DOOMED: Final = int(EntryState.DOOMED)
 _SPARE: Final = 32
-"""As much of the capacity.  In a store that is always full (`benchmarks.fragmentation`) each GiB that is put has 0.3
-GiB moved for it then, instead of 2.2, and no more is evicted, as the next one finds room."""
+"""As much of the capacity: in a store that is always full the next one then finds room, and less is moved
+(`benchmarks.fragmentation`)."""
 
 _STRIDES: Final = 64
 """What has copies makes room by so many parts of the capacity: each time costs barriers, and looks at all boards."""

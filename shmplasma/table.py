@@ -3,9 +3,10 @@
 The store is its only writer.  Clients read it while it changes, so the order of the writes is part of the
 contract:
 
-* The fields of an entry change only while its state is FREE or CREATED, with two exceptions: NEXT, which
-  changes when the successor in the chain goes, and OFFSET, which changes while the state is MOVING or SPILLED and
-  nobody pins the object; after that it is SEALED under the next generation (`shmplasma.moves`).
+* The fields of an entry change only while its state is FREE or CREATED, with these exceptions: NEXT, which
+  changes when the successor in the chain goes; KEEP, and the words that say where a copy is, which no reader looks at; and
+  OFFSET, which changes while the state is MOVING or SPILLED and nobody pins the object; after that it is SEALED under the
+  next generation (`shmplasma.moves`).
 * An entry is linked into its chain when its fields are complete, and its state is set after that.
 * An entry that leaves is freed first and unlinked at once after that: what is in no chain is no object, also for the successor
   of a store that dies in between.  Its own NEXT stays, so that a reader who stands on it still finds the rest of the chain.

@@ -95,8 +95,8 @@ class Writing(Connected):
 
         Notes
         -----
-        What is small takes one one-way message and no waiting, anything else a round trip (see
-        `shmplasma.claims`).  Until it is sealed the object belongs to this client and is removed when the
+        What has up to 256 KiB, or up to 16 MiB if its client creates many such objects, takes a record and no
+        waiting, anything else a round trip (see `shmplasma.claims`).  Until it is sealed the object belongs to this client and is removed when the
         client leaves or dies.  Who waits for room is served in order (see `shmplasma.waiters`); other threads
         may use the client meanwhile, and Ctrl-C interrupts the wait.
         """
@@ -306,7 +306,8 @@ class Writing(Connected):
 
         Notes
         -----
-        A small value takes one one-way message and no waiting, anything else a round trip.  Each byte of a large part is copied once.
+        A value of up to 256 KiB, or of up to 16 MiB if its client puts many such, takes a record and no waiting, anything
+        else a round trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, serialization_context)
         return self._put(payload, object_id, b"", memcopy_threads, timeout_ms=timeout_ms, keep=keep)
@@ -323,7 +324,7 @@ class Writing(Connected):
         flags: int = 0,
         fresh: bool = False,
     ) -> ObjectID:
-        """Store a payload: in the lease if it is small, else in room that a round trip gets."""
+        """Store a payload: in the lease if that has room for it, else in room that a round trip gets."""
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = ObjectID.from_random() if object_id is None else checked(object_id)
@@ -347,7 +348,14 @@ class Writing(Connected):
                 return target_id
         size = payload.size_bytes
         target = self._create(
-            session, target_id, size, metadata, codec, timeout_ms=timeout_ms, keep=keep
+            session,
+            target_id,
+            size,
+            metadata,
+            codec,
+            timeout_ms=timeout_ms,
+            keep=keep,
+            may_claim=False,  # there was no room on lease
         )
         with self._completing(session, target_id):
             payload.write(target, threads)
@@ -406,6 +414,7 @@ class Writing(Connected):
         *,
         timeout_ms: float | None,
         keep: bool,
+        may_claim: bool = True,
     ) -> npt.NDArray[np.uint8]:
         """Create an object, fill in its metadata, and return its data."""
         _checked_metadata(metadata)
@@ -417,7 +426,7 @@ class Writing(Connected):
         id_bytes = checked(object_id).id_bytes
         seconds = None if timeout_ms is None else wait_seconds(timeout_ms)
         target = None
-        if session.claims is not None and not keep:
+        if may_claim and session.claims is not None and not keep:
             target = session.claims.create(object_id, size, len(metadata), codec)
         if target is None:
             target = session.create(

@@ -6,7 +6,8 @@ is what no store in Python can do without:
 * a get finds an entry by its hash, compares, pins and looks again, and makes a buffer that unpins (`shmplasma.pins`);
 * a put draws an id, copies, and leaves a record in shared memory;
 * a create locks an id, looks for it, makes a buffer that unpins, copies, leaves two records in shared memory, and unlocks;
-* a hand-over is such a message, and one from there to the process that waits;
+* a hand-over locks an id, looks for it, copies, leaves a record and sends a message; whoever gets that enters the record in the
+  table with a checksum, pins it for the process that waits, and sends a message there, where it becomes a buffer that unpins;
 * a large put is a copy, in parallel, to memory that this process has touched before.
 """
 
@@ -24,6 +25,7 @@ from os import urandom
 from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +50,9 @@ _RECORD: Final = struct.Struct("20sQQQII")
 _TABLE_BYTES: Final = _SLOTS * _ENTRY_BYTES
 _PINS: Final = 2048
 _THREADS: Final = 2
-_WAIT: Final = 64 * b"w"
+_WAIT: Final = struct.Struct("c20sI")
+_POSTED: Final = b"p"
+_ANSWER: Final = struct.Struct("QQ")
 _DATA: Final = _TABLE_BYTES + 8 * _PINS
 _LOOK_SECONDS: Final = 50e-6
 
@@ -194,11 +198,20 @@ class FloorClient(Client[bytes]):
         return create
 
     def hand_over(self, key: bytes, data: bytes, pipe: Connection) -> None:
-        self._socket.send(64 * b"h")
+        fd, at, size = self._file.fileno(), _at(key), len(data)
+        if not try_lock(fd, at) or _ENTRY.unpack_from(self._map, at)[1] == key:
+            return
+        self._data[:size] = np.frombuffer(data, np.uint8)
+        _RECORD.pack_into(self._map, _TABLE_BYTES, key, _DATA, size, 0, 0, 0)
+        self._socket.send(_POSTED)
+        unlock(fd)
 
     def take_over(self, key: bytes, pipe: Connection) -> object:
-        self._socket.send(_WAIT)
-        return self._socket.recv(64)
+        pin = _Pin()
+        pin.words, pin.free, pin.slot = self._pins, self._free, self._free.pop()
+        self._socket.send(_WAIT.pack(b"w", key, pin.slot))
+        offset, size = _ANSWER.unpack(self._socket.recv(64))
+        return pa.foreign_buffer(self._address + offset, size, pin)
 
     def close(self) -> None:
         self._socket.close()
@@ -206,7 +219,7 @@ class FloorClient(Client[bytes]):
 
 
 class Floor(Peer[bytes]):
-    """A process that passes messages on, in Python."""
+    """A process that answers who waits, in Python."""
 
     title = "floor of Python"
     imports = "import numpy, pyarrow"
@@ -224,10 +237,17 @@ class Floor(Peer[bytes]):
         return FloorClient(self.directory, self.capacity)
 
 
-def _pass_on(path: str) -> None:
-    """Pass on messages to who waits for one."""
-    waiting: socket.socket | None = None
-    with selectors.DefaultSelector() as selector, socket.socket(socket.AF_UNIX) as listener:
+def _answer(path: str) -> None:
+    """Enter what is posted in the table, and answer who waits for it."""
+    waiting: dict[bytes, tuple[socket.socket, int]] = {}
+    with (
+        open(f"{Path(path).parent}/floor", "a+b") as file,
+        selectors.DefaultSelector() as selector,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        file.truncate(_DATA)
+        table = mmap.mmap(file.fileno(), _DATA)
+        words = memoryview(table).cast("Q")
         listener.bind(path)
         listener.listen()
         selector.register(listener, selectors.EVENT_READ)
@@ -236,22 +256,30 @@ def _pass_on(path: str) -> None:
             events = selector.select(0)
             while not events and time.perf_counter() < end:
                 events = selector.select(0)
-            for key, _ in events or selector.select():
-                if key.fileobj is listener:
+            for selected, _ in events or selector.select():
+                if selected.fileobj is listener:
                     selector.register(listener.accept()[0], selectors.EVENT_READ)
                     continue
-                assert isinstance(key.fileobj, socket.socket)
-                message = key.fileobj.recv(64)
-                if message.startswith(b"w"):
-                    waiting = key.fileobj
-                elif message.startswith(b"h"):
-                    assert waiting is not None
-                    waiting.send(message)
-                elif not message:
-                    selector.unregister(key.fileobj)
-                    key.fileobj.close()
+                assert isinstance(selected.fileobj, socket.socket)
+                message = selected.fileobj.recv(64)
+                if message == _POSTED:
+                    key, offset, size, _, _, _ = _RECORD.unpack_from(table, _TABLE_BYTES)
+                    _ENTRY.pack_into(table, _at(key), 1, key, crc32(key), offset, size, 0, 0)
+                elif message:
+                    _, key, slot = _WAIT.unpack(message)
+                    waiting[key] = selected.fileobj, slot
+                else:
+                    selector.unregister(selected.fileobj)
+                    selected.fileobj.close()
+                    continue
+                at = _at(key)
+                _, found, _, offset, size, _, _ = _ENTRY.unpack_from(table, at)
+                if found == key and key in waiting:
+                    getter, slot = waiting.pop(key)
+                    words[_TABLE_BYTES // 8 + slot] = at
+                    getter.send(_ANSWER.pack(offset, size))
 
 
 if __name__ == "__main__":
     Path(sys.argv[1]).unlink(missing_ok=True)
-    _pass_on(sys.argv[1])
+    _answer(sys.argv[1])

@@ -142,6 +142,19 @@ def test_reading_sends_nothing(
 
 
 @needs_fast_path
+def test_who_gets_no_lease_asks_again_after_64_puts(
+    client: PlasmaClient, sent: list[Frame]
+) -> None:
+    """A client with a limit is refused, and asks no more often than that."""
+    client.set_client_options("limited", 1 << 20)
+    sent.clear()
+    for number in range(130):
+        client.put(number, ObjectID.from_random() if number % 2 else None)
+    assert kinds(sent).count(AskLease.KIND) == 2
+    assert kinds(sent).count(Create.KIND) == 130
+
+
+@needs_fast_path
 def test_writing_waits_for_nothing(
     store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
 ) -> None:

@@ -64,6 +64,16 @@ def containers(tmp_path: Path) -> list[Path]:
     return [each for each in (tmp_path / "external").glob("*/*") if each.name != "owner"]
 
 
+def test_a_subscriber_is_told_of_what_is_in_the_external_store(path: str, tmp_path: Path) -> None:
+    """Whoever subscribes hears of all sealed objects first, wherever they lie."""
+    with running(*arguments(path, tmp_path)), plasma.connect(path) as client:
+        sizes = {client.put_raw_buffer(bytes(2_000_000 + n), timeout_ms=5000): n for n in range(8)}
+        client.subscribe()
+        told = [client.get_next_notification() for _ in sizes]
+        assert {object_id: size - 2_000_000 for object_id, size, _ in told} == sizes
+        assert containers(tmp_path)
+
+
 def test_several_times_the_capacity(path: str, tmp_path: Path) -> None:
     """Four clients put and read several times what fits; a kill of the store in between changes nothing."""
     with ExitStack() as stack:
