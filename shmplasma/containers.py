@@ -115,6 +115,14 @@ class Containers:
         self._known[number].size_bytes += size_bytes
         self.total_bytes += size_bytes
 
+    def damaged(self, found: Mapping[int, int]) -> tuple[int, ...]:
+        """Return those that are not among the containers that there are, or are shorter than what is named of them."""
+        return tuple(
+            number
+            for number, container in self._known.items()
+            if found.get(number, 0) < container.named_bytes
+        )
+
     def tidy(self, found: Mapping[int, int]) -> tuple[int, ...]:
         """Take note of the containers that there are, and of their sizes in bytes; return those that nobody names."""
         for number, size_bytes in found.items():

@@ -426,11 +426,18 @@ class Spilling:
     def tidy(self, found: Mapping[int, int]) -> None:
         """Delete those of these containers that no entry names, and number the next ones above all of them.
 
+        An object in memory whose copy is not there any more (the external store is at another place, or lost what it had) is
+        to be written anew before it goes.  One that was there alone stays, and is an error for who asks for it.
+
         Parameters
         ----------
         found : mapping
             The size in bytes of each container that there is, by number.
         """
+        for number in self._containers.damaged(found):
+            for entry in self._containers.entries(number):
+                if entry in self._clean:
+                    self._forget_copy(entry)
         unnamed = self._containers.tidy(found)
         if unnamed:
             self.jobs.append(Delete(unnamed))

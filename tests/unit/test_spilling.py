@@ -290,6 +290,60 @@ def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     get(talk, other, sorted(there)[:30])
 
 
+@pytest.mark.parametrize("left", [0, 10])
+def test_a_restart_without_the_copies_loses_nothing_that_is_in_memory(left: int) -> None:
+    """What another store, or nobody, has kept is written anew before it goes; also what is cut short."""
+    talk = Conversation(external=ExternalLimits(high_water=0.0))
+    peer = talk.client()
+    put(talk, peer, 0, 20_000)
+    put(talk, peer, 1, 20_000)
+    assert talk.containers
+    assert not spilled(talk)
+    found = {number: left for number in talk.containers if left}
+    talk.containers.clear()
+    talk.store = talk.new_store(talk.words, talk.raw)
+    talk.peers.clear()
+    talk._connections = talk.layout.n_boards
+    for client in talk.store.recover(lambda *_: False, talk.now_ns)[0]:
+        talk.store.disconnect(client, talk.now_ns)
+    talk.store.tidy_external(found)
+    talk.store.check()
+    other = talk.client()
+    put(talk, other, 2, 60_000)
+    assert spilled(talk)
+    for number, size in ((0, 20_000), (1, 20_000), (2, 60_000)):
+        request = other.wanted([name(number)])
+        request_id = other.post(request)
+        talk.settle_outside()
+        (found_at,) = other.take(request_id, Objects).found
+        assert bytes(talk.raw[found_at[0] : found_at[0] + size]) == content(number, size)
+        other.release(request.slots[0])
+
+
+def test_an_eviction_asks_for_no_more_when_a_write_fails() -> None:
+    """It is answered with what can go without, and asks again when it is asked again."""
+    talk = Conversation(external=ExternalLimits())
+    peer = talk.client()
+    for number in range(8):
+        put(talk, peer, number, 4096)
+    talk.failure = "no space left on device"
+    for _ in range(2):
+        request_id = peer.post(Evict(1000))
+        writes = 0
+        for _ in range(5):
+            talk.turn()
+            for job in talk.take_jobs():
+                writes += 1
+                talk.do(job)
+        assert peer.take(request_id, Number).value == 0
+        assert writes == 1
+    talk.failure = ""
+    request_id = peer.post(Evict(1000))
+    talk.settle_outside()
+    assert peer.take(request_id, Number).value >= 1000
+    talk.store.check()
+
+
 # -- what is deleted while it is read ----------------------------------------------------------------
 
 
