@@ -43,6 +43,8 @@ class Creator(Waiter):
     request: Create = field(kw_only=True)
     is_brief: bool = field(default=False, kw_only=True)
     """Whether it waits for room only as long as the store makes some by itself."""
+    text: str = field(default="", kw_only=True)
+    """Why there was no room when it was last tried, if that is another reason than that the store is full."""
     failures: int = field(default=0, kw_only=True)
     """How often a write to the external store had failed when it joined."""
 
@@ -142,6 +144,8 @@ class Creations:
             and (may_wait or not queue.may_be_passed)
             and not self._objects.exists(request.object_id)
         ):
+            size = request.data_size + request.metadata_size
+            self._objects.refuse_what_cannot_come(client, size, session.limit_bytes)
             self._join(session, request_id, request)
             return True
         try:
@@ -158,7 +162,7 @@ class Creations:
                 return False
             if not may_wait and not self._makes_room(request, self._failures):
                 raise
-            self._join(session, request_id, request)
+            self._join(session, request_id, request, no_room.text)
             return True
         queue.note_pass()
         self._grant(client, request_id, entry, now_ns)
@@ -214,7 +218,7 @@ class Creations:
             return True
         return self._room.compact(size)
 
-    def _join(self, session: Session, request_id: int, request: Create) -> None:
+    def _join(self, session: Session, request_id: int, request: Create, text: str = "") -> None:
         is_brief = request.timeout_ns == 0
         self._publishing.recall()
         creator = Creator(
@@ -223,6 +227,7 @@ class Creations:
             FOR_EVER if is_brief else request.timeout_ns,
             session=session,
             request=request,
+            text=text,
             is_brief=is_brief,
             failures=self._failures,
         )
@@ -259,6 +264,7 @@ class Creations:
             size = request.data_size + request.metadata_size
             if not self._objects.exists(request.object_id):
                 if size > attainable:
+                    creator.text = ""
                     return wait(creator)
                 if self._room.mover.is_busy and size > self._room.largest_bytes:
                     return Offer.NOT_ENOUGH
@@ -268,6 +274,7 @@ class Creations:
                 return Offer.NOT_ENOUGH
             except NoRoom as no_room:
                 if no_room.may_come:
+                    creator.text = no_room.text
                     return wait(creator)
                 failed = self._refusals.answer(no_room, now_ns)
             except Refused as refused:
@@ -320,7 +327,7 @@ class Creations:
     def _refuse(self, creator: Creator, now_ns: int) -> None:
         self._left(creator)
         size = creator.request.data_size + creator.request.metadata_size
-        failed = self._refusals.answer(NoRoom(size), now_ns)
+        failed = self._refusals.answer(NoRoom(size, creator.text), now_ns)
         self._outgoing.reply(creator.client, creator.request_id, failed)
 
     def withdraw(self, client: int) -> list[Creator]:

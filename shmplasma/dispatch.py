@@ -114,6 +114,7 @@ class Dispatch:
         self._heed_all = heed_all
         self.unsettled: list[Unsettled] = []
         self.evictions: list[Unsettled] = []
+        self._failures: dict[tuple[int, int], int] = {}
 
     def request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
         self, session: Session, request_id: int, request: Request, now_ns: int
@@ -229,6 +230,8 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Number(found))
             case Get():
                 self._answers.answer_now(client, request_id)
+            case AnswerNow() if self._is_unsettled_creation(client, request.request_id):
+                self.unsettled.append((client, request_id, request, now_ns))
             case AnswerNow():
                 self._answers.answer_now(client, request.request_id)
                 self._creations.answer_now(client, request.request_id, now_ns)
@@ -238,7 +241,7 @@ class Dispatch:
             case Keep():
                 self._objects.keep(client, request.object_ids, request.keep)
                 self._outgoing.reply(client, request_id, _DONE)
-            case Evict() if self._spills_for(request.size_bytes):
+            case Evict() if self._spills_for(client, request_id, request.size_bytes):
                 self.evictions.append((client, request_id, request, now_ns))
             case Evict():
                 self._outgoing.reply(
@@ -258,12 +261,26 @@ class Dispatch:
             for get in gets
         ]
 
-    def _spills_for(self, size_bytes: int) -> bool:
-        """Tell whether objects are being written to the external store so that so many bytes can be evicted."""
-        spilling = self._objects.spilling
-        if spilling is None or spilling.clean_bytes >= size_bytes:
-            return False
-        return spilling.demand(self._room.free_bytes + size_bytes)
+    def _spills_for(self, client: int, request_id: int, size_bytes: int) -> bool:
+        """Tell whether objects are being written to the external store so that so many bytes can be evicted.
+
+        No more are written for an eviction since whose beginning a write has failed.
+        """
+        spilling, key = self._objects.spilling, (client, request_id)
+        if spilling is not None and spilling.clean_bytes < size_bytes:
+            failures = self._failures.setdefault(key, spilling.failures)
+            wanted = self._room.free_bytes + size_bytes
+            if failures == spilling.failures and spilling.demand(wanted):
+                return True
+        self._failures.pop(key, None)
+        return False
+
+    def _is_unsettled_creation(self, client: int, request_id: int) -> bool:
+        """Tell whether a creation is still kept back for the lock of its id, or for leases."""
+        return any(
+            (owner, number) == (client, request_id) and isinstance(request, Create)
+            for owner, number, request, _ in self.unsettled
+        )
 
     def _is_early(self, client: int, request_id: int, request: Request) -> bool:
         """Tell whether a request has to wait until an object that is hidden by a move can be read again."""
@@ -294,6 +311,8 @@ class Dispatch:
         self._answers.forget(client)
         self._creations.forget(client)
         self._trims.forget(client)
+        for key in [key for key in self._failures if key[0] == client]:
+            del self._failures[key]
         self._objects.abort_all(client)
         references = self._ledger.references
         if references.is_ahead:

@@ -187,13 +187,7 @@ class Lifecycle:
                 raise existing(object_id)
             self._boards.pin(request.slot, entry)
             return entry
-        if limit_bytes:
-            held = self.bytes_of(self.held_by(client))
-            if held + size > limit_bytes:
-                raise NoRoom(size, limit_bytes=limit_bytes, held_bytes=held)
-        # The region is the capacity in whole cache lines, which users are not to notice.
-        if size > self._layout.capacity:
-            raise NoRoom(size)
+        self.refuse_what_cannot_come(client, size, limit_bytes)
         if not (for_nothing or self._memory.lock(crc32(object_id))):
             raise Claimed
         try:
@@ -206,6 +200,16 @@ class Lifecycle:
         self._note_creator(client, entry)
         self._boards.pin(request.slot, entry)
         return entry
+
+    def refuse_what_cannot_come(self, client: int, size_bytes: int, limit_bytes: int) -> None:
+        """Raise NoRoom for a creation that finds none whoever lets go of some: beyond its client's limit, or the capacity."""
+        if limit_bytes:
+            held = self.bytes_of(self.held_by(client))
+            if held + size_bytes > limit_bytes:
+                raise NoRoom(size_bytes, limit_bytes=limit_bytes, held_bytes=held)
+        # The region is the capacity in whole cache lines, which users are not to notice.
+        if size_bytes > self._layout.capacity:
+            raise NoRoom(size_bytes)
 
     def claim(self, client: int, message: Claim, now_ns: int) -> bool:
         """Enter an object that a client creates in its lease, pinned already; tell whether its id is new.

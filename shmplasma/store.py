@@ -206,6 +206,8 @@ class ObjectStore:
             except NoRoom as no_room:
                 failed = self._refusals.answer(no_room, now_ns)
                 self._outgoing.reply(client, request_id, failed)
+            except ProtocolError as error:  # as of what its client has asked for meanwhile
+                self._outgoing.effects.append(Drop(client, str(error)))
         return self._outgoing.take()
 
     @property

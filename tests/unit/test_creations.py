@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from zlib import crc32
+
 import pytest
 
 from shmplasma.errors import Holder
@@ -7,7 +9,7 @@ from shmplasma.leases import BUSY_WORD
 from shmplasma.parts import Parts
 from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Leased
-from shmplasma.requests import AnswerNow, AskLease, Create, Delete, Detach, Keep, SetOptions
+from shmplasma.requests import AnswerNow, AskLease, Create, Delete, Detach, Get, Keep, SetOptions
 from shmplasma.store import ObjectStore
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
@@ -345,3 +347,74 @@ def test_a_default_limit_holds_for_who_has_none() -> None:
     peer.create(A, 2000)
     peer.ask(SetOptions(0, "me"), Done)
     assert peer.refused(peer.new(B, 1)) is Failure.OVER_QUOTA
+
+
+def test_what_can_never_come_does_not_wait(crowd: Crowded) -> None:
+    """A creation larger than the store, or than its client's limit, is refused, also while others wait for room."""
+    waiting = crowd.wait_for(crowd.one, B)
+    too_large = crowd.wait_for(crowd.other, C, CAPACITY + 1)
+    assert "larger than the store" in crowd.other.take(too_large, Failed).text
+    crowd.other.ask(SetOptions(1000, "limited"), Done)
+    beyond_its_limit = crowd.wait_for(crowd.other, C, 2000)
+    assert crowd.other.take(beyond_its_limit, Failed).limit_bytes == 1000
+    crowd.let_go()
+    crowd.one.take(waiting, Created)
+    crowd.store.check()
+
+
+def test_who_has_waited_for_an_entry_hears_so() -> None:
+    """The reason is the one that was found when there was no room, not that of another want."""
+    talk = Conversation(CAPACITY)
+    peer = talk.client()
+    for number in range(talk.layout.n_entries):
+        slot = peer.free_slots.pop()
+        peer.ask(Create(name(number), 0, 0, 0, slot), Created)
+        peer.release(slot)
+    request_id = peer.post(peer.new(name(99_999), 64)._replace(timeout_ns=1000))
+    talk.turn()
+    talk.steady_ns += 10**6
+    talk.turn()
+    assert "the object table is full" in peer.take(request_id, Failed).text
+
+
+def busy_in_a_lease(talk: Conversation, peer: Peer) -> int:
+    """Have a client say that it is putting something into its lease; return the word that says so."""
+    peer.ask(AskLease(100), Leased)
+    busy = talk.layout.boards // 8 + peer.free_slots[-1] // 512 * 512 + BUSY_WORD
+    talk.words[busy] = 1
+    return busy
+
+
+def test_who_uses_a_slot_twice_is_dropped_also_when_it_is_found_late() -> None:
+    """A creation that is kept back names a slot that a get waits with by the time it is tried again."""
+    talk = Conversation(1 << 24)
+    holder, peer = talk.client(), talk.client()
+    holder.create(A, (1 << 24) - (1 << 20))
+    busy_in_a_lease(talk, peer)
+    slot = peer.free_slots.pop()
+    peer.post(Create(B, 1 << 20, 0, 0, slot))
+    talk.settle()
+    assert peer.dropped is None
+    peer.post(Get(True, [C], [slot]))
+    talk.settle()
+    assert "slot" in str(peer.dropped)
+    assert holder.dropped is None
+    talk.store.check()
+
+
+def test_an_interrupt_is_not_lost_while_a_creation_is_kept_back() -> None:
+    """A creation whose id somebody has locked is answered when that is over, if its client waits no more."""
+    talk = Conversation(1 << 20)
+    other, holder, peer = talk.client(), talk.client(), talk.client()
+    busy = busy_in_a_lease(talk, other)
+    talk.memory.locked.add(crc32(A))
+    holder.create(B, 900_000)
+    request_id = peer.post(peer.new(A, 500_000)._replace(timeout_ns=FOR_EVER))
+    talk.settle()
+    peer.tell(AnswerNow(request_id))
+    talk.settle()
+    talk.words[busy] = 0
+    talk.memory.locked.clear()
+    talk.turn()
+    assert "store is full" in peer.take(request_id, Failed).text
+    talk.store.check()
