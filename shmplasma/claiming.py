@@ -18,7 +18,7 @@ from shmplasma.layout import ENTRY_BYTES, HeaderWord
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
-from shmplasma.objects import ObjectID
+from shmplasma.objects import ObjectID, is_fresh
 from shmplasma.outbox import Outbox
 from shmplasma.pinning import BoardPool
 from shmplasma.posted import CLAIM, Abort, Claim
@@ -88,6 +88,8 @@ class Claimant:
 
     def take(self, object_id: ObjectID) -> bool:
         """Lock an id, and tell whether it is free; to be called by `LeaseWriter.put`.  3 us, and no message."""
+        if is_fresh(object_id.id_bytes):
+            return False
         at, unread = object_id.hash32, self._unread
         try:
             if unread or self._locked is not None:

@@ -1,6 +1,6 @@
 """Claims: how a client takes an id of its own choice for an object, without a message.
 
-A put under a fresh id, which nobody else can have, needs no word of the store: room comes from the client's lease, and the record in
+A put under a fresh id, which nobody else has yet, needs no word of the store: room comes from the client's lease, and the record in
 its outbox says what is there (`shmplasma.leases`, `shmplasma.outbox`).  Under an id that the caller has chosen somebody has to see to
 it that only one object gets it.  Creators do so among themselves, by a lock on the id.
 
@@ -44,6 +44,13 @@ outboxes and tries again; if it is locked still, it recalls all leases.  Claims 
 client has written all that it has claimed to its outbox, this has been read, and no other claim is under way or begins, as leases are the
 store's to grant.  So what is locked then is locked for nothing, and the object is inserted.  A client that was stopped in the midst of a
 claim is not waited for: the id is refused, as if its object was there already.
+
+Ids that nobody chose
+    What is put under a fresh id takes no lock, so nobody else can tell by one that its record is unread; but whoever has put it knows the id
+    at once, and so may others whom he tells, and one of them may create under it again.  Therefore such ids bear a mark
+    (`shmplasma.objects.fresh_id`).  Under an id with the mark nobody claims, and the store answers a `Create` only when it has read all
+    outboxes: the put had written its record before it returned, so it is found.  An id that somebody has chosen and that looks so costs him a
+    round trip, and nothing else.
 
 The pin
     The entry of the object, which a slot holds otherwise, is not known to the client at C5.  So the slot says at which offset the object

@@ -21,6 +21,7 @@ from shmplasma.denials import Claimed, NoRoom, Refused, existing
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.lifecycle import Lifecycle
+from shmplasma.objects import is_fresh
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import ONE_WAY
@@ -121,7 +122,7 @@ class Creations:
         Returns
         -------
         bool
-            False when its id may be somebody's who has not said so yet, or there is no room, but leases may come back:
+            False when its id may be somebody's of whom that was not read yet, or there is no room, but leases may come back:
             ask again when outboxes are read, and leases have come back.
 
         Raises
@@ -139,6 +140,8 @@ class Creations:
             raise ProtocolError("a create names a slot that another request waits with")
         if request_id == ONE_WAY or (client, request_id) in queue:
             raise ProtocolError(f"a create under the request id {request_id}")
+        if is_fresh(request.object_id) and not all_read:
+            return False
         if (
             self.await_room
             and (may_wait or not queue.may_be_passed)

@@ -8,10 +8,12 @@ from zlib import crc32
 
 from shmplasma.layout import ID_BYTES
 
-__all__ = ["ObjectID"]
+__all__ = ["ObjectID", "fresh_id", "is_fresh"]
 
 _DRAWN_AT_ONCE: Final = 64
 """A system call takes as long as half a put, whether it brings one id or these."""
+_FRESH: Final = b"\xf5\x9a\x1c\xe7"
+"""How the ids end that nobody chose: any four bytes that are unlikely in one that somebody did."""
 _drawn: list[bytes] = []
 os.register_at_fork(after_in_child=_drawn.clear)
 
@@ -68,14 +70,7 @@ class ObjectID:
     @staticmethod
     def from_random() -> ObjectID:
         """Return a fresh id from the system's random source; collisions are not to be expected."""
-        try:
-            return ObjectID(_drawn.pop())
-        except IndexError:
-            drawn = os.urandom(_DRAWN_AT_ONCE * ID_BYTES)
-            # The last one is not shared: another thread may take all that are.
-            *shared, own = (drawn[at : at + ID_BYTES] for at in range(0, len(drawn), ID_BYTES))
-            _drawn.extend(shared)
-            return ObjectID(own)
+        return ObjectID(_draw())
 
     def binary(self) -> bytes:
         """Return the 20 bytes."""
@@ -94,3 +89,31 @@ class ObjectID:
 
     def __repr__(self) -> str:
         return f"ObjectID({self.id_bytes.hex()})"
+
+
+def _draw() -> bytes:
+    """Return 20 random bytes."""
+    try:
+        return _drawn.pop()
+    except IndexError:
+        drawn = os.urandom(_DRAWN_AT_ONCE * ID_BYTES)
+        # The last one is not shared: another thread may take all that are.
+        *shared, own = (drawn[at : at + ID_BYTES] for at in range(0, len(drawn), ID_BYTES))
+        _drawn.extend(shared)
+        return own
+
+
+def fresh_id() -> ObjectID:
+    """Return an id for an object that is put under none; it has 16 random bytes, and a mark (see `shmplasma.claims`).
+
+    Examples
+    --------
+    >>> is_fresh(fresh_id().binary()), is_fresh(ObjectID.from_random().binary())
+    (True, False)
+    """
+    return ObjectID(_draw()[: -len(_FRESH)] + _FRESH)
+
+
+def is_fresh(object_id: bytes) -> bool:
+    """Tell whether an id may be one of `fresh_id`."""
+    return object_id.endswith(_FRESH)

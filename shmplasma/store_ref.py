@@ -31,7 +31,7 @@ from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
 from shmplasma.link import HOLDS_A_REQUEST
-from shmplasma.objects import ObjectID
+from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.reading import Mode, ObjectNotAvailable, Reading
 from shmplasma.replies import Done
@@ -84,7 +84,7 @@ class Home(Reading, Writing):
     ) -> StoreRef:
         """Store a value and return what owns it; errors as `PlasmaClient.put`."""
         payload = serialize(value, context)
-        ref = StoreRef(self, ObjectID.from_random(), 0)
+        ref = StoreRef(self, fresh_id(), 0)
         try:
             self._put(
                 payload,

@@ -15,7 +15,7 @@ import pyarrow as pa
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import BytesPayload, Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
-from shmplasma.objects import ObjectID
+from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import PUBLISH, Abort, Publish, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
@@ -327,7 +327,7 @@ class Writing(Connected):
         """Store a payload: in the lease if that has room for it, else in room that a round trip gets."""
         codec = payload.codec | flags
         session = self._session or self._live()
-        target_id = ObjectID.from_random() if object_id is None else checked(object_id)
+        target_id = fresh_id() if object_id is None else checked(object_id)
         claim = None
         may_lease = fresh = fresh or object_id is None
         if not (fresh or keep or session.claims is None):
@@ -346,6 +346,8 @@ class Writing(Connected):
 
             if session.leasing.put(data_size + metadata_size, fill, claim):
                 return target_id
+        if object_id is None:  # the store is asked, and need not look for this one in outboxes
+            target_id = ObjectID.from_random()
         size = payload.size_bytes
         target = self._create(
             session,

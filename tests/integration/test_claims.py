@@ -57,6 +57,42 @@ def exists_for(client: PlasmaClient, object_id: ObjectID) -> bool:
     return False
 
 
+# -- ids that nobody chose -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("by_another", [False, True])
+def test_what_was_put_is_there_for_who_creates_at_once(
+    client: PlasmaClient, client2: PlasmaClient, by_another: bool, keep: bool
+) -> None:
+    """An id that `put` or `put_ref` has returned is taken, for whoever knows it, however soon he uses it."""
+    lease(client)
+    lease(client2)
+    creator = client2 if by_another else client
+    for number in range(50):
+        object_id = client.put(number)
+        with pytest.raises(plasma.PlasmaObjectExists):
+            creator.put(-1, object_id, keep=keep)
+        assert client2.get(object_id) == number
+        object_id = client.put_raw_buffer(b"first")
+        assert exists_for(creator, object_id)
+        with pytest.raises(plasma.PlasmaObjectExists):
+            creator.create_and_seal(object_id, bytes(3_000_000), keep=keep)
+        assert bytes(client2.get_buffers(object_id)) == b"first"
+    ref = client.put_ref("owned")
+    assert exists_for(creator, ref.object_id)
+
+
+def test_an_id_that_nobody_chose_can_be_used_again(
+    client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """When its object was deleted, anybody may create another one under it."""
+    object_id = client.put("first")
+    client.delete([object_id])
+    client2.put("second", object_id)
+    assert client.get(object_id) == "second"
+
+
 # -- what waits for nothing ----------------------------------------------------------------------
 
 
