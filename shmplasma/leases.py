@@ -32,6 +32,8 @@ Invariants
 ----------
 * Nothing that was published is refused for want of room: the extent is the lease's, and so many entries of
   the table are set aside as the lease may publish objects.
+* How many objects a lease of a store that has died had published is known no more.  So each may publish as many as its rest has
+  room for, and all together as many as the table has entries for, which is no fewer than they had left.
 * What a client publishes outside its lease, before the cursor, or too often costs it its connection.
 * Leases take at most an eighth of the capacity, one at most a 64th, and none is granted where one would be too small to
   help.
@@ -122,7 +124,7 @@ class Leases:
     held_bytes : int
         Bytes that are leased and not published.
     objects_left : int
-        Entries of the table that must be left to leases.
+        Entries of the table that must be left to leases, and no more than that can be published.
 
     Notes
     -----
@@ -135,6 +137,7 @@ class Leases:
         self._control = control
         self._of_client: dict[int, Lease] = {}
         self._used: dict[int, int] = {}
+        self._promised = 0
         self.held_bytes = 0
         self.objects_left = 0
 
@@ -168,18 +171,20 @@ class Leases:
         self._of_client[client] = Lease(board, offset, offset + size_bytes, offset, objects)
         self._used[client] = min(self.used_bytes(client) + size_bytes, _MAX_LEASE_BYTES)
         self.held_bytes += size_bytes
+        self._promised += objects
         self.objects_left += objects
         self._control.lease(board, offset, offset + size_bytes)
         return objects, self._control.epoch(board)
 
-    def restore(self, client: int, board: int, cursor: int, end: int) -> None:
-        """Take over a lease of a store that has died, as far as it is not published."""
-        objects = self.objects_for(end - cursor)
+    def restore(self, client: int, board: int, cursor: int, end: int, free_entries: int) -> None:
+        """Take over a lease of a store that has died, as far as it is not published, and as the table has entries."""
+        objects = min((end - cursor) // ALIGNMENT, _MAX_OBJECTS)
         self._of_client[client] = Lease(board, cursor, end, cursor, objects)
         # The end stands there already, and must not be missed by yet another store if this one dies here.
         self._control.advance(board, cursor)
         self.held_bytes += end - cursor
-        self.objects_left += objects
+        self._promised += objects
+        self.objects_left = min(self._promised, free_entries)
 
     @staticmethod
     def objects_for(size_bytes: int) -> int:
@@ -199,7 +204,7 @@ class Leases:
         Raises
         ------
         ProtocolError
-            It does not lie in what is left of this client's lease.
+            It does not lie in what is left of this client's lease, or no entry is left for it.
         """
         lease = self._of_client.get(client)
         end = offset + align_up(size_bytes, ALIGNMENT)
@@ -210,12 +215,14 @@ class Leases:
             or offset % ALIGNMENT
             or size_bytes < 0
             or not lease.objects_left
+            or not self.objects_left
         ):
             raise ProtocolError(f"an object of {size_bytes} bytes at {offset} outside of its lease")
         skipped = lease.cursor
         lease.cursor = end
         lease.objects_left -= 1
         self.held_bytes -= end - skipped
+        self._promised -= 1
         self.objects_left -= 1
         return skipped, offset - skipped
 
@@ -267,7 +274,8 @@ class Leases:
         """Prove that the sums are right."""
         leases = self._of_client.values()
         assert self.held_bytes == sum(lease.end - lease.cursor for lease in leases)
-        assert self.objects_left == sum(lease.objects_left for lease in leases)
+        assert self._promised == sum(lease.objects_left for lease in leases)
+        assert self.objects_left <= self._promised, "entries are set aside for nobody"
         assert all(lease.start <= lease.cursor <= lease.end for lease in leases)
 
     def end(self, client: int) -> tuple[int, int]:
@@ -277,7 +285,8 @@ class Leases:
             return 0, 0
         left = lease.end - lease.cursor
         self.held_bytes -= left
-        self.objects_left -= lease.objects_left
+        self._promised -= lease.objects_left
+        self.objects_left = min(self.objects_left, self._promised)
         self._control.lease(lease.board, 0, 0)
         return lease.cursor, left
 

@@ -443,7 +443,7 @@ class Lifecycle:
         self._room.recover(found.gaps)
         self._residents.recover(found.cached, found.cached_bytes, found.kept)
         for client, (cursor, end) in found.leases.items():
-            self._leases.restore(client, client, cursor, end)
+            self._leases.restore(client, client, cursor, end, self._table.free_entries)
         self._table.prepare(self._leases.objects_left)
         self._creators = found.created
         for entry, client in found.created.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 
@@ -16,7 +17,8 @@ from shmplasma.layout import (
 )
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.outbox import ANNOUNCED_AT, RECORDS
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.pins import slots_of
+from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -1707,6 +1709,50 @@ def test_entries_are_kept_for_leases(tenant: Tenant) -> None:
     assert before is None
     assert after is not None
     tenant.talk.store.check()
+
+
+@pytest.mark.parametrize("claims", [False, True])
+def test_leases_of_a_dead_store_find_the_entries_that_they_had(claims: bool) -> None:
+    """In a table that is full but for them, its clients publish what they were promised, and who wants more is dropped."""
+    talk = Conversation(1 << 20)
+    tenants = [Tenant(talk), Tenant(talk)]
+    numbers = count()
+    for tenant, n_left in zip(tenants, (8, 28), strict=True):
+        for _ in range(tenant.lease.objects - n_left):
+            tenant.publish(name(next(numbers)))
+    other = talk.client()
+    while talk.store._parts.table.free_entries > 36:
+        other.put(name(next(numbers)), 0)
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    peers = []
+    for tenant, n_left in zip(tenants, (8, 28), strict=True):
+        peer, _ = claim(later, (tenant.board_word - talk.layout.boards // 8) // BOARD_WORDS)
+        peer.outbox, tenant.peer = tenant.peer.outbox, peer
+        for _ in range(n_left):
+            tenant.publish(name(next(numbers)))
+        peers.append(peer)
+    assert [peer.dropped for peer in peers] == [None, None]
+    later.store.check()
+    liar = tenants[1]
+    if claims:
+        liar.peer.write(Claim(A, liar.next, 64, 0, 3, slots_of(1)[0]))
+    else:
+        liar.publish(A)
+    assert liar.peer.dropped is not None
+    assert "outside of its lease" in liar.peer.dropped
+    later.store.check()
+
+
+def test_a_lease_of_a_dead_store_goes_on_with_small_objects(tenant: Tenant) -> None:
+    """A client that put a large object first may still put as many small ones as there is room for."""
+    tenant.publish(A, 15_000)
+    later = Reopened(tenant.talk.layout, tenant.talk.words, tenant.talk.raw)
+    peer, _ = claim(later, 0)
+    peer.outbox, tenant.peer = tenant.peer.outbox, peer
+    for n in range((MIN_LEASE_BYTES - 15_000) // 64):
+        tenant.publish(name(n))
+    assert peer.dropped is None
+    later.store.check()
 
 
 # -- clients of a store that has died ----------------------------------------------------------------
