@@ -131,12 +131,14 @@ class Residents:
     def protect(self, entry: int, protect: bool) -> None:
         """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays.
 
-        Where there is an external store nothing has to be said: there it is not lost.
+        Where there is an external store nothing has to be said: there it is not lost.  Nor of what an earlier store has
+        spilled, which is not in memory.
         """
         if self.external is not None:
             return
         if protect:
-            self._protected.add(entry)
+            if entry in self._queue or entry in self._kept:
+                self._protected.add(entry)
         else:
             self._protected.discard(entry)
 

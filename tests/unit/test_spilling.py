@@ -13,6 +13,7 @@ from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.transfers import Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
+from tests.crash.damage import Reopened
 
 SIZE = 1000
 MANY = 200
@@ -556,6 +557,23 @@ def test_nobodys_objects_go_after_a_restart_though_they_are_spilled(talk: Conver
     talk.settle_outside()
     assert not talk.ids()
     talk.store.check()
+
+
+def test_a_store_without_the_external_store_protects_only_what_is_in_memory() -> None:
+    """A referenced object that was spilled before leaves nothing behind in its entry: the next one there can be evicted."""
+    talk = Conversation(external=ExternalLimits())
+    put(talk, talk.client(), 0, 30_000, codec=REFERENCED)
+    talk.client().post(Evict(30_000))
+    talk.settle_outside()
+    assert spilled(talk) == [0]
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    peer = later.client()
+    entry = later.store._parts.table.find(name(0))
+    peer.ask(Delete([name(0)]), Done)
+    peer.put(name(1), 30_000)
+    assert later.store._parts.table.find(name(1)) == entry
+    assert peer.ask(Evict(30_000), Number).value == 30_000
+    later.store.check()
 
 
 def test_a_container_of_which_little_is_left_is_emptied(talk: Conversation) -> None:
