@@ -105,13 +105,13 @@ class _Owners:
 
 @dataclass(slots=True)
 class _Ticket:
-    """A reference to some objects that is on its way.
+    """A reference to some objects that is on its way: to a single one, or to the set of those that are still there.
 
     `receivers` is 0 where nobody knows; `sender` is None when the sender has gone or does not matter any more; `due_ns` is when
     something becomes of it, None for when its sender goes.
     """
 
-    object_ids: tuple[bytes, ...]
+    object_ids: tuple[bytes] | set[bytes]
     receivers: int
     sender: int | None
     due_ns: int | None
@@ -219,7 +219,7 @@ class References:
     def bequeath(self, client: int, ticket: int, now_ns: int) -> None:
         """Lend all that a client holds by one ticket."""
         held = {object_id for object_id, _ in self._holds_of.get(client, ())}
-        self._lend(tuple(held), ticket, client, 1, now_ns)
+        self._lend(held, ticket, client, 1, now_ns)
 
     def hold(
         self, client: int, ticket: int, holds: Iterable[tuple[bytes, int]], now_ns: int
@@ -263,7 +263,12 @@ class References:
     # -- tickets -------------------------------------------------------------------------------
 
     def _lend(
-        self, object_ids: tuple[bytes, ...], ticket: int, client: int, receivers: int, now_ns: int
+        self,
+        object_ids: tuple[bytes] | set[bytes],
+        ticket: int,
+        client: int,
+        receivers: int,
+        now_ns: int,
     ) -> None:
         if ticket in self._tickets or not object_ids:
             return
@@ -311,17 +316,14 @@ class References:
         ticket = self._tickets.pop(number)
         self._disown(number, ticket)
         for object_id in ticket.object_ids:
-            owners = self._objects.get(object_id)
-            if owners is not None:
-                owners.tickets.discard(number)
-                self._review(object_id, owners)
+            owners = self._objects[object_id]
+            owners.tickets.remove(number)
+            self._review(object_id, owners)
 
     def _stop_protecting(self, ticket: _Ticket) -> None:
         ticket.protects = False
         for object_id in ticket.object_ids:
-            owners = self._objects.get(object_id)
-            if owners is not None:
-                self._review(object_id, owners)
+            self._review(object_id, self._objects[object_id])
 
     @property
     def next_due_ns(self) -> int | None:
@@ -413,6 +415,10 @@ class References:
             if len(ticket.object_ids) == 1:
                 del self._tickets[number]
                 self._disown(number, ticket)
+            elif isinstance(
+                ticket.object_ids, set
+            ):  # the next object of this id is none of its own
+                ticket.object_ids.remove(object_id)
 
     def forget_client(self, client: int, now_ns: int) -> None:
         """End the holds of a client that has gone; the time of its tickets begins.
@@ -431,7 +437,7 @@ class References:
 
     def recover(self, object_ids: Iterable[bytes]) -> None:
         """Take over the referenced objects of a store that has died, before any outbox is read."""
-        known = tuple(object_ids)
+        known = set(object_ids)
         if known:
             self._objects = {object_id: _Owners() for object_id in known}
             self._recovered = _Ticket(known, 1, None, None)
@@ -458,8 +464,11 @@ class References:
             for client, number in owners.holds
         }, "clients and objects disagree on the holds"
         for number, ticket in self._tickets.items():
-            known = [each for each in ticket.object_ids if each in self._objects]
-            assert all(number in self._objects[each].tickets for each in known), "a ticket is lost"
+            assert ticket.object_ids, "a ticket is for nothing"
+            assert all(
+                each in self._objects and number in self._objects[each].tickets
+                for each in ticket.object_ids
+            ), "a ticket is lost"
             assert (ticket.sender is None) or number in self._minted_by[ticket.sender]
         for client, own in self._minted_by.items():
             assert all(self._tickets[number].sender == client for number in own)

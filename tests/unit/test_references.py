@@ -254,6 +254,25 @@ def test_a_fork(talk: Conversation) -> None:
     assert not talk.ids()
 
 
+def test_an_id_that_is_used_anew_while_its_old_object_is_on_its_way(talk: Conversation) -> None:
+    """A ticket for several objects forgets one that is deleted: the next of that id does not go, nor stay, with it."""
+    parent, child = talk.client(), talk.client()
+    put(parent, X)
+    put(parent, Y)
+    parent.ask(Bequeath(7), Done)
+    parent.ask(Delete([X]), Done)
+    put(parent, X)
+    talk.store.check()
+    child.ask(Hold(7, [(Y, 0)]), Done)
+    drop(talk, parent, X)
+    assert talk.ids() == {Y}
+    parent.ask(Bequeath(8), Done)
+    parent.ask(Delete([Y]), Done)
+    assert not talk.ids()
+    assert "references on their way: 0\n" in talk.store.describe()
+    talk.store.check()
+
+
 def test_what_is_pinned_goes_at_its_release(talk: Conversation) -> None:
     """A buffer outlives the handle that it was got by."""
     creator = talk.client()
