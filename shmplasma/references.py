@@ -80,7 +80,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Final
 
 from shmplasma.errors import ProtocolError
@@ -92,6 +92,8 @@ TICKET_NS: Final = 600 * 10**9
 LINGER_NS: Final = 5 * 10**9
 """For processes that are sent the same bytes at the same time, on a busy machine."""
 MAX_OF_A_CLIENT: Final = 1 << 20
+_STALE: Final = 1024
+"""So many times of tickets that were used up may be remembered in any case: the others are sorted anew once for as many."""
 
 
 @dataclass(slots=True)
@@ -309,8 +311,14 @@ class References:
         self._note_due(number, ticket)
 
     def _note_due(self, number: int, ticket: _Ticket) -> None:
-        if ticket.due_ns is not None:
-            heappush(self._due, (ticket.due_ns, number))
+        if ticket.due_ns is None:
+            return
+        heappush(self._due, (ticket.due_ns, number))
+        if len(self._due) > 2 * len(self._tickets) + _STALE:
+            # Those that were used up do not come to the top while an older one is on its way.
+            due = ((each.due_ns, number) for number, each in self._tickets.items())
+            self._due = [(at_ns, number) for at_ns, number in due if at_ns is not None]
+            heapify(self._due)
 
     def _remove(self, number: int) -> None:
         ticket = self._tickets.pop(number)
@@ -470,6 +478,11 @@ class References:
                 for each in ticket.object_ids
             ), "a ticket is lost"
             assert (ticket.sender is None) or number in self._minted_by[ticket.sender]
+        due = set(self._due)
+        assert all(
+            ticket.due_ns is None or (ticket.due_ns, number) in due
+            for number, ticket in self._tickets.items()
+        ), "a ticket's time is not known"
         for client, own in self._minted_by.items():
             assert all(self._tickets[number].sender == client for number in own)
         for object_id, owners in self._objects.items():

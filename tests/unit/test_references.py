@@ -119,6 +119,27 @@ def test_a_receipt_that_is_younger_than_the_look_at_the_object() -> None:
     references.check()
 
 
+def test_tickets_that_are_used_up_leave_nothing_behind() -> None:
+    """However many come and go while an older one is on its way, little is remembered, and each that is left has its time."""
+    references = References(lambda _object_id, _whether: None)
+    references.create(X, 1)
+    references.lend(X, 1, 1, 1, 0)
+    for number in range(10_000):
+        now_ns = number + 1
+        references.lend(X, 2 * number + 2, 1, 1, now_ns)
+        references.redeem(X, 2 * number + 2, 2, 1, now_ns)
+        if not number % 100:
+            references.lend(X, 2 * number + 3, 1, 1, now_ns)
+    assert len(references._due) < 2_000
+    references.check()
+    references.forget_client(1, 10_001)
+    references.release(X, 2, 1)
+    assert references.n_tickets == 101
+    references.expire(10_001 + TICKET_NS)
+    assert references.n_tickets == 0
+    references.check()
+
+
 def test_what_two_readings_do_not_explain_is_forgotten() -> None:
     """A receipt for what nobody has lent, or made, is not waited for any longer."""
     references = References(lambda *_: None)
