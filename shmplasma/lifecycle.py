@@ -152,7 +152,7 @@ class Lifecycle:
     @property
     def kept_bytes(self) -> int:
         """Bytes of sealed objects that are never evicted."""
-        return self.bytes_of(self._residents.kept)
+        return self._residents.kept_bytes
 
     # -- create ------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Refusals:
 
     Notes
     -----
-    O(boards in use) for each refusal.
+    O(boards in use, and pinned or protected objects) for each refusal.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Refusals:
 
     def answer(self, no_room: NoRoom, now_ns: int) -> Failed:
         """Return the reply to a request for which there is no room."""
-        objects = self._objects
+        objects, residents = self._objects, self._room.residents
         pinned = self._boards.pinned()
         figures = {
             "requested_bytes": no_room.requested_bytes,
@@ -74,7 +74,7 @@ class Refusals:
             "unsealed_bytes": objects.unsealed_bytes,
             "leased_bytes": objects.leased_bytes,
             "kept_bytes": objects.kept_bytes,
-            "spillable_bytes": objects.bytes_of(self._room.residents.kept - pinned),
+            "spillable_bytes": objects.kept_bytes - objects.bytes_of(residents.kept & pinned),
             "limit_bytes": no_room.limit_bytes,
             "held_bytes": no_room.held_bytes,
         }

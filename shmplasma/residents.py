@@ -87,6 +87,7 @@ class Residents:
         self._visited = visited
         self._queue = Sieve(visited)
         self._cached_bytes = 0
+        self._kept_bytes = 0
         self._kept: set[int] = set()
         self._protected: set[int] = set()
         self.busy: set[int] = set()
@@ -100,6 +101,7 @@ class Residents:
             self.external.look_again()
         if self._table.is_kept(entry):
             self._kept.add(entry)
+            self._kept_bytes += self._table.size(entry)
         else:
             self._queue.insert(entry)
             self._cached_bytes += self._table.size(entry) + _ROUND_UP & -ALIGNMENT
@@ -109,6 +111,7 @@ class Residents:
         self._protected.discard(entry)
         if entry in self._kept:
             self._kept.remove(entry)
+            self._kept_bytes -= self._table.size(entry)
         else:
             self._queue.remove(entry)
             self._cached_bytes -= extent_bytes
@@ -127,6 +130,11 @@ class Residents:
     def kept(self) -> AbstractSet[int]:
         """The entries of sealed objects that are never evicted."""
         return self._kept
+
+    @property
+    def kept_bytes(self) -> int:
+        """Data and metadata of these objects, in bytes; O(1)."""
+        return self._kept_bytes
 
     def protect(self, entry: int, protect: bool) -> None:
         """Say of a sealed object whether it is not to be evicted for now; its place in the queue stays.
@@ -245,20 +253,23 @@ class Residents:
         self._queue.fill(cached)
         self._cached_bytes = cached_bytes
         self._kept = set(kept)
+        self._kept_bytes = sum(map(self._table.size, self._kept))
 
     # -- proof ---------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Prove the invariants."""
         table, queue = self._table, self._queue
-        cached_bytes = n_cached = n_kept = 0
+        cached_bytes = kept_bytes = n_cached = n_kept = 0
         for entry in table.entries(0, table.end):
             is_sealed = table.state(entry) in _IS_SEALED
             is_cached = is_sealed and not table.is_kept(entry)
             assert is_cached == (entry in queue), f"entry {entry} and the queue disagree"
             is_kept = is_sealed and not is_cached
             assert is_kept == (entry in self._kept), f"{entry} is kept wrongly"
-            n_kept += is_kept
+            if is_kept:
+                kept_bytes += table.size(entry)
+                n_kept += 1
             if is_cached:
                 cached_bytes += align_up(table.size(entry), ALIGNMENT)
                 n_cached += 1
@@ -267,3 +278,4 @@ class Residents:
         assert n_cached == len(queue), "the queue holds what is not there"
         assert n_kept == len(self._kept), "something is kept that is not there"
         assert cached_bytes == self._cached_bytes, "the sum of evictable bytes is wrong"
+        assert kept_bytes == self._kept_bytes, "the sum of kept bytes is wrong"

@@ -13,6 +13,7 @@ from shmplasma.requests import AnswerNow, AskLease, Create, Delete, Detach, Get,
 from shmplasma.store import ObjectStore
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
+from tests.crash.damage import Reopened
 
 CAPACITY = 65536
 A, B, C, D = map(name, range(1, 5))
@@ -312,6 +313,24 @@ def test_a_refusal_says_how_the_room_is_used() -> None:
     assert second[:4] == ("one", 4711, "", 500)
     assert first.age_seconds >= 5
     assert "o?ther (pid 4711) holds 31000 bytes, connected for 5 s" in failed.text
+
+
+def test_the_sum_of_what_is_kept_is_known() -> None:
+    """Also after some were cached or deleted, and at a successor: a refusal does not look at all of them."""
+    talk = Conversation(CAPACITY)
+    peer = talk.client()
+    for number, object_id in enumerate((A, B, C, D)):
+        peer.put(object_id, 1000 * (number + 1))
+    peer.ask(Keep(True, [A, B, C, D]), Done)
+    peer.ask(Keep(False, [A]), Done)
+    peer.ask(Delete([B]), Done)
+    peer.get(C)
+    for each in (talk, Reopened(talk.layout, talk.words, talk.raw)):
+        assert each.store._parts.room.residents.kept_bytes == 7000
+        other = each.client()
+        failed = other.ask(other.new(name(9), CAPACITY + 1), Failed)
+        assert (failed.kept_bytes, failed.spillable_bytes) == (7000, 4000)
+        each.store.check()
 
 
 def test_a_refusal_has_an_end() -> None:

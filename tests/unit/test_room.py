@@ -275,6 +275,7 @@ DAMAGES: dict[str, Callable[[Storeroom], object]] = {
     "the queue disagree": lambda s: s.table.set_state(0, EntryState.CREATED),
     "what is not there": lambda s: s.room.residents._queue.insert(9),
     "sum of evictable bytes": lambda s: setattr(s.room.residents, "_cached_bytes", 1),
+    "sum of kept bytes": lambda s: setattr(s.room.residents, "_kept_bytes", 1),
     "a gap or an overlap": lambda s: s.room.give_back(s.layout.data, 64),
 }
 
