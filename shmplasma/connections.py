@@ -3,7 +3,8 @@
 Invariants
 ----------
 * Before it has introduced itself, nothing is read but its first message, which is short.
-* What waits to be sent is in order, and of it at most `_MAX_UNREAD_BYTES`: beyond that `StalledError`.
+* What waits to be sent is in order, and of it at most `_MAX_UNREAD_BYTES`, what is replayed not counted: beyond that `StalledError`.
+* What is replayed waits as a memoryview, of which the rest is no copy; all else as bytes.
 * The selector looks for writing exactly while something waits, and for reading unless the connection is paused.
 * Errors of the socket go to the caller, which decides what is to become of the client.
 """
@@ -32,7 +33,9 @@ _PAUSE_BYTES: Final = 1 << 16
 _PATIENCE_SECONDS: Final = 10.0
 """How long a client may leave its replies lying there."""
 _MAX_UNREAD_BYTES: Final = 16 << 20
-"""What may wait for a client in any case: two of the longest replies, or 300,000 notifications."""
+"""What may wait for a client in any case: two of the longest replies, or 380,000 notifications."""
+_PIECE_BYTES: Final = 1 << 20
+"""So much is sent at most before others have their turn, who reads as fast as it is sent included: 0.3 ms."""
 
 _READ: Final = selectors.EVENT_READ
 _WRITE: Final = selectors.EVENT_WRITE
@@ -99,7 +102,7 @@ class Connection:
         self._selector = selector
         self._decoder = FrameDecoder(_FIRST_BYTES)
         self._hello_by: float | None = time.monotonic() + _HELLO_SECONDS
-        self._out: deque[bytes] = deque()
+        self._out: deque[bytes | memoryview] = deque()
         self._out_bytes = 0
         sock.setblocking(False)
         selector.register(sock, _READ, self)
@@ -172,15 +175,28 @@ class Connection:
             data = data[sent:]
         elif fds:
             raise StalledError("it asks for a descriptor and does not read")
-        self._out.append(data)
         self._out_bytes += len(data)
-        if len(self._out) == 1:
-            self._watch(_READ | _WRITE)
+        self._wait_with(data)
         if self._out_bytes > _MAX_UNREAD_BYTES:
             raise StalledError(f"it does not read: {self._out_bytes} bytes wait for it")
 
+    def replay(self, data: bytes) -> None:
+        """Have `flush` send what may be long, and is not to be the reason why its reader is dropped.
+
+        Raises
+        ------
+        OSError
+            The connection has failed.
+        """
+        self._wait_with(memoryview(data))
+
+    def _wait_with(self, data: bytes | memoryview) -> None:
+        self._out.append(data)
+        if len(self._out) == 1:
+            self._watch(_READ | _WRITE)
+
     def flush(self) -> None:
-        """Send of what waits as much as the socket takes; when that was all, a pause ends.
+        """Send of what waits as much as the socket takes, or a piece of what is long; when that was all, a pause ends.
 
         Raises
         ------
@@ -190,10 +206,11 @@ class Connection:
         out = self._out
         while out:
             try:
-                sent = self._sock.send(out[0])
+                sent = self._sock.send(out[0][:_PIECE_BYTES])
             except (BlockingIOError, InterruptedError):
                 return
-            self._out_bytes -= sent
+            if isinstance(out[0], bytes):
+                self._out_bytes -= sent
             if self.paused_at is not None:
                 self.paused_at = time.monotonic()
             if sent < len(out[0]):

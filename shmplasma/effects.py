@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["Adopt", "Descriptor", "Drop", "Effect", "HandOver", "Send"]
+__all__ = ["Adopt", "Descriptor", "Drop", "Effect", "HandOver", "Replay", "Send"]
 
 
 class Descriptor(Enum):
@@ -22,6 +22,13 @@ class Send(NamedTuple):
     client: int
     data: bytes
     descriptor: Descriptor | None = None
+
+
+class Replay(NamedTuple):
+    """Send a new subscriber these notifications, however many, in its own time; what is sent after them waits behind them."""
+
+    client: int
+    data: bytes
 
 
 class Drop(NamedTuple):
@@ -44,4 +51,4 @@ class HandOver(NamedTuple):
     client: int
 
 
-Effect = Send | Drop | Adopt | HandOver
+Effect = Send | Replay | Drop | Adopt | HandOver

@@ -22,7 +22,7 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.connections import Connection, StalledError
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Send
+from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Replay, Send
 from shmplasma.errors import ProtocolError
 from shmplasma.exits import Exits
 from shmplasma.id_locks import IdLocks
@@ -291,6 +291,8 @@ class Switchboard:
                 self._drop(effect.client, effect.reason)
             elif isinstance(effect, Adopt):
                 self._adopt(connection, effect.number)
+            elif isinstance(effect, Replay):
+                self._replay(connection, effect.data)
             else:
                 _LOG.info("another store (pid %s) takes over", connection.pid)
                 self._hand_over()
@@ -313,6 +315,12 @@ class Switchboard:
                 self._pause(connection)
         except StalledError as error:
             self._drop(connection.client, str(error))
+        except OSError as error:
+            self._lose(connection.client, error)
+
+    def _replay(self, connection: Connection, data: bytes) -> None:
+        try:
+            connection.replay(data)
         except OSError as error:
             self._lose(connection.client, error)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from shmplasma.commitment import FLOOR_BYTES
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Send
+from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Replay, Send
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 from shmplasma.outbox import Outbox
@@ -482,6 +482,10 @@ class Conversation:
                 self.peers[peer.number] = peer
             elif isinstance(effect, HandOver):
                 self.successor = effect.client
+            elif isinstance(effect, Replay):
+                for start in range(0, len(effect.data), 8 + NOTIFICATION.size):
+                    data = effect.data[start : start + 8 + NOTIFICATION.size]
+                    peer.receive(Send(effect.client, data))
             else:
                 peer.receive(effect)
 

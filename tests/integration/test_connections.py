@@ -117,3 +117,43 @@ def test_what_waits_has_an_end(ends: tuple[Connection, socket.socket, socket.soc
         connection.send(b"reply", [ours.fileno()])
     with pytest.raises(StalledError, match="bytes wait for it"):
         connection.send(bytes(9 << 20))
+
+
+def test_what_is_replayed_is_nobodys_fault(
+    ends: tuple[Connection, socket.socket, socket.socket],
+) -> None:
+    """However long, it waits to be read, in its place, and of what comes after it as much may wait as in any case."""
+    connection, _, theirs = ends
+    replayed, later = bytes(range(256)) * (20 << 12), bytes(15 << 20)
+    connection.send(b"welcome")
+    connection.replay(replayed)
+    connection.send(b"later")
+    connection.send(later)
+    received = bytearray()
+    while len(received) < len(replayed):
+        connection.flush()
+        received += theirs.recv(1 << 20)
+    with pytest.raises(StalledError, match="bytes wait for it"):
+        connection.send(bytes(2 << 20))
+    assert received[:7] == b"welcome"
+    expected = b"welcome" + replayed + b"later"
+    while len(received) < len(expected):
+        connection.flush()
+        received += theirs.recv(1 << 20)
+    assert received[: len(expected)] == expected
+
+
+def test_who_has_read_all_that_was_replayed_has_nothing_to_wait_for(
+    ends: tuple[Connection, socket.socket, socket.socket],
+) -> None:
+    """What is sent after it goes at once."""
+    connection, _, theirs = ends
+    size = 2 << 20
+    connection.replay(bytes(size))
+    while size:
+        connection.flush()
+        size -= len(theirs.recv(1 << 20))
+    connection.flush()
+    connection.send(b"later")
+    assert theirs.recv(100) == b"later"
+    assert not connection.is_slow

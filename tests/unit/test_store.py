@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from shmplasma.commitment import COMMIT_STEP
-from shmplasma.effects import Descriptor
+from shmplasma.effects import Descriptor, Replay, Send
 from shmplasma.errors import CommitError
 from shmplasma.layout import (
     BOARD_BYTES,
@@ -33,6 +33,7 @@ from shmplasma.replies import (
     Text,
     Welcome,
 )
+from shmplasma.reports import notification
 from shmplasma.requests import (
     AnswerNow,
     AskLease,
@@ -910,6 +911,22 @@ def test_a_new_subscriber_is_told_what_is_there(talk: Conversation) -> None:
     peer.ask(Delete([C]), Done)
     assert talk.subscriber().notifications == [(A, 1, 2), (C, 3, 0)]
     assert talk.subscriber().dropped is None
+
+
+def test_a_subscription_begins_with_a_copy(talk: Conversation) -> None:
+    """What is there is one effect, however much, so that it can wait for the subscriber; no later change is in it."""
+    peer, watcher = talk.client(), talk.connect()
+    for number in range(100):
+        peer.put(name(number), number)
+    hello = Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, "")
+    frame = Frame(Hello.KIND, 1, hello.encode())
+    welcome, replay = talk.store.handle(watcher.number, frame, talk.now_ns)
+    assert (type(welcome), type(replay)) == (Send, Replay)
+    talk.disconnect(watcher)
+    peer.ask(Delete([name(0)]), Done)
+    assert replay == Replay(
+        watcher.number, b"".join(notification(name(number), number, 0) for number in range(100))
+    )
 
 
 # -- leaving ---------------------------------------------------------------------------------------
