@@ -423,10 +423,8 @@ class References:
             if len(ticket.object_ids) == 1:
                 del self._tickets[number]
                 self._disown(number, ticket)
-            elif isinstance(
-                ticket.object_ids, set
-            ):  # the next object of this id is none of its own
-                ticket.object_ids.remove(object_id)
+            elif isinstance(ticket.object_ids, set):
+                ticket.object_ids.remove(object_id)  # the next object of this id is none of its own
 
     def forget_client(self, client: int, now_ns: int) -> None:
         """End the holds of a client that has gone; the time of its tickets begins.
