@@ -241,6 +241,20 @@ class Segment:
         assert not offset % self.layout.page_bytes
         return system.punch(self.fd, offset, align_up(size, self.layout.page_bytes))
 
+    def reopen(self) -> int:
+        """Return another descriptor of the file, with a description of its own; the caller closes it.
+
+        Raises
+        ------
+        OSError
+            It cannot be opened, or somebody has removed its name, where it cannot be opened without.
+        """
+        fd = system.reopen(self.fd)
+        try:
+            return open_segment(self.name, create=False) if fd is None else fd
+        except (ValueError, posix_ipc.Error) as error:
+            raise refusal("reopen", self.name, error) from error
+
     def check_size(self) -> None:
         """See whether the file is still whole.
 

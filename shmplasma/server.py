@@ -20,7 +20,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from shmplasma import system
@@ -33,7 +32,6 @@ from shmplasma.id_locks import IdLocks
 from shmplasma.parts import Parts
 from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
-from shmplasma.segment_name import open_segment
 from shmplasma.spin import Spin
 from shmplasma.store import ObjectStore
 from shmplasma.switchboard import LOOK_AT_AWAITED_SECONDS, Switchboard
@@ -152,7 +150,6 @@ class Server:
         self._path = socket_path
         self.is_handed_over = False
         memory = _SegmentMemory(segment)
-        reopen = partial(open_segment, segment.name, create=False)
         parts = Parts(
             segment.layout,
             segment.token,
@@ -181,7 +178,7 @@ class Server:
             listener,
             self._selector,
             {Descriptor.SEGMENT: segment.fd, Descriptor.WAKE: self._wake_writer},
-            IdLocks(reopen if memory.has_barrier else None),
+            IdLocks(segment.reopen if memory.has_barrier else None),
             self._hand_over,
             segment.layout.n_boards,
             shared=shared,

@@ -42,6 +42,7 @@ __all__ = [
     "processors",
     "punch",
     "register_membarrier",
+    "reopen",
     "start_time",
     "try_lock",
     "unlock",
@@ -59,14 +60,7 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _MAP_FIXED: Final = 0x10  # on Linux and macOS alike
 _mmap: Final = _LIBC.mmap
 _mmap.restype = ctypes.c_void_p
-_mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-)
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64)
 
 # A call by way of PyDLL keeps the interpreter lock, and arguments that are C objects already need
 # no conversion (nor argtypes, which would check them again): 0.5 us a barrier instead of 0.9 us.
@@ -196,6 +190,12 @@ def punch(fd: int, offset: int, size: int) -> bool:
     """
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
     return _LINUX and not _LIBC.fallocate(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size))
+
+
+def reopen(fd: int) -> int | None:
+    """Open the file behind `fd` for a description of its own, also if it has no name any more; None where that takes one."""
+    path = f"/proc/self/fd/{fd}"  # elsewhere there is no such directory
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC) if os.path.lexists(path) else None
 
 
 def try_lock(fd: int, at: int) -> bool:

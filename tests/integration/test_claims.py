@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -128,6 +129,22 @@ def test_what_goes_by_the_store(client: PlasmaClient, sent: list[Frame]) -> None
         assert kinds(sent)[-1] == Create.KIND
         client.seal(nth_id(number))
     assert kinds(sent).count(Create.KIND) == 3
+
+
+def test_a_removed_name_takes_claims_from_nobody() -> None:
+    """Who connects after somebody has removed the segment's name is served, and creates without waiting as well."""
+    with Store("10MB") as store, store.connect() as client:
+        object_id = client.put("there before")
+        os.unlink(os.readlink(f"/proc/self/fd/{session_of(client).attachment._fd}"))
+        with store.connect() as late:
+            assert late.get(object_id) == "there before"
+            lease(late)
+            with stopped(store):
+                late.put("there", nth_id(1))
+            assert exists_for(client, nth_id(1))
+            assert client.get(nth_id(1)) == "there"
+        store.close()
+        assert store.process.returncode == 0
 
 
 # -- who gets the id -----------------------------------------------------------------------------

@@ -77,6 +77,28 @@ def test_commit(segment: Segment) -> None:
     segment.raw[layout.data + layout.capacity - 1] = 8
 
 
+@needs_linux
+def test_reopen_after_its_name_was_removed(segment: Segment) -> None:
+    """Another descriptor is of the same file, and locks for itself."""
+    segment.name.remove()
+    fd = segment.reopen()
+    try:
+        assert os.path.samestat(os.fstat(fd), os.fstat(segment.fd))
+        assert system.try_lock(segment.fd, 0)
+        assert not system.try_lock(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def test_reopen_by_name(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file cannot be opened without its name, a name that was removed is an OSError."""
+    monkeypatch.setattr(system, "reopen", lambda _: None)
+    os.close(segment.reopen())
+    segment.name.remove()
+    with pytest.raises(OSError, match="shmplasma-"):
+        segment.reopen()
+
+
 def test_what_the_client_sees(segment: Segment) -> None:
     """A client reads all and cannot write through what it reads."""
     attachment = attach(segment)
