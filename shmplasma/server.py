@@ -51,6 +51,9 @@ _LOOK_AGAIN_SECONDS: Final = 0.1
 _POLL_SECONDS: Final = 0.001
 """How often the outboxes are looked into while clients do not announce what they put there."""
 
+_LONGEST_SLEEP_SECONDS: Final = 3600.0
+"""epoll takes no more than 2,147,483 s, and what is due may be farther off; to wake up early is harmless."""
+
 _COLLECT_AFTER: Final = 100_000
 
 _READ: Final = selectors.EVENT_READ
@@ -345,9 +348,9 @@ class Server:
             return True
         return not store.is_quiet and (store.has_unsettled or self._upkeep.has_urgent_work)
 
-    def _timeout(self) -> float | None:
+    def _timeout(self) -> float:
         store = self._store
-        timeouts: list[float] = []
+        timeouts = [_LONGEST_SLEEP_SECONDS]
         if not self._switchboard.reception.is_open or store.may_miss_a_release:
             timeouts.append(_LOOK_AGAIN_SECONDS)
         if self._switchboard.awaited:
@@ -359,7 +362,7 @@ class Server:
             timeouts.append(max(0.001, (store.next_due_ns - time.time_ns()) / 1e9))
         if (trim_ns := self._upkeep.trim_ns(steady_ns)) is not None:
             timeouts.append(trim_ns / 1e9)
-        return min(timeouts, default=None)
+        return min(timeouts)
 
     def _wake(self) -> None:
         """See what a release, of which a client has told, lets go."""
