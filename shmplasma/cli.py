@@ -4,8 +4,10 @@ Order of a start: claim the socket path, recover the segment of a store that die
 one, serve.  Each step is undone if a later one fails.  Signals are held back until the server
 can take them, so that none of the steps is interrupted half-way.
 
+A store that fails once it serves leaves everything to a successor, as one does that is killed.
+
 Exit codes: 0 after SIGTERM or SIGINT, 1 if the store cannot be had (the path is served, there is
-not enough room), 2 for an error of usage.
+not enough room) or has failed, 2 for an error of usage.
 """
 
 from __future__ import annotations
@@ -90,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"the system refused what the store cannot do without: {error}")
     except MemoryError:
         return _fail("the store has no memory left for itself; free some, and start it again")
+    except Exception:  # noqa: BLE001 - a bug has no class of its own
+        _LOG.exception("the store has failed by an error of its own; please report it")
+        return 1
     return 0
 
 
@@ -126,6 +131,7 @@ def _serve(options: argparse.Namespace) -> None:
                 shared=shared,
                 recover=is_recovered,
                 may_be_replaced=options.owner is None,
+                may_be_recovered=not options.scratch,
                 client_limit_bytes=options.client_limit or 0,
                 ticket_seconds=options.ticket_seconds,
                 floor_bytes=floor,
@@ -134,15 +140,15 @@ def _serve(options: argparse.Namespace) -> None:
             if options.prefault:
                 prefault(server.commit_all(), capacity, sys.stderr, _is_told_to_end)
             endpoint.write_note(segment.name.encode())
+            _wake_by_signals(server, stack)
             on_failure.pop_all()
-        stack.enter_context(segment)
+        stack.callback(_end_segment, segment, server)
 
         def end(*_: object) -> None:
             for number in _ENDING:  # once is enough, and the rest is not to be interrupted
                 signal.signal(number, signal.SIG_IGN)
             server.stop()
 
-        _wake_by_signals(server, stack)
         for number in _ENDING:
             signal.signal(number, end)
         if options.owner is None:
@@ -162,7 +168,7 @@ def _serve(options: argparse.Namespace) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         server.run()
         if server.is_handed_over:
-            segment.close()  # and so its name stays
+            segment.close()
             endpoint.hand_over()
             server.close()
 
@@ -202,6 +208,13 @@ def _wake_by_signals(server: Server, stack: ExitStack) -> None:
     server.watch(reader, empty)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     stack.callback(signal.set_wakeup_fd, -1)
+
+
+def _end_segment(segment: Segment, server: Server) -> None:
+    """Close a segment, and remove it unless it is left for another store."""
+    if not server.is_left:
+        segment.unlink()
+    segment.close()
 
 
 def _leave_to_successor(endpoint: Endpoint, name: SegmentName) -> None:

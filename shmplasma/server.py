@@ -26,7 +26,7 @@ from shmplasma import system
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.connections import Connection
 from shmplasma.effects import Descriptor
-from shmplasma.errors import CommitError, ExternalStoreError
+from shmplasma.errors import AttachError, CommitError, ExternalStoreError
 from shmplasma.exits import close_descriptor
 from shmplasma.id_locks import IdLocks
 from shmplasma.parts import Parts
@@ -111,6 +111,8 @@ class Server:
         Whether the segment is that of a store which has died, with objects in it.
     may_be_replaced : bool
         Whether another store of the same user may take over.
+    may_be_recovered : bool
+        Whether another store may be started that recovers the segment if this one fails.
     client_limit_bytes : int
         What a client may hold that has no limit of its own; 0 for no limit.
     ticket_seconds : float
@@ -124,6 +126,8 @@ class Server:
     ----------
     is_handed_over : bool
         Whether another store takes over: then segment and socket are its.
+    is_left : bool
+        Whether what is in segment and external store stays for another store: one takes over, or this one has failed.
 
     Raises
     ------
@@ -144,6 +148,7 @@ class Server:
         shared: bool = False,
         recover: bool = False,
         may_be_replaced: bool = True,
+        may_be_recovered: bool = True,
         client_limit_bytes: int = 0,
         ticket_seconds: float = TICKET_NS / 1e9,
         floor_bytes: int = FLOOR_BYTES,
@@ -151,7 +156,8 @@ class Server:
     ) -> None:
         self._segment = segment
         self._path = socket_path
-        self.is_handed_over = False
+        self._may_be_recovered = may_be_recovered
+        self.is_handed_over = self.is_left = False
         memory = _SegmentMemory(segment)
         parts = Parts(
             segment.layout,
@@ -231,7 +237,7 @@ class Server:
         self._interrupt()
 
     def _hand_over(self) -> None:
-        self.is_handed_over = self._stopping = True
+        self.is_handed_over = self.is_left = self._stopping = True
 
     def _interrupt(self) -> None:
         """End the loop's sleep; from anywhere."""
@@ -241,7 +247,11 @@ class Server:
             _LOG.debug("a wake-up is pending already, or cannot be sent: %s", error)
 
     def run(self) -> None:
-        """Serve until `stop`, then `close`; or until another store takes over, and leave that to the caller."""
+        """Serve until `stop`, then `close`; or until another store takes over, and leave that to the caller.
+
+        What ends it otherwise is raised, and everything is left as if the process had been killed: recovery is made for
+        what is half done, and nothing else is.  Only a file that somebody has truncated has nothing to recover.
+        """
         # Nothing here makes reference cycles by the message; the collector would only look for some.
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER)
@@ -258,6 +268,9 @@ class Server:
                     switchboard.process_backlog()
                 if not events or switchboard.awaited or self._spiller or not self._store.is_quiet:
                     self._finish_turn(idle=not events)
+        except BaseException as error:
+            self.is_left = self._may_be_recovered and not isinstance(error, AttachError)
+            raise
         finally:
             if self._spiller is not None:
                 self._end_spilling(self._spiller)
@@ -280,7 +293,7 @@ class Server:
 
     def _end_spilling(self, spiller: Spiller) -> None:
         try:
-            spiller.close(remove=not self.is_handed_over)
+            spiller.close(remove=not self.is_left)
         except ExternalStoreError as error:
             _LOG.warning("%s", error)
 
@@ -305,10 +318,10 @@ class Server:
             self._spill(self._spiller)
 
     def close(self) -> None:
-        """Close all connections; what their clients have is theirs still if another store takes over."""
-        if not self.is_handed_over and self._store.polls:
+        """Close all connections; what their clients have is theirs still if it is left for another store."""
+        if not self.is_left and self._store.polls:
             self._carry_out(self._store.stop_polling(time.time_ns()))
-        self._switchboard.close(keep=self.is_handed_over)
+        self._switchboard.close(keep=self.is_left)
         close_descriptor(self._wake_reader)
         close_descriptor(self._wake_writer)
         self._selector.close()

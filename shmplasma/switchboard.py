@@ -107,7 +107,7 @@ class Switchboard:
         self.reception = Reception(listener, selector, shared=shared, admit=self._admit)
 
     def close(self, *, keep: bool) -> None:
-        """End all connections; `keep` says that what their clients have stays theirs, as another store takes over."""
+        """End all connections; `keep` says that what their clients have stays theirs, for another store."""
         for client, connection in tuple(self._connections.items()):
             if keep:
                 connection.hang_up()

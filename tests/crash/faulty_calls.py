@@ -5,7 +5,8 @@ Each run starts a store, lets one call of it fail, puts a small load on it, ends
 * the store refuses to start: one clear line, exit code 1, nothing left behind; or
 * it serves: at most one client gets a clear exception, whoever connects afterwards is served completely, no buffer
   changes that somebody holds, the exit code is 0 and nothing is left; or
-* it ends because it cannot go on, with the memory or the sleep of its very loop refused: as when it refuses to start.
+* it ends because it cannot go on, with the memory or the sleep of its very loop refused: one clear line, exit code 1;
+  the next store on this socket serves, and leaves nothing.
 
 A traceback, a death by a signal, a hang or anything left behind is a failure of the store.  Only a name whose very
 removal fails may stay, and the lock file of a store that did not get to lock it; the next store on this socket has to
@@ -87,6 +88,7 @@ _PIECE_BYTES: Final = 400_000
 _PIECES: Final = 15
 """Half as much again as the store holds."""
 _HANGS: Final = "it hangs"
+_ENDED: Final = "ended with a message"
 _OF_PYTHON: Final = re.compile(
     r"^Exception ignored when trying to write to the signal wakeup fd:$.*?^OSError: .*?$",
     re.DOTALL | re.MULTILINE,
@@ -304,7 +306,7 @@ def _one(error: str, fault: Fault, directory: str) -> tuple[str, Call | None, in
         try:
             with _limit(store) as hung:
                 outcome = _work(store, path, hung)
-            _judge_what_is_left(store, path)
+            _judge_what_is_left(store, path, outcome)
         except _Wrong as wrong:
             _remove(_left(store, directory))
             call = str(store.met or "no call")
@@ -353,7 +355,7 @@ def _judge(met: Call | None, code: int, said: str, trouble: list[str]) -> str:
             if not is_ready:
                 return "refused to start"
             if met is not None and (met.name in MAY_END or not trouble):
-                return "ended with a message"
+                return _ENDED
     raise _Wrong(f"exit code {code}, clients saw {trouble}, and it says: {said}")
 
 
@@ -377,13 +379,14 @@ def _left(store: Traced, directory: str) -> list[str]:
     return left + [path for path in store.made if "/shmplasma-" in path and os.path.exists(path)]
 
 
-def _judge_what_is_left(store: Traced, path: str) -> None:
+def _judge_what_is_left(store: Traced, path: str, outcome: str) -> None:
     directory = os.path.dirname(path)
     left = _left(store, directory)
     if not left:
         return
     met = store.met
-    if met is None or not (met.path in left or left == [f"{path}.lock"]):
+    may_stay = met is not None and (met.path in left or left == [f"{path}.lock"])
+    if outcome != _ENDED and not may_stay:
         raise _Wrong(f"it leaves behind {left}")
     nothing = Fault(0, 0, lambda _: False)
     with Traced(_PREPARATION, _START, ["-m", str(CAPACITY), "-s", path], nothing) as successor:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from shmplasma import NotConnectedError, Store, connect
 from shmplasma.segment import Segment
 from shmplasma.server import Server
 from shmplasma.store import ObjectStore
+from tests.clients import new_id
+from tests.command import running, segment_in, until_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 A_CENTURY_NS = 100 * 365 * 86_400 * 10**9
+FAILING = """
+import sys
+from shmplasma import cli
+from shmplasma.requests import Evict
+from shmplasma.store import ObjectStore
+
+def fail(store, client, frame, now_ns):
+    if frame.kind == Evict.KIND:
+        raise {error}
+    return handle(store, client, frame, now_ns)
+
+handle, ObjectStore.handle = ObjectStore.handle, fail
+sys.exit(cli.main())
+"""
+"""A store with a bug: whoever asks it to evict something ends it."""
+
+
+@contextmanager
+def failing(error: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a store that fails by an error; give the process and what it said."""
+    program = [sys.executable, "-c", FAILING.format(error=error), *arguments]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, until_ready(process)
+        finally:
+            process.kill()
+
+
+def fail(path: str) -> None:
+    """Let such a store fail."""
+    with connect(path, num_retries=0) as client, pytest.raises(NotConnectedError):
+        client.evict(1)
 
 
 @pytest.mark.parametrize("due", ["next_due_ns", "deadline_ns"])
@@ -28,3 +73,79 @@ def test_sleeps_however_far_off_the_next_thing_to_do_is(
         server.stop()  # so that it wakes up at once
         assert server._sleep()
         server.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("KeyError('a bug')", "\nKeyError: 'a bug'\n"),
+        ("OSError('no such call')", "error: the system refused what the store cannot do without"),
+    ],
+)
+def test_a_store_that_fails_is_succeeded(tmp_path: Path, error: str, says: str) -> None:
+    """What ends the loop ends the store with 1 and is logged; its clients go on with the next store, and find all objects."""
+    path, external = str(tmp_path / "s"), tmp_path / "external"
+    arguments = ["-s", path, "-e", f"file://{external}"]
+    with failing(error, "-m", "8MB", *arguments) as (process, said):
+        client = connect(path)
+        contents = {client.put_raw_buffer(data): data for data in map(os.urandom, 40 * [400_000])}
+        unsealed = client.create(named := new_id(), 100)
+        held_id = client.put(np.arange(1000))
+        held = client.get(held_id)
+        fail(path)
+        assert process.wait() == 1
+        assert process.stderr is not None
+        log = process.stderr.read()
+    assert says in log
+    assert ("Traceback" in log) == ("a bug" in error)
+    assert "stays, for the next store" in log
+    with running(*arguments) as (_, said_then), client:
+        assert "recovered" in said_then
+        assert segment_in(said_then) == segment_in(said)
+        for object_id, data in contents.items():
+            assert bytes(client.get_buffers(object_id)) == data
+        np.frombuffer(memoryview(unsealed), np.uint8)[:] = 7
+        client.seal(named)
+        assert set(bytes(client.get_buffers(named))) == {7}
+        assert held.sum() == client.get(held_id).sum() == 499_500
+        del held, unsealed
+    assert not list(external.iterdir())
+
+
+def test_a_store_that_fails_once_its_file_was_truncated(tmp_path: Path) -> None:
+    """What nobody can recover is removed."""
+    path = str(tmp_path / "s")
+    error = "cli.AttachError('somebody has changed the size')"
+    with failing(error, "-m", "8MB", "-s", path) as (process, said):
+        fail(path)
+        assert process.wait() == 1
+        assert process.stderr is not None
+        assert process.stderr.read().endswith("error: somebody has changed the size\n")
+    assert not os.path.exists(f"/dev/shm{segment_in(said)}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("own_socket", [False, True])
+def test_an_embedded_store_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_socket: bool
+) -> None:
+    """It removes all that it has; where the user named the socket its owner removes the segment, as after a kill."""
+    popen = subprocess.Popen
+
+    def spawn(program: list[str], **options: object) -> subprocess.Popen[bytes]:
+        code = FAILING.format(error="KeyError('a bug')")
+        return popen([program[0], "-c", code, *program[3:]], **options)  # type: ignore[call-overload, no-any-return]  # as given
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(subprocess, "Popen", spawn)
+    external = tmp_path / "external"
+    path = str(tmp_path / "s") if own_socket else None
+    with Store("8MB", socket=path, external_store=f"file://{external}") as store:
+        with store.connect() as client:
+            for _ in range(40):
+                client.put_raw_buffer(bytes(400_000))
+        fail(store.store_socket_name)
+        assert store.process.wait() == 1
+        assert own_socket == bool(list(external.iterdir()))
+    assert [each.name for each in tmp_path.iterdir()] == ["external"]
