@@ -52,7 +52,7 @@ _WELCOME: Final = Struct("<16sI??")
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a client needs to attach."""
+    """What a client needs to attach; the path is a file name, and need be no UTF-8."""
 
     KIND: ClassVar[int] = 64
     token: bytes
@@ -64,14 +64,15 @@ class Welcome:
 
     def encode(self) -> bytes:
         """Return the body."""
-        text = f"{self.segment_kind}\0{self.segment_path}".encode()
+        text = f"{self.segment_kind}\0{self.segment_path}".encode(errors="surrogateescape")
         return _WELCOME.pack(self.token, self.board, self.fast_path, self.reclaimed) + text
 
     @classmethod
     def decode(cls, body: bytes) -> Welcome:
         """Return the message of a body."""
         token, board, fast_path, reclaimed = _WELCOME.unpack_from(body)
-        segment_kind, segment_path = body[_WELCOME.size :].decode().split("\0")
+        text = body[_WELCOME.size :].decode(errors="surrogateescape")
+        segment_kind, segment_path = text.split("\0")
         return cls(token, board, fast_path, reclaimed, segment_kind, segment_path)
 
 
@@ -148,7 +149,7 @@ class Failed:
             sizes = len(name), len(command)
             figures = holder.pid, holder.held_bytes, holder.age_seconds
             parts += [_HOLDER.pack(*figures, *sizes), name, command]
-        return b"".join(parts) + self.text.encode()
+        return b"".join(parts) + self.text.encode(errors="replace")  # it may name a file
 
     @classmethod
     def decode(cls, body: bytes) -> Failed:

@@ -100,6 +100,22 @@ def test_ends_on_a_signal(
     assert not os.listdir(Path(path).parent)
 
 
+@linux
+def test_a_directory_whose_name_is_no_text(tmp_path: Path, path: str) -> None:
+    """A file system takes any bytes for a name, and so does a store; a successor finds its segment there."""
+    directory = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(directory)
+    with killed("-m", "10MB", "-s", path, "-d", directory):
+        client = connect(path)
+        object_id = client.put("there")
+    with running("-s", path, "-d", directory) as (process, _), client:
+        assert client.get(object_id) == "there"
+        with connect(path) as late:
+            assert late.get(object_id) == "there"
+    assert process.returncode == 0
+    assert not os.listdir(directory)
+
+
 def test_a_second_signal_changes_nothing(path: str) -> None:
     """However many signals arrive, a store ends in order."""
     with running("-m", "10MB", "-s", path) as (process, said):

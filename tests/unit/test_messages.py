@@ -62,7 +62,9 @@ TEXTS = st.text(max_size=20)
 HOLDERS = st.lists(
     st.builds(Holder, TEXTS, U32, TEXTS, U64, st.floats(allow_nan=False)), max_size=5
 )
-PATHS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
+PATHS = st.one_of(st.text(max_size=20).map(str.encode), st.binary(max_size=20)).map(
+    lambda name: name.replace(b"\0", b"").decode(errors="surrogateescape")
+)
 
 
 def get_of(wait: bool, wanted: list[tuple[bytes, int]]) -> Get:
@@ -258,6 +260,12 @@ def test_each_way_to_be_malformed_is_noticed(message: type[Any], body: bytes) ->
     decode = decode_request if message in REQUESTS else decode_reply
     with pytest.raises(ProtocolError, match=f"a malformed {message.__name__}"):
         decode(Frame(message.KIND, 1, body))
+
+
+def test_a_refusal_may_name_any_file() -> None:
+    """What is no UTF-8 in its text is replaced: the text is for people."""
+    body = Failed(Failure.FULL, "make room in /d\udcff").encode()
+    assert Failed.decode(body).text == "make room in /d?"
 
 
 def test_a_get_of_65536_objects_fits() -> None:
