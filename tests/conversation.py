@@ -39,7 +39,7 @@ from shmplasma.replies import (
 )
 from shmplasma.reports import list_objects
 from shmplasma.requests import AnswerNow, Create, Get, Hello, Post, Request, Role
-from shmplasma.spilling import ExternalLimits
+from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.store import ObjectStore
 from shmplasma.transfers import Delete, Job, Read, Write
 
@@ -419,13 +419,15 @@ class Conversation:
             data = b""
             for part in job.parts:
                 places.append(len(data))
+                data += bytes(HEADER_BYTES)
                 size = part.data_size + part.metadata_size
                 data += bytes(self.raw[part.offset : part.offset + size])
                 data += bytes(-len(data) % ALIGNMENT)
             self.containers[job.number] = data
         elif isinstance(job, Read) and not self.failure:
             size = job.part.data_size + job.part.metadata_size
-            data = self.containers[job.number][job.place : job.place + size]
+            start = job.place + HEADER_BYTES
+            data = self.containers[job.number][start : start + size]
             self.raw[job.part.offset : job.part.offset + size] = data
         failure = "" if isinstance(job, Delete) else self.failure
         self.carry_out(self.store.job_done(job, places, failure))

@@ -55,6 +55,8 @@ class Workers(Mortal):
         self.jobs += self.take_jobs()
         while self.jobs and not self.is_busy:
             self.work()
+        if not self.is_busy and self.store.upkeep.has_urgent_work:  # what comes back awaits memory
+            self.turn()
 
     def work(self, at: int = 0, trouble: str = "") -> None:
         """Have one of the jobs done, or fail."""

@@ -371,7 +371,7 @@ def test_an_entry_that_is_used_anew_while_its_old_object_is_read(talk: Conversat
     peer.take(asked, Number)
     assert spilled(talk) == [2]
     get(talk, peer, [2])
-    talk.containers[job.number] = bytes(40_000)
+    talk.containers[job.number] = bytes(HEADER_BYTES + 40_000)
     talk.do(job)
     talk.settle_outside()
     get(talk, peer, [2])
