@@ -111,7 +111,7 @@ def _serve(options: argparse.Namespace) -> None:
             stack.callback(_remove_directory, os.path.dirname(options.socket))
         path = default_socket_path() if options.socket is None else options.socket
         if options.replace:
-            replace(path, lambda left: _check_left(left, options))
+            replace(path, lambda left: _check_left(left, options), _is_told_to_end)
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
         segment, is_recovered = _segment(endpoint, options)
         stack.callback(_leave_to_successor, endpoint, segment.name)

@@ -26,9 +26,17 @@ __all__ = ["replace"]
 
 _LOG: Final = logging.getLogger("shmplasma")
 _PATIENCE_SECONDS: Final = 10.0
+"""For an answer.  Once the old store has agreed to end nothing else can serve its clients, and it may take its time."""
+
+_LOOK_SECONDS: Final = 0.2
+"""How often to see whether we are to end ourselves."""
+
+_LOG_SECONDS: Final = 10.0
 
 
-def replace(path: str, check: Callable[[SegmentName], object]) -> None:
+def replace(
+    path: str, check: Callable[[SegmentName], object], is_ending: Callable[[], bool]
+) -> None:
     """Have the store that serves a socket end, and leave what it has to us; nothing if there is none.
 
     Parameters
@@ -37,11 +45,13 @@ def replace(path: str, check: Callable[[SegmentName], object]) -> None:
         Its socket.
     check : callable
         ``check(name)`` raises if its segment cannot be taken over; the store is left alone then.
+    is_ending : callable
+        Whether this store is to end, so that it waits no longer for the other one.
 
     Raises
     ------
     EndpointError
-        It refuses, or does not end.
+        It refuses, or has not ended when this store is to end.
     """
     try:
         exchange = Exchange.connect(path, 0, _PATIENCE_SECONDS)
@@ -58,7 +68,7 @@ def replace(path: str, check: Callable[[SegmentName], object]) -> None:
         if isinstance(reply, Failed):
             raise EndpointError(f"the store at {path} cannot be replaced: {reply.text}")
         assert isinstance(reply, Done)
-        _wait_for_the_end(exchange.detach(), path)
+        _wait_for_the_end(exchange.detach(), path, is_ending)
     except (OSError, ProtocolError) as error:
         if isinstance(error, EndpointError):
             raise
@@ -67,14 +77,24 @@ def replace(path: str, check: Callable[[SegmentName], object]) -> None:
         exchange.close()
 
 
-def _wait_for_the_end(sock: socket.socket, path: str) -> None:
+def _wait_for_the_end(sock: socket.socket, path: str, is_ending: Callable[[], bool]) -> None:
     """Wait until the process at the other end has closed its socket, which it does when it ends."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    sock.settimeout(_PATIENCE_SECONDS)
-    try:
-        while sock.recv(64):
-            sock.settimeout(max(0.1, deadline - time.monotonic()))
-    except TimeoutError:
-        raise EndpointError(f"the store at {path} does not end") from None
-    except ConnectionResetError:
-        return
+    began = said = time.monotonic()
+    sock.settimeout(_LOOK_SECONDS)
+    while not is_ending():
+        try:
+            if not sock.recv(64):
+                return
+        except TimeoutError:
+            now = time.monotonic()
+            if now - said >= _LOG_SECONDS:
+                said = now
+                _LOG.info(
+                    "the store at %s has agreed to end, and has not for %.0f s: it ends when what it "
+                    "writes to its external store is written",
+                    path,
+                    now - began,
+                )
+        except ConnectionResetError:
+            return
+    raise EndpointError(f"told to end before the store at {path} had ended, which it will")

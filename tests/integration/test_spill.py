@@ -6,16 +6,19 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 import shmplasma as plasma
+from shmplasma import ObjectID
 from shmplasma.segment_name import SegmentName
 from shmplasma.spiller import is_dead, note_of
 from tests.clients import new_id
-from tests.command import running
+from tests.command import running, until_ready
 from tests.processes import Child, until
 
 CAPACITY = 8_000_000
@@ -171,6 +174,85 @@ def test_files_of_a_dead_store_are_swept(path: str, tmp_path: Path) -> None:
     with running(*arguments(path, tmp_path, "--fresh")), plasma.connect(path) as client:
         assert not old.exists()
         assert client.contains(client.put("new", new_id()))
+
+
+SLOW = """
+    import sys
+    from shmplasma import cli, external
+
+    def slow(place, name, parts):
+        if name.rpartition("/")[2].isdecimal():
+            print("writing", file=sys.stderr, flush=True)
+            open(sys.argv[1]).close()
+        write(place, name, parts)
+
+    write, external._Directory.write = external._Directory.write, slow
+    sys.exit(cli.main(sys.argv[2:]))
+"""
+"""A store whose writes to the external store wait until somebody opens a fifo for writing."""
+TALKATIVE = """
+    import sys
+    from shmplasma import cli, succession
+
+    succession._LOG_SECONDS = 0
+    sys.exit(cli.main())
+"""
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    """Return the next line that a store says."""
+    assert process.stderr is not None
+    return process.stderr.readline()
+
+
+@contextmanager
+def waiting(path: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, ObjectID]]:
+    """Give a store that is to replace one whose writes do not end; what lets them end; and one of the objects."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def start(stack: ExitStack, code: str, *more: str) -> subprocess.Popen[str]:
+        program = [sys.executable, "-c", dedent(code), *more]
+        process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        return process
+
+    with ExitStack() as stack:
+        old = start(stack, SLOW, str(fifo), *arguments(path, tmp_path))
+        until_ready(old)
+        with plasma.connect(path) as client:
+            object_id, *_ = [client.put_raw_buffer(bytes(1_800_000)) for _ in range(4)]
+            assert "writing" in next_line(old)
+        new = start(stack, TALKATIVE, *arguments(path, tmp_path, "--replace"))
+        assert "has agreed to end, and has not for" in next_line(new)
+        yield new, fifo, object_id
+        assert old.wait() == 0
+
+
+def test_a_successor_waits_for_the_last_writes(path: str, tmp_path: Path) -> None:
+    """However long these take, clients find everything in the new store."""
+    with waiting(path, tmp_path) as (new, fifo, object_id), fifo.open("w"):
+        until_ready(new)
+        with plasma.connect(path) as client:
+            assert bytes(client.get_buffers(object_id)) == bytes(1_800_000)
+        new.terminate()
+        assert new.wait() == 0
+
+
+def test_a_successor_that_is_told_to_end(path: str, tmp_path: Path) -> None:
+    """It does not wait any longer for the old store, which ends, and leaves everything for another one."""
+    with waiting(path, tmp_path) as (new, fifo, object_id):
+        new.terminate()
+        assert new.wait() == 1
+        assert new.stderr is not None
+        assert "told to end before" in new.stderr.read()
+        with (
+            fifo.open("w"),
+            running(*arguments(path, tmp_path, "--replace")),
+            plasma.connect(path) as client,
+        ):
+            assert bytes(client.get_buffers(object_id)) == bytes(1_800_000)
 
 
 def test_what_proves_that_a_store_is_dead(tmp_path: Path) -> None:
