@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final, Protocol, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from zlib import crc32
 
 import xxhash
@@ -251,25 +251,37 @@ class _Arrow:
             return  # as it should be
 
 
+_REMEDY: Final = "write file:///directory, s3://bucket/prefix, or memory://"
+
 _memories: Final[dict[str, _Memory]] = {}
 
 
 def _place(uri: str) -> _Place:
-    scheme = urlsplit(uri).scheme
+    scheme = _parts(uri).scheme
     if scheme in ("memory", "hashtable"):
         return _memories.setdefault(uri.partition("://")[2], _Memory())
     try:
         system, root = fs.FileSystem.from_uri(uri)
     except (ArrowException, OSError, ValueError) as error:
         raise ExternalStoreError(
-            f"{_without_secrets(uri)!r} names no external store ({error}); write file:///directory, s3://bucket/prefix, or memory://"
+            f"{_without_secrets(uri)!r} names no external store ({error}); {_REMEDY}"
         ) from error
     return _Directory(root) if system.type_name == "local" else _Arrow(system, root)
 
 
+def _parts(uri: str) -> SplitResult:
+    try:
+        return urlsplit(uri)
+    except ValueError:
+        # Neither the error nor what cannot be taken apart is shown: a password may be in it.
+        raise ExternalStoreError(
+            f"the URI of the external store names none, as its host cannot be read; {_REMEDY}"
+        ) from None
+
+
 def _without_secrets(uri: str) -> str:
     """Return a URI without user, password and options, for messages."""
-    parts = urlsplit(uri)
+    parts = _parts(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 

@@ -153,10 +153,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: write a number from 0 to 1")
-    return share
+    with suppress(ValueError):
+        share = float(text)
+        if 0 <= share <= 1:
+            return share
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no share of the capacity; write a number from 0 to 1, as 0.8"
+    )
 
 
 def _size(text: str) -> int:

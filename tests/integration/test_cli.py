@@ -48,6 +48,10 @@ def exists(name: str) -> bool:
         (["-h"], "-d /mnt/hugepages -h"),
         (["-h", "-d", "/"], "-d /mnt/hugepages -h"),
         (["--spill-above", "2"], "a number from 0 to 1"),
+        (
+            ["--spill-above", "abc"],
+            "'abc' is no share of the capacity; write a number from 0 to 1, as 0.8",
+        ),
         (["--mode", "0777"], "write 0600"),
         (["--mode", "0200"], "write 0600"),
         (["--mode", "rw"], "write 0600"),

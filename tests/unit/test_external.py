@@ -71,12 +71,22 @@ def test_a_damaged_file(tmp_path: Path, position: int) -> None:
 
 
 def test_places_that_are_none(tmp_path: Path) -> None:
-    """What is no URI, or cannot be written to, is refused with what to write instead."""
+    """What is no URI, or cannot be written to, is refused with what to write instead, and no password is shown."""
     file = tmp_path / "file"
     file.write_text("not a directory")
-    for uri in ("nonsense", "s4://bucket", ""):
-        with pytest.raises(ExternalStoreError, match="write file:///directory, s3://bucket"):
+    for uri in (
+        "nonsense",
+        "s4://bucket",
+        "",
+        "s3://[bucket/prefix",
+        "s3://[me:secret@bucket]",
+        "s3://me:secret\u2100@bucket",
+    ):
+        with pytest.raises(
+            ExternalStoreError, match="write file:///directory, s3://bucket"
+        ) as caught:
             open_external(uri, TOKEN, b"mine")
+        assert "secret" not in str(caught.value)
     with pytest.raises(ExternalStoreError, match="cannot be written to"):
         open_external(f"file://{file}", TOKEN, b"mine")
 
