@@ -281,7 +281,7 @@ class Session:
             nonlocal pin
             del pin
             if frame.kind == Created.KIND:
-                self.post(Abort.KIND, object_id)
+                self.post_soon(Abort.KIND, object_id)
 
         end = None if wait_seconds is None else time.monotonic() + wait_seconds
         timeout_ns = -1 if wait_seconds is None else ceil(wait_seconds * 1e9)

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from textwrap import dedent
 from typing import Self
 
-__all__ = ["INTERRUPTER", "Child", "in_forked_child", "run_python", "until"]
+import psutil  # type: ignore[import-untyped]  # it ships no types
+
+__all__ = ["INTERRUPTER", "Child", "in_forked_child", "run_python", "until", "wait_until_asleep"]
 
 _POLL_SECONDS = 0.002
 _MEASURING = "COVERAGE_PROCESS_CONFIG"
@@ -66,6 +68,12 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30) -> No
     while not condition():
         assert time.monotonic() < deadline, f"it never came true that {what}"
         time.sleep(_POLL_SECONDS)
+
+
+def wait_until_asleep(process: psutil.Process | int) -> None:
+    """Wait until a process waits for something."""
+    of = psutil.Process(process) if isinstance(process, int) else process
+    until(lambda: of.status() == psutil.STATUS_SLEEPING, "the process waits")
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
 import shmplasma as plasma
@@ -53,7 +52,7 @@ from shmplasma.segment_name import SegmentName
 from shmplasma.transport import Channel
 from tests.attacker import Attacker
 from tests.clients import MISSING, figure, new_id
-from tests.processes import Child, in_forked_child, run_python, until
+from tests.processes import Child, in_forked_child, run_python, until, wait_until_asleep
 
 GIGANTIC = [1 << 32, 1 << 48, 1 << 62, (1 << 63) - 64, (1 << 63) - 1]
 
@@ -88,12 +87,6 @@ def running(task: Callable[[], object]) -> Iterator[threading.Thread]:
 def collect(results: list[Any], task: Callable[[], object]) -> None:
     """Add what a task returns to a list."""
     results.append(task())
-
-
-def wait_until_asleep(process: psutil.Process | int) -> None:
-    """Wait until a process waits for something."""
-    of = psutil.Process(process) if isinstance(process, int) else process
-    until(lambda: of.status() == psutil.STATUS_SLEEPING, "the process waits")
 
 
 def attack(store: plasma.Store, task: Callable[[Attacker], object]) -> None:
