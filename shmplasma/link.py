@@ -28,6 +28,7 @@ link for good: what this client had is gone, and it must be told so.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,7 +46,10 @@ from shmplasma.replies import Done, Reply, Welcome
 from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Post, Request, Role, SetOptions
 from shmplasma.transport import Channel
 
-__all__ = ["HOLDS_A_REQUEST", "Link"]
+__all__ = ["GIVE_UP_SECONDS", "HOLDS_A_REQUEST", "Link"]
+
+GIVE_UP_SECONDS: Final = 0.1
+"""How long a request that was interrupted waits for its last answer, which usually takes 0.1 ms."""
 
 HOLDS_A_REQUEST: Final = 1 << 16
 
@@ -138,7 +142,7 @@ class Link:
         expected : type
             The reply if it is granted.
         dispose : callable, optional
-            Gets the reply if waiting for it is interrupted.
+            Gets the reply if waiting for it is interrupted; that waits a little longer for it then.
         again : callable, optional
             Returns what is to be sent to another store, if that is not the same.
         may_wait : bool, optional
@@ -155,7 +159,7 @@ class Link:
             channel = self.channel
             kind, body = request.KIND, request.encode()
             try:
-                reply = _exchange(channel, kind, body, dispose or _no_disposal, may_wait=may_wait)
+                reply = _exchange(channel, kind, body, dispose, may_wait=may_wait)
             except ConnectionError as error:
                 self.reconnect(channel, error)
                 if again is not None:
@@ -241,7 +245,7 @@ class Link:
         """Drop what was not sealed and end all requests; a store that is not there is not waited for."""
         channel = self.channel
         with suppress(ConnectionError):
-            _exchange(channel, Detach.KIND, b"", _no_disposal)
+            _exchange(channel, Detach.KIND, b"")
         channel.retire()
 
     def abandon(self) -> None:
@@ -333,11 +337,11 @@ def _exchange(
     channel: Channel,
     kind: int,
     body: bytes,
-    dispose: Callable[[Frame], None],
+    dispose: Callable[[Frame], None] | None = None,
     *,
     may_wait: bool = False,
 ) -> Frame:
-    """Send a request and wait; if that is interrupted, let `dispose` have the reply."""
+    """Send a request and wait; if that is interrupted, let `dispose` have the reply, soon if possible."""
     request_id = channel.new_request()
     try:
         channel.request(kind, request_id, body)
@@ -345,11 +349,21 @@ def _exchange(
     except ConnectionError:
         raise
     except BaseException:
-        channel.give_up(request_id, dispose)
-        if may_wait:
-            with suppress(ConnectionError):  # the interrupt is what the caller is to see
+        disposed: list[None] = []
+
+        def give(reply: Frame) -> None:
+            if dispose is not None:
+                dispose(reply)
+            disposed.append(None)
+
+        channel.give_up(request_id, give)
+        with suppress(ConnectionError):  # the interrupt is what the caller is to see
+            if may_wait:
                 channel.send(AnswerNow.KIND, AnswerNow(request_id).encode())
+            if dispose is not None:
+                channel.read_until(time.monotonic() + GIVE_UP_SECONDS, lambda: bool(disposed))
         raise
+    channel.drop(request_id)
     assert reply is not None
     return reply
 
@@ -364,7 +378,3 @@ def _not_reclaimed(token: bytes, own: bytes) -> str:
     if token == own:
         return "the store has dropped this client, and its log says why; connect again"
     return "the store was started anew, without the objects that were in it; connect again"
-
-
-def _no_disposal(_: Frame) -> None:
-    """Drop a reply that nobody waits for and that holds nothing."""

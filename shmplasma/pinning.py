@@ -201,6 +201,11 @@ class Pin:
         """The slot's number in the segment, by which the store knows it."""
         return self.board.first_slot + self.word
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the slot pins something."""
+        return self.board.words[self.word] != 0
+
     def clear(self) -> None:
         """Let go of whatever the slot pins, and keep the slot."""
         self.board.words[self.word] = 0

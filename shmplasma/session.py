@@ -51,7 +51,7 @@ from shmplasma.layout import (
     align_up,
 )
 from shmplasma.leasing import LeaseWriter
-from shmplasma.link import Link
+from shmplasma.link import GIVE_UP_SECONDS, Link
 from shmplasma.lock_file import LockFile
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
@@ -85,9 +85,6 @@ from shmplasma.transport import Channel
 from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 
 __all__ = ["Session"]
-
-_GIVE_UP_SECONDS: Final = 0.1
-"""How long a get that was interrupted waits for its last answer, which usually takes 0.1 ms."""
 
 _NEVER: Final = memoryview(bytes(8)).cast("Q")
 
@@ -261,10 +258,12 @@ class Session:
         *,
         keep: bool,
         wait_seconds: float | None,
+        fill: Callable[[npt.NDArray[np.uint8]], None],
     ) -> npt.NDArray[np.uint8]:
-        """Make an object and return its data followed by its metadata, to be filled.
+        """Make an object, have `fill` do something with its data followed by its metadata, and return those.
 
-        It waits for room as long as `wait_seconds` says; None for ever.
+        It waits for room as long as `wait_seconds` says; None for ever.  If it raises, `fill` included, the object is aborted,
+        unless it is sealed by then.
 
         Returns
         -------
@@ -275,36 +274,41 @@ class Session:
         ------
         PlasmaObjectExists, PlasmaStoreFull, NotConnectedError
         """
-        (pin,) = self._boards.take(1)
+        pins = self._boards.take(1)
+        aborted = False
 
         def undo(frame: Frame) -> None:
-            nonlocal pin
-            del pin
-            if frame.kind == Created.KIND:
+            if frame.kind == Created.KIND and not aborted:
                 self.post_soon(Abort.KIND, object_id)
+            pins.clear()
 
         end = None if wait_seconds is None else time.monotonic() + wait_seconds
         timeout_ns = -1 if wait_seconds is None else ceil(wait_seconds * 1e9)
-        request = Create(object_id, data_size, metadata_size, codec, pin.slot, keep, timeout_ns)
+        request = Create(object_id, data_size, metadata_size, codec, pins[0].slot, keep, timeout_ns)
 
         def again() -> Create:
-            pin.clear()
+            pins[0].clear()
             if end is None:
                 return request
             return request._replace(timeout_ns=ceil(max(0.0, end - time.monotonic()) * 1e9))
 
         may_wait = timeout_ns != 0
-        offset = self._link.call(request, Created, undo, again, may_wait=may_wait).offset
-        size = data_size + metadata_size
-        if size >= POPULATE_BYTES:
-            try:
+        try:
+            offset = self._link.call(request, Created, undo, again, may_wait=may_wait).offset
+            size = data_size + metadata_size
+            if size >= POPULATE_BYTES:
                 self._pages.populate(offset, size)
-            except OSError:
-                self.post(Abort.KIND, object_id)
-                raise
-        start = offset - self.layout.data
-        writable = Writable((size,), np.uint8, self.attachment.write_map, start)
-        writable.pin = pin
+            start = offset - self.layout.data
+            writable = Writable((size,), np.uint8, self.attachment.write_map, start)
+            writable.pin = pins[0]
+            fill(writable)
+        except BaseException:
+            # The store has pinned what it has granted, heard of or not, and writes to the slot no more.
+            if any(pin.is_set for pin in pins):
+                aborted = True
+                self.post_soon(Abort.KIND, object_id)
+                pins.clear()
+            raise
         return writable
 
     def get(
@@ -378,8 +382,9 @@ class Session:
                 lent = pins.copy()
                 channel.give_up(request_id, lambda _: lent.clear())
                 channel.send(AnswerNow.KIND, answer_now)
-                channel.read_until(time.monotonic() + _GIVE_UP_SECONDS, lambda: not lent)
+                channel.read_until(time.monotonic() + GIVE_UP_SECONDS, lambda: not lent)
             raise
+        channel.drop(request_id)
         assert reply is not None
         return reply
 

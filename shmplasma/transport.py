@@ -167,7 +167,7 @@ class Channel:
     # -- receiving -----------------------------------------------------------------------------
 
     def wait(self, request_id: int, deadline: float | None) -> Frame | None:
-        """Wait for the reply to a request.
+        """Wait for the reply to a request; it is kept until `drop`, so that an interrupt does not lose it.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class Channel:
         self._waiters[request_id] = waiter
         try:
             while True:
-                reply = self._replies.pop(request_id, None)
+                reply = self._replies.get(request_id)
                 if reply is not None:
                     return reply
                 leading, reply = self._try_lead(request_id, deadline)
@@ -199,7 +199,7 @@ class Channel:
                 try:
                     waiter.get(timeout=left)
                 except Empty:
-                    return self._replies.pop(request_id, None)
+                    return self._replies.get(request_id)
         finally:
             del self._waiters[request_id]
             # It may have been woken to take the lead, and be leaving instead.
@@ -218,6 +218,10 @@ class Channel:
             if acquired and acquired[0]:
                 self._reading.release()
                 self._pass_on()
+
+    def drop(self, request_id: int) -> None:
+        """Forget the reply to a request, which whoever has waited for it has."""
+        self._replies.pop(request_id, None)
 
     def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
         """Let `dispose` have the reply of a request for which nobody waits any more, when it comes."""
@@ -263,7 +267,7 @@ class Channel:
         """Read for all until the reply is there."""
         while True:
             self._deliver()
-            reply = self._replies.pop(request_id, None)
+            reply = self._replies.get(request_id)
             if reply is not None:
                 return reply
             if self._error:

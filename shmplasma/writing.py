@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import index
 from typing import Any, Final, Self, SupportsIndex
@@ -16,7 +15,7 @@ from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import BytesPayload, Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.objects import ObjectID, fresh_id
-from shmplasma.posted import PUBLISH, Abort, Publish, Seal
+from shmplasma.posted import PUBLISH, Publish, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
@@ -348,19 +347,22 @@ class Writing(Connected):
                 return target_id
         if object_id is None:  # the store is asked, and need not look for this one in outboxes
             target_id = ObjectID.from_random()
-        size = payload.size_bytes
-        target = self._create(
+
+        def complete(target: npt.NDArray[np.uint8]) -> None:
+            payload.write(target, threads)
+            session.post(_SEAL, target_id.id_bytes)
+
+        self._create(
             session,
             target_id,
-            size,
+            payload.size_bytes,
             metadata,
             codec,
             timeout_ms=timeout_ms,
             keep=keep,
             may_claim=False,  # there was no room on lease
+            complete=complete,
         )
-        with self._completing(session, target_id):
-            payload.write(target, threads)
         return target_id
 
     def flush(self) -> None:
@@ -417,8 +419,9 @@ class Writing(Connected):
         timeout_ms: float | None,
         keep: bool,
         may_claim: bool = True,
+        complete: Callable[[npt.NDArray[np.uint8]], None] | None = None,
     ) -> npt.NDArray[np.uint8]:
-        """Create an object, fill in its metadata, and return its data."""
+        """Create an object, fill in its metadata, have `complete` fill and seal it if it is to, and return its data."""
         _checked_metadata(metadata)
         size = index(data_size)
         if size < 0:
@@ -427,30 +430,25 @@ class Writing(Connected):
             raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
         id_bytes = checked(object_id).id_bytes
         seconds = None if timeout_ms is None else wait_seconds(timeout_ms)
+
+        def fill(target: npt.NDArray[np.uint8]) -> None:
+            if metadata:
+                target[size:] = np.frombuffer(metadata, np.uint8)
+            if complete is None:
+                self._unsealed.add(id_bytes)
+            else:
+                complete(target[:size])
+
         target = None
         if may_claim and session.claims is not None and not keep:
             target = session.claims.create(object_id, size, len(metadata), codec)
         if target is None:
             target = session.create(
-                id_bytes, size, len(metadata), codec, keep=keep, wait_seconds=seconds
+                id_bytes, size, len(metadata), codec, keep=keep, wait_seconds=seconds, fill=fill
             )
-        self._unsealed.add(id_bytes)
-        if not metadata:
-            return target
-        target[size:] = np.frombuffer(metadata, np.uint8)
+        else:
+            fill(target)
         return target[:size]
-
-    @contextmanager
-    def _completing(self, session: Session, object_id: ObjectID) -> Iterator[None]:
-        """Seal the object if the block succeeds, and leave nothing of it if not."""
-        try:
-            yield
-        except BaseException:
-            self._unsealed.discard(object_id.id_bytes)
-            session.post(Abort.KIND, object_id.id_bytes)
-            raise
-        self._unsealed.discard(object_id.id_bytes)
-        session.post(_SEAL, object_id.id_bytes)
 
 
 def _checked_metadata(metadata: bytes | bytearray) -> bytes | bytearray:

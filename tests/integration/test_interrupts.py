@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+from textwrap import dedent
 
 import pytest
 
-from tests.processes import Child, wait_until_asleep
+from shmplasma import Store
+from tests.processes import INTERRUPTER, Child, wait_until_asleep
 
 UNDONE = """
     import os, select, signal, sys
@@ -71,4 +73,39 @@ def test_a_creation_is_undone_later(how: str) -> None:
         wait_until_asleep(child.process.pid)
         child.process.send_signal(signal.SIGINT)
         assert child.hear() == "goes on"
+        assert child.end() == 0
+
+
+LARGE_PUTS = """
+    import gc
+    import shmplasma as plasma
+    from shmplasma import link, session, transport, writing
+
+    parts = link, session, transport, writing
+    value = bytes(17 << 20)  # more than is put on lease
+    with plasma.connect(sys.argv[1]) as client:
+        client.put(value, plasma.ObjectID(20 * b"f"))
+        client.delete([plasma.ObjectID(20 * b"f")])
+        count, sealed, key = 0, 0, plasma.ObjectID(20 * b"k")
+        interrupted = True
+        while interrupted:
+            count += 1
+            interrupted = is_interrupted(count, parts, client.put, value, key)
+            client.flush()  # which takes in what an interrupted request has left
+            states = [each["state"] for each in client.list().values()]
+            assert states in ([], ["sealed"]), (count, states)
+            sealed += len(states)
+            client.delete([key])
+        print(count, sealed, flush=True)
+        gc.collect()
+        assert "pinned objects: 0\\n" in client.debug_string()
+"""
+
+
+def test_interrupts_at_each_point_of_a_large_put(store: Store) -> None:
+    """Wherever Ctrl-C meets a put that goes by the store, its object is sealed or gone, and nothing is pinned."""
+    with Child(INTERRUPTER + dedent(LARGE_PUTS), store.store_socket_name) as child:
+        count, sealed = map(int, child.hear().split())
+        assert count > 50
+        assert sealed < count / 2
         assert child.end() == 0
