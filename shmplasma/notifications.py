@@ -88,6 +88,7 @@ class Subscription:
     def __init__(self, path: str, name: str, patience_seconds: float) -> None:
         exchange, welcome = greet(path, 0, Role.SUBSCRIBER, name)
         self.sock: socket.socket = exchange.detach()
+        self._received: list[bytes] = []
         self._path = path
         self._name = name
         self._patience_seconds = patience_seconds
@@ -109,18 +110,24 @@ class Subscription:
         """
         while True:
             try:
-                length = int.from_bytes(self._read(LENGTH_BYTES), "little")
-                ids, data_sizes, metadata_sizes = decode(self._read(length))
+                length = int.from_bytes(self._read(LENGTH_BYTES)[:LENGTH_BYTES], "little")
+                message = self._read(LENGTH_BYTES + length)
             except ConnectionResetError:
                 self.renew()
-            else:
-                return ids[0], data_sizes[0], metadata_sizes[0]
+                continue
+            ids, data_sizes, metadata_sizes = decode(message[LENGTH_BYTES:])
+            self._received = []
+            return ids[0], data_sizes[0], metadata_sizes[0]
 
     def _read(self, size_bytes: int) -> bytes:
-        data = self.sock.recv(size_bytes, socket.MSG_WAITALL)
-        if len(data) < size_bytes:
-            raise ConnectionResetError("the store closed the connection")
-        return data
+        """Return the first bytes of the message, those that an interrupted call has received included."""
+        received = self._received
+        while (missing := size_bytes - sum(map(len, received))) > 0:
+            # A C loop, so that no interrupt comes before they are kept (see `shmplasma.transport`).
+            received.extend(map(self.sock.recv, (missing,), (socket.MSG_WAITALL,)))
+            if not received[-1]:
+                raise ConnectionResetError("the store closed the connection")
+        return b"".join(received)
 
     def renew(self) -> None:
         """Go on, after the end of the connection, with the store that comes back if this one has died.
@@ -148,7 +155,7 @@ class Subscription:
             sock.close()
             raise NotConnectedError(_UNREAD if lives else _ENDED)
         self.sock.close()
-        self.sock, self._store = sock, store
+        self.sock, self._store, self._received = sock, store, []
         warnings.warn(_GAP, RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:

@@ -109,3 +109,34 @@ def test_interrupts_at_each_point_of_a_large_put(store: Store) -> None:
         assert count > 50
         assert sealed < count / 2
         assert child.end() == 0
+
+
+NOTIFIED = """
+    import shmplasma as plasma
+    from shmplasma import notifications
+
+    with plasma.connect(sys.argv[1]) as client:
+        client.subscribe()
+        ids = [client.put_raw_buffer(b"x" * size) for size in range(60)]
+        client.flush()
+        told = []
+
+        def hear():
+            told.append(client.get_next_notification())
+
+        count = 1
+        while is_interrupted(count, (notifications,), hear):
+            count += 1
+        while told[-1][0] != ids[-1]:
+            hear()
+        assert count > 10
+        # What was taken from a message as a whole goes with the call that was interrupted after it.
+        assert len(told) >= 55, told
+        assert all(size == ids.index(key) for key, size, _ in told), told
+"""
+
+
+def test_interrupts_at_each_point_of_a_notification(store: Store) -> None:
+    """Wherever Ctrl-C meets a subscriber, what it hears next is a notification that begins where one does."""
+    with Child(INTERRUPTER + dedent(NOTIFIED), store.store_socket_name) as child:
+        assert child.end() == 0
