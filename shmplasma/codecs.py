@@ -272,8 +272,7 @@ _Layout: TypeAlias = "tuple[tuple[int, ...], np.dtype[Any], int, Literal['C', 'F
 """Shape, dtype, offset of the data, order."""
 _LAYOUTS: Final[dict[bytes, _Layout]] = {}
 """What headers say, by the whole header: to parse one takes longer than all the rest of decoding."""
-_MAX_LAYOUTS: Final = 4096
-"""Shapes may differ without end."""
+_MAX_LAYOUTS: Final = 4096  # shapes may differ without end
 
 
 def ndarray_head(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = False) -> bytes:
@@ -355,9 +354,10 @@ def _read_head(buffer: pa.Buffer) -> _Layout:
         raise ValueError(f"an array in the store cannot have the dtype {dtype!r}")
     order: Literal["C", "F"] = "F" if fortran else "C"
     layout = _SHAPES[ndim].unpack_from(head, _HEAD.size), dtype, start, order
-    if len(_LAYOUTS) >= _MAX_LAYOUTS:
-        _LAYOUTS.clear()
-    _LAYOUTS[head] = layout
+    if dtype.names is None:  # fields can be renamed in place, by whoever got the array
+        if len(_LAYOUTS) >= _MAX_LAYOUTS:
+            _LAYOUTS.clear()
+        _LAYOUTS[head] = layout
     return layout
 
 

@@ -869,6 +869,14 @@ def test_known_headers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(codecs._LAYOUTS) <= 5
 
 
+def test_fields_that_are_renamed() -> None:
+    """Who renames the fields of an array that was got changes no other one."""
+    buffer, codec = stored(np.zeros(3, [("a", "i4"), ("b", "f8")]))
+    renamed, other = deserialize(buffer, codec), deserialize(buffer, codec)
+    renamed.dtype.names = ("p", "q")
+    assert other.dtype.names == deserialize(buffer, codec).dtype.names == ("a", "b")
+
+
 def test_unknown_codecs() -> None:
     """An object of a later release is refused, not guessed at."""
     with pytest.raises(DeserializationError, match=r"unknown codec 4000.*another release"):
