@@ -35,6 +35,7 @@ warning says so.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 import weakref
 from typing import Final
@@ -55,7 +56,8 @@ from shmplasma.requests import Grow, Role
 __all__ = ["register"]
 
 _lifelines: Final[weakref.WeakSet[Lifeline]] = weakref.WeakSet()
-_prepared: Final[dict[Lifeline, Inheritance]] = {}
+_prepared: Final[dict[tuple[int, Lifeline], Inheritance]] = {}
+"""By the thread that forks, as several may at a time, each into a child of its own."""
 
 
 def register(lifeline: Lifeline) -> None:
@@ -123,7 +125,8 @@ def _before_fork() -> None:
         if not any(len(board.free) < BOARD_WORDS - FIRST_SLOT for board in boards):
             continue
         try:
-            _prepared[lifeline] = Inheritance(lifeline, [bytes(board.words) for board in boards])
+            contents = [bytes(board.words) for board in boards]
+            _prepared[threading.get_ident(), lifeline] = Inheritance(lifeline, contents)
         except (ShmPlasmaError, ProtocolError, OSError) as error:
             header = lifeline.attachment.words[: HEADER_BYTES // 8]
             if Layout.scratch(header) or not may_come_back(lifeline.path):
@@ -136,17 +139,22 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    while _prepared:
-        _prepared.popitem()[1].close()
+    own = threading.get_ident()
+    for thread, lifeline in tuple(_prepared):
+        if thread == own:
+            _prepared.pop((thread, lifeline)).close()
 
 
 def _after_fork_in_child() -> None:
+    own = threading.get_ident()
     for lifeline in list(_lifelines):
-        inherited = _prepared.pop(lifeline, None)
+        inherited = _prepared.pop((own, lifeline), None)
         before = {board: board.first_slot for board in lifeline.boards}
         lifeline.isolate()
         if inherited is not None:
             _settle(lifeline, inherited, before)
+    while _prepared:  # what other threads of the parent have prepared for theirs
+        _prepared.popitem()[1].close()
 
 
 def _settle(lifeline: Lifeline, inherited: Inheritance, before: dict[PinBoard, int]) -> None:

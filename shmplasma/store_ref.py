@@ -391,10 +391,11 @@ class _Registry:
     def __init__(self) -> None:
         self.homes: weakref.WeakValueDictionary[str, Home] = weakref.WeakValueDictionary()
         self.lock = threading.Lock()
-        self.lent: list[tuple[Home, int]] = []
+        self.lent: dict[int, list[tuple[Home, int]]] = {}  # by the thread that forks
 
     def before_fork(self) -> None:
         """Lend a child what this process holds."""
+        lent = self.lent[threading.get_ident()] = []
         for home in list(self.homes.values()):
             try:
                 ticket = home.bequeath()
@@ -402,16 +403,17 @@ class _Registry:
                 _warn(error)
                 continue
             if ticket:
-                self.lent.append((home, ticket))
+                lent.append((home, ticket))
 
     def after_fork_in_parent(self) -> None:
         """Forget what was lent."""
-        self.lent.clear()
+        self.lent.pop(threading.get_ident(), None)
 
     def after_fork_in_child(self) -> None:
         """Hold what was lent."""
         self.lock = threading.Lock()
-        lent, self.lent = self.lent, []
+        lent = self.lent.pop(threading.get_ident(), [])
+        self.lent.clear()  # what other threads of the parent have lent to their children
         for home, ticket in lent:
             try:
                 home.inherit(ticket)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shmplasma import ObjectID, ObjectNotAvailable, PlasmaClient, PlasmaStoreFull, Store, connect
-from tests.processes import Child, in_forked_child, until
+from tests.processes import Child, in_forked_child, run_python, until
 
 PARENT = """
     import os, sys
@@ -149,6 +149,41 @@ def test_a_parent_that_is_killed(store: Store, client: PlasmaClient) -> None:
         assert child.hear() == "True"
         until(lambda: pinned(client) == 0, "the child has let go")
         child.say()
+
+
+TWO_THREADS = """
+    import os, sys, threading, warnings
+    import numpy as np
+    import shmplasma as plasma
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+    client = plasma.connect(sys.argv[1])
+    held = client.get_buffers(client.put_raw_buffer(b"held"))
+    ref = client.put_ref(np.arange(1000))
+    lifeline, home = client._session._lifeline, client._home
+    codes = []
+
+    def fork_again_and_again():
+        for _ in range(20):
+            pid = os.fork()
+            if not pid:
+                pins = any(any(board.words[1:]) for board in lifeline.boards)
+                connected = lifeline._wake_fd >= 0 and home._session is not None
+                os._exit(not (pins and connected))
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    threads = [threading.Thread(target=fork_again_and_again) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == 40 * [0], codes
+"""
+
+
+def test_threads_that_fork_at_once(store: Store) -> None:
+    """The children of each have what they inherit pinned, and hold its references."""
+    run_python(TWO_THREADS, store.store_socket_name)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
