@@ -36,7 +36,7 @@ from pyarrow import flight
 
 from shmplasma.arrow_errors import PlasmaObjectExists, PlasmaObjectNotFound, PlasmaStoreFull
 from shmplasma.codecs import copy_into
-from shmplasma.layout import ID_BYTES
+from shmplasma.layout import ID_BYTES, REFERENCED
 from shmplasma.objects import ObjectID
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Head(NamedTuple):
             raise ValueError("an encoded object travels as one column of binaries")
         size = int(said[_DATA_SIZE]) if _DATA_SIZE in said else None
         codec = int(said[_CODEC])
-        if not 0 <= codec < 1 << 32 or (size is not None and size < 0):
+        if not 0 <= codec < REFERENCED or (size is not None and size < 0):
             raise ValueError(f"no object has the codec {codec} and the size {size}")
         return cls(codec, said.get(_METADATA, b""), size)
 

@@ -17,6 +17,7 @@ from shmplasma.arrow_errors import PlasmaObjectNotFound
 from shmplasma.codecs import copy_into
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.hashing import object_hash
+from shmplasma.layout import REFERENCED
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import Located
 from shmplasma.replies import Number
@@ -166,7 +167,8 @@ class Reading(Connected):
         (got,) = self._locate(session, (object_id,), timeout_ms)
         if got is None:
             return None
-        return Encoded(session.data(got), session.metadata(got), got[3])
+        # That references own it is no affair of a copy.
+        return Encoded(session.data(got), session.metadata(got), got[3] & ~REFERENCED)
 
     def get(
         self,

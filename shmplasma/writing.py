@@ -14,6 +14,7 @@ import pyarrow as pa
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import BytesPayload, Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
+from shmplasma.layout import REFERENCED
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import PUBLISH, Publish, Seal
 from shmplasma.replies import Done
@@ -117,8 +118,12 @@ class Writing(Connected):
     ) -> pa.Buffer:
         """Make a new object to be filled with what `get_encoded` has returned, elsewhere perhaps.
 
-        Otherwise as `create`.  Whether the bytes are what the codec says is found out by who gets the object.
+        Otherwise as `create`, but for a ValueError too where no object has such a codec.  Whether the bytes are what
+        the codec says is found out by who gets the object.
         """
+        codec = index(codec)
+        if not 0 <= codec < REFERENCED:
+            raise ValueError(f"no object has the codec {codec}; pass on that of get_encoded")
         session = self._live()
         room = self._create(
             session, object_id, data_size, metadata, codec, timeout_ms=timeout_ms, keep=keep

@@ -151,6 +151,21 @@ def test_every_kind_of_object_is_fetched_and_sent(
     assert data.equals(far.get_buffers(there))
 
 
+def test_a_copy_of_what_references_own(client: PlasmaClient, far: PlasmaClient) -> None:
+    """It is an object as any other, that no reference owns, and is offered as Arrow data."""
+    table: Any = pa.table({"x": [1, 2, 3]})
+    with client.put_ref(table) as ref, serving(far) as (_, flights):
+        send(client, flights, ref.object_id)
+        assert flights.get_flight_info(command(ref.object_id)).schema.equals(table.schema)
+        encoded = far.get_encoded(ref.object_id)
+        assert encoded is not None
+        assert encoded.codec == Codec.TABLE
+        del encoded
+        assert far.evict(1) > 0, "nobody keeps it there"
+    with pytest.raises(ValueError, match="no object has the codec"):
+        client.create_encoded(new_id(), 10, b"", 1 << 31)
+
+
 def test_raw_objects_bring_their_metadata(client: PlasmaClient, far: PlasmaClient) -> None:
     """Bytes that a user wrote arrive with their metadata, also when there are none."""
     with serving(far) as (_, flights):
@@ -340,6 +355,7 @@ def test_bytes_are_put(client: PlasmaClient, size: int | None) -> None:
         (Head(0, b"", 3), [None], "null"),
         (Head(0, b"", -3), [], "size -3"),
         (Head(1 << 32, b"", 3), [], "codec 4294967296"),
+        (Head(1 << 31, b"", 3), [], "codec 2147483648"),
     ],
 )
 def test_half_an_object_is_none(
