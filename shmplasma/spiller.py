@@ -5,6 +5,8 @@ This module imports Arrow, hence the server imports it only when there is an ext
 
 from __future__ import annotations
 
+import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,7 @@ __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
 _THREADS: Final = 4
 _SEPARATOR: Final = b"\n"
+_PROCESS: Final = re.compile(rb"[0-9]+ [0-9]+")
 
 Done = tuple[Job, list[int], str]
 """A job that has ended, what it has returned, and, where it has failed, why."""
@@ -39,8 +42,11 @@ def open_spiller(uri: str, token: bytes, name: SegmentName, limits: ExternalLimi
 
 
 def note_of(name: SegmentName) -> bytes:
-    """Return what a store leaves beside its containers, for `is_dead`: boot, directory and name of its segment."""
-    return _SEPARATOR.join([system.boot_id().encode(), name.where().encode(), name.encode()])
+    """Return what a store leaves beside its containers, for `is_dead`: boot, process, directory and name of its segment."""
+    pid = os.getpid()
+    process = b"%d %d" % (pid, system.start_time(pid) or 0)
+    parts = system.boot_id().encode(), process, name.where().encode(), name.encode()
+    return _SEPARATOR.join(parts)
 
 
 def is_dead(note: bytes, *, on_own_disk: bool) -> bool:
@@ -59,20 +65,22 @@ def is_dead(note: bytes, *, on_own_disk: bool) -> bool:
     host name, and have segments that cannot be seen from here.  There are two proofs:
 
     * It is of this boot, its segment's directory is the very one (device and inode) that has this name
-      here, and the segment is not in it.  As long as that store lives, it maps a file of that file system, which therefore
-      exists, and whose number no other one has.
+      here, the segment is not in it, and no process here is that store, whose segment's name somebody may have removed.  As
+      long as that store lives, it maps a file of that file system, which therefore exists, and whose number no other one has.
     * It is of another boot, and the place is a disk of this machine: so that boot is over, and with it went
       all shared memory.  A segment in a directory may have outlived it, and be waited for.
 
     What cannot be proven stays: in a bucket, files of stores that went with their machine.
     """
     boot, _, rest = note.partition(_SEPARATOR)
+    process, _, rest = rest.partition(_SEPARATOR)
     where, _, text = rest.partition(_SEPARATOR)
     name, this_boot = SegmentName.decode(text), system.boot_id().encode()
     if name is None or not boot or not this_boot:
         return False
     if boot == this_boot:
-        return bool(where) and where == name.where().encode() and name.is_gone()
+        lives = _PROCESS.fullmatch(process) is None or system.is_alive(*map(int, process.split()))
+        return bool(where) and where == name.where().encode() and name.is_gone() and not lives
     return on_own_disk and name.kind == "posix"
 
 

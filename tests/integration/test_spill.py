@@ -259,17 +259,21 @@ def test_what_proves_that_a_store_is_dead(tmp_path: Path) -> None:
     """Only what is seen from the same place in the same boot; or, on a disk of one's own, that the boot is over."""
     shared = SegmentName.plan(os.urandom(16), None)
     file = SegmentName.plan(os.urandom(16), str(tmp_path))
+    gone = b"%d 1" % os.getpid()  # this process began later
     for name in (shared, file):
-        boot, where, text = note_of(name).split(b"\n")
-        assert is_dead(note_of(name), on_own_disk=False)
-        elsewhere = b"\n".join([boot, b"0:1", text])
-        earlier = b"\n".join([b"another", where, text])
+        boot, living, where, text = note_of(name).split(b"\n")
+        assert is_dead(b"\n".join([boot, gone, where, text]), on_own_disk=False)
+        for process in (living, b"", b"of another release"):
+            assert not is_dead(b"\n".join([boot, process, where, text]), on_own_disk=True)
+        elsewhere = b"\n".join([boot, gone, b"0:1", text])
+        earlier = b"\n".join([b"another", living, where, text])
         assert not is_dead(elsewhere, on_own_disk=True)
         assert not is_dead(earlier, on_own_disk=False)
         assert is_dead(earlier, on_own_disk=True) == (name is shared)
-        assert not is_dead(b"\n".join([b"", where, text]), on_own_disk=True)
+        assert not is_dead(b"\n".join([b"", gone, where, text]), on_own_disk=True)
     Path(file.path).touch()
-    assert not is_dead(note_of(file), on_own_disk=False)
+    boot, _, where, text = note_of(file).split(b"\n")
+    assert not is_dead(b"\n".join([boot, gone, where, text]), on_own_disk=False)
     file.remove()
-    for note in (b"", b"host\nposix:/shmplasma-0000000000000000", b"a\nb\nposix:/etc/passwd"):
+    for note in (b"", b"host\nposix:/shmplasma-0000000000000000", b"a\n1 1\nb\nposix:/etc/passwd"):
         assert not is_dead(note, on_own_disk=True)
