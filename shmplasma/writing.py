@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from operator import index
+from sys import maxsize
 from typing import Any, Final, Self, SupportsIndex
 
 import numpy as np
@@ -16,7 +18,7 @@ from shmplasma.codecs import BytesPayload, Codec, Payload, Source, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.layout import REFERENCED
 from shmplasma.objects import ObjectID, fresh_id
-from shmplasma.posted import PUBLISH, Publish, Seal
+from shmplasma.posted import PUBLISH, Abort, Publish, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
@@ -27,6 +29,8 @@ __all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
 MAX_SIZE: Final = 1 << 62
 """Sizes beyond are refused at once: they do not fit the protocol's numbers, and no machine."""
 
+_MAX_DIMENSIONS: Final = 64
+"""As many as NumPy allows, and as an array's header has room for."""
 _RAW: Final = Codec.RAW  # an attribute of an enumeration takes 0.1 us to look up
 _PUBLISH: Final = Publish.KIND
 _SEAL: Final = Seal.KIND
@@ -167,23 +171,27 @@ class Writing(Connected):
             As `create`.
         TypeError
             The dtype has Python objects.
+        ValueError
+            No array has this shape.
         """
         session = self._live()
         shape = tuple(map(index, shape)) if isinstance(shape, Iterable) else (index(shape),)
         dtype = np.dtype(dtype)
+        if len(shape) > _MAX_DIMENSIONS or not all(0 <= length <= maxsize for length in shape):
+            raise ValueError(f"an array cannot have the shape {shape}")
         head = ndarray_head(dtype, shape)
-        count = 1
-        for length in shape:
-            if length < 0:
-                raise ValueError(f"an array cannot have the shape {shape}")
-            count *= length
-        size = len(head) + count * dtype.itemsize
+        size = len(head) + prod(shape) * dtype.itemsize
         target = self._create(
             session, object_id, size, b"", Codec.NDARRAY, timeout_ms=timeout_ms, keep=keep
         )
-        target[: len(head)] = np.frombuffer(head, np.uint8)
-        array = ObjectArray(shape, dtype, target.data, len(head))
-        array.unsealed = self, object_id
+        try:
+            target[: len(head)] = np.frombuffer(head, np.uint8)
+            array = ObjectArray(shape, dtype, target.data, len(head))
+            array.unsealed = self, object_id
+        except BaseException:
+            self._unsealed.discard(object_id.id_bytes)
+            session.post_soon(Abort.KIND, object_id.id_bytes)
+            raise
         return array
 
     def create_and_seal(
@@ -256,8 +264,10 @@ class Writing(Connected):
         PlasmaObjectExists, PlasmaStoreFull
             As `create`.
         TypeError
-            `value` has no bytes.
+            `value` has no bytes, or `metadata` is something else than bytes.
         """
+        if type(metadata) is not bytes:
+            _checked_metadata(metadata)
         payload: Payload
         if type(value) is bytes:
             payload = BytesPayload(_RAW, value)
@@ -341,7 +351,7 @@ class Writing(Connected):
 
             def fill(room: memoryview, offset: int) -> None:
                 if metadata_size:
-                    room[data_size:] = _checked_metadata(metadata)
+                    room[data_size:] = metadata
                     room = room[:data_size]
                 payload.fill(room, threads)
                 name = target_id.id_bytes
@@ -456,7 +466,6 @@ class Writing(Connected):
         return target[:size]
 
 
-def _checked_metadata(metadata: bytes | bytearray) -> bytes | bytearray:
+def _checked_metadata(metadata: bytes | bytearray) -> None:
     if not isinstance(metadata, (bytes, bytearray)):
         raise TypeError(f"metadata is bytes or a bytearray, not {type(metadata).__name__}")
-    return metadata

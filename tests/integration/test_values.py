@@ -592,14 +592,44 @@ def test_create_array_without_a_block(client: plasma.PlasmaClient) -> None:
         (2.5, float, TypeError),
         ("ab", float, TypeError),
         ((1 << 40, 1 << 40), float, plasma.PlasmaStoreFull),
+        ((1 << 40, 1 << 40, 0), float, ValueError),
+        (1 << 70, float, ValueError),
+        (65 * (1,), float, ValueError),
     ],
 )
 def test_impossible_arrays(
     client: plasma.PlasmaClient, shape: Any, dtype: Any, error: type[Exception]
 ) -> None:
     """Shapes and dtypes that no array can have are refused, and leave nothing."""
+    object_id = new_id()
     with pytest.raises(error):
-        client.create_array(new_id(), shape, dtype)
+        client.create_array(object_id, shape, dtype)
+    assert not client.list()
+    with client.create_array(object_id, 3) as array:
+        array[:] = 5
+
+
+@pytest.mark.parametrize("metadata", ["", "text", [], None, 0, memoryview(b"bytes")])
+def test_impossible_metadata(client: plasma.PlasmaClient, metadata: Any) -> None:
+    """What is neither bytes nor a bytearray is no metadata, by whichever way it comes; nothing is stored."""
+    for action in (
+        lambda: client.create(new_id(), 1, metadata),
+        lambda: client.create_and_seal(new_id(), b"x", metadata),
+        lambda: client.put_raw_buffer(b"x", metadata=metadata),
+        lambda: client.put_raw_buffer(b"x", new_id(), metadata, keep=True),
+    ):
+        with pytest.raises(TypeError, match="metadata is bytes or a bytearray, not"):
+            action()
+    assert not client.list()
+
+
+@pytest.mark.parametrize(
+    ("codec", "error"), [(-1, ValueError), (1 << 40, ValueError), ("", TypeError)]
+)
+def test_impossible_codecs(client: plasma.PlasmaClient, codec: Any, error: type[Exception]) -> None:
+    """A number that is no codec is refused, and leaves nothing."""
+    with pytest.raises(error):
+        client.create_encoded(new_id(), 10, b"", codec)
     assert not client.list()
 
 
