@@ -12,10 +12,12 @@ __all__ = ["ObjectID", "fresh_id", "is_fresh"]
 
 _DRAWN_AT_ONCE: Final = 64
 """A system call takes as long as half a put, whether it brings one id or these."""
-_FRESH: Final = b"\xf5\x9a\x1c\xe7"
+_MARK: Final = b"\xf5\x9a\x1c\xe7"
 """How the ids end that nobody chose: any four bytes that are unlikely in one that somebody did."""
-_drawn: list[bytes] = []
-os.register_at_fork(after_in_child=_drawn.clear)
+_random: list[bytes] = []
+_fresh: list[bytes] = []
+os.register_at_fork(after_in_child=_random.clear)
+os.register_at_fork(after_in_child=_fresh.clear)
 
 
 class ObjectID:
@@ -70,7 +72,10 @@ class ObjectID:
     @staticmethod
     def from_random() -> ObjectID:
         """Return a fresh id from the system's random source; collisions are not to be expected."""
-        return ObjectID(_draw())
+        try:
+            return ObjectID(_random.pop())
+        except IndexError:
+            return ObjectID(_draw(_random, ID_BYTES))
 
     def binary(self) -> bytes:
         """Return the 20 bytes."""
@@ -91,16 +96,13 @@ class ObjectID:
         return f"ObjectID({self.id_bytes.hex()})"
 
 
-def _draw() -> bytes:
-    """Return 20 random bytes."""
-    try:
-        return _drawn.pop()
-    except IndexError:
-        drawn = os.urandom(_DRAWN_AT_ONCE * ID_BYTES)
-        # The last one is not shared: another thread may take all that are.
-        *shared, own = (drawn[at : at + ID_BYTES] for at in range(0, len(drawn), ID_BYTES))
-        _drawn.extend(shared)
-        return own
+def _draw(pool: list[bytes], n_random: int, tail: bytes = b"") -> bytes:
+    """Return so many random bytes and a tail, and put more of the kind into a pool."""
+    drawn = os.urandom(_DRAWN_AT_ONCE * n_random)
+    # The last one is not shared: another thread may take all that are.
+    *shared, own = (drawn[at : at + n_random] + tail for at in range(0, len(drawn), n_random))
+    pool.extend(shared)
+    return own
 
 
 def fresh_id() -> ObjectID:
@@ -111,9 +113,12 @@ def fresh_id() -> ObjectID:
     >>> is_fresh(fresh_id().binary()), is_fresh(ObjectID.from_random().binary())
     (True, False)
     """
-    return ObjectID(_draw()[: -len(_FRESH)] + _FRESH)
+    try:
+        return ObjectID(_fresh.pop())
+    except IndexError:
+        return ObjectID(_draw(_fresh, ID_BYTES - len(_MARK), _MARK))
 
 
 def is_fresh(object_id: bytes) -> bool:
     """Tell whether an id may be one of `fresh_id`."""
-    return object_id.endswith(_FRESH)
+    return object_id.endswith(_MARK)
