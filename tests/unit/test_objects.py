@@ -6,14 +6,16 @@ import os
 import pickle
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 from zlib import crc32
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmplasma.objects import ObjectID
+from shmplasma.objects import ObjectID, fresh_id
 from tests.processes import in_forked_child
 
 IDS = st.binary(min_size=20, max_size=20)
@@ -94,40 +96,45 @@ def test_what_is_not_bytes_is_refused(data: object) -> None:
         ObjectID(data)  # type: ignore[arg-type]  # the very mistake that is tested
 
 
-def test_random_ids_differ() -> None:
+Draw: TypeAlias = Callable[[], ObjectID]
+DRAW = pytest.mark.parametrize("draw", [ObjectID.from_random, fresh_id])
+
+
+@DRAW
+def test_random_ids_differ(draw: Draw) -> None:
     """A thousand random ids are a thousand ids of 20 bytes."""
-    ids = {ObjectID.from_random() for _ in range(1000)}
+    ids = {draw() for _ in range(1000)}
     assert len(ids) == 1000
     assert {len(object_id.binary()) for object_id in ids} == {20}
 
 
-def test_threads_draw_different_ids() -> None:
+@DRAW
+def test_threads_draw_different_ids(draw: Draw) -> None:
     """No id is handed out twice where threads draw at the same time."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as threads:
-            drawn = list(
-                threads.map(lambda _: [ObjectID.from_random() for _ in range(1000)], range(8))
-            )
+            drawn = list(threads.map(lambda _: [draw() for _ in range(1000)], range(8)))
     finally:
         sys.setswitchinterval(interval)
     assert len({object_id for some in drawn for object_id in some}) == 8000
 
 
-def test_a_forked_child_draws_ids_of_its_own() -> None:
+@DRAW
+def test_a_forked_child_draws_ids_of_its_own(draw: Draw) -> None:
     """What the parent has drawn in advance is the parent's alone."""
     for _ in range(3):
-        ObjectID.from_random()  # there are some in advance now, or the third was the last of them
+        draw()  # there are some in advance now, or the third was the last of them
     receive, send = os.pipe()
 
-    def draw() -> None:
-        os.write(send, b"".join(ObjectID.from_random().binary() for _ in range(200)))
+    def draw_many() -> None:
+        os.write(send, b"".join(draw().binary() for _ in range(200)))
 
-    assert in_forked_child(draw) == 0
+    assert in_forked_child(draw_many) == 0
     data = os.read(receive, 200 * 20)
     os.close(receive)
     os.close(send)
     theirs = {data[at : at + 20] for at in range(0, len(data), 20)}
     assert len(theirs) == 200
-    assert theirs.isdisjoint(ObjectID.from_random().binary() for _ in range(200))
+    assert theirs.isdisjoint(draw().binary() for _ in range(200))
