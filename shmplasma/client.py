@@ -54,6 +54,10 @@ class PlasmaClient(Reading, Writing):
     disconnects.
 
     Buffers and values that were got stay valid after `disconnect` and after the client has gone.
+
+    A signal handler, or a finalizer that the collector runs, may come in the middle of another call of the same thread.
+    `disconnect` may be called there; what is not sealed goes when the connection ends.  Any other call that would
+    have to wait for the interrupted one is a RuntimeError.
     """
 
     _home: Home | None = None

@@ -38,6 +38,7 @@ from shmplasma.arrow_errors import NotConnectedError, PlasmaObjectNotFound
 from shmplasma.endpoint import may_come_back
 from shmplasma.exchange import Exchange
 from shmplasma.handshake import greet_again
+from shmplasma.nesting import NESTED, is_inside
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.posted import Abort
@@ -52,6 +53,8 @@ GIVE_UP_SECONDS: Final = 0.1
 """How long a request that was interrupted waits for its last answer, which usually takes 0.1 ms."""
 
 HOLDS_A_REQUEST: Final = 1 << 16
+
+_POSTING: Final = frozenset(("post", "post_soon"))
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
@@ -191,8 +194,12 @@ class Link:
         ------
         NotConnectedError
             The store has gone.
+        RuntimeError
+            A call of this thread was interrupted while it wrote a record.
         """
         while True:
+            if self._posting.locked() and is_inside(self, _POSTING):
+                raise RuntimeError(NESTED)
             with self._posting:
                 written = self._outbox.append(kind, body)
                 announced = written and self._outbox.is_to_be_announced
@@ -242,10 +249,14 @@ class Link:
                 return
 
     def leave(self) -> None:
-        """Drop what was not sealed and end all requests; a store that is not there is not waited for."""
+        """Drop what was not sealed and end all requests; a store that is not there is not waited for.
+
+        Inside another call of this thread the store is not told before the connection ends.
+        """
         channel = self.channel
-        with suppress(ConnectionError):
-            _exchange(channel, Detach.KIND, b"")
+        if not channel.is_entered:
+            with suppress(ConnectionError):
+                _exchange(channel, Detach.KIND, b"")
         channel.retire()
 
     def abandon(self) -> None:

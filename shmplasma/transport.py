@@ -13,8 +13,7 @@ each such call is made by a C loop, ``list.extend(map(call, ...))``, which store
 interpreter looks for signals again.
 
 A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done
-with it then.  That is done while reading, and may itself ask, hence wait for a connection to be made anew; so
-whoever makes one does not wait for those who read the old one, or not for long (`Channel.hear_out`).
+with it then.  That is done while reading, so it may not ask, and what it tells the store waits for nothing.
 An event loop gives its requests up before it sends them: it reads when the socket has something, and is called by
 whichever thread reads the reply (`shmplasma.aio`).
 """
@@ -33,6 +32,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from shmplasma.errors import ProtocolError
+from shmplasma.nesting import NESTED, is_inside
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     ONE_WAY,
@@ -48,6 +48,9 @@ __all__ = ["Channel"]
 _READ_BYTES: Final = 1 << 18
 _LAST_WORDS_SECONDS: Final = 0.1
 """Who reads a connection that has ended is done with it in far less, unless he waits for who would wait for him."""
+_SENDING: Final = frozenset(("_send", "_send_later", "offer"))
+_READING: Final = frozenset(("_try_lead", "read_until", "hear_out"))
+"""Who takes the locks."""
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
 
@@ -86,8 +89,11 @@ class Channel:
     # -- sending -------------------------------------------------------------------------------
 
     def send(self, kind: int, body: bytes) -> None:
-        """Send a one-way message."""
-        self._send(encode_frame(kind, ONE_WAY, body))
+        """Send a one-way message; inside another call that is sending, have that send it."""
+        if self._sending.locked() and is_inside(self, _SENDING):
+            self.send_soon(kind, body)
+        else:
+            self._send(encode_frame(kind, ONE_WAY, body))
 
     def send_soon(self, kind: int, body: bytes) -> None:
         """Send a one-way message from a finalizer, which may have come in the middle of another one.
@@ -107,8 +113,23 @@ class Channel:
                 self._sending.release()
 
     def new_request(self) -> int:
-        """Return an id for a request that is about to be sent."""
+        """Return an id for a request that is about to be sent.
+
+        Raises
+        ------
+        RuntimeError
+            A call of this thread is under way, and would have to go on first.
+        """
+        if self.is_entered:
+            raise RuntimeError(NESTED)
         return next(self._ids) % _MAX_REQUEST_ID + 1
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether this thread is reading or sending already, and was interrupted in it."""
+        if not (self._reading.locked() or self._sending.locked()):
+            return False
+        return is_inside(self, _SENDING | _READING)
 
     def request(self, kind: int, request_id: int, body: bytes) -> None:
         """Send a request.

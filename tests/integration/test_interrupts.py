@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a call: what the call has begun is undone, and the client goes on."""
+"""Ctrl-C, signal handlers and finalizers in the middle of a call: what it has begun is undone, and the client goes on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from textwrap import dedent
 
 import pytest
 
-from shmplasma import Store
-from tests.processes import INTERRUPTER, Child, wait_until_asleep
+from shmplasma import PlasmaClient, Store
+from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
 
 UNDONE = """
     import os, select, signal, sys
@@ -140,3 +140,80 @@ def test_interrupts_at_each_point_of_a_notification(store: Store) -> None:
     """Wherever Ctrl-C meets a subscriber, what it hears next is a notification that begins where one does."""
     with Child(INTERRUPTER + dedent(NOTIFIED), store.store_socket_name) as child:
         assert child.end() == 0
+
+
+HANDLED = """
+    import signal, sys
+    import shmplasma as plasma
+
+    path, what = sys.argv[1:]
+    client = plasma.connect(path)
+    missing = plasma.ObjectID.from_random()
+    client.create(missing, 100)
+
+    def handle(*_):
+        if what == "disconnect":
+            client.disconnect()
+            print("ends", flush=True)
+            sys.exit(7)
+        client.delete([missing])
+
+    signal.signal(signal.SIGTERM, handle)
+    print("waits", flush=True)
+    try:
+        client.get(plasma.ObjectID.from_random())
+    except RuntimeError as error:
+        assert "inside another call of this client" in str(error), error
+        print("refused", flush=True)
+    client.delete([missing])
+    sys.exit(8)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said", "code"), [("disconnect", "ends", 7), ("ask", "refused", 8)]
+)
+def test_a_signal_handler_that_uses_the_client(
+    store: Store, client: PlasmaClient, what: str, said: str, code: int
+) -> None:
+    """In the middle of another call it may disconnect, and hears that it may not ask; nobody waits for himself."""
+    with Child(HANDLED, store.store_socket_name, what) as child:
+        assert child.hear() == "waits"
+        wait_until_asleep(child.process.pid)
+        child.process.terminate()
+        assert child.hear() == said
+        assert child.end() == code
+    until(lambda: not client.list(), "what was not sealed has gone")
+
+
+COLLECTED = """
+    import gc, sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    missing = plasma.ObjectID.from_random()
+    refused = []
+
+    class Circular:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            try:
+                client.delete([missing])
+            except RuntimeError as error:
+                refused.append(error)
+
+    gc.set_threshold(5)
+    for number in range(1000):
+        Circular()
+        client.contains(missing)
+        client.delete([client.put(number)])
+    gc.set_threshold(0)
+    print(len(refused))
+"""
+
+
+def test_a_finalizer_that_uses_the_client(store: Store) -> None:
+    """One that comes in the middle of another call hears that it may not ask, and that call goes on."""
+    assert 0 < int(run_python(COLLECTED, store.store_socket_name)) < 1000
