@@ -35,7 +35,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from shmplasma.arrow_errors import PlasmaObjectExists, PlasmaObjectNotFound, PlasmaStoreFull
-from shmplasma.codecs import copy_into
+from shmplasma.copying import copy_into
 from shmplasma.layout import ID_BYTES, REFERENCED
 from shmplasma.objects import ObjectID
 

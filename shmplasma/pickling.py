@@ -37,9 +37,9 @@ from shmplasma.codecs import (
     Codec,
     DeserializationError,
     Payload,
-    Source,
     WriteChunks,
 )
+from shmplasma.copying import Source
 from shmplasma.layout import ALIGNMENT, align_up
 
 __all__ = [

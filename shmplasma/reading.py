@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaObjectNotFound
-from shmplasma.codecs import copy_into
 from shmplasma.connected import Connected, checked, wait_seconds
+from shmplasma.copying import copy_into
 from shmplasma.hashing import object_hash
 from shmplasma.layout import REFERENCED
 from shmplasma.objects import ObjectID

@@ -27,7 +27,6 @@ from shmplasma.codecs import (
     DeserializationError,
     Payload,
     SerializationError,
-    copy_into,
 )
 from shmplasma.layout import REFERENCED
 from shmplasma.pickling import (
@@ -51,7 +50,6 @@ __all__ = [
     "Payload",
     "SerializationContext",
     "SerializationError",
-    "copy_into",
     "default_context",
     "deserialize",
     "register_serializer",

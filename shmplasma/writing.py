@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
-from shmplasma.codecs import BytesPayload, Codec, Payload, Source, ndarray_head
+from shmplasma.codecs import BytesPayload, Codec, Payload, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
+from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import PUBLISH, Abort, Publish, Seal

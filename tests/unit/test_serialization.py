@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shmplasma import codecs, serialization
-from shmplasma.codecs import copy_into, ndarray_head
+from shmplasma.codecs import ndarray_head
+from shmplasma.copying import copy_into
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.serialization import (
     Codec,

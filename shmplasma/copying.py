@@ -1,0 +1,86 @@
+"""How bytes are copied into an object, once and by as many threads as help."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+__all__ = ["SLICE_BYTES", "Source", "copy_into", "writer_over"]
+
+Source: TypeAlias = "bytes | bytearray | memoryview | pa.Buffer | npt.NDArray[Any]"
+"""Whatever has bytes to copy; at run time any object with the buffer protocol will do."""
+
+_PARALLEL_BYTES: Final = 4 << 20
+"""From here on several threads copy.  Measured on 2 CPUs into warm shared memory, 1 and 2 threads, GB/s:
+1 MiB 14 and 11, 2 MiB 14 and 11, 4 MiB 13 and 17, 8 MiB 13 and 21, 64 MiB 8 (there glibc does not yet
+bypass the cache) and 15.  With the other CPU busy the second thread neither helps nor harms much."""
+SLICE_BYTES: Final = 1 << 20
+"""Below this a slice assignment copies: it saves 2 us, and holds the GIL for 80 us at most."""
+_BLOCK_BYTES: Final = 4096
+"""Threads divide a copy at pages, so that no two of them wait for the same page fault."""
+_CPUS: Final = os.cpu_count() or 1
+
+
+def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -> None:
+    """Copy all bytes of `source` to `target`, each exactly once.
+
+    Parameters
+    ----------
+    target : numpy.ndarray of uint8, 1-D, contiguous, writable
+        Exactly as long as the source has bytes.
+    source : bytes-like, pyarrow.Buffer or numpy.ndarray without objects
+        Contiguous memory, in C or F order, is copied as it lies.  Anything else is written in C order.
+    threads : int
+        Upper limit on the threads that copy 4 MiB or more of contiguous memory; there are never more
+        than the machine has processors.
+
+    Raises
+    ------
+    ValueError
+        The sizes differ.
+    TypeError
+        `source` has no bytes to copy.
+
+    Examples
+    --------
+    >>> target = np.zeros(4, np.uint8)
+    >>> copy_into(target, np.array([[1, 2], [3, 4]], np.uint8)[::-1])
+    >>> target.tolist()
+    [3, 4, 1, 2]
+    """
+    if type(source) is bytes and len(source) == target.size < SLICE_BYTES:
+        target.data[:] = source
+        return
+    if not isinstance(source, np.ndarray):
+        source = memoryview(source)
+        if source.contiguous:  # Arrow takes it as it lies, NumPy would not take every format
+            source = memoryview(pa.py_buffer(source)).cast("B")
+    array = np.asarray(source)
+    if array.nbytes != target.size:
+        raise ValueError(f"{array.nbytes} bytes do not fit a target of {target.size} exactly")
+    if not array.nbytes:
+        return
+    if not array.flags.forc:
+        if array.dtype.names is not None:  # NumPy would leave out the gaps between fields
+            array = array.view(np.dtype((np.void, array.dtype.itemsize)))
+        np.copyto(np.ndarray(array.shape, array.dtype, target), array)
+        return
+    flat = (array if array.flags.c_contiguous else array.T).reshape(-1).view(np.uint8)
+    if target.size < SLICE_BYTES:
+        target.data[:] = flat.data
+        return
+    with writer_over(target, threads) as writer:
+        writer.write(pa.py_buffer(flat.data))
+
+
+def writer_over(target: npt.NDArray[np.uint8], threads: int) -> pa.FixedSizeBufferWriter:
+    """Return Arrow's writer over `target`, which copies without the GIL."""
+    writer = pa.FixedSizeBufferWriter(pa.py_buffer(target.data))
+    writer.set_memcopy_threads(max(1, min(threads, _CPUS)))
+    writer.set_memcopy_threshold(_PARALLEL_BYTES)
+    writer.set_memcopy_blocksize(_BLOCK_BYTES)
+    return writer
