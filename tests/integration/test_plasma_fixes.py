@@ -1154,8 +1154,8 @@ SIGNALLED = """
     class Selector(selectors.EpollSelector):
         asleep = False
 
-        def select(self, timeout=None):
-            if timeout is None and not self.asleep:
+        def select(self, timeout):
+            if timeout > 60 and not self.asleep:
                 self.asleep = True
                 # All of it C code: Python's handler cannot run between the signal and the sleep.
                 events = []
