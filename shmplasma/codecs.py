@@ -40,7 +40,7 @@ import pyarrow as pa
 
 from shmplasma.copying import SLICE_BYTES, Source, copy_into, writer_over
 from shmplasma.errors import ShmPlasmaError
-from shmplasma.layout import ALIGNMENT, align_up
+from shmplasma.layout import ALIGNMENT, align_up, alignment_of
 
 __all__ = [
     "DECODERS",
@@ -186,7 +186,7 @@ class BytesPayload(Payload):
 _MAGIC: Final = b"spND"
 _HEAD: Final = Struct("<4sBBxxII")
 _LINE: Final = Struct(f"{ALIGNMENT}s")
-"""All of most headers."""
+"""All of most headers, but for zeros."""
 _SHAPES: Final = tuple(Struct(f"<{ndim}q") for ndim in range(65))
 """By number of dimensions, of which NumPy allows 64."""
 _PICKLE_PROTO: Final = b"\x80"
@@ -195,12 +195,14 @@ _PICKLE_PROTO: Final = b"\x80"
 _Layout: TypeAlias = "tuple[tuple[int, ...], np.dtype[Any], int, Literal['C', 'F']]"
 """Shape, dtype, offset of the data, order."""
 _LAYOUTS: Final[dict[bytes, _Layout]] = {}
-"""What headers say, by the whole header: to parse one takes longer than all the rest of decoding."""
+"""What headers say, by all of them that is not zeros, in whole lines: to parse one takes longer than all the rest of decoding."""
 _MAX_LAYOUTS: Final = 4096  # shapes may differ without end
 
 
-def ndarray_head(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = False) -> bytes:
-    """Return what stands before the elements of an array: its header, in whole cache lines.
+def ndarray_head(
+    dtype: np.dtype[Any], shape: tuple[int, ...], size_bytes: int, fortran: bool = False
+) -> bytes:
+    """Return what stands before the elements of an array: its header, in whole cache lines, or pages.
 
     Parameters
     ----------
@@ -208,6 +210,8 @@ def ndarray_head(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = F
         Of plain elements: no Python objects in it, and not empty.
     shape : tuple of int
         At most 64 dimensions.
+    size_bytes : int
+        Of all elements.
     fortran : bool
         The elements follow in F order, not in C order.
 
@@ -225,7 +229,7 @@ def ndarray_head(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = F
         description = pickle.dumps(dtype, 5)
     ndim = len(shape)
     end = _HEAD.size + 8 * ndim + len(description)
-    start = align_up(end, ALIGNMENT)
+    start = align_up(end, alignment_of(size_bytes))
     prefix = _HEAD.pack(_MAGIC, fortran, ndim, len(description), start)
     return prefix + _SHAPES[ndim].pack(*shape) + description + bytes(start - end)
 
@@ -238,9 +242,9 @@ def _encode_ndarray(array: npt.NDArray[Any]) -> Payload | None:
     fortran = flags.fnc
     if not flags.forc:  # near to how it lies, so that the copy walks both in order
         fortran = abs(array.strides[0]) < abs(array.strides[-1])
-    head = ndarray_head(dtype, array.shape, fortran)
-    start = len(head)
     size = array.nbytes
+    head = ndarray_head(dtype, array.shape, size, fortran)
+    start = len(head)
     return Payload(
         _NDARRAY,
         start + size,
@@ -262,9 +266,10 @@ def _decode_ndarray(buffer: pa.Buffer) -> npt.NDArray[Any]:
 def _read_head(buffer: pa.Buffer) -> _Layout:
     magic, fortran, ndim, length, start = _HEAD.unpack_from(buffer)
     shape_end = _HEAD.size + 8 * ndim
-    if magic != _MAGIC or start > buffer.size or start < shape_end + length:
+    end = align_up(shape_end + length, ALIGNMENT)
+    if magic != _MAGIC or not end <= start <= buffer.size:
         raise ValueError("it does not begin with the header of an array")
-    head = buffer.slice(0, start).to_pybytes()
+    head = buffer.slice(0, end).to_pybytes()
     known = _LAYOUTS.get(head)
     if known is not None:
         return known

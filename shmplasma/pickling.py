@@ -40,7 +40,7 @@ from shmplasma.codecs import (
     WriteChunks,
 )
 from shmplasma.copying import Source
-from shmplasma.layout import ALIGNMENT, align_up
+from shmplasma.layout import align_up, alignment_of
 
 __all__ = [
     "BUILT_IN",
@@ -266,8 +266,8 @@ def _join(chunks: WriteChunks, parts: list[Payload | memoryview]) -> Payload:
         return Payload(Codec.PICKLE, end, places)
     head = _HEAD.pack(_MAGIC, len(parts), end - _HEAD.size - 16 * len(parts))
     for part in parts:
-        start = align_up(end, ALIGNMENT)
         size = part.size_bytes if isinstance(part, Payload) else part.nbytes
+        start = align_up(end, alignment_of(size))
         places.append((start, size, part))
         table += start, size
         end = start + size

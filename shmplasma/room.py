@@ -33,7 +33,7 @@ from shmplasma.allocator import Allocator
 from shmplasma.clearing import cheapest_stretch
 from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
 from shmplasma.errors import CommitError
-from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
+from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up, alignment_of
 from shmplasma.mover import Mover
 from shmplasma.moves import Moves
 from shmplasma.pins import Boards
@@ -199,7 +199,7 @@ class Room:
         evicted: list[bytes] = []
         if size_bytes == 0:
             return self._start, evicted
-        offset = self._allocator.allocate(size_bytes)
+        offset = self._place(size_bytes)
         if offset is None:
             missing = align_up(size_bytes, ALIGNMENT) - self.free_bytes
             if missing > 0:
@@ -208,13 +208,24 @@ class Room:
                 has_copies = self.residents.external is not None
                 stride = (self._end - self._start) // _STRIDES if has_copies else 0
                 evicted = self.make_room(max(missing, stride))
-                offset = self._allocator.allocate(size_bytes)
+                offset = self._place(size_bytes)
             if offset is None and self.residents.external is not None:
                 evicted += self._clear_stretch(size_bytes)
-                offset = self._allocator.allocate(size_bytes)
+                offset = self._place(size_bytes)
         if offset is not None:
             self.commitment.hand_out(offset, size_bytes)
         return offset, evicted
+
+    def _place(self, size_bytes: int) -> int | None:
+        """Take the lowest free extent: for what is large, the lowest in which it can begin on a page, if there is one."""
+        alignment = alignment_of(size_bytes)
+        if alignment > ALIGNMENT:
+            found = self._allocator.next_free(self._start, size_bytes + alignment - ALIGNMENT)
+            if found is not None:
+                offset = align_up(found[0], alignment)
+                self._allocator.reserve(offset, size_bytes)
+                return offset
+        return self._allocator.allocate(size_bytes)
 
     def _clear_stretch(self, wanted: int) -> list[bytes]:
         """Let objects go that have a copy, and make one extent; return their ids."""

@@ -180,8 +180,9 @@ class Writing(Connected):
         dtype = np.dtype(dtype)
         if len(shape) > _MAX_DIMENSIONS or not all(0 <= length <= maxsize for length in shape):
             raise ValueError(f"an array cannot have the shape {shape}")
-        head = ndarray_head(dtype, shape)
-        size = len(head) + prod(shape) * dtype.itemsize
+        elements_bytes = prod(shape) * dtype.itemsize
+        head = ndarray_head(dtype, shape, elements_bytes)
+        size = len(head) + elements_bytes
         target = self._create(
             session, object_id, size, b"", Codec.NDARRAY, timeout_ms=timeout_ms, keep=keep
         )

@@ -114,6 +114,27 @@ def test_an_object_of_no_bytes_takes_no_room() -> None:
     storeroom.check()
 
 
+def test_what_is_large_begins_on_a_page() -> None:
+    """A small object takes what is left before it."""
+    large = 16 << 20
+    storeroom = Storeroom(2 * large + 4096)
+    start = storeroom.layout.data
+    entries = [storeroom.put(size) for size in (64, large, 100, large)]
+    offsets = [storeroom.table.location(entry)[0] - start for entry in entries]
+    assert offsets == [0, 4096, 64, 4096 + large]
+    storeroom.check()
+
+
+def test_what_is_large_takes_the_last_line_as_well() -> None:
+    """Where no extent has room for it from a page on, it begins where one begins."""
+    large = 16 << 20
+    storeroom = Storeroom(large + 64)
+    storeroom.put(64)
+    assert storeroom.room.allocate(large) == (storeroom.layout.data + 64, [])
+    storeroom.room.give_back(storeroom.layout.data + 64, large)
+    storeroom.check()
+
+
 def test_room_is_made_in_order_of_age() -> None:
     """The oldest objects that were not read go first, and no more of them than are needed."""
     storeroom = Storeroom(640)

@@ -859,7 +859,23 @@ def test_headers_are_for_plain_elements() -> None:
     """No header says that objects, or nothing at all, lie in shared memory."""
     for dtype in (np.dtype(object), np.dtype("V0"), np.dtype([("a", object)])):
         with pytest.raises(TypeError, match="plain bytes"):
-            ndarray_head(dtype, (3,))
+            ndarray_head(dtype, (3,), 24)
+
+
+def test_large_arrays_begin_on_a_page() -> None:
+    """From 16 MiB on elements begin on a page of the object, alone or in other values; the next get knows the header."""
+    large = np.zeros((1 << 20, 2))
+    for value in (large, large.T, {"small": np.zeros(3), "large": large}):
+        buffer, codec = stored(value)
+        known = None
+        for _ in range(2):
+            got = deserialize(buffer, codec)
+            array = got["large"] if isinstance(got, dict) else got
+            check_view(array, buffer)
+            assert (array.ctypes.data - buffer.address) % 4096 == 0
+            assert known in (None, len(codecs._LAYOUTS))
+            known = len(codecs._LAYOUTS)
+    assert stored(large[:-1])[0].size == large[:-1].nbytes + 64
 
 
 def test_known_headers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
