@@ -142,7 +142,7 @@ class _Yard:
             offset, evicted = room.allocate(size)
             self._note_evicted(evicted)
         while offset is None and room.is_fragmented(size):
-            _, evicted = room.evict(max(1, size // 16))
+            evicted = room.evict(max(1, size // 16))[1]
             if not evicted:
                 break
             self._note_evicted(evicted)

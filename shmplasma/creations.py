@@ -1,9 +1,8 @@
 """Creations: objects whose writers are told where they lie once there is room, and memory behind it.  Pure.
 
 A creation that finds no room waits for it (`shmplasma.waiters`): if it may, until others let go of some; else only as long as
-the store makes some by itself, by moving objects or writing them to the external store.  One that has room may still wait
-for memory.  Memory is committed, and objects are moved, in steps between requests, so that nobody waits for another one's
-gigabytes.
+the store makes some by itself, by evicting many objects, moving them, or writing them to the external store.  One that has room may still
+wait for memory.  All of this goes in steps between requests, so that nobody waits for another one's gigabytes.
 
 While anybody waits for room
 
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shmplasma.denials import Claimed, NoRoom, Refused, existing
+from shmplasma.denials import Claimed, MakesRoom, NoRoom, Refused, existing
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.lifecycle import Lifecycle
@@ -81,6 +80,7 @@ class Creations:
         self._outgoing = outgoing
         self._queue = queue
         self._waiting: dict[int, tuple[int, int, int]] = {}
+        self._evicts = False
 
     @property
     def await_memory(self) -> bool:
@@ -91,6 +91,11 @@ class Creations:
     def await_room(self) -> bool:
         """Whether a creator waits for room."""
         return len(self._queue) > 0
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether objects go for one of these by and by, so that `offer` is due in each turn."""
+        return self._evicts and self.await_room
 
     @property
     def n_waiting(self) -> int:
@@ -155,6 +160,10 @@ class Creations:
             entry = self._create(session, request, now_ns, all_read=all_read)
         except Claimed:
             return False
+        except MakesRoom:
+            self._join(session, request_id, request)
+            self._evicts = True
+            return True
         except NoRoom as no_room:
             if self._objects.spilling is not None:
                 self._objects.spilling.look_again()  # pins may have gone of which nobody was to tell
@@ -180,6 +189,8 @@ class Creations:
         ------
         Claimed
             He may have it for something: try again when all outboxes are read.
+        MakesRoom
+            It will be: try again in the next turn.
         Refused, NoRoom
             It is not granted.
         """
@@ -253,6 +264,7 @@ class Creations:
             The time, in nanoseconds since 1970.
         """
         attainable = self._room.attainable_bytes
+        self._evicts = False
 
         def wait(creator: Creator) -> Offer:
             comes = self._makes_room(creator.request, creator.failures)
@@ -263,17 +275,22 @@ class Creations:
 
         def serve(creator: Creator) -> Offer:
             nonlocal attainable
+            creator.is_served = False
             request = creator.request
             size = request.data_size + request.metadata_size
             if not self._objects.exists(request.object_id):
                 if size > attainable:
                     creator.text = ""
                     return wait(creator)
-                if self._room.mover.is_busy and size > self._room.largest_bytes:
+                is_under_way = self._room.mover.is_busy or self._evicts
+                if is_under_way and size > self._room.largest_bytes:
                     return Offer.NOT_ENOUGH
             try:
                 entry = self._create(creator.session, request, now_ns)
             except Claimed:
+                return Offer.NOT_ENOUGH
+            except MakesRoom:
+                creator.is_served = self._evicts = True
                 return Offer.NOT_ENOUGH
             except NoRoom as no_room:
                 if no_room.may_come:

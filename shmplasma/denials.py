@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shmplasma.replies import Failed, Failure
 
-__all__ = ["Claimed", "NoRoom", "Refused", "existing"]
+__all__ = ["Claimed", "MakesRoom", "NoRoom", "Refused", "existing"]
 
 
 class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its way to the client
@@ -17,6 +17,10 @@ class Refused(Exception):  # noqa: N818 - not an error of ours: an answer on its
 
 class Claimed(Exception):  # noqa: N818 - as `Refused`
     """Somebody has the lock of the id: he may be about to create the object (see `shmplasma.claims`)."""
+
+
+class MakesRoom(Exception):  # noqa: N818 - as `Refused`
+    """Some objects have gone for a request, and more are to go: ask again in the next turn."""
 
 
 class NoRoom(Exception):  # noqa: N818 - as `Refused`

@@ -1,7 +1,8 @@
 """Dispatch: which part of the store answers which request.  Pure.
 
 A request is answered at once, or by the part that it was given to, or it is left *unsettled*: its answer depends
-on something not being there, and `shmplasma.store` comes back with it when all outboxes have been read.
+on something not being there, and `shmplasma.store` comes back with it when all outboxes have been read.  So is the rest of one that takes
+many objects: between two requests only so many go (`Room.most_at_once`).
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class Dispatch:
         self.unsettled: list[Unsettled] = []
         self.evictions: list[Unsettled] = []
         self._failures: dict[tuple[int, int], int] = {}
+        self._freed: dict[tuple[int, int], int] = {}
 
     def request(  # noqa: PLR0912, PLR0915 - a branch for each kind of request, most of them one line
         self, session: Session, request_id: int, request: Request, now_ns: int
@@ -236,17 +238,26 @@ class Dispatch:
                 self._answers.answer_now(client, request.request_id)
                 self._creations.answer_now(client, request.request_id, now_ns)
             case Delete():
-                self._objects.delete(request.object_ids)
-                self._outgoing.reply(client, request_id, _DONE)
+                at_once = self._room.most_at_once
+                self._objects.delete(request.object_ids[:at_once])
+                if rest := request.object_ids[at_once:]:
+                    self.unsettled.append((client, request_id, Delete(rest), now_ns))
+                else:
+                    self._outgoing.reply(client, request_id, _DONE)
             case Keep():
                 self._objects.keep(client, request.object_ids, request.keep)
                 self._outgoing.reply(client, request_id, _DONE)
             case Evict() if self._spills_for(client, request_id, request.size_bytes):
                 self.evictions.append((client, request_id, request, now_ns))
             case Evict():
-                self._outgoing.reply(
-                    client, request_id, Number(self._objects.evict(request.size_bytes))
-                )
+                freed, goes_on = self._objects.evict(request.size_bytes)
+                freed_before = self._freed.pop((client, request_id), 0)
+                if goes_on:
+                    self._freed[client, request_id] = freed_before + freed
+                    request = Evict(request.size_bytes - freed)
+                    self.unsettled.append((client, request_id, request, now_ns))
+                else:
+                    self._outgoing.reply(client, request_id, Number(freed_before + freed))
             case List():
                 self._outgoing.reply(client, request_id, self._list(request.start))
             case Debug():
@@ -311,8 +322,9 @@ class Dispatch:
         self._answers.forget(client)
         self._creations.forget(client)
         self._trims.forget(client)
-        for key in [key for key in self._failures if key[0] == client]:
-            del self._failures[key]
+        for begun in self._failures, self._freed:
+            for key in [key for key in begun if key[0] == client]:
+                del begun[key]
         self._objects.abort_all(client)
         references = self._ledger.references
         if references.is_ahead:

@@ -11,12 +11,12 @@ from shmplasma.denials import NoRoom, Refused
 from shmplasma.effects import Adopt, Descriptor, HandOver
 from shmplasma.errors import CommitError, ProtocolError
 from shmplasma.layout import BOARD_BYTES, Layout
+from shmplasma.memory import Memory
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.replies import Done, Failed, Failure, Welcome
 from shmplasma.requests import Hello, Role
-from shmplasma.room import Memory
 from shmplasma.table import Table
 
 __all__ = ["Greeter", "Session", "same_process"]

@@ -19,17 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from zlib import crc32
 
-from shmplasma.denials import Claimed, NoRoom, Refused, existing
+from shmplasma.denials import Claimed, MakesRoom, NoRoom, Refused, existing
 from shmplasma.errors import CommitError
 from shmplasma.layout import EntryState, Layout
 from shmplasma.leases import Leases
+from shmplasma.memory import Memory
 from shmplasma.pins import Boards
 from shmplasma.posted import Claim
 from shmplasma.recovery import Findings, examine
 from shmplasma.releases import Releases
 from shmplasma.replies import Failed, Failure
 from shmplasma.requests import Create
-from shmplasma.room import Memory, Room
+from shmplasma.room import Room
 from shmplasma.spilling import Spilling
 from shmplasma.table import NO_ENTRY, Table
 
@@ -176,6 +177,8 @@ class Lifecycle:
             The id exists.
         Claimed
             It may be about to.
+        MakesRoom
+            There will be some.
         NoRoom
             There is none, or the client would exceed `limit_bytes` (0: none).
         """
@@ -254,9 +257,11 @@ class Lifecycle:
         """Find an extent, evicting what is needed when what was released meanwhile has gone."""
         if self._doomed or self._limbo:
             self.releases.wake()
-        offset, evicted = self._room.allocate(size_bytes)
+        offset, evicted = self._room.allocate(size_bytes, self._room.most_at_once)
         if evicted:
             self.note_evicted(evicted)
+            if offset is None and self._room.may_make(size_bytes):
+                raise MakesRoom
         return offset
 
     def _insert(self, request: Create, offset: int, size: int, now_ns: int) -> int:
@@ -407,11 +412,21 @@ class Lifecycle:
             else:
                 self._residents.keep(entry, keep)
 
-    def evict(self, size_bytes: int) -> int:
-        """Evict at least so many bytes if possible; return data plus metadata of what went."""
-        freed, evicted = self._room.evict(size_bytes) if size_bytes > 0 else (0, [])
+    def evict(self, size_bytes: int) -> tuple[int, bool]:
+        """Evict at least so many bytes if possible, or begin with it.
+
+        Returns
+        -------
+        freed_bytes : int
+            Data plus metadata of what went.
+        goes_on : bool
+            Whether to try again for the rest.
+        """
+        if size_bytes <= 0:
+            return 0, False
+        freed, evicted, goes_on = self._room.evict(size_bytes, at_most=self._room.most_at_once)
         self.note_evicted(evicted)
-        return freed
+        return freed, goes_on
 
     def note_evicted(self, object_ids: Iterable[bytes]) -> None:
         """Take note of objects that were evicted, and tell of them."""

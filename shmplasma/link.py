@@ -54,6 +54,7 @@ GIVE_UP_SECONDS: Final = 0.1
 
 HOLDS_A_REQUEST: Final = 1 << 16
 
+_CONNECTING: Final = frozenset({"reconnect"})
 _POSTING: Final = frozenset(("post", "post_soon"))
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
@@ -277,7 +278,11 @@ class Link:
         ------
         NotConnectedError
             There will be none.
+        RuntimeError
+            A call of this thread was interrupted in it.
         """
+        if self._connecting.locked() and is_inside(self, _CONNECTING):
+            raise RuntimeError(NESTED)
         with self._connecting:
             if self.channel is not broken:
                 return

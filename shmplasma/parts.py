@@ -17,6 +17,7 @@ from shmplasma.layout import Layout
 from shmplasma.leases import Leases
 from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle
+from shmplasma.memory import Memory
 from shmplasma.moves import Moves
 from shmplasma.outbox import Polling
 from shmplasma.outgoing import Outgoing
@@ -26,7 +27,7 @@ from shmplasma.publishing import Publishing
 from shmplasma.references import TICKET_NS
 from shmplasma.refusals import Refusals
 from shmplasma.residents import Residents
-from shmplasma.room import Memory, Room
+from shmplasma.room import Room
 from shmplasma.spilling import ExternalLimits, Spilling
 from shmplasma.table import Table
 from shmplasma.trims import Trims

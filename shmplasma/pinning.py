@@ -19,15 +19,18 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
 from shmplasma.lock_file import LockFile
+from shmplasma.nesting import NESTED, is_inside
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import ABSENT, Found
 
 __all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard", "located"]
+
+_GROWING: Final = frozenset({"with_room"})
 
 
 @runtime_checkable
@@ -254,7 +257,15 @@ class BoardPool:
         self._boards = [PinBoard(lifeline, number)]
 
     def with_room(self) -> PinBoard:
-        """Return a board with a free slot, a new one if all are full."""
+        """Return a board with a free slot, a new one if all are full.
+
+        Raises
+        ------
+        RuntimeError
+            A call of this thread was interrupted in it.
+        """
+        if self._growing.locked() and is_inside(self, _GROWING):
+            raise RuntimeError(NESTED)
         with self._growing:
             for board in self._boards:
                 if board.free:

@@ -34,9 +34,10 @@ from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.lifecycle import Lifecycle
+from shmplasma.memory import Memory
 from shmplasma.posted import Claim, Publish
 from shmplasma.replies import Leased
-from shmplasma.room import Memory, Room
+from shmplasma.room import Room
 from shmplasma.table import Table
 
 __all__ = ["Publishing"]

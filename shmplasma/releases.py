@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shmplasma.layout import EntryState, HeaderWord
+from shmplasma.memory import Memory
 from shmplasma.pins import Boards
-from shmplasma.room import Memory, Room
+from shmplasma.room import Room
 from shmplasma.table import Table
 
 __all__ = ["Releases"]

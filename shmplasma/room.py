@@ -27,20 +27,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 from shmplasma.allocator import Allocator
 from shmplasma.clearing import cheapest_stretch
-from shmplasma.commitment import FLOOR_BYTES, Commitment, Pages
+from shmplasma.commitment import FLOOR_BYTES, Commitment
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up, alignment_of
+from shmplasma.memory import Memory
 from shmplasma.mover import Mover
 from shmplasma.moves import Moves
 from shmplasma.pins import Boards
 from shmplasma.residents import Residents
 from shmplasma.table import Table
 
-__all__ = ["Memory", "Room"]
+__all__ = ["Room"]
 
 _EVICTING: Final = int(EntryState.EVICTING)
 _DOOMED: Final = int(EntryState.DOOMED)
@@ -51,25 +52,11 @@ _SPARE: Final = 32
 _STRIDES: Final = 64
 """What has copies makes room by so many parts of the capacity: each time costs barriers, and looks at all boards."""
 
+_MOST_AT_ONCE: Final = 512
+"""How many small objects go between two requests, for one that needs more room or says so: 2 ms."""
+
 _MOST_LOOKED_AT: Final = 512
 """Objects of which some are chosen to make one extent: 1.5 ms."""
-
-
-class Memory(Pages, Protocol):
-    """What the room needs of the machine."""
-
-    def barrier(self) -> None:
-        """Make every client's CPU pass a full memory barrier, if there is a way."""
-
-    def lock(self, at: int) -> bool:
-        """Lock an id by its CRC-32, and tell whether nobody else has (see `shmplasma.claims`)."""
-
-    def unlock(self) -> None:
-        """Take back what was locked."""
-
-    @property
-    def has_barrier(self) -> bool:
-        """Whether `barrier` does what it says; only then may clients pin without a message."""
 
 
 class Room:
@@ -104,6 +91,8 @@ class Room:
         Compacts the region.
     finish_move : callable
         Carries on with the move of a store that has died; to be called once the table is taken over.
+    most_at_once : int
+        How many objects are to go between two requests.
     fixed : callable
         ``fixed()`` gives offset and size of all that cannot be moved, overlaps and all.
     """
@@ -127,6 +116,7 @@ class Room:
         self._end = layout.data + layout.data_bytes
         self._allocator = Allocator(self._start, self._end)
         self.residents = residents
+        self.most_at_once = _MOST_AT_ONCE
         self.takes = 0
         self.takes_that_met_a_pin = 0
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
@@ -180,8 +170,17 @@ class Room:
         self.commitment.hand_out(offset, size_bytes)
         return offset
 
-    def allocate(self, size_bytes: int) -> tuple[int | None, list[bytes]]:
+    def allocate(
+        self, size_bytes: int, at_most: int | None = None
+    ) -> tuple[int | None, list[bytes]]:
         """Find an extent, evicting as much as it lacks, and no more because what is free lies in pieces.
+
+        Parameters
+        ----------
+        size_bytes : int
+            Of the extent.
+        at_most : int, optional
+            So many objects go at most; then there may be more to come (`may_make`).
 
         Returns
         -------
@@ -203,11 +202,11 @@ class Room:
         if offset is None:
             missing = align_up(size_bytes, ALIGNMENT) - self.free_bytes
             if missing > 0:
-                if self._evictable_bytes() < missing:
+                if not self.may_make(size_bytes):
                     return None, evicted
                 has_copies = self.residents.external is not None
                 stride = (self._end - self._start) // _STRIDES if has_copies else 0
-                evicted = self.make_room(max(missing, stride))
+                evicted = self.make_room(max(missing, stride), at_most)
                 offset = self._place(size_bytes)
             if offset is None and self.residents.external is not None:
                 evicted += self._clear_stretch(size_bytes)
@@ -215,6 +214,11 @@ class Room:
         if offset is not None:
             self.commitment.hand_out(offset, size_bytes)
         return offset, evicted
+
+    def may_make(self, size_bytes: int) -> bool:
+        """Tell whether too few bytes are free, and enough if all that may go were evicted; O(boards)."""
+        missing = align_up(size_bytes, ALIGNMENT) - self.free_bytes
+        return 0 < missing <= self._evictable_bytes()
 
     def _place(self, size_bytes: int) -> int | None:
         """Take the lowest free extent: for what is large, the lowest in which it can begin on a page, if there is one."""
@@ -369,8 +373,10 @@ class Room:
             end = offset + size
         self.give_back(start, end - start)
 
-    def evict(self, size_bytes: int, objects: int = 0) -> tuple[int, list[bytes]]:
-        """Take objects by the eviction policy until so many bytes, and so many objects, are gone.
+    def evict(
+        self, size_bytes: int, objects: int = 0, at_most: int | None = None
+    ) -> tuple[int, list[bytes], bool]:
+        """Take objects by the eviction policy until so many bytes and objects are gone, if `at_most` make that up.
 
         Returns
         -------
@@ -378,11 +384,13 @@ class Room:
             Data plus metadata of what went.
         evicted : list of bytes
             Their ids.
+        goes_on : bool
+            Whether `at_most` has ended it, and more may go.
         """
-        return self._evict(self._table.size, size_bytes, objects)
+        return self._evict(self._table.size, size_bytes, objects, at_most)
 
     def make_room(self, size_bytes: int, at_most: int | None = None) -> list[bytes]:
-        """Evict objects whose extents make up so many bytes, if so many objects do; return their ids."""
+        """Evict objects whose extents make up so many bytes, if `at_most` do; return their ids."""
         return self._evict(self._extent_bytes, size_bytes, at_most=at_most)[1]
 
     def _evict(
@@ -391,7 +399,7 @@ class Room:
         size_bytes: int,
         objects: int = 0,
         at_most: int | None = None,
-    ) -> tuple[int, list[bytes]]:
+    ) -> tuple[int, list[bytes], bool]:
         """Evict until the sum of what `measure` says of each entry, and the count, are reached.
 
         None goes that the others make up for, but what has no bytes goes in its turn, as in Plasma.
@@ -424,21 +432,22 @@ class Room:
             batch.clear()
             return gone
 
-        for entry in islice(residents.victims(), at_most):
-            if entry in held:
-                continue
+        victims = (entry for entry in residents.victims() if entry not in held)
+        chosen = 0
+        for entry in islice(victims, at_most):
+            chosen += 1
             size = batch[entry] = measure(entry)
             batch_bytes += size
             if freed + batch_bytes >= size_bytes and len(evicted) + len(batch) >= objects:
                 spared = spare()
                 freed += take_batch()
                 if freed >= size_bytes and len(evicted) >= objects:
-                    break
+                    return freed, evicted, False
                 batch |= spared  # somebody has pinned a victim just then
                 batch_bytes = sum(batch.values())
         if batch:
             freed += take_batch()
-        return freed, evicted
+        return freed, evicted, chosen == at_most
 
     def displace(self, entries: Sequence[int]) -> list[bytes]:
         """Evict these objects if all of them may go; return the ids of those that went."""

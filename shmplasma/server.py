@@ -60,7 +60,7 @@ _READ: Final = selectors.EVENT_READ
 
 
 class _SegmentMemory:
-    """`shmplasma.room.Memory` on a real segment."""
+    """`shmplasma.memory.Memory` on a real segment."""
 
     def __init__(self, segment: Segment) -> None:
         self.commit = segment.commit

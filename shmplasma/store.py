@@ -222,8 +222,12 @@ class ObjectStore:
 
     @property
     def has_unsettled(self) -> bool:
-        """Whether something waits until all outboxes are read."""
-        return bool(self._dispatch.unsettled) or self._ledger.references.has_suspects
+        """Whether something waits until all outboxes are read, or goes on in the next turn."""
+        return (
+            bool(self._dispatch.unsettled)
+            or self._ledger.references.has_suspects
+            or self._creations.makes_room
+        )
 
     @property
     def is_quiet(self) -> bool:

@@ -59,6 +59,8 @@ class Waiter:
         Until when; None while that has not been counted yet.
     passed : int
         How often somebody was served before it who came later.
+    is_served : bool
+        Whether room is being made for it: then its time does not end.
     """
 
     client: int
@@ -66,6 +68,7 @@ class Waiter:
     timeout_ns: int
     deadline_ns: int | None = None
     passed: int = 0
+    is_served: bool = False
 
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
@@ -165,7 +168,9 @@ class RoomQueue(Generic[WaiterT]):
         late = [
             key
             for key, waiter in self._waiters.items()
-            if waiter.deadline_ns is not None and waiter.deadline_ns <= steady_ns
+            if waiter.deadline_ns is not None
+            and waiter.deadline_ns <= steady_ns
+            and not waiter.is_served
         ]
         return [self._waiters.pop(key) for key in late]
 

@@ -45,6 +45,10 @@ class ObjectArray(np.ndarray[Any, np.dtype[Any]]):
 
     unsealed: tuple[Writing, ObjectID]
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Copy the array alone: a copy is no object that can be sealed."""
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
     def __enter__(self) -> Self:
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -184,6 +185,74 @@ def test_a_signal_handler_that_uses_the_client(
         assert child.hear() == said
         assert child.end() == code
     until(lambda: not client.list(), "what was not sealed has gone")
+
+
+WAITED = """
+    import signal, subprocess, sys
+    import shmplasma as plasma
+
+    path = sys.argv[1]
+
+    def start():
+        return subprocess.Popen([sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path])
+
+    def handle(*_):
+        global store
+        try:
+            client.contains(missing)
+        except RuntimeError as error:
+            refused.append(str(error))
+        store = start()
+
+    refused = []
+    missing = plasma.ObjectID.from_random()
+    store = start()
+    try:
+        client = plasma.connect(path)
+        store.kill()
+        store.wait()
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        assert not client.contains(missing)
+    finally:
+        store.terminate()
+        store.wait()
+    assert "inside another call of this client" in refused[0], refused
+"""
+
+
+def test_a_signal_handler_while_a_store_is_waited_for(tmp_path: Path) -> None:
+    """It hears that it may not ask, and the call goes on when there is a store again."""
+    run_python(WAITED, str(tmp_path / "socket"))
+
+
+FULL = """
+    import sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    key = client.put_raw_buffer(b"x")
+    refused = []
+    pool = client._session._boards
+    grant = pool._grant
+
+    def interrupted():  # as by a signal handler
+        try:
+            client.get_buffers([key])
+        except RuntimeError as error:
+            refused.append(str(error))
+        return grant()
+
+    pool._grant = interrupted
+    held = [client.get_buffers([key]) for _ in range(600)]
+    assert len(refused) == 1, refused
+    assert "inside another call of this client" in refused[0], refused
+"""
+
+
+def test_a_signal_handler_while_a_board_is_asked_for(store: Store) -> None:
+    """Where all slots are taken it is refused one; the call that was interrupted gets another board."""
+    run_python(FULL, store.store_socket_name)
 
 
 COLLECTED = """

@@ -572,6 +572,15 @@ def test_create_array_aborts(client: plasma.PlasmaClient) -> None:
     assert (client.get(object_id) == 7).all()
 
 
+def test_a_new_array_is_put_as_an_array(client: plasma.PlasmaClient) -> None:
+    """What is put of it elsewhere is a plain array: nobody can seal a copy."""
+    with client.create_array(new_id(), 500) as array:
+        array[:] = 7
+        for got in (client.get(client.put(array)), *client.get(client.put([array]))):
+            assert type(got) is np.ndarray
+            assert (got == 7).all()
+
+
 def test_create_array_without_a_block(client: plasma.PlasmaClient) -> None:
     """Without a block the array is sealed like any object."""
     object_id = new_id()

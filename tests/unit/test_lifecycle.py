@@ -128,9 +128,9 @@ def test_the_writer_pins_its_object(house: Household) -> None:
     slot = house.create(1)
     assert house.boards.held_by(ALICE) == {house.table.find(name(1))}
     house.objects.seal(ALICE, name(1), 1)
-    assert house.objects.evict(1) == 0
+    assert house.objects.evict(1) == (0, False)
     house.release(slot)
-    assert house.objects.evict(1) == 64
+    assert house.objects.evict(1) == (64, False)
     house.objects.check()
 
 
@@ -345,7 +345,7 @@ def test_a_doomed_object_that_was_released_can_be_evicted(house: Household) -> N
     slot = house.pin(1)
     house.objects.delete([name(1)])
     house.release(slot)
-    assert house.objects.evict(1 << 40) == 128
+    assert house.objects.evict(1 << 40) == (128, False)
     assert sorted(house.gone) == [name(1), name(2)]
     house.objects.releases.wake()
     house.objects.check()
@@ -409,7 +409,7 @@ def test_the_wake_word_stays_while_anything_waits(house: Household) -> None:
 def test_evicting_nothing_evicts_nothing(house: Household, size_bytes: int) -> None:
     """Zero or a negative number frees 0 bytes."""
     house.put(1)
-    assert house.objects.evict(size_bytes) == 0
+    assert house.objects.evict(size_bytes) == (0, False)
     assert house.sealed() == [1]
 
 
@@ -419,9 +419,9 @@ def test_evicting_counts_and_tells(house: Household) -> None:
         house.put(number, 100)
     house.create(9, 1000)
     house.pin(0)
-    assert house.objects.evict(101) == 200
+    assert house.objects.evict(101) == (200, False)
     assert house.gone == [name(1), name(2)]
-    assert house.objects.evict(1 << 62) == 200
+    assert house.objects.evict(1 << 62) == (200, False)
     assert house.objects.evictions == 4
     assert house.sealed() == [0]
     assert house.table.find(name(9)) != NO_ENTRY

@@ -1,0 +1,155 @@
+"""Requests that take many objects: a few of them a turn, and others have theirs in between."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from shmplasma.replies import Created, Done, Failed, Failure, Number
+from shmplasma.requests import Contains, Create, Delete, Evict
+from shmplasma.waiters import FOR_EVER
+from tests.conversation import Conversation, Peer, name
+
+AT_ONCE = 3
+N_OBJECTS = 1024
+IDS = [name(number) for number in range(N_OBJECTS)]
+NEW = name(N_OBJECTS)
+
+
+class Street:
+    """A store that is full of small objects, and two clients."""
+
+    def __init__(self) -> None:
+        self.talk = Conversation()
+        self.store = self.talk.store
+        self.one, self.other = self.talk.client(), self.talk.client()
+        for object_id in IDS:
+            self.one.put(object_id)
+        self.store._room.most_at_once = AT_ONCE
+
+    def step(self) -> None:
+        """Do one turn of the loop."""
+        self.talk.steady_ns += 10**9
+        if self.store.has_unsettled:
+            self.talk.settle()
+        if self.store.has_waiters:
+            self.talk.carry_out(self.store.offer_room(self.talk.steady_ns, self.talk.now_ns))
+
+    def turns(self, peer: Peer, request_id: int) -> list[int]:
+        """Do turns until a request is answered; return how many objects have gone in each."""
+        gone = [self.left()]
+        while request_id not in peer.replies:
+            assert self.store.has_unsettled, "nobody goes on with it"
+            self.step()
+            gone.append(self.left())
+        return [before - after for before, after in pairwise(gone)]
+
+    def left(self) -> int:
+        """Return how many of the objects there are."""
+        return sum(self.store._objects.contains(object_id) for object_id in IDS)
+
+
+@pytest.fixture
+def street() -> Street:
+    """Return a full store."""
+    return Street()
+
+
+def test_a_long_delete_takes_turns(street: Street) -> None:
+    """It is answered when all have gone; what is named twice, or is missing, goes once, or not."""
+    ids = [*IDS[:8], IDS[0], NEW]
+    request_id = street.one.post(Delete(ids))
+    assert street.turns(street.one, request_id) == [3, 3, 2, 0]
+    street.one.take(request_id, Done)
+    assert not street.store.has_unsettled
+    street.one.ask(Delete([]), Done)
+
+
+def test_a_long_eviction_takes_turns(street: Street) -> None:
+    """It tells how much went in all of them."""
+    request_id = street.one.post(Evict(7 * 64 + 1))
+    assert street.turns(street.one, request_id) == [3, 3, 2]
+    assert street.one.take(request_id, Number).value == 8 * 64
+    request_id = street.one.post(Evict(1 << 40))
+    street.turns(street.one, request_id)
+    assert street.one.take(request_id, Number).value == (N_OBJECTS - 8) * 64
+
+
+def test_others_are_answered_in_between(street: Street) -> None:
+    """A question, and a small creation, wait for a turn and not for all of them."""
+    request_id = street.one.post(Delete(IDS[:9]))
+    question = street.other.post(Contains(NEW))
+    street.step()
+    assert street.other.take(question, Number).value == 0
+    assert request_id not in street.one.replies
+    creation = street.other.post(street.other.new(NEW))
+    street.other.take(creation, Created)
+    assert sum(street.turns(street.one, request_id)) == 6
+
+
+@pytest.mark.parametrize("timeout_ns", [0, 1, FOR_EVER])
+def test_room_for_a_large_object_takes_turns(street: Street, timeout_ns: int) -> None:
+    """As much goes as it needs, as long as that takes: its time to wait does not run meanwhile."""
+    request = street.one.new(NEW, 8 * 64)._replace(timeout_ns=timeout_ns)
+    request_id = street.one.post(request)
+    assert street.left() == N_OBJECTS - AT_ONCE
+    assert street.turns(street.one, request_id) == [3, 2]
+    street.one.take(request_id, Created)
+    assert not street.store.has_unsettled
+    street.store._parts.check()
+
+
+def test_another_creation_meanwhile(street: Street) -> None:
+    """What needs as much waits its turn; what needs little has it at once, and takes nothing from the other for good."""
+    first = street.one.post(street.one.new(NEW, 8 * 64))
+    second = street.other.post(street.other.new(name(2000), 8 * 64))
+    third = street.other.post(street.other.new(name(2001), 64))
+    street.other.take(third, Created)
+    street.turns(street.one, first)
+    street.one.take(first, Created)
+    street.turns(street.other, second)
+    street.other.take(second, Created)
+    assert street.left() == N_OBJECTS - 17
+    street.store._parts.check()
+
+
+def test_what_is_held_stays(street: Street) -> None:
+    """Objects in use are passed over, however many they are; where too few are left, the refusal comes at once."""
+    street.other.get(*IDS[: 2 * AT_ONCE])
+    request_id = street.one.post(Evict(5 * 64))
+    assert street.turns(street.one, request_id) == [3, 2]
+    assert all(map(street.store._objects.contains, IDS[: 2 * AT_ONCE]))
+    street.other.get(*(id_ for id_ in IDS[6:300] if street.store._objects.contains(id_)))
+    failed = street.one.ask(street.one.new(NEW, 60_000), Failed)
+    assert failed.failure is Failure.FULL
+
+
+def test_a_time_that_is_over(street: Street) -> None:
+    """When all that may go has gone, and others hold the rest, time runs."""
+    slots = street.other.get(*IDS[:500])[1]
+    request: Create = street.one.new(NEW, 40_000)._replace(timeout_ns=1)
+    request_id = street.one.post(request)
+    assert not street.store.has_unsettled
+    street.step()
+    street.step()
+    assert street.one.take(request_id, Failed).failure is Failure.FULL
+    for slot in slots:
+        street.other.release(slot)
+    street.one.ask(street.one.new(NEW, 40_000), Created)
+
+
+def test_whoever_leaves_has_nothing_go_on(street: Street) -> None:
+    """With its client ends what was begun for it, and the store is at rest."""
+    for request in (street.one.new(NEW, 8 * 64), Evict(500), Delete(IDS[100:110])):
+        street.one.post(request)
+    street.step()
+    left = street.left()
+    street.talk.disconnect(street.one)
+    street.step()
+    assert not street.store.has_unsettled
+    street.talk.turn()  # which ends a move that was under way
+    assert street.store.is_quiet
+    assert street.left() == left
+    assert not street.store._dispatch._freed
+    street.store._parts.check()
