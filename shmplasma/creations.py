@@ -265,6 +265,8 @@ class Creations:
         """
         attainable = self._room.attainable_bytes
         self._evicts = False
+        for each in self._queue:  # not all may be reached
+            each.is_served = False
 
         def wait(creator: Creator) -> Offer:
             comes = self._makes_room(creator.request, creator.failures)
@@ -275,7 +277,6 @@ class Creations:
 
         def serve(creator: Creator) -> Offer:
             nonlocal attainable
-            creator.is_served = False
             request = creator.request
             size = request.data_size + request.metadata_size
             if not self._objects.exists(request.object_id):

@@ -8,7 +8,7 @@ import pytest
 
 from shmplasma.replies import Created, Done, Failed, Failure, Number
 from shmplasma.requests import Contains, Create, Delete, Evict
-from shmplasma.waiters import FOR_EVER
+from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
 AT_ONCE = 3
@@ -137,6 +137,23 @@ def test_a_time_that_is_over(street: Street) -> None:
     for slot in slots:
         street.other.release(slot)
     street.one.ask(street.one.new(NEW, 40_000), Created)
+
+
+def test_a_time_that_is_over_behind_others(street: Street) -> None:
+    """Whoever stops being served, as nobody may pass the first any more, waits no longer than he has said."""
+    slots = street.other.get(*IDS[600:1000])[1]
+    first = street.other.post(street.other.new(NEW, 60_000)._replace(timeout_ns=FOR_EVER))
+    second = street.one.post(street.one.new(name(2000), 8 * 64)._replace(timeout_ns=10**9))
+    street.step()
+    assert street.store._creations.makes_room
+    next(iter(street.store._queue)).passed = MAX_PASSES
+    street.step()
+    assert street.one.take(second, Failed).failure is Failure.FULL
+    assert not street.store.has_unsettled
+    for slot in slots:
+        street.other.release(slot)
+    street.talk.turn()
+    street.other.take(first, Created)
 
 
 def test_whoever_leaves_has_nothing_go_on(street: Street) -> None:
