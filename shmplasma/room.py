@@ -53,7 +53,7 @@ _STRIDES: Final = 64
 """What has copies makes room by so many parts of the capacity: each time costs barriers, and looks at all boards."""
 
 _MOST_AT_ONCE: Final = 512
-"""How many small objects go between two requests, for one that needs more room or says so: 2 ms."""
+"""How many small objects go for one request before others have their turn: 2 ms."""
 
 _MOST_LOOKED_AT: Final = 512
 """Objects of which some are chosen to make one extent: 1.5 ms."""
