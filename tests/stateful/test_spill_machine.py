@@ -85,12 +85,17 @@ class SpillMachine(RuleBasedStateMachine):
         self.questions: list[Question] = []
         self.may_be_full = False
 
-    @initialize(high_water=st.sampled_from([0.3, 0.8, 1.0]), limit=st.sampled_from([0, 0, 40_000]))
-    def start(self, high_water: float, limit: int) -> None:
+    @initialize(
+        high_water=st.sampled_from([0.3, 0.8, 1.0]),
+        limit=st.sampled_from([0, 0, 40_000]),
+        at_once=st.sampled_from([1, 512]),
+    )
+    def start(self, high_water: float, limit: int, at_once: int) -> None:
         """Start a store and a client."""
         self.limit = limit
         self.talk = Workers(CAPACITY, ExternalLimits(limit, high_water))
         self.talk.is_busy = True
+        self.talk.store._room.most_at_once = at_once
         self.peer: Peer = self.talk.enter()
 
     # -- what the client does ------------------------------------------------------------------
