@@ -223,17 +223,14 @@ def _offering_references(worker: Worker, identity: str) -> Callable[..., Any]:
 # --- the family of serializers --------------------------------------------------------------------------
 
 
-class _NextFamilyError(NotImplementedError):
-    """A value that another family is to serialize: Dask asks the next one where it meets this base, and fails at any other error."""
-
-
 def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[bytes]]:
     """Serialize a value as references, for a recipient of the same store; else leave it to the next family."""
     recipient = (context or {}).get("recipient", {})
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
     apart = None if sharing is None else _stored(value, sharing)
     if sharing is None or apart is None:
-        raise _NextFamilyError("there is no store in common, nothing large, or no room in it")
+        # Dask's word for it: at this error it asks the next family, at any other it gives up.
+        raise NotImplementedError("there is no store in common, nothing large, or no room in it")
     body, _, kept = apart
     sink = io.BytesIO()
     pickler = pickle.Pickler(sink, pickle.HIGHEST_PROTOCOL)
