@@ -88,6 +88,11 @@ def run_python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+def unmeasured() -> dict[str, str]:
+    """Return this process's environment, but for what has the coverage of a program measured."""
+    return {name: value for name, value in os.environ.items() if name != _MEASURING}
+
+
 class Child:
     """A Python program that talks over its standard input and output; killed at the end of the block.
 
@@ -110,7 +115,7 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={name: value for name, value in os.environ.items() if name != _MEASURING},
+            env=unmeasured(),
         )
 
     def hear(self) -> str:
