@@ -8,6 +8,7 @@ from shmplasma.denials import Refused
 from shmplasma.errors import ProtocolError
 from shmplasma.gets import GetQueue, PendingGet
 from shmplasma.greeting import Session
+from shmplasma.hints import Wanted
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
@@ -25,7 +26,7 @@ class Answers:
 
     Parameters
     ----------
-    table, boards, residents, objects, outgoing
+    table, boards, residents, objects, wanted, outgoing
         The parts of the store that it joins.
     sessions : mapping
         All connections, by their numbers.
@@ -37,6 +38,7 @@ class Answers:
         boards: Boards,
         residents: Residents,
         objects: Lifecycle,
+        wanted: Wanted,
         outgoing: Outgoing,
         sessions: Mapping[int, Session],
     ) -> None:
@@ -44,6 +46,7 @@ class Answers:
         self._boards = boards
         self._residents = residents
         self._objects = objects
+        self._wanted = wanted
         self._outgoing = outgoing
         self._sessions = sessions
         self._queue = GetQueue()
@@ -84,6 +87,8 @@ class Answers:
             return True
         lent.update(request.slots)
         self._queue.add(get)
+        if request.hinted and not get.returning and request.object_ids[0] not in self._hidden:
+            self._wanted.ask(get, request.object_ids[0], self._sessions[client].board)
         return request.wait or bool(get.returning)
 
     def _bring(self, get: PendingGet, object_id: bytes, entry: int) -> None:
@@ -126,16 +131,23 @@ class Answers:
     def fail(self, object_id: bytes, failed: Failed) -> None:
         """Tell those who wait for an object that it cannot be had."""
         for get in self._queue.who_wait_for(object_id):
-            self._queue.remove(get.client, get.request_id)
-            self._sessions[get.client].lent.difference_update(get.request.slots)
+            self._remove(get.client, get.request_id)
             self._outgoing.reply(get.client, get.request_id, failed)
 
     def _fill(self, get: PendingGet, object_id: bytes, entry: int) -> None:
-        """Enter a sealed object into a get and pin it for its client."""
+        """Enter a sealed object into a get and pin it for its client, if that has not taken it."""
+        self._wanted.withdraw(get)
         codec = self._table.id_and_codec(entry)[1]
         for slot in get.fill(object_id, (*self._table.location(entry), codec)):
-            self._boards.pin(slot, entry)
+            if not get.is_taken:
+                self._boards.pin(slot, entry)
         self._residents.read(entry)
+
+    def withdraw(self, object_id: bytes) -> None:
+        """Have nobody be hinted at an object any more, about which the store is going to say something."""
+        if self._queue:
+            for get in self._queue.who_wait_for(object_id):
+                self._wanted.withdraw(get)
 
     def announce(self, entry: int) -> None:
         """Tell those who wait for an object, and the subscribers, that it is sealed."""
@@ -152,6 +164,7 @@ class Answers:
             self._fill(get, object_id, entry)
             if not get.missing:
                 self.answer_now(get.client, get.request_id)
+        self._boards.resolve(entry, self._table.location(entry)[0])
 
     def look_again(self) -> None:
         """Find what was asked for while it was hidden by a move, and is not any more."""
@@ -167,14 +180,21 @@ class Answers:
 
     def answer_now(self, client: int, request_id: int) -> None:
         """Answer a get with what it has; one that was answered meanwhile needs nothing."""
+        get = self._remove(client, request_id)
+        if get is not None:
+            self._outgoing.reply(client, request_id, Objects(get.found))
+
+    def _remove(self, client: int, request_id: int) -> PendingGet | None:
         get = self._queue.remove(client, request_id)
         if get is not None:
+            self._wanted.withdraw(get)
             self._sessions[client].lent.difference_update(get.request.slots)
-            self._outgoing.reply(client, request_id, Objects(get.found))
+        return get
 
     def forget(self, client: int) -> None:
         """Drop all gets of a client that has left."""
-        self._queue.forget(client)
+        for get in self._queue.forget(client):
+            self._wanted.withdraw(get)
 
     def __bool__(self) -> bool:
         """Tell whether anybody waits for an object."""

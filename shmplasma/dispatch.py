@@ -138,6 +138,8 @@ class Dispatch:
                 if not self._boards.owns(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its own")
                 self._publishing.claim(client, request, now_ns)
+                if session.detached:  # nobody is going to seal it
+                    self._objects.abort_all(client)
                 self._outgoing.reply(client, request_id, _DONE)
             case Create():
                 if not self._boards.may_lend_one(client, request.slot):
@@ -203,7 +205,10 @@ class Dispatch:
             case Detach():
                 session.detached = True
                 self.forget(client, now_ns)
-                self._publishing.end(client)
+                # Another thread of the client may be in the midst of a put: then its lease comes back later.
+                self._publishing.recall_of(client)
+                self._heed_all(now_ns)
+                self._publishing.take_idle()
                 self._outgoing.reply(client, request_id, _DONE)
             case Hello() | Post():
                 raise AssertionError("it was handled before")
@@ -311,6 +316,8 @@ class Dispatch:
 
     def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
         """Enter a published object; the hot path of putting."""
+        if self._answers and self._objects.exists(message.object_id):
+            self._answers.withdraw(message.object_id)  # it will be refused
         entry = self._publishing.publish(session.client, message, now_ns)
         if message.codec & REFERENCED:
             self._ledger.sealed(session.client, entry)

@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from typing import Final
 
+from shmplasma.owned_socket import OwnedSocket
 from shmplasma.protocol import MAX_REPLY_BYTES, Frame, FrameDecoder, encode_frame
 
 __all__ = ["RETRY_SECONDS", "Exchange"]
@@ -21,13 +22,6 @@ _SEND_BYTES: Final = 32 << 10
 RETRY_SECONDS: Final = 0.1
 _DESCRIPTORS: Final = 2
 """What a message brings at most."""
-
-
-class _Socket(socket.socket):
-    """A socket that closes without a word when it is collected, as a user may drop a client."""
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class Exchange:
@@ -62,7 +56,7 @@ class Exchange:
             Nobody listens, after all attempts.
         """
         while True:
-            sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = OwnedSocket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
             sock.settimeout(timeout_seconds)
             try:

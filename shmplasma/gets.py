@@ -34,6 +34,10 @@ class PendingGet:
         Where each missing id stands in the answer; an id may have been asked for more than once.
     returning : set of bytes
         Those of them that are there, and are being brought back from the external store.
+    wanted_at : int
+        Which word of the header says that it may be hinted at; 0 for none (see `shmplasma.hints`).
+    is_taken : bool
+        Whether its client has, or is about to find that it has not, what it was hinted at: its slot is not the store's.
     """
 
     client: int
@@ -42,6 +46,8 @@ class PendingGet:
     found: list[Found]
     missing: dict[bytes, list[int]]
     returning: set[bytes] = field(default_factory=set)
+    wanted_at: int = 0
+    is_taken: bool = False
 
     @classmethod
     def begin(cls, client: int, request_id: int, request: Get) -> PendingGet:
@@ -109,10 +115,12 @@ class GetQueue:
                 del self._waiting[object_id]
         return get
 
-    def forget(self, client: int) -> None:
-        """Drop all gets of a client that has left."""
-        for request_id in list(self._of_client.get(client, ())):
-            self.remove(client, request_id)
+    def forget(self, client: int) -> list[PendingGet]:
+        """Drop all gets of a client that has left, and return them."""
+        gets = list(self._of_client.get(client, {}).values())
+        for get in gets:
+            self.remove(client, get.request_id)
+        return gets
 
     def check(self) -> None:
         """Prove that both indices agree, and that no complete get is left."""

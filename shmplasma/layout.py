@@ -56,6 +56,7 @@ __all__ = [
     "STAGE_START",
     "STATE_MASK",
     "TOKEN_BYTES",
+    "WANTED_WORDS",
     "ControlWord",
     "EntryState",
     "EntryWord",
@@ -67,7 +68,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 7
+LAYOUT_VERSION: Final = 8
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -84,6 +85,8 @@ lies up to 512 bytes behind its source, pages apart, glibc's way past the caches
 (512 MiB, two threads, AMD EPYC)."""
 
 HEADER_BYTES: Final = 4096
+WANTED_WORDS: Final = 128
+"""So many gets can be hinted at; a power of two."""
 ENTRY_BYTES: Final = 128
 """Two cache lines: what a reader needs lies in the first, the rest of the record in the second."""
 ENTRY_WORDS: Final = ENTRY_BYTES // 8
@@ -151,6 +154,8 @@ class HeaderWord(IntEnum):
     it changes often (see `shmplasma.claims`)."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
+    WANTED = 128
+    """This and the next words say which gets wait for what (see `shmplasma.hints`)."""
 
 
 class EntryState(IntEnum):

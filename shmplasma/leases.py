@@ -240,10 +240,15 @@ class Leases:
 
     def recall(self) -> None:
         """Raise the epoch of all leases; a barrier has to follow, then `note_idle`."""
-        for lease in self._of_client.values():
-            if not lease.recalled:
-                lease.recalled = True
-                self._control.raise_epoch(lease.board)
+        for client in self._of_client:
+            self.recall_of(client)
+
+    def recall_of(self, client: int) -> None:
+        """Raise the epoch of one client's lease, if it has one; otherwise as `recall`."""
+        lease = self._of_client.get(client)
+        if lease is not None and not lease.recalled:
+            lease.recalled = True
+            self._control.raise_epoch(lease.board)
 
     def note_idle(self) -> None:
         """See which recalled leases are at rest; all outboxes have to be read after that."""

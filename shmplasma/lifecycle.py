@@ -25,7 +25,7 @@ from shmplasma.layout import EntryState, Layout
 from shmplasma.leases import Leases
 from shmplasma.memory import Memory
 from shmplasma.pins import Boards
-from shmplasma.posted import Claim
+from shmplasma.posted import Claim, Publish
 from shmplasma.recovery import Findings, examine
 from shmplasma.releases import Releases
 from shmplasma.replies import Failed, Failure
@@ -219,18 +219,25 @@ class Lifecycle:
 
         If it is not, the room is in use until the writer lets go of it.
         """
+        if self.exists(message.object_id):
+            self.reject(message, now_ns)
+            return False
         object_id, offset, data_size, metadata_size, codec, slot = message
-        is_new = not self.exists(object_id)
-        state = EntryState.CREATED if is_new else EntryState.EVICTING
         entry = self._table.insert(
-            object_id, codec, offset, data_size, metadata_size, now_ns, state, slot + 1
+            object_id, codec, offset, data_size, metadata_size, now_ns, owner=slot + 1
         )
         self._boards.claimed(entry, offset)
-        if is_new:
-            self._note_creator(client, entry)
-        else:
-            self.releases.leave(entry)
-        return is_new
+        self._note_creator(client, entry)
+        return True
+
+    def reject(self, message: Claim | Publish, now_ns: int) -> None:
+        """Have room in a lease go when nobody pins it any more, as what was put there is no object."""
+        object_id, offset, data_size, metadata_size, codec = message[:5]
+        entry = self._table.insert(
+            object_id, codec, offset, data_size, metadata_size, now_ns, EntryState.EVICTING
+        )
+        self._boards.claimed(entry, offset)
+        self.releases.leave(entry)
 
     def _note_creator(self, client: int, entry: int) -> None:
         self._creators[entry] = client

@@ -188,8 +188,15 @@ class Link:
             if self.channel is first:
                 raise
 
-    def post(self, kind: int, body: bytes) -> None:
+    def post(self, kind: int, body: bytes, written: Callable[[int], None] | None = None) -> None:
         """Tell the store something, and do not wait.
+
+        Parameters
+        ----------
+        kind, body
+            What.
+        written : callable, optional
+            Told how many records there were with this one, before the store is told that there is one.
 
         Raises
         ------
@@ -202,11 +209,13 @@ class Link:
             if self._posting.locked() and is_inside(self, _POSTING):
                 raise RuntimeError(NESTED)
             with self._posting:
-                written = self._outbox.append(kind, body)
-                announced = written and self._outbox.is_to_be_announced
-            if written:
+                count = self._outbox.append(kind, body)
+                announced = count and self._outbox.is_to_be_announced
+            if count:
                 break
             self.call(Flush(), Done)
+        if written is not None:
+            written(count)
         if announced:
             channel = self.channel
             try:
@@ -223,7 +232,7 @@ class Link:
         written = False
         try:
             acquired.extend(map(self._posting.acquire, (False,)))
-            written = acquired[0] and self._outbox.append(kind, body)
+            written = acquired[0] and self._outbox.append(kind, body) > 0
             announced = written and self._outbox.is_to_be_announced
         finally:
             if acquired and acquired[0]:
@@ -293,6 +302,7 @@ class Link:
             untold = self._untold = []
             try:
                 channel = self._connect_again(reason, error)
+                channel.ear = broken.ear
                 # Others may use it from here on, so nothing here may close it.
                 self.channel = channel
             finally:

@@ -100,19 +100,19 @@ class Outbox:
         """Take note that the store of now is the one that this client is connected to."""
         self._store = self._incarnation[0] % _INCARNATIONS + 1
 
-    def append(self, kind: int, body: bytes) -> bool:
-        """Write a record; False when the ring is full and the store must handle something first."""
+    def append(self, kind: int, body: bytes) -> int:
+        """Write a record; return how many were written, or 0 when the ring is full and the store must handle something first."""
         count = self._count
         at = (count & _MASK) * _WORDS
         if self._words[at] == count + 1:  # an interrupt came before it was counted
             count = self._count = count + 1
             at = (count & _MASK) * _WORDS
         if count - self._acknowledged[0] >= RECORDS:
-            return False
+            return 0
         _CONTENT.pack_into(self._raw, at * 8 + 8, kind, len(body), body)
         self._words[at] = count + 1
         self._count = count + 1
-        return True
+        return count + 1
 
     @property
     def written(self) -> int:
@@ -192,26 +192,29 @@ def is_written(words: memoryview, start: int, acknowledged: int) -> bool:
     return bool(words[(start >> 3) + (acknowledged & _MASK) * _WORDS] == acknowledged + 1)
 
 
-def read_record(page: memoryview, acknowledged: int) -> tuple[int, bytes] | None:
+def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int, bytes] | None:
     """Return kind and body of the next record, or None when there is none.
 
     Parameters
     ----------
-    page : memoryview
-        The bytes of an outbox.
+    raw : memoryview
+        Bytes, with an outbox in them.
     acknowledged : int
         How many records were handled.
+    start : int, optional
+        Where the outbox begins.
 
     Examples
     --------
     >>> page, zero = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
     >>> Outbox(page.cast("Q"), zero, zero, zero).append(5, b"body")
-    True
+    1
     >>> read_record(page, 0)
     (5, b'body')
     >>> read_record(page, 1)
     """
-    number, kind, length, body = _RECORD.unpack_from(page, (acknowledged & _MASK) * _RECORD_BYTES)
+    at = start + (acknowledged & _MASK) * _RECORD_BYTES
+    number, kind, length, body = _RECORD.unpack_from(raw, at)
     if number != acknowledged + 1:
         return None
     return kind, body[:length]

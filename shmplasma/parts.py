@@ -12,6 +12,7 @@ from shmplasma.control import Control
 from shmplasma.creations import Creations, Creator
 from shmplasma.dispatch import Dispatch
 from shmplasma.greeting import Greeter
+from shmplasma.hints import Wanted
 from shmplasma.jobs import Jobs
 from shmplasma.layout import Layout
 from shmplasma.leases import Leases
@@ -102,7 +103,9 @@ class Parts:
             self.objects.spilling = Spilling(
                 self.table, self.boards, self.room, layout.capacity, external
             )
-        self.publishing = Publishing(self.table, self.room, leases, self.objects, memory)
+        self.publishing = Publishing(
+            self.table, self.boards, self.room, leases, self.objects, memory
+        )
         self.ledger = Ledger(self.table, self.room, self.objects, ticket_ns)
         self.greeter = Greeter(
             layout,
@@ -114,11 +117,13 @@ class Parts:
             memory,
             client_limit_bytes,
         )
+        self.wanted = Wanted(words, self.boards, memory)
         self.answers = Answers(
             self.table,
             self.boards,
             residents,
             self.objects,
+            self.wanted,
             self.outgoing,
             self.greeter.sessions,
         )

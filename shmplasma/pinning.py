@@ -122,6 +122,10 @@ class Lifeline:
         """The boards that are still used."""
         return list(self._boards)
 
+    def pinned_words(self) -> set[int]:
+        """Return what stands in the slots of the boards."""
+        return {word for board in self._boards for word in board.words[FIRST_SLOT:]}
+
     def add(self, board: PinBoard) -> None:
         """Take note of a board."""
         self._boards.add(board)

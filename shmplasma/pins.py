@@ -15,7 +15,8 @@ held       the client: a reader pins, a finalizer clears         the finalizer, 
 lent       the store, which may write entry index + 1 to it      the reply to the request that named it: held
 =========  ====================================================  ==============================================
 
-A client that has created an object by itself holds it by its offset, until the buffer dies (`shmplasma.claims`).
+A client that has created an object by itself holds it by its offset, until the buffer dies (`shmplasma.claims`); so does one
+that has it from its creator (`shmplasma.hints`), for which a lent slot is written to by both.
 
 So every word has one writer at a time, and a buffer is released by one 8-byte store.  The store reads the
 boards when it wants to know who holds what; a word that names no object counts for nothing and harms only
@@ -99,6 +100,8 @@ _PART_BYTES: Final = len(_EMPTY) // 7
 _EMPTY_PART: Final = bytes(_PART_BYTES)
 _CLAIMS_KEPT: Final = 64
 """From so many claims on it is looked whether any was let go of."""
+_EXPECTED_KEPT: Final = 64
+"""The same of offsets that are pinned before there is an object."""
 
 
 def slots_of(board: int) -> range:
@@ -152,6 +155,7 @@ class Boards:
         self._claimed: dict[int, int] = {}
         self._word_of: dict[int, int] = {}
         self._prune_at = _CLAIMS_KEPT
+        self._expected: set[int] = set()
 
     def grant(self, client: int, pid: int, start_time: int) -> int | None:
         """Give a client one more board and return its number, or None when all are in use.
@@ -260,6 +264,10 @@ class Boards:
         """Tell as much of a single slot."""
         return self.owns(client, slot) and not self._words[self._first_word + slot]
 
+    def word(self, slot: int) -> int:
+        """Return what stands in a slot."""
+        return int(self._words[self._first_word + slot])
+
     def pin(self, slot: int, entry: int) -> None:
         """Write a pin to a slot that its client has lent."""
         self._words[self._first_word + slot] = entry + 1
@@ -286,6 +294,26 @@ class Boards:
                 self._forget(each)
             self._prune_at = 2 * len(self._claimed) + _CLAIMS_KEPT
 
+    def expect(self, offset: int) -> None:
+        """Take note that somebody pins what will be put at an offset (`shmplasma.hints`); amortized O(1)."""
+        if len(self._expected) >= _EXPECTED_KEPT:
+            self._expected &= self._offset_words()
+        self._expected.add(pin_word(offset))
+
+    def expect_pinned(self) -> None:
+        """Do so of all offsets that are pinned and at which no object lies."""
+        self._expected |= self._offset_words() - self._claimed.keys()
+
+    def is_expected(self, offset: int) -> bool:
+        """Tell whether somebody may pin what will be put at an offset."""
+        return bool(self._expected) and pin_word(offset) in self._expected
+
+    def resolve(self, entry: int, offset: int) -> None:
+        """Have pins of what was expected at an offset mean this entry from now on."""
+        if self.is_expected(offset):
+            self._expected.remove(pin_word(offset))
+            self.claimed(entry, offset)
+
     def _forget(self, word: int) -> None:
         entry = self._claimed.pop(word, None)
         if entry is not None and self._word_of.get(entry) == word:
@@ -293,8 +321,11 @@ class Boards:
 
     def pinned_offsets(self) -> set[int]:
         """Return the offsets that anybody pins, with or without an object there."""
+        return {word ^ AT_OFFSET for word in self._offset_words()}
+
+    def _offset_words(self) -> set[int]:
         words = set[int]().union(*map(self._words_of, self._of_client))
-        return {word ^ AT_OFFSET for word in words if word & AT_OFFSET}
+        return {word for word in words if word & AT_OFFSET}
 
     def held_by(self, client: int) -> set[int]:
         """Return the entries that a client pins; words which name no entry are left out."""

@@ -105,13 +105,28 @@ class Posts:
 
     def heed_or_drop(self, session: Session | None, now_ns: int) -> int:
         """Carry out what a connection has posted, if it is a client's; drop it for what it may not post."""
-        if session is None or session.role is not Role.CLIENT or session.detached:
+        if session is None or session.role is not Role.CLIENT:
             return 0
+        if session.detached:
+            return self.heed_out(session, now_ns)
         try:
             return self.heed(session, now_ns)
         except ProtocolError as error:
             self._outgoing.effects.append(Drop(session.client, str(error)))
             return 0
+
+    def heed_out(self, session: Session, now_ns: int) -> int:
+        """Carry out what a client has posted that is leaving, or has left, but for what it may not post.
+
+        Others may have taken what it has put (`shmplasma.hints`), so its lease is not given back before this.
+        """
+        for _ in range(RECORDS):  # it may write on
+            try:
+                return self.heed(session, now_ns)
+            except ProtocolError:
+                board = session.board
+                self._control.acknowledge(board, self._control.acknowledged(board) + 1)
+        return 0
 
     def heed_all(self, now_ns: int) -> int:
         """Carry out whatever anybody has posted, and return how much that was."""

@@ -35,6 +35,7 @@ from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.memory import Memory
+from shmplasma.pins import Boards
 from shmplasma.posted import Claim, Publish
 from shmplasma.replies import Leased
 from shmplasma.room import Room
@@ -57,16 +58,23 @@ class Publishing:
 
     Parameters
     ----------
-    table, room, leases, objects
+    table, boards, room, leases, objects
         The parts of the store that it joins.
     memory : Memory
         Issues barriers.
     """
 
     def __init__(
-        self, table: Table, room: Room, leases: Leases, objects: Lifecycle, memory: Memory
+        self,
+        table: Table,
+        boards: Boards,
+        room: Room,
+        leases: Leases,
+        objects: Lifecycle,
+        memory: Memory,
     ) -> None:
         self._table = table
+        self._boards = boards
         self._room = room
         self._residents = room.residents
         self._leases = leases
@@ -151,7 +159,7 @@ class Publishing:
         Raises
         ------
         Refused
-            The id exists; the room goes back.
+            The id exists; the room goes back, when nobody pins it any more.
         ProtocolError
             It is not in the client's lease.
         """
@@ -161,12 +169,16 @@ class Publishing:
         if skipped:
             self._room.give_back(start, skipped)
         if self._objects.exists(object_id):
-            self._room.give_back(offset, size)
+            if self._boards.is_expected(offset):
+                self._objects.reject(message, now_ns)
+            else:
+                self._room.give_back(offset, size)
             self._leases.note_published(client)
             raise existing(object_id)
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
+        self._boards.resolve(entry, offset)
         self._leases.note_published(client)
         self._residents.sealed(entry)
         return entry
@@ -199,6 +211,12 @@ class Publishing:
         self._leases.recall()
         self._memory.barrier()
         return self._leases.worth_waiting
+
+    def recall_of(self, client: int) -> None:
+        """Ask for the lease of one client back, and see whether it is at rest; as after `note_idle`."""
+        self._leases.recall_of(client)
+        self._memory.barrier()
+        self._leases.note_idle()
 
     @property
     def are_recalled(self) -> bool:

@@ -132,30 +132,45 @@ class Create(_CreateFields):
         return create
 
 
+_GET_FLAGS: Final = (0, 1, 3)
+"""Whether it waits, and as well whether it may be hinted at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Ask where objects are and pin them, each in a slot of its own, waiting for them or not."""
+    """Ask where objects are and pin them, each in a slot of its own, waiting for them or not.
+
+    One that waits for a single object may be `hinted` at it by whoever puts that (see `shmplasma.hints`).
+    """
 
     KIND: ClassVar[int] = 6
     wait: bool
     object_ids: Sequence[bytes]
     slots: Sequence[int]
+    hinted: bool = False
 
     def encode(self) -> bytes:
         """Return the body."""
         count = len(self.object_ids)
-        return b"".join((pack(f"<?I{count}I", self.wait, count, *self.slots), *self.object_ids))
+        flags = self.wait | self.hinted << 1
+        return b"".join((pack(f"<BI{count}I", flags, count, *self.slots), *self.object_ids))
 
     @classmethod
     def decode(cls, body: bytes) -> Get:
         """Return the message of a body."""
-        wait, count = body[0], int.from_bytes(body[1:5], "little")
+        flags, count = body[0], int.from_bytes(body[1:5], "little")
         ids = 5 + 4 * count
-        if len(body) != ids + ID_BYTES * count or wait > 1:
-            raise ValueError("the lengths of ids and slots differ")
+        if len(body) != ids + ID_BYTES * count or flags not in _GET_FLAGS:
+            raise ValueError("the lengths of ids and slots differ, or flags that no get has")
+        wait, hinted = bool(flags & 1), bool(flags & 2)
+        if hinted and count != 1:
+            raise ValueError("a get of several objects is hinted at none")
         slots = unpack(f"<{count}I", body[5:ids])
         return cls(
-            bool(wait), [body[at : at + ID_BYTES] for at in range(ids, len(body), ID_BYTES)], slots
+            wait,
+            [body[at : at + ID_BYTES] for at in range(ids, len(body), ID_BYTES)],
+            slots,
+            hinted,
         )
 
 

@@ -36,9 +36,12 @@ import pyarrow as pa
 from shmplasma import system
 from shmplasma.attachment import Attachment
 from shmplasma.claiming import Claimant
+from shmplasma.claims import AT_OFFSET
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.handshake import greet
+from shmplasma.hinting import Hints
+from shmplasma.hints import HINT_KIND
 from shmplasma.inheritance import register
 from shmplasma.layout import (
     CONTROL_BYTES,
@@ -53,11 +56,11 @@ from shmplasma.layout import (
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import GIVE_UP_SECONDS, Link
 from shmplasma.lock_file import LockFile
+from shmplasma.objects import ObjectID
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located, Pin, located
-from shmplasma.pins import FIRST_SLOT
-from shmplasma.posted import Abort
+from shmplasma.posted import Abort, Publish
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import (
@@ -86,6 +89,7 @@ from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 
 __all__ = ["Session"]
 
+_PUBLISH: Final = Publish.KIND
 _NEVER: Final = memoryview(bytes(8)).cast("Q")
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
@@ -116,6 +120,7 @@ class Session:
         self.layout = attachment.layout
         self._lifeline = lifeline
         self._boards = BoardPool(lifeline, board, partial(_ask_for_board, link))
+        self._hints: Hints | None = None
         self._mapping = pa.py_buffer(attachment.read_map)
         self.address = self._mapping.address
         self._pages = Pages(attachment)
@@ -127,6 +132,7 @@ class Session:
         """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
         if fast:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
+            self._hints = Hints(attachment, board, self._boards, lifeline)
             self.leasing = LeaseWriter(
                 attachment, board, partial(_ask_for_lease, link), self._pages.populate
             )
@@ -237,6 +243,14 @@ class Session:
         """
         self._link.post(kind, body)
 
+    def publish(self, record: bytes, object_id: ObjectID | None) -> None:
+        """Tell the store of an object in the lease, and who waits for it first; None for an id that nobody knows yet."""
+        hints = self._hints
+        if hints is None or object_id is None:
+            self._link.post(_PUBLISH, record)
+        else:
+            self._link.post(_PUBLISH, record, partial(hints.tell, object_id))
+
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer."""
         self._link.post_soon(kind, body)
@@ -335,10 +349,27 @@ class Session:
         NotConnectedError, PlasmaStoreFull
             The latter when there is no board for so many pins.
         """
-        pins = self._boards.take(len(object_ids))
-        request = Get(wait, object_ids, [pin.slot for pin in pins])
-        frame = self._ask_get(request, deadline, pins)
-        return located(expect(Objects, frame).found, pins)
+        while True:
+            pins = self._boards.take(len(object_ids))
+            hinted = wait and len(object_ids) == 1 and self._hears()
+            request = Get(wait, object_ids, [pin.slot for pin in pins], hinted)
+            found = self._ask_get(request, deadline, pins)
+            if not hinted or found[0] is None or found[0][4].is_set:
+                return found
+            # The store has thought that this client had taken what it was hinted at.
+            if self.reader is not None:
+                found = [self.reader.locate(ObjectID(object_ids[0]))]
+                if found[0] is not None:
+                    return found
+
+    def _hears(self) -> bool:
+        """Tell whether hints are heard."""
+        channel, hints = self._link.channel, self._hints
+        if channel.ear is None and hints is not None:
+            ear = hints.listen()
+            if ear is not None:
+                channel.ear = ear
+        return channel.ear is not None
 
     async def get_async(
         self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
@@ -348,8 +379,10 @@ class Session:
 
         return await aio.get(self._link, self._boards, object_ids, deadline, wait=wait)
 
-    def _ask_get(self, request: Get, deadline: float | None, pins: list[Pin]) -> Frame:
-        """Send a get, to another store if this one dies, and return the answer."""
+    def _ask_get(
+        self, request: Get, deadline: float | None, pins: list[Pin]
+    ) -> list[Located | None]:
+        """Send a get, to another store if this one dies, and return what it finds."""
         while True:
             channel = self._link.channel
             try:
@@ -362,16 +395,27 @@ class Session:
 
     def _exchange_get(
         self, channel: Channel, request: Get, deadline: float | None, pins: list[Pin]
-    ) -> Frame:
-        """Send a get and wait for its answer; at the deadline, or an interrupt, ask for it at once."""
+    ) -> list[Located | None]:
+        """Send a get and wait for its answer, or a hint; at the deadline, or an interrupt, ask for the answer at once."""
         body = request.encode()
         request_id = channel.new_request()
         answer_now = AnswerNow(request_id).encode()
         try:
+            if request.hinted:
+                channel.expect_hint(request_id)
             channel.request(Get.KIND, request_id, body)
             # One that is not to wait is answered by the store's next turn, without being asked again.
             reply = channel.wait(request_id, deadline if request.wait else None)
+            if reply is not None and reply.kind == HINT_KIND and self._hints is not None:
+                taken = self._hints.take(reply, request.object_ids[0], pins[0])
+                if taken is not None:
+                    given = pins.copy()  # until the reply comes
+                    channel.give_up(request_id, lambda _: given.clear())
+                    return [taken]
+                channel.drop_hint(request_id)
+                reply = channel.wait(request_id, deadline)
             if reply is None:
+                channel.drop_hint(request_id)
                 channel.send(AnswerNow.KIND, answer_now)
                 reply = channel.wait(request_id, None)
         except ConnectionError:
@@ -386,7 +430,7 @@ class Session:
             raise
         channel.drop(request_id)
         assert reply is not None
-        return reply
+        return located(expect(Objects, reply).found, pins)
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -401,8 +445,13 @@ class Session:
         if not layout.data <= at < layout.segment_bytes:
             return
         words = self.attachment.words
-        entries = {word for board in self._lifeline.boards for word in board.words[FIRST_SLOT:]}
-        for entry in entries:
+        for entry in self._lifeline.pinned_words():
+            if self._hints is not None and (taken := self._hints.taken_at(entry)):
+                object_id, size = taken
+                offset = entry ^ AT_OFFSET
+                if offset <= at < offset + size:
+                    yield object_id, offset, size
+                continue
             if not 0 < entry <= layout.n_entries:
                 continue
             start = layout.entry(entry - 1)

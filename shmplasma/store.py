@@ -115,11 +115,8 @@ class ObjectStore:
         """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
         self._now_ns = now_ns
         session = self._greeter.sessions[client]
-        if session.role is Role.CLIENT and not session.detached:
-            try:
-                self._posts.heed(session, now_ns)
-            except ProtocolError:
-                session.detached = True  # it goes anyway
+        if session.role is Role.CLIENT:
+            self._posts.heed_out(session, now_ns)
         del self._greeter.sessions[client]
         self._outgoing.subscribers.discard(client)
         self._boards.revoke(client)
@@ -402,11 +399,13 @@ class ObjectStore:
             Memory that was there before cannot be had any more.
         """
         self._now_ns = now_ns
+        self._parts.wanted.clear()
         found = self._objects.recover()
         self._ledger.references.recover(found.referenced)
         self._greeter.expect(found.owners, now_ns)
         n_posted = 0
         self._polling.succeed()
+        self._boards.expect_pinned()
         # The locks of those that have ended are gone, and what others have claimed since is theirs (`shmplasma.claims`).
         sessions = self._greeter.sessions.values()
         for session in sorted(sessions, key=lambda each: not is_alive(each.pid, each.start_time)):

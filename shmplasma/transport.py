@@ -16,6 +16,11 @@ A request that is given up leaves its reply to whoever reads next; `Channel.give
 with it then.  That is done while reading, so it may not ask, and what it tells the store waits for nothing.
 An event loop gives its requests up before it sends them: it reads when the socket has something, and is called by
 whichever thread reads the reply (`shmplasma.aio`).
+
+Hints
+-----
+A get may hear of its object from somebody else than the store (`shmplasma.hints`).  Where a channel has an `ear`, whoever reads
+listens to that as well, and a hint is handed to its request as a reply would be; the reply comes nevertheless.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
+from shmplasma.ear import Ear
 from shmplasma.errors import ProtocolError
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.protocol import (
@@ -82,6 +88,10 @@ class Channel:
         self._replies: dict[int, Frame] = {}
         self._waiters: dict[int, SimpleQueue[None]] = {}
         self._given_up: dict[int, Callable[[Frame], None]] = {}
+        self._hints: dict[int, list[Frame]] = {}
+        self._ear: Ear | None = None
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self._error = ""
         self.is_final = False
         """Whether the end, once it has come, is one after which nobody is to connect again."""
@@ -130,6 +140,25 @@ class Channel:
         if not (self._reading.locked() or self._sending.locked()):
             return False
         return is_inside(self, _SENDING | _READING)
+
+    @property
+    def ear(self) -> Ear | None:
+        """What hears hints, if anything does."""
+        return self._ear
+
+    @ear.setter
+    def ear(self, ear: Ear | None) -> None:
+        self._ear = ear
+        if ear is not None:
+            self._poll.register(ear, select.POLLIN)
+
+    def expect_hint(self, request_id: int) -> None:
+        """Let `wait` return a hint as well, instead of the reply, until `drop_hint`."""
+        self._hints[request_id] = []
+
+    def drop_hint(self, request_id: int) -> None:
+        """Let `wait` return nothing but the reply to this request."""
+        self._hints.pop(request_id, None)
 
     def request(self, kind: int, request_id: int, body: bytes) -> None:
         """Send a request.
@@ -200,7 +229,7 @@ class Channel:
         Returns
         -------
         Frame or None
-            The reply, or None when the deadline came first: then wait once more, or `give_up`.
+            The reply, or a hint, or None when the deadline came first: then wait once more, or `give_up`.
         """
         leading, reply = self._try_lead(request_id, deadline)
         if leading:
@@ -210,7 +239,7 @@ class Channel:
         self._waiters[request_id] = waiter
         try:
             while True:
-                reply = self._replies.get(request_id)
+                reply = self._reply_to(request_id)
                 if reply is not None:
                     return reply
                 leading, reply = self._try_lead(request_id, deadline)
@@ -220,11 +249,17 @@ class Channel:
                 try:
                     waiter.get(timeout=left)
                 except Empty:
-                    return self._replies.get(request_id)
+                    return self._reply_to(request_id)
         finally:
             del self._waiters[request_id]
             # It may have been woken to take the lead, and be leaving instead.
             self._pass_on()
+
+    def _reply_to(self, request_id: int) -> Frame | None:
+        reply = self._replies.get(request_id)
+        if reply is None and (hints := self._hints.get(request_id)):
+            return hints[0]
+        return reply
 
     def _try_lead(self, request_id: int, deadline: float | None) -> tuple[bool, Frame | None]:
         """Read for all, if nobody else does; tell whether that was so, and the reply."""
@@ -242,10 +277,12 @@ class Channel:
 
     def drop(self, request_id: int) -> None:
         """Forget the reply to a request, which whoever has waited for it has."""
+        self.drop_hint(request_id)
         self._replies.pop(request_id, None)
 
     def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
         """Let `dispose` have the reply of a request for which nobody waits any more, when it comes."""
+        self.drop_hint(request_id)
         self._given_up[request_id] = dispose
         reply = self._replies.pop(request_id, None)
         if reply is not None:
@@ -258,9 +295,8 @@ class Channel:
             acquired.extend(map(self._reading.acquire, (False,)))
             while acquired[0]:
                 self._deliver()
-                if done() or self._error or not self._readable(deadline):
+                if done() or self._error or not self._listen(deadline):
                     break
-                self._receive(0)
         finally:
             if acquired and acquired[0]:
                 self._reading.release()
@@ -288,20 +324,48 @@ class Channel:
         """Read for all until the reply is there."""
         while True:
             self._deliver()
-            reply = self._replies.get(request_id)
+            reply = self._reply_to(request_id)
             if reply is not None:
                 return reply
             if self._error:
                 raise ConnectionError(self._error)
             if self._look():
                 continue
-            if deadline is not None and not self._readable(deadline):
+            if deadline is None and self._ear is None:
+                self._receive(0)
+            elif not self._listen(deadline):
                 return None
-            self._receive(0)
 
     def _look(self) -> bool:
         """Look for what comes soon, before going to sleep; tell whether something came (see `spin`)."""
-        return any(self._receive(socket.MSG_DONTWAIT) for _ in self._spin.looks())
+        return any(self._receive(socket.MSG_DONTWAIT) or self._hear() for _ in self._spin.looks())
+
+    def _listen(self, deadline: float | None) -> bool:
+        """Sleep until something comes, reply or hint, and take it; False when the deadline comes first."""
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        ready = self._poll.poll(left)
+        for number, _ in ready:
+            if number == self._sock.fileno():
+                self._receive(socket.MSG_DONTWAIT)
+            else:
+                self._hear()
+        return bool(ready)
+
+    def _hear(self) -> bool:
+        """Hand a hint that is there to its request, if that still waits for one; tell whether there was any."""
+        hint = None if self._ear is None else self._ear.hear()
+        if hint is None:
+            return False
+        hints = self._hints.get(hint.request_id)
+        if hints is not None:
+            hints.append(hint)
+            self._wake(hint.request_id)
+        return True
+
+    def _wake(self, request_id: int) -> None:
+        waiter = self._waiters.get(request_id)
+        if waiter is not None:
+            waiter.put(None)
 
     def _receive(self, flags: int) -> bool:
         """Take what the socket has, or its end; tell whether there was either."""
@@ -342,15 +406,8 @@ class Channel:
                 dispose(frame)
                 continue
             self._replies[frame.request_id] = frame
-            waiter = self._waiters.get(frame.request_id)
-            if waiter is not None:
-                waiter.put(None)
+            self._wake(frame.request_id)
         received[:] = [data[consumed:]] if consumed < len(data) else []
-
-    def _readable(self, deadline: float) -> bool:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
     def _pass_on(self) -> None:
         """Wake a follower, who takes the lead if nobody else has."""
@@ -399,3 +456,5 @@ class Channel:
         self.is_final = True
         self._fail("the connection belongs to the parent process")
         self._sock.close()
+        if self._ear is not None:
+            self._ear.close()

@@ -19,7 +19,7 @@ from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
 from shmplasma.objects import ObjectID, fresh_id
-from shmplasma.posted import PUBLISH, Abort, Publish, Seal
+from shmplasma.posted import PUBLISH, Abort, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
@@ -33,7 +33,6 @@ MAX_SIZE: Final = 1 << 62
 _MAX_DIMENSIONS: Final = 64
 """As many as NumPy allows, and as an array's header has room for."""
 _RAW: Final = Codec.RAW  # an attribute of an enumeration takes 0.1 us to look up
-_PUBLISH: Final = Publish.KIND
 _SEAL: Final = Seal.KIND
 
 
@@ -348,10 +347,11 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
-        claim = None
+        claim = claimed = None
         may_lease = fresh = fresh or object_id is None
         if not (fresh or keep or session.claims is None):
             claim, may_lease = partial(session.claims.take, target_id), True
+            claimed = target_id
         if session.leasing is not None and may_lease:
             data_size, metadata_size = payload.size_bytes, len(metadata)
 
@@ -362,7 +362,7 @@ class Writing(Connected):
                 payload.fill(room, threads)
                 name = target_id.id_bytes
                 record = PUBLISH.pack(name, offset, data_size, metadata_size, codec, keep)
-                session.post(_PUBLISH, record)
+                session.publish(record, claimed)
 
             if session.leasing.put(data_size + metadata_size, fill, claim):
                 return target_id

@@ -265,9 +265,11 @@ class Peer:
         self.write(Seal(object_id))
         self.release(slot)
 
-    def wanted(self, object_ids: Sequence[bytes], *, wait: bool = False) -> Get:
+    def wanted(
+        self, object_ids: Sequence[bytes], *, wait: bool = False, hinted: bool = False
+    ) -> Get:
         """Return a request for objects, with slots that are free."""
-        return Get(wait, object_ids, [self.free_slots.pop() for _ in object_ids])
+        return Get(wait, object_ids, [self.free_slots.pop() for _ in object_ids], hinted)
 
     def get(self, *object_ids: bytes) -> tuple[list[Found], list[int]]:
         """Get objects without waiting; return where they are, and the slots that were lent."""

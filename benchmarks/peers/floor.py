@@ -6,8 +6,8 @@ is what no store in Python can do without:
 * a get finds an entry by its hash, compares, pins and looks again, and makes a buffer that unpins (`shmplasma.pins`);
 * a put draws an id, copies, and leaves a record in shared memory;
 * a create locks an id, looks for it, makes a buffer that unpins, copies, leaves two records in shared memory, and unlocks;
-* a hand-over locks an id, looks for it, copies, leaves a record and sends a message; whoever gets that enters the record in the
-  table with a checksum, pins it for the process that waits, and sends a message there, where it becomes a buffer that unpins;
+* a hand-over locks an id, looks for it, copies, leaves a record and sends a message; whoever gets that looks at the record, pins what
+  lies there, looks again, and makes a buffer that unpins;
 * a large put is a copy, in parallel, to memory that this process has touched before.
 """
 
@@ -15,23 +15,19 @@ from __future__ import annotations
 
 import mmap
 import pickle
-import selectors
 import socket
 import struct
-import sys
 import time
 from contextlib import contextmanager
 from os import urandom
 from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
-from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 
 from benchmarks.peers.base import Client, Peer, UnsupportedError, use
-from benchmarks.peers.servers import serving
 from shmplasma.layout import align_up
 from shmplasma.system import try_lock, unlock
 
@@ -50,11 +46,8 @@ _RECORD: Final = struct.Struct("20sQQQII")
 _TABLE_BYTES: Final = _SLOTS * _ENTRY_BYTES
 _PINS: Final = 2048
 _THREADS: Final = 2
-_WAIT: Final = struct.Struct("c20sI")
-_POSTED: Final = b"p"
-_ANSWER: Final = struct.Struct("QQ")
+_BIND_SECONDS: Final = 1e-3
 _DATA: Final = _TABLE_BYTES + 8 * _PINS
-_LOOK_SECONDS: Final = 50e-6
 
 
 def _at(key: bytes) -> int:
@@ -81,7 +74,7 @@ class _Pin:
 
 
 class FloorClient(Client[bytes]):
-    """A table that all processes map, and a connection to the process that answers."""
+    """A table that all processes map, and an address at which one of them waits."""
 
     def __init__(self, directory: str, capacity: int) -> None:
         self._file = open(f"{directory}/floor", "a+b")  # noqa: SIM115 - its locks are this client's
@@ -92,8 +85,8 @@ class FloorClient(Client[bytes]):
         self._pins = self._words[_TABLE_BYTES // 8 : _TABLE_BYTES // 8 + _PINS]
         self._free = list(range(_PINS))
         self._address = pa.py_buffer(self._map).address
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(f"{directory}/answers")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._waits_at = f"{directory}/waits"
 
     def key(self, name: bytes) -> bytes:
         return name
@@ -203,14 +196,26 @@ class FloorClient(Client[bytes]):
             return
         self._data[:size] = np.frombuffer(data, np.uint8)
         _RECORD.pack_into(self._map, _TABLE_BYTES, key, _DATA, size, 0, 0, 0)
-        self._socket.send(_POSTED)
+        while True:
+            try:
+                self._socket.sendto(key, self._waits_at)
+            except FileNotFoundError:  # it has not waited before
+                time.sleep(_BIND_SECONDS)
+            else:
+                break
         unlock(fd)
 
     def take_over(self, key: bytes, pipe: Connection) -> object:
+        if not Path(self._waits_at).exists():
+            self._socket.bind(self._waits_at)
+        while self._socket.recv(64) != key:
+            pass
+        found, offset, size, _, _, _ = _RECORD.unpack_from(self._map, _TABLE_BYTES)
         pin = _Pin()
         pin.words, pin.free, pin.slot = self._pins, self._free, self._free.pop()
-        self._socket.send(_WAIT.pack(b"w", key, pin.slot))
-        offset, size = _ANSWER.unpack(self._socket.recv(64))
+        pin.words[pin.slot] = offset
+        if found != key or self._words[_TABLE_BYTES // 8 + pin.slot] != offset:
+            return None
         return pa.foreign_buffer(self._address + offset, size, pin)
 
     def close(self) -> None:
@@ -219,7 +224,7 @@ class FloorClient(Client[bytes]):
 
 
 class Floor(Peer[bytes]):
-    """A process that answers who waits, in Python."""
+    """Processes that share a file."""
 
     title = "floor of Python"
     imports = "import numpy, pyarrow"
@@ -229,57 +234,7 @@ class Floor(Peer[bytes]):
 
     @contextmanager
     def serve(self) -> Iterator[None]:
-        path = f"{self.directory}/answers"
-        with serving([sys.executable, "-m", "benchmarks.peers.floor", path], path):
-            yield
+        yield
 
     def connect(self) -> FloorClient:
         return FloorClient(self.directory, self.capacity)
-
-
-def _answer(path: str) -> None:
-    """Enter what is posted in the table, and answer who waits for it."""
-    waiting: dict[bytes, tuple[socket.socket, int]] = {}
-    with (
-        open(f"{Path(path).parent}/floor", "a+b") as file,
-        selectors.DefaultSelector() as selector,
-        socket.socket(socket.AF_UNIX) as listener,
-    ):
-        file.truncate(_DATA)
-        table = mmap.mmap(file.fileno(), _DATA)
-        words = memoryview(table).cast("Q")
-        listener.bind(path)
-        listener.listen()
-        selector.register(listener, selectors.EVENT_READ)
-        while True:
-            end = time.perf_counter() + _LOOK_SECONDS
-            events = selector.select(0)
-            while not events and time.perf_counter() < end:
-                events = selector.select(0)
-            for selected, _ in events or selector.select():
-                if selected.fileobj is listener:
-                    selector.register(listener.accept()[0], selectors.EVENT_READ)
-                    continue
-                assert isinstance(selected.fileobj, socket.socket)
-                message = selected.fileobj.recv(64)
-                if message == _POSTED:
-                    key, offset, size, _, _, _ = _RECORD.unpack_from(table, _TABLE_BYTES)
-                    _ENTRY.pack_into(table, _at(key), 1, key, crc32(key), offset, size, 0, 0)
-                elif message:
-                    _, key, slot = _WAIT.unpack(message)
-                    waiting[key] = selected.fileobj, slot
-                else:
-                    selector.unregister(selected.fileobj)
-                    selected.fileobj.close()
-                    continue
-                at = _at(key)
-                _, found, _, offset, size, _, _ = _ENTRY.unpack_from(table, at)
-                if found == key and key in waiting:
-                    getter, slot = waiting.pop(key)
-                    words[_TABLE_BYTES // 8 + slot] = at
-                    getter.send(_ANSWER.pack(offset, size))
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).unlink(missing_ok=True)
-    _answer(sys.argv[1])

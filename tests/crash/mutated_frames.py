@@ -233,6 +233,7 @@ def _valid(kind: type[Any], rng: random.Random, board: int, lease: Leased | None
     count = rng.choice((0, 1, 1, 2, 4))
     start, room = (lease.offset, lease.size_bytes) if lease and lease.size_bytes else (4096, 64)
     size = rng.choice((0, 1, 64, 1000, 5000, 70_000))
+    wait = rng.random() < 0.5
     by_name: dict[str, Any] = {
         "version": PROTOCOL_VERSION,
         "role": Role.CLIENT,
@@ -242,7 +243,8 @@ def _valid(kind: type[Any], rng: random.Random, board: int, lease: Leased | None
         "object_ids": [rng.choice(_IDS) for _ in range(count)],
         "slots": slots[:count],
         "slot": slots[0],
-        "wait": rng.random() < 0.5,
+        "wait": wait,
+        "hinted": wait and count == 1,
         "keep": rng.random() < 0.1,
         "timeout_ns": rng.choice((0, 0, 1, 10**6, -1)),
         "data_size": size,

@@ -21,7 +21,9 @@ from shmplasma.layout import (
     ID_FIELD,
     LAYOUT_VERSION,
     OUTBOX_BYTES,
+    STAGE_START,
     STATE_MASK,
+    WANTED_WORDS,
     EntryState,
     EntryWord,
     HeaderWord,
@@ -128,7 +130,11 @@ def test_words_of_the_format_fit_their_places() -> None:
     assert complements.isdisjoint(HeaderWord)
     words = complements.union(HeaderWord)
     assert all(4 + len(FIELD_NAMES) <= word < HEADER_BYTES // 8 for word in words)
+    words.remove(HeaderWord.WANTED)
     assert max(words) == HeaderWord.SCRATCH_BYTES, "a path follows it"
+    assert HeaderWord.SCRATCH_BYTES + 1 + 108 // 8 < HeaderWord.WANTED, "no longer than a socket's"
+    assert (HeaderWord.WANTED + WANTED_WORDS) * 8 <= STAGE_START
+    assert WANTED_WORDS & (WANTED_WORDS - 1) == 0
 
 
 @given(st.integers(0, 1 << 20))

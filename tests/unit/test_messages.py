@@ -67,9 +67,10 @@ PATHS = st.one_of(st.text(max_size=20).map(str.encode), st.binary(max_size=20)).
 )
 
 
-def get_of(wait: bool, wanted: list[tuple[bytes, int]]) -> Get:
+def get_of(wait: bool, wanted: list[tuple[bytes, int]], hinted: bool) -> Get:
     """Return a get of these pairs of id and slot."""
-    return Get(wait, [pair[0] for pair in wanted], tuple(pair[1] for pair in wanted))
+    hinted = hinted and wait and len(wanted) == 1
+    return Get(wait, [pair[0] for pair in wanted], tuple(pair[1] for pair in wanted), hinted)
 
 
 REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
@@ -78,7 +79,7 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Create: st.builds(Create, IDS, S64, S64, U32, U32, st.booleans(), TIMEOUTS),
     Seal: st.builds(Seal, IDS),
     Abort: st.builds(Abort, IDS),
-    Get: st.builds(get_of, st.booleans(), st.lists(st.tuples(IDS, U32), max_size=8)),
+    Get: st.builds(get_of, st.booleans(), st.lists(st.tuples(IDS, U32), max_size=8), st.booleans()),
     AnswerNow: st.builds(AnswerNow, U32),
     Contains: st.builds(Contains, IDS),
     Delete: st.builds(Delete, st.lists(IDS, max_size=8)),

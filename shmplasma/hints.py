@@ -1,0 +1,137 @@
+"""Hints: how a getter that waits hears of an object from whoever puts it, without the store in between.
+
+A get that waits is answered by the store when it has read the putter's record: two processes are woken one after the
+other, and code that has not run for a while runs in three.  For what most wait for, one object that is put under an id
+of its putter's choice, one of each is spared.  The store says in the header who waits; the putter sends him a *hint*, a datagram that
+says where the record is; the getter reads the record himself and pins what lies there, as long as the store has not.
+
+Theory of operation
+-------------------
+The header has `WANTED_WORDS` words.  That of an id (its CRC-32 decides) names the get, by request id and by the first board of its
+client, that waits for an object there; of several gets it names one, and 0 is none.  Only the store writes them.  The slot that the get
+has lent is the client's and the store's alike here, and what stands in it when the reply comes decides.
+
+======================================================  ==========================================================
+getter, hinted at record n of an outbox                 store, when it has read the record
+======================================================  ==========================================================
+G1. record n is there, a `Publish` under the id         S0. the object is in the table
+G2. a slot of its own says at which offset it lies      S1. WANTED = 0
+G3. the lent slot says `TAKEN`, and the offset          S2. membarrier
+G4. WANTED names this get?                              S3. the lent slot says `TAKEN`: pins by that offset mean
+G5. yes: there is the object; the reply is for nobody       this entry, and the reply comes without a pin
+G6. no: both slots are 0 again; wait for the reply; if      else: the lent slot is the pin, as for any get
+    the lent slot is 0 then, look in the table, or begin
+    anew
+======================================================  ==========================================================
+
+*Who passes G4 has pinned the object before anybody can take it.*  x86-64 keeps the order of stores, and that of loads, but G4 may
+pass G2 and G3.  If G4 has read the word before S1 was visible, then the membarrier came after it, so G2 and G3 are visible in S3; and the
+lent slot stays as it is until the reply is read.  So the store knows the offset, and from then on which entry is meant by a pin
+there (`Boards.resolve`).  Takes come after that and find the pin (`shmplasma.pins`).  Before S0 the extent is its
+putter's lease, which ends only when his records are read: also when he has left, or was killed, or has posted what nobody may.
+
+*The record is what it was in G1.*  Its place is written again only when the store is done with it, and before that comes S1, which G4 has not seen.
+
+*A record that is refused*, as its id is taken, or as its store and its putter have died both and another one has put the object since: the
+store does S1 to S3 before the extent goes, which then waits until nobody pins it any more.
+
+*Who fails G4 has nothing yet,* but the reply is on its way.  What was written in G3 may hide the pin of S3, or be overwritten by it; if the slot
+is not 0 when the reply has come it is the store's pin, as the store writes nothing to it after the reply.
+
+*A get that ends otherwise* (its time is over, its client leaves) goes through S1 to S3 as well: what was taken is pinned, and its
+record is still to be read.
+
+*A store that dies* leaves words, slots and records.  Its successor clears the words, issues a barrier, and takes every pin by an offset at which
+no object lies for one that was taken by G5 (`Boards.expect_pinned`), before it reads any outbox.
+
+A hint is no more than that: one that is lost, comes late, or says what is not so costs its receiver a look.  No word of it is believed but
+that it is worth looking there; the record's word is its putter's, whose bytes the getter wants.  So hints need no answer, no
+order and no rights, and where they do not get through (another network namespace, a full queue) the store answers.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+from zlib import crc32
+
+from shmplasma.gets import PendingGet
+from shmplasma.layout import WANTED_WORDS, HeaderWord
+from shmplasma.memory import Memory
+from shmplasma.pins import Boards
+
+__all__ = ["HINT", "HINT_KIND", "TAKEN", "Wanted", "wanted_at", "wanted_word"]
+
+HINT: Final = Struct("@IIQ")
+"""Request id of the get, the putter's first board, and how many records he had posted with this one."""
+HINT_KIND: Final = -1
+"""What a client takes a hint for that arrives where it waits for a reply: of a kind that no reply is."""
+
+TAKEN: Final = 1 << 62
+"""In a lent slot: what lies at the offset that follows was taken.  It pins nothing."""
+
+_FIRST: Final = int(HeaderWord.WANTED)
+
+
+def wanted_at(hash32: int) -> int:
+    """Return which word of the header is that of an id, by its CRC-32."""
+    return _FIRST + hash32 % WANTED_WORDS
+
+
+def wanted_word(request_id: int, board: int) -> int:
+    """Return what names a get.
+
+    Examples
+    --------
+    >>> divmod(wanted_word(7, 3), 1 << 32)
+    (7, 4)
+    """
+    return request_id << 32 | board + 1
+
+
+class Wanted:
+    """The store's end: the words that say who waits.
+
+    Parameters
+    ----------
+    words : memoryview
+        The segment as native 8-byte words, writable.
+    boards : Boards
+        The boards.
+    memory : Memory
+        Issues barriers.
+
+    Notes
+    -----
+    O(1).
+    """
+
+    def __init__(self, words: memoryview, boards: Boards, memory: Memory) -> None:
+        self._words = words
+        self._boards = boards
+        self._memory = memory
+
+    def ask(self, get: PendingGet, object_id: bytes, board: int) -> None:
+        """Say that a get waits for an object, if there is a word for it; `board` is its client's first one."""
+        at = wanted_at(crc32(object_id))
+        if self._memory.has_barrier and not self._words[at]:
+            self._words[at] = wanted_word(get.request_id, board)
+            get.wanted_at = at
+
+    def withdraw(self, get: PendingGet) -> None:
+        """See whether a get was taken, and say so of it; from here on it can not be."""
+        if not get.wanted_at:
+            return
+        self._words[get.wanted_at] = 0
+        get.wanted_at = 0
+        self._memory.barrier()
+        word = self._boards.word(get.request.slots[0])
+        if word & TAKEN:
+            get.is_taken = True
+            self._boards.expect(word ^ TAKEN)
+
+    def clear(self) -> None:
+        """Take back what a store that has died has said; from here on pins tell what was taken."""
+        for at in range(_FIRST, _FIRST + WANTED_WORDS):
+            self._words[at] = 0
+        self._memory.barrier()

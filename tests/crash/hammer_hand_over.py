@@ -1,0 +1,180 @@
+"""Objects that go from process to process, each put for somebody who waits for it, in a store that is full all the time.
+
+The processes stand in rings.  Each waits for its object, looks whether all its bytes are what they must be, puts the next one, and looks
+once more when it lets go of what it has had, some objects later.  Others fill the store meanwhile, so that whatever nobody holds goes at
+once and its memory is used anew.  Run it by hand for as long as you like; with ``--kill`` the store is killed again and again, and another
+one takes its place::
+
+    python -m tests.crash.hammer_hand_over --seconds 60
+    python -m tests.crash.hammer_hand_over --seconds 60 --kill
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+import shmplasma
+from shmplasma.hinting import Hints
+from shmplasma.objects import ObjectID
+from shmplasma.pinning import Located
+from tests.command import killed, running
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["run"]
+
+CAPACITY: Final = 16_000_000
+_SIZES: Final = (8, 64, 1000, 5000, 40_000)
+_HELD: Final = 8
+_PATIENCE_MS: Final = 500
+_FILLING_BYTES: Final = 50_000
+_KILL_EACH_SECONDS: Final = 0.4
+_MEMBERS: Final = 4
+
+
+def name_of(ring: int, step: int) -> ObjectID:
+    """Return the name of an object that everybody knows."""
+    return ObjectID(f"{ring:4}{step:16}".encode())
+
+
+def content_of(ring: int, step: int) -> bytes:
+    """Return what must be in it."""
+    size = random.Random(f"{ring} {step}").choice(_SIZES)  # the same in each process
+    return np.full(size // 8, ring << 48 | step, np.uint64).tobytes()
+
+
+def relay(path: str, ring: int, member: int, n_members: int, stop: Event, said: Connection) -> None:
+    """Be one of a ring: wait, look, put the next one; tell at the end what was seen."""
+    counts: Counter[str] = Counter()
+    take = Hints.take
+
+    def count(hints: Hints, *arguments: object) -> Located | None:
+        located: Located | None = take(hints, *arguments)  # type: ignore[arg-type]
+        counts["taken by a hint" if located else "hints that came too late"] += 1
+        return located
+
+    Hints.take = count  # type: ignore[assignment,method-assign]
+    held: deque[tuple[int, pa.Buffer]] = deque()
+    with said, shmplasma.connect(path) as client:
+
+        def put(step: int) -> None:
+            try:
+                client.put_raw_buffer(content_of(ring, step), name_of(ring, step))
+            except shmplasma.PlasmaObjectExists:
+                counts["put twice"] += 1
+
+        def look(step: int, buffer: pa.Buffer) -> None:
+            counts["wrong"] += buffer.to_pybytes() != content_of(ring, step)
+
+        said.send("ready")
+        step = member
+        if not step:
+            put(0)
+        while not stop.is_set():
+            buffer = client.get_buffers(name_of(ring, step), timeout_ms=_PATIENCE_MS)
+            if buffer is None:  # it was evicted before we waited, or the one before us has stopped
+                counts["waited in vain"] += 1
+                put(step)
+                continue
+            look(step, buffer)
+            held.append((step, buffer))
+            del buffer
+            if len(held) > _HELD:
+                look(*held.popleft())
+            counts["handed over"] += 1
+            put(step + 1)
+            step += n_members
+        while held:
+            look(*held.popleft())
+        said.send(counts)
+
+
+def keep_full(path: str, stop: Event, said: Connection) -> None:
+    """Put whatever fits, over and over."""
+    counts: Counter[str] = Counter()
+    with said, shmplasma.connect(path) as client:
+        said.send("ready")
+        while not stop.is_set():
+            client.put_raw_buffer(os.urandom(8) * (_FILLING_BYTES // 8))
+            counts["fillings"] += 1
+        said.send(counts)
+
+
+def run(seconds: float, n_rings: int, *, kill: bool = False) -> Counter[str]:
+    """Hand objects over for so long, and return what was seen."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
+        store = stack.enter_context(ExitStack())
+        store.enter_context((killed if kill else running)("-m", str(CAPACITY), "-s", path))
+        pipes: list[Connection] = []
+        processes = []
+        for ring in range(n_rings):
+            for member in range(_MEMBERS):
+                ours, theirs = context.Pipe()
+                arguments = path, ring, member, _MEMBERS, stop, theirs
+                processes.append((context.Process(target=relay, args=arguments), theirs))
+                pipes.append(ours)
+        ours, theirs = context.Pipe()
+        processes.append((context.Process(target=keep_full, args=(path, stop, theirs)), theirs))
+        pipes.append(ours)
+        for process, theirs in processes:
+            process.start()
+            theirs.close()
+        assert all(pipe.recv() == "ready" for pipe in pipes)
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _KILL_EACH_SECONDS) if kill else left)
+            if kill:
+                store.close()
+                store.enter_context(killed("-s", path))
+                counts["stores killed"] += 1
+        if kill:
+            store.close()
+            store.enter_context(running("-s", path))
+        stop.set()
+        for pipe in pipes:
+            counts.update(pipe.recv())
+            pipe.close()
+        for process, _ in processes:
+            process.join()
+            assert process.exitcode == 0, "a process has failed"
+        with shmplasma.connect(path) as client:
+            client.delete(client.list())
+            text = client.debug_string()
+            assert not client.list(), "somebody who has gone holds something"
+            assert f"\nfree bytes: {CAPACITY}\n" in text, f"room has got lost: {text}"
+    return counts
+
+
+def main() -> int:
+    """Run as the command line says; 1 if a byte was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
+    parser.add_argument("--rings", type=int, default=2, help="of four processes each (default: 2)")
+    parser.add_argument("--kill", action="store_true", help="kill the store every 0.4 s")
+    arguments = parser.parse_args()
+    counts = run(arguments.seconds, arguments.rings, kill=arguments.kill)
+    for what, count in sorted(counts.items()):
+        sys.stdout.write(f"{what}: {count:,}\n")
+    return 1 if counts["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,520 @@
+"""Objects that are waited for: whoever puts one hands it over himself, and the store finds everything in order later."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shmplasma as plasma
+from shmplasma import ObjectID, PlasmaClient, Store, codecs
+from shmplasma.ear import address_of
+from shmplasma.hinting import Hints
+from shmplasma.hints import HINT, wanted_at
+from shmplasma.layout import WANTED_WORDS, HeaderWord
+from shmplasma.protocol import Frame
+from shmplasma.requests import Get, Post
+from tests.clients import figure, new_id
+from tests.command import running
+from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
+    kinds,
+    needs_fast_path,
+    sent,
+    session_of,
+    stopped,
+)
+from tests.processes import INTERRUPTER, Child, in_forked_child, until
+
+pytestmark = needs_fast_path
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Give threads that wait."""
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def is_named(client: PlasmaClient, object_id: ObjectID) -> bool:
+    """Tell whether the store says that somebody waits for an object."""
+    return bool(session_of(client).attachment.words[wanted_at(object_id.hash32)])
+
+
+def wait_in(
+    pool: ThreadPoolExecutor, client: PlasmaClient, object_id: ObjectID, get: str = "get_buffers"
+) -> Future[Any]:
+    """Have a thread wait for an object, and return what it gets."""
+    future = pool.submit(getattr(client, get), object_id, timeout_ms=30_000)
+    until(lambda: is_named(client, object_id), "the store says that it waits")
+    return future
+
+
+def lease(client: PlasmaClient) -> None:
+    """Let a client have a lease, for objects of a page or two."""
+    client.put_raw_buffer(bytes(5000))
+    client.flush()
+
+
+def fill(client: PlasmaClient) -> None:
+    """Have everything evicted that nobody holds, and its room used."""
+    client.evict(100_000_000)
+    for _ in range(30):
+        client.put_raw_buffer(bytes(5_000_000))
+    client.flush()
+
+
+# -- without the store -------------------------------------------------------------------------
+
+
+def test_a_getter_has_its_object_while_the_store_is_stopped(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """Bytes, metadata and values, by each way to get them; the store counts them as held when it goes on."""
+    lease(client2)
+    array = np.arange(500)
+    ways: list[tuple[str, Callable[[Any], bool]]] = [
+        ("get_buffers", lambda got: bytes(got) == b"raw"),
+        ("get_metadata", lambda got: bytes(got) == b"more"),
+        ("get", lambda got: got["array"].tolist() == array.tolist()),
+        ("get_encoded", lambda got: (bytes(got.data), bytes(got.metadata)) == (b"raw", b"more")),
+    ]
+    for get, check in ways:
+        object_id = new_id()
+        waits = wait_in(pool, client, object_id, get)
+        with stopped(store):
+            if get == "get":
+                client2.put({"array": array}, object_id)
+            else:
+                client2.put_raw_buffer(b"raw", object_id, b"more")
+            got = waits.result(10)
+            assert check(got), get
+        info = client2.list()[object_id]
+        assert info["ref_count"] == 1, get
+        assert check(got)
+        del got, waits
+        gc.collect()
+        assert client2.list()[object_id]["ref_count"] == 0, get
+
+
+def test_nothing_is_sent_but_what_was_sent_before(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    sent: list[Frame],  # noqa: F811 - the fixture
+) -> None:
+    """The question, and the word that there is a record; a lease is there already."""
+    lease(client2)
+    sent.clear()
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    client2.put_raw_buffer(b"x", object_id)
+    assert bytes(waits.result(10)) == b"x"
+    assert kinds(sent) == [Get.KIND, Post.KIND]
+
+
+def test_it_can_be_deleted_and_evicted_as_any_other(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """Not before its getter has let go of it, and at once then."""
+    lease(client2)
+    kept, deleted = new_id(), new_id()
+    waits = [wait_in(pool, client, object_id) for object_id in (kept, deleted)]
+    with stopped(store):
+        client2.put_raw_buffer(b"k" * 4096, kept)
+        client2.put_raw_buffer(b"d" * 4096, deleted)
+        buffers = [each.result(10) for each in waits]
+    del waits
+    client2.delete([deleted])
+    fill(client2)
+    assert [bytes(each) for each in buffers] == [b"k" * 4096, b"d" * 4096]
+    assert client2.contains(kept)
+    del buffers
+    gc.collect()
+    until(lambda: not client2.contains(deleted), "the deleted one has gone")
+    fill(client2)
+    assert not client2.contains(kept)
+
+
+def test_one_of_many_has_it_at_once_and_all_have_it_later(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """Threads and clients that wait for the same object."""
+    lease(client2)
+    object_id = new_id()
+    waits = [wait_in(pool, client, object_id)]
+    others = [pool.submit(each.get_buffers, object_id, 30_000) for each in (client, client2)]
+    lent = [session_of(each)._boards._boards[0] for each in (client, client2)]
+    until(lambda: all(len(board.free) < 511 for board in lent), "both have lent slots")
+    with stopped(store):
+        client2.put_raw_buffer(b"x", object_id)
+        assert bytes(waits[0].result(10)) == b"x"
+    assert [bytes(each.result(10)) for each in others] == [b"x", b"x"]
+
+
+def test_threads_of_one_client_have_each_its_own(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """Whichever of them reads for the others."""
+    lease(client2)
+    ids = [ObjectID(bytes([number]) * 20) for number in range(6)]
+    waits = [wait_in(pool, client, object_id) for object_id in ids]
+    with stopped(store):
+        for object_id in reversed(ids):
+            client2.put_raw_buffer(object_id.binary(), object_id)
+        assert [bytes(each.result(10)) for each in waits] == [each.binary() for each in ids]
+
+
+def test_a_client_hands_over_to_itself(
+    store: Store, client: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """From one thread to another."""
+    lease(client)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    with stopped(store):
+        client.put([1, 2], object_id)
+        assert bytes(waits.result(10)) != b""
+    assert client.get(object_id) == [1, 2]
+
+
+def test_a_value_that_was_handed_over_is_passed_on_by_reference(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """What shows where a buffer comes from knows of it."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    with stopped(store):
+        client2.put_raw_buffer(b"x" * 100, object_id)
+        buffer = waits.result(10)
+    (found,) = session_of(client).pinned_at(buffer.address + 50)
+    assert found[0] == object_id.binary()
+    assert found[2] == 100
+    assert not list(session_of(client).pinned_at(buffer.address + 100))
+
+
+# -- by the store ----------------------------------------------------------------------------------
+
+
+def create_and_seal_later(client: PlasmaClient, object_id: ObjectID) -> None:
+    """Store an object in two steps."""
+    client.create(object_id, 3)
+    client.seal(object_id)
+
+
+PUTS: list[Callable[[PlasmaClient, ObjectID], object]] = [
+    lambda client, object_id: client.put_raw_buffer(b"", object_id),
+    lambda client, object_id: client.put_raw_buffer(bytes(20_000_000), object_id),
+    lambda client, object_id: client.put_raw_buffer(b"abc", object_id, keep=True),
+    create_and_seal_later,
+]
+
+
+@pytest.mark.parametrize("put", PUTS)
+def test_what_nobody_is_hinted_at_comes_as_ever(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    put: Callable[[PlasmaClient, ObjectID], object],
+) -> None:
+    """What has no bytes, is large, is sealed, or is to be kept."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    put(client2, object_id)
+    assert waits.result(10).size in (0, 3, 20_000_000)
+
+
+@pytest.mark.parametrize("missing", ["ear", "mouth", "hint"])
+def test_hints_are_only_hints(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+) -> None:
+    """Who cannot hear any, or is sent none, or finds nothing where one says so, has the object from the store."""
+
+    def refuse(*_: object) -> None:
+        return None
+
+    method = {"ear": "listen", "mouth": "tell", "hint": "take"}[missing]
+    monkeypatch.setattr(Hints, method, refuse)
+    lease(client2)
+    for number in range(10):
+        object_id = new_id()
+        if missing == "ear":
+            waits = pool.submit(client.get, object_id, timeout_ms=30_000)
+        else:
+            waits = wait_in(pool, client, object_id, "get")
+        client2.put(number, object_id)
+        assert waits.result(10) == number
+    words = session_of(client).attachment.words
+    assert not any(words[HeaderWord.WANTED : HeaderWord.WANTED + WANTED_WORDS])
+
+
+def test_nobody_is_misled(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """Whatever is sent to where hints are heard: the getter waits on, and has its object when it is put."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    attachment = session_of(client).attachment
+    word = attachment.words[wanted_at(object_id.hash32)]
+    request_id, board = word >> 32, (word & 0xFFFF_FFFF) - 1
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+        for hint in [
+            b"",
+            b"x",
+            bytes(1000),
+            HINT.pack(request_id + 1, 0, 1),
+            HINT.pack(0, 0, 1),
+            HINT.pack(request_id, 1 << 31, 1),
+            HINT.pack(request_id, 0, 0),
+            HINT.pack(request_id, 0, (1 << 64) - 1),
+            HINT.pack(request_id, 1, 1),
+        ]:
+            with stopped(store):
+                mouth.sendto(hint, address_of(attachment.token, board))
+            assert not waits.done()
+    client2.put_raw_buffer(b"x", object_id)
+    assert bytes(waits.result(10)) == b"x"
+
+
+def test_the_time_of_a_get_comes_to_its_end(client: PlasmaClient) -> None:
+    """And the word that named it is for others."""
+    object_id = new_id()
+    assert client.get_buffers(object_id, timeout_ms=20) is None
+    assert not is_named(client, object_id)
+    assert session_of(client)._link.channel._hints == {}
+
+
+# -- deaths ------------------------------------------------------------------------------------
+
+
+GETTER = """
+    import sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    object_id = plasma.ObjectID(20 * b"h")
+    print("waits", flush=True)
+    buffer = client.get_buffers(object_id)
+    print("has it", flush=True)
+    for line in sys.stdin:
+        print(bytes(buffer) == b"h" * 4096, flush=True)
+        if line == "release\\n":
+            del buffer
+            print("released", flush=True)
+"""
+
+PUTTER = """
+    import sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    client.put_raw_buffer(bytes(5000))
+    client.flush()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    client.put_raw_buffer(b"h" * 4096, plasma.ObjectID(20 * b"h"))
+    print("put", flush=True)
+    sys.stdin.readline()
+"""
+
+NAME = ObjectID(20 * b"h")
+
+
+@contextmanager
+def handed_over(path: str, pid: int) -> Iterator[tuple[Child, Child]]:
+    """Yield a getter that has an object and its putter, both of a store that is stopped and has not heard of it."""
+    with (
+        Child(GETTER, path) as getter,
+        Child(PUTTER, path) as putter,
+        plasma.connect(path) as other,
+    ):
+        assert putter.hear() == "ready"
+        assert getter.hear() == "waits"
+        until(lambda: is_named(other, NAME), "the store says that it waits")
+        other.disconnect()
+        os.kill(pid, signal.SIGSTOP)
+        putter.say()
+        assert putter.hear() == "put"
+        assert getter.hear() == "has it"
+        yield getter, putter
+
+
+@pytest.mark.parametrize("putter_dies", [False, True])
+def test_a_store_that_dies_before_it_hears_of_it(tmp_path: Path, putter_dies: bool) -> None:
+    """Its successor has the object, and leaves it to the getter as long as that holds it; so if the putter dies as well."""
+    path = str(tmp_path / "s")
+    with ExitStack() as stack:
+        with running("-m", "100MB", "-s", path) as (process, _):
+            getter, putter = stack.enter_context(handed_over(path, process.pid))
+            process.kill()
+            process.wait()
+            if putter_dies:
+                putter.kill()
+        stack.enter_context(running("-s", path))
+        client = stack.enter_context(plasma.connect(path))
+        assert bytes(client.get_buffers(NAME, timeout_ms=10_000)) == b"h" * 4096
+        fill(client)
+        assert client.list()[NAME]["ref_count"] == 1
+        getter.say()
+        assert getter.hear() == "True"
+        getter.say("release")
+        assert [getter.hear(), getter.hear()] == ["True", "released"]
+        fill(client)
+        assert not client.contains(NAME)
+
+
+@pytest.mark.parametrize("dies", ["getter", "putter"])
+def test_who_dies_before_the_store_hears_of_it(tmp_path: Path, dies: str) -> None:
+    """The object is there, held by who lives."""
+    path = str(tmp_path / "s")
+    with (
+        running("-m", "100MB", "-s", path) as (process, _),
+        handed_over(path, process.pid) as (getter, putter),
+    ):
+        (getter if dies == "getter" else putter).kill()
+        process.send_signal(signal.SIGCONT)
+        with plasma.connect(path) as client:
+            held = dies == "putter"
+            until(
+                lambda: NAME in client.list() and client.list()[NAME]["ref_count"] == held,
+                "the object is there, and held by who lives",
+            )
+            fill(client)
+            assert client.contains(NAME) == held
+            if held:
+                getter.say()
+                assert getter.hear() == "True"
+
+
+def test_a_forked_child_keeps_what_was_handed_over(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """Though its parent lets go of it."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    with stopped(store):
+        client2.put_raw_buffer(b"f" * 4096, object_id)
+        buffer = waits.result(10)
+    reading, writing = os.pipe()
+
+    def look() -> None:
+        os.read(reading, 1)
+        assert bytes(buffer) == b"f" * 4096
+
+    def let_go() -> None:
+        nonlocal buffer
+        del buffer
+        fill(client2)
+        assert client2.contains(object_id)
+        os.write(writing, b"x")
+
+    del waits
+    letting_go = threading.Timer(1, let_go)
+    letting_go.start()
+    assert in_forked_child(look) == 0
+    letting_go.join()
+    os.close(reading)
+    os.close(writing)
+
+
+# -- interrupts ------------------------------------------------------------------------------------
+
+
+INTERRUPTED = """
+    import gc, threading
+    import shmplasma as plasma
+    from shmplasma import ear, hinting, session, transport
+
+    parts = ear, hinting, session, transport
+    path = sys.argv[1]
+    with plasma.connect(path) as client, plasma.connect(path) as putter:
+        putter.put_raw_buffer(b"lease")
+        putter.flush()
+        words = client._session.attachment.words
+        count = 0
+        interrupted = True
+        while interrupted:
+            count += 1
+            name = plasma.ObjectID.from_random()
+            over = threading.Event()
+
+            def put():
+                # When it waits, or does not any more.
+                while not (words[hinting.wanted_at(name.hash32)] or over.is_set()):
+                    pass
+                putter.put_raw_buffer(b"x" * 100, name)
+
+            thread = threading.Thread(target=put)
+            thread.start()
+            interrupted = is_interrupted(count, parts, client.get_buffers, name)
+            over.set()
+            thread.join()
+            client.flush()  # which takes in what an interrupted request has left
+            assert bytes(client.get_buffers(name)) == b"x" * 100
+            gc.collect()
+            assert client.list()[name]["ref_count"] == 0, count
+            client.delete([name])
+            assert name not in client.list(), count
+        print(count, flush=True)
+        assert "pinned objects: 0\\n" in client.debug_string()
+        assert not any(words[128:256])
+"""
+
+
+def test_interrupts_at_each_point_of_a_get_that_is_hinted_at(store: Store) -> None:
+    """Wherever Ctrl-C meets it, nothing stays pinned, and the next get has the object."""
+    with Child(INTERRUPTER + dedent(INTERRUPTED), store.store_socket_name) as child:
+        assert int(child.hear()) > 50
+        assert child.end() == 0
+
+
+# -- a client that leaves while it puts --------------------------------------------------------
+
+
+def test_a_client_that_leaves_while_it_puts(
+    store: Store,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One thread disconnects, another one is filling its object: nobody else's is written to."""
+    client = store.connect()
+    client.put_raw_buffer(bytes(2000))
+    client.flush()
+    filling, may_fill = threading.Event(), threading.Event()
+    fill_whole = codecs.BytesPayload.fill
+
+    def fill_slowly(payload: Any, room: memoryview, threads: int) -> None:
+        if payload.size_bytes == 2048:
+            filling.set()
+            assert may_fill.wait(20)
+        fill_whole(payload, room, threads)
+
+    monkeypatch.setattr(codecs.BytesPayload, "fill", fill_slowly)
+    putting = pool.submit(client.put_raw_buffer, b"!" * 2048)
+    assert filling.wait(20)
+    client.disconnect()
+    ids = [client2.put_raw_buffer(b"." * 100_000) for _ in range(900)]
+    may_fill.set()
+    with suppress(plasma.NotConnectedError):  # if the store had to be told that there is something
+        putting.result(20)
+    assert all(bytes(buffer) == b"." * 100_000 for buffer in client2.get_buffers(ids, 0) if buffer)
+    assert figure(client2, "objects") > 0
