@@ -51,8 +51,15 @@ class Ear:
         """Return the socket's descriptor."""
         return self._sock.fileno()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it hears anything."""
+        return self._sock.fileno() >= 0
+
     def hear(self) -> Frame | None:
         """Return a hint, if one is there, as if it was the reply to the get that it is for."""
+        if not self.is_open:
+            return None
         try:
             hint = self._sock.recv(HINT.size + 1)
         except BlockingIOError:

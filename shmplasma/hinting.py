@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from typing import Final
+from weakref import WeakValueDictionary
 from zlib import crc32
 
 from shmplasma.attachment import Attachment
@@ -18,15 +19,13 @@ from shmplasma.layout import OUTBOX_BYTES
 from shmplasma.objects import ObjectID
 from shmplasma.outbox import read_record
 from shmplasma.owned_socket import OwnedSocket
-from shmplasma.pinning import BoardPool, Lifeline, Located, Pin
+from shmplasma.pinning import BoardPool, Located, NamedPin, Pin
 from shmplasma.posted import PUBLISH, Publish
 from shmplasma.protocol import Frame
 
 __all__ = ["Hints"]
 
 _PUBLISH: Final = Publish.KIND
-_TAKEN_KEPT: Final = 64
-"""From so many objects that were taken on it is looked which of them are still pinned."""
 
 
 class Hints:
@@ -40,8 +39,6 @@ class Hints:
         The client's first board.
     boards : BoardPool
         All of them.
-    lifeline : Lifeline
-        What knows all pins.
 
     Notes
     -----
@@ -54,7 +51,6 @@ class Hints:
         "_boards",
         "_data",
         "_end",
-        "_lifeline",
         "_map",
         "_mouth",
         "_n_boards",
@@ -64,12 +60,9 @@ class Hints:
         "_words",
     )
 
-    def __init__(
-        self, attachment: Attachment, board: int, boards: BoardPool, lifeline: Lifeline
-    ) -> None:
+    def __init__(self, attachment: Attachment, board: int, boards: BoardPool) -> None:
         self._board = board
         self._boards = boards
-        self._lifeline = lifeline
         self._token = attachment.token
         self._addresses: dict[int, bytes] = {}
         self._map = memoryview(attachment.read_map)
@@ -78,7 +71,7 @@ class Hints:
         self._n_boards, self._outboxes = layout.n_boards, layout.outboxes
         self._data, self._end = layout.data, layout.segment_bytes
         self._mouth: OwnedSocket | None = None
-        self._taken: dict[int, tuple[bytes, int]] = {}
+        self._taken: WeakValueDictionary[int, NamedPin] = WeakValueDictionary()
 
     def tell(self, object_id: ObjectID, n_posted: int) -> None:
         """Tell who waits for an object that it was put, if somebody does: his `Publish` was the last of so many records."""
@@ -124,25 +117,19 @@ class Hints:
         # What has no bytes lies nowhere.
         if found != object_id or not size or not self._data <= offset <= self._end - size:
             return None
-        pins = self._boards.take_free(1)
-        if not pins:
+        pin = self._boards.take_named()
+        if pin is None:
             return None
-        pin = pins[0]
+        pin.object_id, pin.data_size = object_id, data_size
         pin.board.words[pin.word] = word = pin_word(offset)
         lent.board.words[lent.word] = TAKEN | offset
         wanted = wanted_word(request_id, self._board)
         if self._words[wanted_at(crc32(object_id))] != wanted:
             lent.clear()
             return None
-        self._note(word, object_id, data_size)
+        self._taken[word] = pin
         return offset, data_size, metadata_size, codec, pin
 
-    def _note(self, word: int, object_id: bytes, data_size: int) -> None:
-        if len(self._taken) >= _TAKEN_KEPT:
-            pinned = self._lifeline.pinned_words()
-            self._taken = {each: what for each, what in self._taken.items() if each in pinned}
-        self._taken[word] = object_id, data_size
-
-    def taken_at(self, word: int) -> tuple[bytes, int] | None:
-        """Return id and data size of what a slot with this word pins, if it was taken."""
+    def taken_at(self, word: int) -> NamedPin | None:
+        """Return the pin that has written this word, if that pins what was taken."""
         return self._taken.get(word)

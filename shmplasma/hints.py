@@ -46,7 +46,8 @@ no object lies for one that was taken by G5 (`Boards.expect_pinned`), before it 
 
 A hint is no more than that: one that is lost, comes late, or says what is not so costs its receiver a look.  No word of it is believed but
 that it is worth looking there; the record's word is its putter's, whose bytes the getter wants.  So hints need no answer, no
-order and no rights, and where they do not get through (another network namespace, a full queue) the store answers.
+order and no rights, and where they do not get through (another network namespace, a full queue) the store answers.  Who is sent nothing but
+nonsense stops listening.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from shmplasma.nesting import NESTED, is_inside
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import ABSENT, Found
 
-__all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard", "located"]
+__all__ = ["BoardPool", "Lifeline", "Located", "NamedPin", "Pin", "PinBoard", "located"]
 
 _GROWING: Final = frozenset({"with_room"})
 
@@ -124,7 +124,7 @@ class Lifeline:
 
     def pinned_words(self) -> set[int]:
         """Return what stands in the slots of the boards."""
-        return {word for board in self._boards for word in board.words[FIRST_SLOT:]}
+        return {word for board in self.boards for word in board.words[FIRST_SLOT:]}
 
     def add(self, board: PinBoard) -> None:
         """Take note of a board."""
@@ -225,6 +225,23 @@ class Pin:
             board.lifeline.wake_store()
 
 
+class NamedPin(Pin):
+    """A pin that knows what it pins, where its word does not say it.
+
+    Attributes
+    ----------
+    object_id : bytes
+        The object.
+    data_size : int
+        Its size in bytes.
+    """
+
+    __slots__ = ("__weakref__", "data_size", "object_id")
+
+    object_id: bytes
+    data_size: int
+
+
 Located = tuple[int, int, int, int, Pin]
 """An object that is pinned: offset, data size, metadata size (bytes), codec, pin."""
 
@@ -299,3 +316,15 @@ class BoardPool:
                 pin.board, pin.word = board, word
                 pins.append(pin)
         return pins
+
+    def take_named(self) -> NamedPin | None:
+        """Return a pin that is to be told what it pins; None if there is no free slot."""
+        for board in reversed(self._boards):
+            try:
+                word = board.free.pop()
+            except IndexError:
+                continue
+            pin = NamedPin()
+            pin.board, pin.word = board, word
+            return pin
+        return None

@@ -132,7 +132,7 @@ class Session:
         """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
         if fast:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
-            self._hints = Hints(attachment, board, self._boards, lifeline)
+            self._hints = Hints(attachment, board, self._boards)
             self.leasing = LeaseWriter(
                 attachment, board, partial(_ask_for_lease, link), self._pages.populate
             )
@@ -446,11 +446,10 @@ class Session:
             return
         words = self.attachment.words
         for entry in self._lifeline.pinned_words():
-            if self._hints is not None and (taken := self._hints.taken_at(entry)):
-                object_id, size = taken
-                offset = entry ^ AT_OFFSET
-                if offset <= at < offset + size:
-                    yield object_id, offset, size
+            if entry & AT_OFFSET:
+                pin, offset = self._hints and self._hints.taken_at(entry), entry ^ AT_OFFSET
+                if pin and offset <= at < offset + pin.data_size:
+                    yield pin.object_id, offset, pin.data_size
                 continue
             if not 0 < entry <= layout.n_entries:
                 continue

@@ -57,6 +57,8 @@ _LAST_WORDS_SECONDS: Final = 0.1
 _SENDING: Final = frozenset(("_send", "_send_later", "offer"))
 _READING: Final = frozenset(("_try_lead", "read_until", "hear_out"))
 """Who takes the locks."""
+_MISHEARD: Final = 1000
+"""After so many hints in a row at nothing that anybody waits for, somebody sends nonsense, and nobody listens any more."""
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
 
@@ -90,6 +92,7 @@ class Channel:
         self._given_up: dict[int, Callable[[Frame], None]] = {}
         self._hints: dict[int, list[Frame]] = {}
         self._ear: Ear | None = None
+        self._misheard = 0
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._error = ""
@@ -149,7 +152,7 @@ class Channel:
     @ear.setter
     def ear(self, ear: Ear | None) -> None:
         self._ear = ear
-        if ear is not None:
+        if ear is not None and ear.is_open:
             self._poll.register(ear, select.POLLIN)
 
     def expect_hint(self, request_id: int) -> None:
@@ -358,8 +361,14 @@ class Channel:
             return False
         hints = self._hints.get(hint.request_id)
         if hints is not None:
+            self._misheard = 0
             hints.append(hint)
             self._wake(hint.request_id)
+        elif self._ear is not None and (misheard := self._misheard + 1) <= _MISHEARD:
+            self._misheard = misheard
+        elif self._ear is not None:
+            self._poll.unregister(self._ear)
+            self._ear.close()
         return True
 
     def _wake(self, request_id: int) -> None:

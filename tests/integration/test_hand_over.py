@@ -22,7 +22,7 @@ from shmplasma import ObjectID, PlasmaClient, Store, codecs
 from shmplasma.ear import address_of
 from shmplasma.hinting import Hints
 from shmplasma.hints import HINT, wanted_at
-from shmplasma.layout import WANTED_WORDS, HeaderWord
+from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.protocol import Frame
 from shmplasma.requests import Get, Post
 from tests.clients import figure, new_id
@@ -291,6 +291,30 @@ def test_nobody_is_misled(
             assert not waits.done()
     client2.put_raw_buffer(b"x", object_id)
     assert bytes(waits.result(10)) == b"x"
+
+
+def test_who_is_sent_nothing_but_nonsense_stops_listening(
+    client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """The store says what there is, as ever."""
+    lease(client2)
+    for _ in range(2):
+        object_id = new_id()
+        waits = wait_in(pool, client, object_id)
+        channel = session_of(client)._link.channel
+        assert channel.ear is not None
+        address = address_of(session_of(client).attachment.token, _board_of(client))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+            while channel.ear.is_open:
+                with suppress(ConnectionRefusedError):
+                    mouth.sendto(b"nonsense", address)
+        client2.put_raw_buffer(b"x", object_id)
+        assert bytes(waits.result(10)) == b"x"
+
+
+def _board_of(client: PlasmaClient) -> int:
+    """Return the number of a client's first board."""
+    return session_of(client)._boards._boards[0].first_slot // BOARD_WORDS
 
 
 def test_the_time_of_a_get_comes_to_its_end(client: PlasmaClient) -> None:
