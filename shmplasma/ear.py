@@ -58,11 +58,9 @@ class Ear:
 
     def hear(self) -> Frame | None:
         """Return a hint, if one is there, as if it was the reply to the get that it is for."""
-        if not self.is_open:
-            return None
         try:
             hint = self._sock.recv(HINT.size + 1)
-        except BlockingIOError:
+        except OSError:  # there is none, or it is closed
             return None
         request_id = HINT.unpack(hint)[0] if len(hint) == HINT.size else ONE_WAY
         return Frame(HINT_KIND, request_id, hint)
