@@ -15,7 +15,7 @@ from shmplasma.attachment import Attachment
 from shmplasma.claims import pin_word
 from shmplasma.ear import Ear, address_of
 from shmplasma.hints import HINT, TAKEN, wanted_at, wanted_word
-from shmplasma.layout import OUTBOX_BYTES
+from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord
 from shmplasma.objects import ObjectID
 from shmplasma.outbox import read_record
 from shmplasma.owned_socket import OwnedSocket
@@ -26,6 +26,7 @@ from shmplasma.protocol import Frame
 __all__ = ["Hints"]
 
 _PUBLISH: Final = Publish.KIND
+_LINE_WORDS: Final = CONTROL_BYTES // 8
 
 
 class Hints:
@@ -49,6 +50,7 @@ class Hints:
         "_addresses",
         "_board",
         "_boards",
+        "_counts",
         "_data",
         "_end",
         "_map",
@@ -69,6 +71,7 @@ class Hints:
         self._words = attachment.words
         layout = attachment.layout
         self._n_boards, self._outboxes = layout.n_boards, layout.outboxes
+        self._counts = layout.control // 8 + ControlWord.ACKNOWLEDGED
         self._data, self._end = layout.data, layout.segment_bytes
         self._mouth: OwnedSocket | None = None
         self._taken: WeakValueDictionary[int, NamedPin] = WeakValueDictionary()
@@ -108,7 +111,7 @@ class Hints:
         """
         request_id, board, n_posted = HINT.unpack(hint.body)
         record = None
-        if board < self._n_boards and n_posted:
+        if board < self._n_boards and n_posted > self._words[self._counts + board * _LINE_WORDS]:
             record = read_record(self._map, n_posted - 1, self._outboxes + board * OUTBOX_BYTES)
         if record is None or record[0] != _PUBLISH or len(record[1]) != PUBLISH.size:
             return None

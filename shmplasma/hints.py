@@ -14,7 +14,8 @@ has lent is the client's and the store's alike here, and what stands in it when 
 ======================================================  ==========================================================
 getter, hinted at record n of an outbox                 store, when it has read the record
 ======================================================  ==========================================================
-G1. record n is there, a `Publish` under the id         S0. the object is in the table
+G1. record n is there, unread, a `Publish` under the    S0. the object is in the table
+    id
 G2. a slot of its own says at which offset it lies      S1. WANTED = 0
 G3. the lent slot says `TAKEN`, and the offset          S2. membarrier
 G4. WANTED names this get?                              S3. the lent slot says `TAKEN`: pins by that offset mean
@@ -30,7 +31,9 @@ lent slot stays as it is until the reply is read.  So the store knows the offset
 there (`Boards.resolve`).  Takes come after that and find the pin (`shmplasma.pins`).  Before S0 the extent is its
 putter's lease, which ends only when his records are read: also when he has left, or was killed, or has posted what nobody may.
 
-*The record is what it was in G1.*  Its place is written again only when the store is done with it, and before that comes S1, which G4 has not seen.
+*The record is what it was in G1, and unread.*  Its place is written again, and counted in ACKNOWLEDGED, only when the store is done with it, and before
+that comes S1, which G4 has not seen.  G1 looks at ACKNOWLEDGED all the same: a hint may come from before the death of a store, for a get that had this
+one's request id, and its record be that of an object that was deleted since.
 
 *A record that is refused*, as its id is taken, or as its store and its putter have died both and another one has put the object since: the
 store does S1 to S3 before the extent goes, which then waits until nobody pins it any more.

@@ -293,6 +293,28 @@ def test_nobody_is_misled(
     assert bytes(waits.result(10)) == b"x"
 
 
+def test_nobody_is_hinted_at_what_has_gone(
+    client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """A record stays where it is after the store has read it; its object may have been deleted since."""
+    lease(client2)
+    object_id = new_id()
+    client2.put_raw_buffer(b"old", object_id)
+    client2.flush()
+    n_posted = session_of(client2)._link._outbox.read
+    client2.delete([object_id])
+    waits = wait_in(pool, client, object_id)
+    attachment = session_of(client).attachment
+    word = attachment.words[wanted_at(object_id.hash32)]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+        hint = HINT.pack(word >> 32, _board_of(client2), n_posted)
+        mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+    client.flush()  # by which it has been heard
+    assert not waits.done()
+    client2.put_raw_buffer(b"new", object_id)
+    assert bytes(waits.result(10)) == b"new"
+
+
 def test_who_is_sent_nothing_but_nonsense_stops_listening(
     client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
