@@ -309,7 +309,7 @@ class Boards:
         return bool(self._expected) and pin_word(offset) in self._expected
 
     def resolve(self, entry: int, offset: int) -> None:
-        """Have pins of what was expected at an offset mean this entry from now on."""
+        """Have pins of what was expected at an offset mean this entry, which has bytes there, from now on."""
         if self.is_expected(offset):
             self._expected.remove(pin_word(offset))
             self.claimed(entry, offset)

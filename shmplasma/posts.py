@@ -113,7 +113,7 @@ class Posts:
             return self.heed(session, now_ns)
         except ProtocolError as error:
             self._outgoing.effects.append(Drop(session.client, str(error)))
-            return 0
+            return self.heed_out(session, now_ns)
 
     def heed_out(self, session: Session, now_ns: int) -> int:
         """Carry out what a client has posted that is leaving, or has left, but for what it may not post.

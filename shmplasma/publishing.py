@@ -169,7 +169,7 @@ class Publishing:
         if skipped:
             self._room.give_back(start, skipped)
         if self._objects.exists(object_id):
-            if self._boards.is_expected(offset):
+            if size and self._boards.is_expected(offset):
                 self._objects.reject(message, now_ns)
             else:
                 self._room.give_back(offset, size)
@@ -178,7 +178,8 @@ class Publishing:
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
-        self._boards.resolve(entry, offset)
+        if size:
+            self._boards.resolve(entry, offset)
         self._leases.note_published(client)
         self._residents.sealed(entry)
         return entry

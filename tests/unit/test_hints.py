@@ -13,7 +13,7 @@ from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.posted import Claim, Publish, Seal
 from shmplasma.protocol import ONE_WAY
-from shmplasma.replies import ABSENT, Done, Leased, Number, Objects
+from shmplasma.replies import ABSENT, Done, Failure, Leased, Number, Objects
 from shmplasma.requests import AskLease, Contains, Delete, Detach, Evict, Flush, Get
 from shmplasma.store import ObjectStore
 from tests.conversation import Conversation, Peer, name
@@ -32,10 +32,10 @@ class Putter:
         self.board = self.peer.free_slots[-1] // BOARD_WORDS
         self.next = self.peer.ask(AskLease(SIZE), Leased).offset
 
-    def put(self, object_id: bytes) -> int:
+    def put(self, object_id: bytes, size_bytes: int = SIZE) -> int:
         """Write a record that nobody is told of, and return the object's offset."""
-        offset, self.next = self.next, self.next + ((SIZE + 63) & -64)
-        self.peer.write_silently(Publish(object_id, offset, SIZE, 0, 3))
+        offset, self.next = self.next, self.next + ((size_bytes + 63) & -64)
+        self.peer.write_silently(Publish(object_id, offset, size_bytes, 0, 3))
         return offset
 
     def set_busy(self, busy: bool) -> None:
@@ -404,6 +404,20 @@ def test_a_record_that_may_not_be_there_hides_none_behind_it(
     talk.store.check()
 
 
+def test_its_lease_is_not_given_back_before_they_are_read(
+    talk: Conversation, putter: Putter
+) -> None:
+    """All leases are recalled when somebody finds no room, also those of who has written nonsense."""
+    getter = Getter(talk)
+    putter.peer.write_silently(Publish(B, 0, SIZE, 0, 3))
+    assert getter.take(putter.put(A))
+    other = talk.client()
+    assert other.refused(other.new(C, 1 << 20)) is Failure.FULL
+    assert putter.peer.dropped is not None
+    assert not is_evicted(talk, getter.peer, A)
+    talk.store.check()
+
+
 def test_a_lease_that_is_being_written_to_is_not_given_back_by_another_thread(
     talk: Conversation, putter: Putter
 ) -> None:
@@ -476,6 +490,26 @@ def test_a_successor_that_refuses_the_record_keeps_the_room(
     getter.release()
     later.wake()
     assert free_bytes(later) == before + ((SIZE + 63) & -64)
+    later.store.check()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_has_no_bytes_is_not_what_was_taken_there(
+    talk: Conversation, putter: Putter, dies: bool
+) -> None:
+    """An object without bytes lies where the next one does; a pin by the offset means that."""
+    getter, _ = Getter(talk), Getter(talk, B)
+    putter.put(B, 0)
+    assert getter.take(putter.put(A))
+    if dies:
+        later: Conversation = Reopened(talk.layout, talk.words, talk.raw)
+    else:
+        later = talk
+        # As if its client had left at this moment: a Detach has all outboxes read before the answer.
+        talk.store._parts.answers.forget(getter.peer.number)
+    assert not is_evicted(later, later.client(), A)
+    getter.release()
+    assert is_evicted(later, later.client(), A)
     later.store.check()
 
 
