@@ -137,5 +137,6 @@ class Wanted:
     def clear(self) -> None:
         """Take back what a store that has died has said; from here on pins tell what was taken."""
         for at in range(_FIRST, _FIRST + WANTED_WORDS):
-            self._words[at] = 0
+            if self._words[at]:
+                self._words[at] = 0
         self._memory.barrier()
