@@ -72,7 +72,7 @@ async def get(
     boards : BoardPool
         The client's boards.
     object_ids, deadline, wait
-        As for `shmplasma.session.Session.get`, as are result and errors.
+        As for `shmplasma.asking.Asking.get`, as are result and errors.
     """
     ours = _of_running_loop()
     pins = boards.take_free(len(object_ids))

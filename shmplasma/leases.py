@@ -34,6 +34,8 @@ Invariants
   the table are set aside as the lease may publish objects.
 * How many objects a lease of a store that has died had published is known no more.  So each may publish as many as its rest has
   room for, and all together as many as the table has entries for, which is no fewer than they had left.
+* A lease ends when all that its client has posted was read, and no sooner.  A client that leaves has it recalled, as another one of its
+  threads may be in the midst of an object; what is left of it goes at the latest with the connection.
 * What a client publishes outside its lease, before the cursor, or too often costs it its connection.
 * Leases take at most an eighth of the capacity, one at most a 64th, and none is granted where one would be too small to
   help.

@@ -322,7 +322,7 @@ class Reading(Connected):
         names = [checked(object_id).id_bytes for object_id in ids]
         result: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
-            result += session.get(names[start : start + _IDS_A_REQUEST], deadline, wait=wait)
+            result += session.asking.get(names[start : start + _IDS_A_REQUEST], deadline, wait=wait)
         return result
 
 

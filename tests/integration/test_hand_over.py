@@ -487,9 +487,9 @@ def test_a_forked_child_keeps_what_was_handed_over(
 INTERRUPTED = """
     import gc, threading
     import shmplasma as plasma
-    from shmplasma import ear, hinting, session, transport
+    from shmplasma import asking, ear, hinting, transport
 
-    parts = ear, hinting, session, transport
+    parts = asking, ear, hinting, transport
     path = sys.argv[1]
     with plasma.connect(path) as client, plasma.connect(path) as putter:
         putter.put_raw_buffer(b"lease")

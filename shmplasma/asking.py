@@ -1,0 +1,151 @@
+"""Gets that the store is asked for: they are answered by it, or by whoever puts what they wait for (`shmplasma.hints`).
+
+A get that is interrupted leaves a reply behind, and the slots that it lent are the store's until then; the disposal of the reply
+gives them back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from shmplasma.hinting import Hints
+from shmplasma.hints import HINT_KIND
+from shmplasma.link import GIVE_UP_SECONDS, Link
+from shmplasma.objects import ObjectID
+from shmplasma.outcomes import expect
+from shmplasma.pinning import BoardPool, Located, Pin, located
+from shmplasma.reader import FastReader
+from shmplasma.replies import Objects
+from shmplasma.requests import AnswerNow, Get
+from shmplasma.transport import Channel
+
+__all__ = ["Asking"]
+
+
+class Asking:
+    """What a client asks the store for that it has not found by itself.
+
+    Parameters
+    ----------
+    link : Link
+        The connection.
+    boards : BoardPool
+        The client's boards.
+    reader : FastReader or None
+        Reads without a message, where that is possible.
+    hints : Hints or None
+        Takes what others hint at, likewise.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    def __init__(
+        self, link: Link, boards: BoardPool, reader: FastReader | None, hints: Hints | None
+    ) -> None:
+        self._link = link
+        self._boards = boards
+        self._reader = reader
+        self._hints = hints
+
+    def get(
+        self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
+    ) -> list[Located | None]:
+        """Find and pin objects.
+
+        Parameters
+        ----------
+        object_ids : sequence of bytes
+            Which; any of them more than once if need be.
+        deadline : float or None
+            Time of `time.monotonic` until which to wait for those that are not there; None for ever.
+        wait : bool
+            Whether to wait at all.
+
+        Returns
+        -------
+        list
+            Location and pin of each object, None for one that is not there.
+
+        Raises
+        ------
+        NotConnectedError, PlasmaStoreFull
+            The latter when there is no board for so many pins.
+        """
+        while True:
+            pins = self._boards.take(len(object_ids))
+            hinted = wait and len(object_ids) == 1 and self._hears()
+            request = Get(wait, object_ids, [pin.slot for pin in pins], hinted)
+            found = self._ask_get(request, deadline, pins)
+            if not hinted or found[0] is None or found[0][4].is_set:
+                return found
+            # The store has thought that this client had taken what it was hinted at.
+            if self._reader is not None:
+                found = [self._reader.locate(ObjectID(object_ids[0]))]
+                if found[0] is not None:
+                    return found
+
+    def _hears(self) -> bool:
+        """Tell whether hints are heard."""
+        channel, hints = self._link.channel, self._hints
+        if channel.ear is None and hints is not None:
+            ear = hints.listen()
+            if ear is not None:
+                channel.ear = ear
+        return channel.ear is not None
+
+    def _ask_get(
+        self, request: Get, deadline: float | None, pins: list[Pin]
+    ) -> list[Located | None]:
+        """Send a get, to another store if this one dies, and return what it finds."""
+        while True:
+            channel = self._link.channel
+            try:
+                return self._exchange_get(channel, request, deadline, pins)
+            except ConnectionError as error:
+                # However short the deadline is: a store that comes back is no reason to fail.
+                self._link.reconnect(channel, error)
+                for pin in pins:  # the dead store may have pinned something
+                    pin.clear()
+
+    def _exchange_get(
+        self, channel: Channel, request: Get, deadline: float | None, pins: list[Pin]
+    ) -> list[Located | None]:
+        """Send a get and wait for its answer, or a hint; at the deadline, or an interrupt, ask for the answer at once."""
+        body = request.encode()
+        request_id = channel.new_request()
+        answer_now = AnswerNow(request_id).encode()
+        try:
+            if request.hinted:
+                channel.expect_hint(request_id)
+            channel.request(Get.KIND, request_id, body)
+            # One that is not to wait is answered by the store's next turn, without being asked again.
+            reply = channel.wait(request_id, deadline if request.wait else None)
+            if reply is not None and reply.kind == HINT_KIND and self._hints is not None:
+                taken = self._hints.take(reply, request.object_ids[0], pins[0])
+                if taken is not None:
+                    given = pins.copy()  # until the reply comes
+                    channel.give_up(request_id, lambda _: given.clear())
+                    return [taken]
+                channel.drop_hint(request_id)
+                reply = channel.wait(request_id, deadline)
+            if reply is None:
+                channel.drop_hint(request_id)
+                channel.send(AnswerNow.KIND, answer_now)
+                reply = channel.wait(request_id, None)
+        except ConnectionError:
+            raise
+        except BaseException:
+            with suppress(ConnectionError):  # the interrupt is what the caller is to see
+                # The slots are lent until the answer comes; then the last reference to them goes.
+                lent = pins.copy()
+                channel.give_up(request_id, lambda _: lent.clear())
+                channel.send(AnswerNow.KIND, answer_now)
+                channel.read_until(time.monotonic() + GIVE_UP_SECONDS, lambda: not lent)
+            raise
+        channel.drop(request_id)
+        assert reply is not None
+        return located(expect(Objects, reply).found, pins)
