@@ -9,19 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 from shmplasma.hinting import Hints
-from shmplasma.hints import HINT_KIND
 from shmplasma.link import GIVE_UP_SECONDS, Link
 from shmplasma.objects import ObjectID
 from shmplasma.outcomes import expect
-from shmplasma.pinning import BoardPool, Located, Pin, located
+from shmplasma.pinning import BoardPool, Located, NamedPin, Pin, located
 from shmplasma.reader import FastReader
 from shmplasma.replies import Objects
 from shmplasma.requests import AnswerNow, Get
 from shmplasma.transport import Channel
 
 __all__ = ["Asking"]
+
+_HINTS: Final = 4
+"""So many hints are followed for one get; two come of its putter, one of them before there is anything."""
 
 
 class Asking:
@@ -77,10 +80,12 @@ class Asking:
         """
         while True:
             pins = self._boards.take(len(object_ids))
-            hinted = wait and len(object_ids) == 1 and self._hears()
-            request = Get(wait, object_ids, [pin.slot for pin in pins], hinted)
-            found = self._ask_get(request, deadline, pins)
-            if not hinted or found[0] is None or found[0][4].is_set:
+            expected = None
+            if wait and len(object_ids) == 1 and self._hints is not None and self._hears():
+                expected = self._hints.expect(object_ids[0])
+            request = Get(wait, object_ids, [pin.slot for pin in pins], expected is not None)
+            found = self._ask_get(request, deadline, pins, expected)
+            if expected is None or found[0] is None or found[0][4].is_set:
                 return found
             # The store has thought that this client had taken what it was hinted at.
             if self._reader is not None:
@@ -98,13 +103,17 @@ class Asking:
         return channel.ear is not None
 
     def _ask_get(
-        self, request: Get, deadline: float | None, pins: list[Pin]
+        self,
+        request: Get,
+        deadline: float | None,
+        pins: list[Pin],
+        expected: NamedPin | None,
     ) -> list[Located | None]:
         """Send a get, to another store if this one dies, and return what it finds."""
         while True:
             channel = self._link.channel
             try:
-                return self._exchange_get(channel, request, deadline, pins)
+                return self._exchange_get(channel, request, deadline, pins, expected)
             except ConnectionError as error:
                 # However short the deadline is: a store that comes back is no reason to fail.
                 self._link.reconnect(channel, error)
@@ -112,28 +121,29 @@ class Asking:
                     pin.clear()
 
     def _exchange_get(
-        self, channel: Channel, request: Get, deadline: float | None, pins: list[Pin]
+        self,
+        channel: Channel,
+        request: Get,
+        deadline: float | None,
+        pins: list[Pin],
+        expected: NamedPin | None,
     ) -> list[Located | None]:
         """Send a get and wait for its answer, or a hint; at the deadline, or an interrupt, ask for the answer at once."""
         body = request.encode()
         request_id = channel.new_request()
         answer_now = AnswerNow(request_id).encode()
         try:
-            if request.hinted:
+            if expected is not None:
                 channel.expect_hint(request_id)
             channel.request(Get.KIND, request_id, body)
+            if expected is not None:
+                taken = self._follow_hints(channel, request_id, deadline, expected, pins[0])
+                if taken is not None:
+                    channel.give_up(request_id, lambda _: pins.clear())
+                    return [taken]
             # One that is not to wait is answered by the store's next turn, without being asked again.
             reply = channel.wait(request_id, deadline if request.wait else None)
-            if reply is not None and reply.kind == HINT_KIND and self._hints is not None:
-                taken = self._hints.take(reply, request.object_ids[0], pins[0])
-                if taken is not None:
-                    given = pins.copy()  # until the reply comes
-                    channel.give_up(request_id, lambda _: given.clear())
-                    return [taken]
-                channel.drop_hint(request_id)
-                reply = channel.wait(request_id, deadline)
             if reply is None:
-                channel.drop_hint(request_id)
                 channel.send(AnswerNow.KIND, answer_now)
                 reply = channel.wait(request_id, None)
         except ConnectionError:
@@ -149,3 +159,21 @@ class Asking:
         channel.drop(request_id)
         assert reply is not None
         return located(expect(Objects, reply).found, pins)
+
+    def _follow_hints(
+        self,
+        channel: Channel,
+        request_id: int,
+        deadline: float | None,
+        expected: NamedPin,
+        lent: Pin,
+    ) -> Located | None:
+        """Return what a get was hinted at; None when there is a reply, or is going to be one, or when the deadline comes."""
+        assert self._hints is not None
+        for _ in range(_HINTS):
+            hint = channel.wait_or_hear(request_id, deadline)
+            if type(hint) is not bytes:
+                return None
+            if self._hints.is_there(hint):
+                return self._hints.take(hint, expected, lent)
+        return None

@@ -32,6 +32,8 @@ _ENTRY: Final = Struct("@8x20s28xQ")
 """An entry's id and the next one in its chain."""
 _SHIFT: Final = ENTRY_BYTES.bit_length() - 1
 _INSERTIONS: Final = int(HeaderWord.INSERTIONS)
+_LOCKED_AT_ONCE: Final = 16
+"""So many ids are locked before those are unlocked of which the store has read: mostly all of them, by one call."""
 _ATTEMPTS: Final = 4
 """How often a chain is followed: the store may insert objects meanwhile, some microseconds apart."""
 
@@ -92,7 +94,10 @@ class Claimant:
             return False
         at, unread = object_id.hash32, self._unread
         try:
-            if unread or self._locked is not None:
+            if self._locked is not None:  # the last claim has left its record by now
+                unread[self._locked] = self._outbox.written
+                self._locked = None
+            if at in unread or len(unread) >= _LOCKED_AT_ONCE:
                 self._unlock()
                 if at in unread:
                     return False
@@ -103,12 +108,9 @@ class Claimant:
             return False
 
     def _unlock(self) -> None:
-        """Unlock whatever the store has read the records of; the last claim has left its record by now."""
-        unread, read, written = self._unread, self._outbox.read, self._outbox.written
-        if self._locked is not None:
-            unread[self._locked] = written
-            self._locked = None
-        if written <= read:
+        """Unlock whatever the store has read the records of."""
+        unread, read = self._unread, self._outbox.read
+        if self._outbox.written <= read:
             self._locks.unlock_all()
             unread.clear()
         while unread and unread[first := next(iter(unread))] <= read:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import socket
 
-from shmplasma.hints import HINT, HINT_KIND
+from shmplasma.hints import HINT
 from shmplasma.owned_socket import OwnedSocket
-from shmplasma.protocol import ONE_WAY, Frame
 
 __all__ = ["Ear", "address_of"]
 
@@ -56,14 +55,13 @@ class Ear:
         """Whether it hears anything."""
         return self._sock.fileno() >= 0
 
-    def hear(self) -> Frame | None:
-        """Return a hint, if one is there, as if it was the reply to the get that it is for."""
+    def hear(self) -> bytes | None:
+        """Return what has come, if anything has; empty if that is no hint."""
         try:
             hint = self._sock.recv(HINT.size + 1)
         except OSError:  # there is none, or it is closed
             return None
-        request_id = HINT.unpack(hint)[0] if len(hint) == HINT.size else ONE_WAY
-        return Frame(HINT_KIND, request_id, hint)
+        return hint if len(hint) == HINT.size else b""
 
     def close(self) -> None:
         """Hear nothing any more."""

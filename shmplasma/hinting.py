@@ -5,28 +5,33 @@ The steps are those of the table there.
 
 from __future__ import annotations
 
+import os
 import socket
-from contextlib import suppress
+import time
+from collections.abc import Iterator
 from typing import Final
 from weakref import WeakValueDictionary
 from zlib import crc32
 
+from shmplasma import system
 from shmplasma.attachment import Attachment
-from shmplasma.claims import pin_word
+from shmplasma.claims import AT_OFFSET
 from shmplasma.ear import Ear, address_of
 from shmplasma.hints import HINT, TAKEN, wanted_at, wanted_word
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord
 from shmplasma.objects import ObjectID
-from shmplasma.outbox import read_record
+from shmplasma.outbox import Outbox, is_written, read_record
 from shmplasma.owned_socket import OwnedSocket
 from shmplasma.pinning import BoardPool, Located, NamedPin, Pin
 from shmplasma.posted import PUBLISH, Publish
-from shmplasma.protocol import Frame
+from shmplasma.spin import Spin
 
 __all__ = ["Hints"]
 
 _PUBLISH: Final = Publish.KIND
 _LINE_WORDS: Final = CONTROL_BYTES // 8
+_LOOK_NS: Final = 100_000
+"""How long a record is looked for that was hinted at early: a small object is put in half of that."""
 
 
 class Hints:
@@ -40,6 +45,8 @@ class Hints:
         The client's first board.
     boards : BoardPool
         All of them.
+    outbox : Outbox
+        The client's.
 
     Notes
     -----
@@ -53,17 +60,24 @@ class Hints:
         "_counts",
         "_data",
         "_end",
+        "_is_alone",
         "_map",
         "_mouth",
         "_n_boards",
+        "_outbox",
         "_outboxes",
-        "_taken",
+        "_pids",
+        "_pins",
+        "_spin",
         "_token",
         "_words",
     )
 
-    def __init__(self, attachment: Attachment, board: int, boards: BoardPool) -> None:
+    def __init__(
+        self, attachment: Attachment, board: int, boards: BoardPool, outbox: Outbox
+    ) -> None:
         self._board = board
+        self._outbox = outbox
         self._boards = boards
         self._token = attachment.token
         self._addresses: dict[int, bytes] = {}
@@ -73,22 +87,61 @@ class Hints:
         self._n_boards, self._outboxes = layout.n_boards, layout.outboxes
         self._counts = layout.control // 8 + ControlWord.ACKNOWLEDGED
         self._data, self._end = layout.data, layout.segment_bytes
+        self._spin = Spin()
+        self._pids = layout.control // 8 + ControlWord.PID
+        # Who is woken on the putter's only processor keeps him from going on.
+        self._is_alone = system.processors() < 2
         self._mouth: OwnedSocket | None = None
-        self._taken: WeakValueDictionary[int, NamedPin] = WeakValueDictionary()
+        self._pins: WeakValueDictionary[int, NamedPin] = WeakValueDictionary()
 
-    def tell(self, object_id: ObjectID, n_posted: int) -> None:
-        """Tell who waits for an object that it was put, if somebody does: his `Publish` was the last of so many records."""
+    def tell_early(self, object_id: ObjectID) -> int:
+        """Hint at the next record, if somebody waits for an object that is about to be put.
+
+        Returns
+        -------
+        int
+            Until when he looks for it, by `time.monotonic_ns`; 0 if there is no such hint.
+        """
         word = self._words[wanted_at(object_id.hash32)]
-        if word:
-            request_id, board = word >> 32, (word & 0xFFFF_FFFF) - 1
-            # Nobody may listen, or somebody who has much to read: then the store tells him.
-            with suppress(OSError):
-                if self._mouth is None:
-                    self._mouth = OwnedSocket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                hint = HINT.pack(request_id, self._board, n_posted)
-                if board not in self._addresses:
-                    self._addresses[board] = address_of(self._token, board)
-                self._mouth.sendto(hint, socket.MSG_DONTWAIT, self._addresses[board])
+        if not word or self._is_alone or self._is_ours(word):
+            return 0
+        until_ns = time.monotonic_ns() + _LOOK_NS
+        self._hint(word, self._outbox.written + 1)
+        return until_ns
+
+    def tell(self, object_id: ObjectID, looks_until_ns: int, n_posted: int) -> None:
+        """Tell who waits for an object that it was put, if somebody does.
+
+        Parameters
+        ----------
+        object_id : ObjectID
+            The object.
+        looks_until_ns : int
+            As `tell_early` returned it.
+        n_posted : int
+            How many records there are with its `Publish`.
+        """
+        word = self._words[wanted_at(object_id.hash32)]
+        if word and time.monotonic_ns() > looks_until_ns:
+            self._hint(word, n_posted)
+
+    def _is_ours(self, word: int) -> bool:
+        """Tell whether a get is one of this process, which does not look while another thread goes on."""
+        board = (word & 0xFFFF_FFFF) - 1
+        return bool(self._words[self._pids + board * _LINE_WORDS] == os.getpid())
+
+    def _hint(self, word: int, n_posted: int) -> None:
+        """Hint at the last of so many records, to the get that a word names."""
+        request_id, board = word >> 32, (word & 0xFFFF_FFFF) - 1
+        try:
+            if self._mouth is None:
+                self._mouth = OwnedSocket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            if board not in self._addresses:
+                self._addresses[board] = address_of(self._token, board)
+            hint = HINT.pack(request_id, self._board, n_posted)
+            self._mouth.sendto(hint, socket.MSG_DONTWAIT, self._addresses[board])
+        except OSError:  # nobody listens, or somebody who has much to read: the store tells him
+            return
 
     def listen(self) -> Ear | None:
         """Return what hears hints for this client; None where that cannot be had."""
@@ -97,42 +150,63 @@ class Hints:
         except OSError:
             return None
 
-    def take(self, hint: Frame, object_id: bytes, lent: Pin) -> Located | None:
+    def expect(self, object_id: bytes) -> NamedPin | None:
+        """Return a pin for an object that somebody may hint at; None if there is no free slot."""
+        pin = self._boards.take_named()
+        if pin is not None:
+            pin.object_id, pin.offset, pin.data_size = object_id, 0, 0
+            self._pins[pin.slot] = pin
+        return pin
+
+    def is_there(self, hint: bytes) -> bool:
+        """Tell whether the record is there that a hint says, or comes while this process looks for it."""
+        _, board, n_posted = HINT.unpack(hint)
+        if board >= self._n_boards:
+            return False
+        words, outbox = self._words, self._outboxes + board * OUTBOX_BYTES
+        if is_written(words, outbox, n_posted - 1):
+            return True
+        for _ in self._spin.looks(_LOOK_NS):
+            if is_written(words, outbox, n_posted - 1):
+                return True
+        os.sched_yield()  # where processes wait for processors nobody looks, and the putter may be one of them
+        return is_written(words, outbox, n_posted - 1)
+
+    def take(self, hint: bytes, pin: NamedPin, lent: Pin) -> Located | None:
         """Pin what a hint says; None if it is not there, or not to be had without the store.
 
         Parameters
         ----------
-        hint : Frame
+        hint : bytes
             As heard.
-        object_id : bytes
-            What the get waits for.
+        pin : NamedPin
+            For the object that the get waits for.
         lent : Pin
             The slot that it has lent.
         """
-        request_id, board, n_posted = HINT.unpack(hint.body)
+        request_id, board, n_posted = HINT.unpack(hint)
+        words = self._words
         record = None
-        if board < self._n_boards and n_posted > self._words[self._counts + board * _LINE_WORDS]:
+        if board < self._n_boards and n_posted > words[self._counts + board * _LINE_WORDS]:
             record = read_record(self._map, n_posted - 1, self._outboxes + board * OUTBOX_BYTES)
         if record is None or record[0] != _PUBLISH or len(record[1]) != PUBLISH.size:
             return None
         found, offset, data_size, metadata_size, codec, _ = PUBLISH.unpack(record[1])
         size = data_size + metadata_size
         # What has no bytes lies nowhere.
-        if found != object_id or not size or not self._data <= offset <= self._end - size:
+        if found != pin.object_id or not size or not self._data <= offset <= self._end - size:
             return None
-        pin = self._boards.take_named()
-        if pin is None:
-            return None
-        pin.object_id, pin.data_size = object_id, data_size
-        pin.board.words[pin.word] = word = pin_word(offset)
+        pin.board.words[pin.word] = AT_OFFSET | offset
         lent.board.words[lent.word] = TAKEN | offset
-        wanted = wanted_word(request_id, self._board)
-        if self._words[wanted_at(crc32(object_id))] != wanted:
+        if words[wanted_at(crc32(found))] != wanted_word(request_id, self._board):
+            pin.clear()
             lent.clear()
             return None
-        self._taken[word] = pin
+        pin.offset, pin.data_size = offset, data_size
         return offset, data_size, metadata_size, codec, pin
 
-    def taken_at(self, word: int) -> NamedPin | None:
-        """Return the pin that has written this word, if that pins what was taken."""
-        return self._taken.get(word)
+    def taken_at(self, at: int) -> Iterator[NamedPin]:
+        """Yield the pins of what was taken and covers an offset."""
+        for pin in list(self._pins.values()):
+            if pin.offset <= at < pin.offset + pin.data_size:
+                yield pin

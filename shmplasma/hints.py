@@ -25,6 +25,10 @@ G6. no: both slots are 0 again; wait for the reply; if      else: the lent slot 
     anew
 ======================================================  ==========================================================
 
+*Early hints.*  To wake a process takes about as long as to put a small object.  So who puts one hints before he begins, at the record that will
+be his next one, and whom that has woken looks for it for a while before G1.  If the put takes longer than that, there is a second hint when
+the record is there.  A record that another thread of the putter has written meanwhile is of another kind or id, and G1 leaves it alone.
+
 *Who passes G4 has pinned the object before anybody can take it.*  x86-64 keeps the order of stores, and that of loads, but G4 may
 pass G2 and G3.  If G4 has read the word before S1 was visible, then the membarrier came after it, so G2 and G3 are visible in S3; and the
 lent slot stays as it is until the reply is read.  So the store knows the offset, and from then on which entry is meant by a pin
@@ -64,12 +68,10 @@ from shmplasma.layout import WANTED_WORDS, HeaderWord
 from shmplasma.memory import Memory
 from shmplasma.pins import Boards
 
-__all__ = ["HINT", "HINT_KIND", "TAKEN", "Wanted", "wanted_at", "wanted_word"]
+__all__ = ["HINT", "TAKEN", "Wanted", "wanted_at", "wanted_word"]
 
 HINT: Final = Struct("@IIQ")
 """Request id of the get, the putter's first board, and how many records he had posted with this one."""
-HINT_KIND: Final = -1
-"""What a client takes a hint for that arrives where it waits for a reply: of a kind that no reply is."""
 
 TAKEN: Final = 1 << 62
 """In a lent slot: what lies at the offset that follows was taken.  It pins nothing."""

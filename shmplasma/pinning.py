@@ -232,13 +232,14 @@ class NamedPin(Pin):
     ----------
     object_id : bytes
         The object.
-    data_size : int
-        Its size in bytes.
+    offset, data_size : int
+        Where it is, and how many bytes it has; 0 as long as it is not pinned.
     """
 
-    __slots__ = ("__weakref__", "data_size", "object_id")
+    __slots__ = ("__weakref__", "data_size", "object_id", "offset")
 
     object_id: bytes
+    offset: int
     data_size: int
 
 

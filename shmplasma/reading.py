@@ -114,8 +114,10 @@ class Reading(Connected):
                 buffer = reader.buffer(object_ids[0])
             except AttributeError:
                 _refuse(object_ids)
-            if buffer is not None:
-                return [buffer]
+            if buffer is None:
+                found = self._ask(session, object_ids, timeout_ms)[0]
+                buffer = None if found is None else session.data(found)
+            return [buffer]
         ids = _ids(object_ids)
         items: list[Any]
         if reader is None or with_meta:
@@ -320,6 +322,8 @@ class Reading(Connected):
         """Find and pin objects by the store."""
         deadline, wait = _deadline(timeout_ms)
         names = [checked(object_id).id_bytes for object_id in ids]
+        if len(names) == 1:
+            return session.asking.get(names, deadline, wait=wait)
         result: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
             result += session.asking.get(names[start : start + _IDS_A_REQUEST], deadline, wait=wait)

@@ -37,7 +37,6 @@ from shmplasma import system
 from shmplasma.asking import Asking
 from shmplasma.attachment import Attachment
 from shmplasma.claiming import Claimant
-from shmplasma.claims import AT_OFFSET
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.handshake import greet
@@ -129,7 +128,7 @@ class Session:
         """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
         if fast:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
-            self._hints = Hints(attachment, board, self._boards)
+            self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(
                 attachment, board, partial(_ask_for_lease, link), self._pages.populate
             )
@@ -242,13 +241,27 @@ class Session:
         """
         self._link.post(kind, body)
 
-    def publish(self, record: bytes, object_id: ObjectID | None) -> None:
-        """Tell the store of an object in the lease, and who waits for it first; None for an id that nobody knows yet."""
+    def tell_early(self, object_id: ObjectID) -> int:
+        """Hint at an object that is about to be put, if somebody waits for it; as `Hints.tell_early`."""
+        return 0 if self._hints is None else self._hints.tell_early(object_id)
+
+    def publish(self, record: bytes, object_id: ObjectID | None, looks_until_ns: int = 0) -> None:
+        """Tell the store of an object in the lease, and who waits for it first.
+
+        Parameters
+        ----------
+        record : bytes
+            What the store is told.
+        object_id : ObjectID or None
+            The object's; None for an id that nobody knows yet.
+        looks_until_ns : int, optional
+            What `tell_early` has returned.
+        """
         hints = self._hints
         if hints is None or object_id is None:
             self._link.post(_PUBLISH, record)
         else:
-            self._link.post(_PUBLISH, record, partial(hints.tell, object_id))
+            self._link.post(_PUBLISH, record, partial(hints.tell, object_id, looks_until_ns))
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer."""
@@ -346,11 +359,6 @@ class Session:
             return
         words = self.attachment.words
         for entry in self._lifeline.pinned_words():
-            if entry & AT_OFFSET:
-                pin, offset = self._hints and self._hints.taken_at(entry), entry ^ AT_OFFSET
-                if pin and offset <= at < offset + pin.data_size:
-                    yield pin.object_id, offset, pin.data_size
-                continue
             if not 0 < entry <= layout.n_entries:
                 continue
             start = layout.entry(entry - 1)
@@ -361,6 +369,9 @@ class Session:
                     self.attachment.read_map, start + EntryWord.ID * 8
                 )
                 yield object_id, offset, size
+        if self._hints is not None:
+            for pin in self._hints.taken_at(at):
+                yield pin.object_id, pin.offset, pin.data_size
 
     def give_back(self, address: int, size_bytes: int) -> int:
         """Take pages of the data region out of this process's mappings; return how many bytes.

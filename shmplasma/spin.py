@@ -35,15 +35,16 @@ class Spin:
         self._has_others = system.processors() > 1
         self._crowded_until = 0
 
-    def looks(self) -> Iterator[None]:
+    def looks(self, spin_ns: int = _SPIN_NS) -> Iterator[None]:
         """Yield as often as the caller should look; others may run between two times.
 
-        Notes
-        -----
-        Used by one thread at a time.
+        Parameters
+        ----------
+        spin_ns : int, optional
+            For how long, in nanoseconds.
         """
         now = time.monotonic_ns()
-        end = now + _SPIN_NS
+        end = now + spin_ns
         while self._has_others and self._crowded_until <= now <= end:
             yield
             before = time.monotonic_ns()

@@ -38,6 +38,7 @@ from typing import Final
 
 from shmplasma.ear import Ear
 from shmplasma.errors import ProtocolError
+from shmplasma.hints import HINT
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
@@ -90,7 +91,7 @@ class Channel:
         self._replies: dict[int, Frame] = {}
         self._waiters: dict[int, SimpleQueue[None]] = {}
         self._given_up: dict[int, Callable[[Frame], None]] = {}
-        self._hints: dict[int, list[Frame]] = {}
+        self._hints: dict[int, list[bytes]] = {}
         self._ear: Ear | None = None
         self._misheard = 0
         self._poll = select.poll()
@@ -156,12 +157,8 @@ class Channel:
             self._poll.register(ear, select.POLLIN)
 
     def expect_hint(self, request_id: int) -> None:
-        """Let `wait` return a hint as well, instead of the reply, until `drop_hint`."""
+        """Let `wait_or_hear` return a hint as well, instead of the reply, until `wait`, `drop` or `give_up`."""
         self._hints[request_id] = []
-
-    def drop_hint(self, request_id: int) -> None:
-        """Let `wait` return nothing but the reply to this request."""
-        self._hints.pop(request_id, None)
 
     def request(self, kind: int, request_id: int, body: bytes) -> None:
         """Send a request.
@@ -190,7 +187,8 @@ class Channel:
     def _send(self, data: bytes) -> None:
         with self._sending:
             self._push(data)
-        self._send_later()
+        if self._later:
+            self._send_later()
 
     def _push(self, data: bytes, flags: int = 0) -> bool:
         """Send this, and before it what waits, holding the lock; tell whether all was sent."""
@@ -220,6 +218,13 @@ class Channel:
     # -- receiving -----------------------------------------------------------------------------
 
     def wait(self, request_id: int, deadline: float | None) -> Frame | None:
+        """Wait as `wait_or_hear` does, and hear no hints any more."""
+        self._hints.pop(request_id, None)
+        reply = self.wait_or_hear(request_id, deadline)
+        assert not isinstance(reply, bytes)
+        return reply
+
+    def wait_or_hear(self, request_id: int, deadline: float | None) -> Frame | bytes | None:
         """Wait for the reply to a request; it is kept until `drop`, so that an interrupt does not lose it.
 
         Parameters
@@ -231,8 +236,8 @@ class Channel:
 
         Returns
         -------
-        Frame or None
-            The reply, or a hint, or None when the deadline came first: then wait once more, or `give_up`.
+        Frame, bytes or None
+            The reply; or a hint, if one is expected; or None when the deadline came first: then wait once more, or `give_up`.
         """
         leading, reply = self._try_lead(request_id, deadline)
         if leading:
@@ -258,13 +263,15 @@ class Channel:
             # It may have been woken to take the lead, and be leaving instead.
             self._pass_on()
 
-    def _reply_to(self, request_id: int) -> Frame | None:
+    def _reply_to(self, request_id: int) -> Frame | bytes | None:
         reply = self._replies.get(request_id)
         if reply is None and (hints := self._hints.get(request_id)):
-            return hints[0]
+            return hints.pop(0)
         return reply
 
-    def _try_lead(self, request_id: int, deadline: float | None) -> tuple[bool, Frame | None]:
+    def _try_lead(
+        self, request_id: int, deadline: float | None
+    ) -> tuple[bool, Frame | bytes | None]:
         """Read for all, if nobody else does; tell whether that was so, and the reply."""
         acquired: list[bool] = []
         try:
@@ -276,16 +283,17 @@ class Channel:
             # Nothing before the release calls Python code, in which an interrupt could forestall it.
             if acquired and acquired[0]:
                 self._reading.release()
-                self._pass_on()
+                if self._waiters:
+                    self._pass_on()
 
     def drop(self, request_id: int) -> None:
         """Forget the reply to a request, which whoever has waited for it has."""
-        self.drop_hint(request_id)
+        self._hints.pop(request_id, None)
         self._replies.pop(request_id, None)
 
     def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
         """Let `dispose` have the reply of a request for which nobody waits any more, when it comes."""
-        self.drop_hint(request_id)
+        self._hints.pop(request_id, None)
         self._given_up[request_id] = dispose
         reply = self._replies.pop(request_id, None)
         if reply is not None:
@@ -323,10 +331,11 @@ class Channel:
                 self._pass_on()
         return self._error
 
-    def _lead(self, request_id: int, deadline: float | None) -> Frame | None:
-        """Read for all until the reply is there."""
+    def _lead(self, request_id: int, deadline: float | None) -> Frame | bytes | None:
+        """Read for all until the reply is there, or a hint."""
         while True:
-            self._deliver()
+            if self._received:
+                self._deliver()
             reply = self._reply_to(request_id)
             if reply is not None:
                 return reply
@@ -356,19 +365,22 @@ class Channel:
 
     def _hear(self) -> bool:
         """Hand a hint that is there to its request, if that still waits for one; tell whether there was any."""
-        hint = None if self._ear is None else self._ear.hear()
-        if hint is None:
+        ear = self._ear
+        hint = None if ear is None else ear.hear()
+        if ear is None or hint is None:
             return False
-        hints = self._hints.get(hint.request_id)
+        request_id = HINT.unpack(hint)[0] if hint else ONE_WAY
+        hints = self._hints.get(request_id)
         if hints is not None:
             self._misheard = 0
             hints.append(hint)
-            self._wake(hint.request_id)
-        elif self._ear is not None and (misheard := self._misheard + 1) <= _MISHEARD:
-            self._misheard = misheard
-        elif self._ear is not None:
-            self._poll.unregister(self._ear)
-            self._ear.close()
+            if self._waiters:
+                self._wake(request_id)
+            return True
+        self._misheard += 1
+        if self._misheard > _MISHEARD:
+            self._poll.unregister(ear)
+            ear.close()
         return True
 
     def _wake(self, request_id: int) -> None:

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 import shmplasma as plasma
-from shmplasma import ObjectID, PlasmaClient, Store, codecs
+from shmplasma import ObjectID, PlasmaClient, Store, codecs, hinting
 from shmplasma.ear import address_of
 from shmplasma.hinting import Hints
 from shmplasma.hints import HINT, wanted_at
 from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.protocol import Frame
 from shmplasma.requests import Get, Post
+from shmplasma.spin import Spin
 from tests.clients import figure, new_id
 from tests.command import running
 from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
@@ -37,6 +38,25 @@ from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
 from tests.processes import INTERRUPTER, Child, in_forked_child, until
 
 pytestmark = needs_fast_path
+
+
+GETTER = """
+    import sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    object_id = plasma.ObjectID(20 * b"h")
+    print("waits", flush=True)
+    buffer = client.get_buffers(object_id)
+    print("has it", flush=True)
+    for line in sys.stdin:
+        print(bytes(buffer) == b"h" * 4096, flush=True)
+        if line == "release\\n":
+            del buffer
+            print("released", flush=True)
+"""
+
+NAME = ObjectID(20 * b"h")
 
 
 @pytest.fixture
@@ -204,6 +224,147 @@ def test_a_value_that_was_handed_over_is_passed_on_by_reference(
     assert not list(session_of(client).pinned_at(buffer.address + 100))
 
 
+# -- early hints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hinted_at(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list of the records that this process hints at, each with how many it has written by then."""
+    records: list[tuple[int, int]] = []
+    hint = Hints._hint
+
+    def note(hints: Hints, word: int, n_posted: int) -> None:
+        records.append((n_posted, hints._outbox.written))
+        hint(hints, word, n_posted)
+
+    monkeypatch.setattr(Hints, "_hint", note)
+    return records
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "look_ns", "early", "late"),
+    [(100, 1 << 60, 1, 0), (100, -(1 << 60), 1, 1), (1 << 16, 1 << 60, 1, 0), (65537, 1, 0, 1)],
+)
+def test_who_waits_elsewhere_is_woken_before_a_small_object_is_made(
+    store: Store,
+    client: PlasmaClient,
+    hinted_at: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    size_bytes: int,
+    look_ns: int,
+    early: int,
+    late: int,
+) -> None:
+    """And told once more if that has taken so long that it may look no more."""
+    monkeypatch.setattr(hinting, "_LOOK_NS", look_ns)
+    client.put_raw_buffer(bytes(100_000))
+    client.flush()
+    with Child(GETTER, store.store_socket_name) as getter:
+        assert getter.hear() == "waits"
+        until(lambda: is_named(client, NAME), "the store says that it waits")
+        client.put_raw_buffer(bytes(size_bytes), NAME)
+        assert getter.hear() == "has it"
+    record = session_of(client)._link._outbox.written
+    assert hinted_at == [(record, record - 1)] * early + [(record, record)] * late
+
+
+def test_who_shares_interpreter_or_processor_is_hinted_at_when_there_is_something(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    hinted_at: list[tuple[int, int]],
+) -> None:
+    """Woken before, he would only keep the putter from going on."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    client2.put_raw_buffer(b"x", object_id)
+    waits.result(10)
+    hints = session_of(client2)._hints
+    assert hints is not None
+    hints._is_alone = True
+    with Child(GETTER, client2.store_socket_name) as getter:
+        assert getter.hear() == "waits"
+        until(lambda: is_named(client, NAME), "the store says that it waits")
+        client2.put_raw_buffer(bytes(4096), NAME)
+        assert getter.hear() == "has it"
+    assert [n_posted - n_written for n_posted, n_written in hinted_at] == [0, 0]
+
+
+def test_a_record_that_does_not_come_is_waited_for_elsewhere(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
+) -> None:
+    """The next hint is heard as well, but not one after the other without an end."""
+    lease(client2)
+    attachment, listens_to = session_of(client).attachment, session_of(client)._link.channel._hints
+    for n_vain in (1, 3, 5, 50):
+        object_id = new_id()
+        waits = wait_in(pool, client, object_id)
+        word = attachment.words[wanted_at(object_id.hash32)]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+            n_posted = session_of(client2)._link._outbox.written
+            hint = HINT.pack(word >> 32, _board_of(client2), n_posted + 1)
+            for _ in range(n_vain):
+                mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+        if n_vain < 4:
+            with stopped(store):
+                client2.put_raw_buffer(b"x", object_id)
+                assert bytes(waits.result(10)) == b"x"
+        else:
+            until(lambda: not listens_to, "it listens no more")
+            client2.put_raw_buffer(b"x", object_id)
+            assert bytes(waits.result(10)) == b"x"
+
+
+def test_a_record_that_comes_while_it_is_looked_for(
+    store: Store,
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no other hint at it, nor an answer of the store."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    attachment = session_of(client).attachment
+    word = attachment.words[wanted_at(object_id.hash32)]
+    hint = HINT.pack(word >> 32, _board_of(client2), session_of(client2)._link._outbox.written + 1)
+    looks = Spin.looks
+
+    def put_meanwhile(spin: Spin, *spin_ns: int) -> Iterator[None]:
+        if spin_ns:
+            client2.put_raw_buffer(b"x", object_id)
+            yield
+        else:
+            yield from looks(spin)
+
+    monkeypatch.setattr(Spin, "looks", put_meanwhile)
+    monkeypatch.setattr(Hints, "tell", lambda *_: None)
+    with stopped(store), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+        mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+        assert bytes(waits.result(10)) == b"x"
+
+
+def test_a_put_that_is_refused_hands_nothing_over(
+    store: Store, client: PlasmaClient, hinted_at: list[tuple[int, int]]
+) -> None:
+    """Its early hint was in vain; the object comes when it is sealed by whoever has created it."""
+    lease(client)
+    with Child(GETTER, store.store_socket_name) as getter:
+        assert getter.hear() == "waits"
+        until(lambda: is_named(client, NAME), "the store says that it waits")
+        room = client.create(NAME, 4096)
+        with pytest.raises(plasma.PlasmaObjectExists):
+            client.put_raw_buffer(b"x" * 4096, NAME)
+        assert len(hinted_at) == 1
+        np.asarray(room)[:] = ord("h")
+        client.seal(NAME)
+        assert getter.hear() == "has it"
+        getter.say()
+        assert getter.hear() == "True"
+
+
 # -- by the store ----------------------------------------------------------------------------------
 
 
@@ -350,22 +511,6 @@ def test_the_time_of_a_get_comes_to_its_end(client: PlasmaClient) -> None:
 # -- deaths ------------------------------------------------------------------------------------
 
 
-GETTER = """
-    import sys
-    import shmplasma as plasma
-
-    client = plasma.connect(sys.argv[1])
-    object_id = plasma.ObjectID(20 * b"h")
-    print("waits", flush=True)
-    buffer = client.get_buffers(object_id)
-    print("has it", flush=True)
-    for line in sys.stdin:
-        print(bytes(buffer) == b"h" * 4096, flush=True)
-        if line == "release\\n":
-            del buffer
-            print("released", flush=True)
-"""
-
 PUTTER = """
     import sys
     import shmplasma as plasma
@@ -379,8 +524,6 @@ PUTTER = """
     print("put", flush=True)
     sys.stdin.readline()
 """
-
-NAME = ObjectID(20 * b"h")
 
 
 @contextmanager
