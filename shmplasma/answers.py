@@ -151,7 +151,7 @@ class Answers:
 
     def announce(self, entry: int) -> None:
         """Tell those who wait for an object, and the subscribers, that it is sealed."""
-        if not (self._outgoing.subscribers or self._queue):
+        if not (self._outgoing.subscribers or self._queue.waiting):
             return
         object_id = self._table.object_id(entry)
         _, data_size, metadata_size = self._table.location(entry)

@@ -133,7 +133,8 @@ class Dispatch:
         client = session.client
         match request:
             case Publish():
-                self._publish(session, request_id, request, now_ns)
+                self.publish(session, request, now_ns)
+                self._outgoing.reply(client, request_id, _DONE)
             case Claim():
                 if not self._boards.owns(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its own")
@@ -314,15 +315,19 @@ class Dispatch:
             case _:
                 return False
 
-    def _publish(self, session: Session, request_id: int, message: Publish, now_ns: int) -> None:
-        """Enter a published object; the hot path of putting."""
-        if self._answers and self._objects.exists(message.object_id):
-            self._answers.withdraw(message.object_id)  # it will be refused
-        entry = self._publishing.publish(session.client, message, now_ns)
+    def publish(self, session: Session, message: Publish, now_ns: int) -> None:
+        """Enter a published object; the hot path of putting.
+
+        Raises
+        ------
+        ProtocolError, Refused
+            As `request`.
+        """
+        withdraw = self._answers.withdraw
+        entry = self._publishing.publish(session.client, message, now_ns, withdraw)
         if message.codec & REFERENCED:
             self._ledger.sealed(session.client, entry)
-        self._answers.announce(entry)  # whoever has waited is told before the writer is
-        self._outgoing.reply(session.client, request_id, _DONE)
+        self._answers.announce(entry)
 
     def forget(self, client: int, now_ns: int) -> None:
         """Drop what a client waits for, what it has not sealed, and what it holds."""

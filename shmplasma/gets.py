@@ -66,15 +66,21 @@ class PendingGet:
 
 
 class GetQueue:
-    """All gets that wait.  O(1) for each id of a get."""
+    """All gets that wait.  O(1) for each id of a get.
+
+    Attributes
+    ----------
+    waiting : dict
+        The gets that wait for an object, by its id.
+    """
 
     def __init__(self) -> None:
         self._of_client: dict[int, dict[int, PendingGet]] = {}
-        self._waiting: dict[bytes, list[PendingGet]] = {}
+        self.waiting: dict[bytes, list[PendingGet]] = {}
 
     def __bool__(self) -> bool:
         """Tell whether anybody waits."""
-        return bool(self._waiting)
+        return bool(self.waiting)
 
     def __contains__(self, key: tuple[int, int]) -> bool:
         """Tell whether this client has a waiting get with this request id."""
@@ -85,15 +91,15 @@ class GetQueue:
         """Let a get wait for what it misses."""
         self._of_client.setdefault(get.client, {})[get.request_id] = get
         for object_id in get.missing:
-            self._waiting.setdefault(object_id, []).append(get)
+            self.waiting.setdefault(object_id, []).append(get)
 
     def who_wait_for(self, object_id: bytes) -> list[PendingGet]:
         """Return the gets which wait for an object."""
-        return list(self._waiting.get(object_id, ()))
+        return list(self.waiting.get(object_id, ()))
 
     def waiting_for(self, object_id: bytes) -> list[PendingGet]:
         """Take the gets which wait for an object that is there now; the caller fills them in."""
-        return self._waiting.pop(object_id, [])
+        return self.waiting.pop(object_id, [])
 
     def missing(self, client: int, request_id: int) -> Iterable[bytes]:
         """Return the ids that a get still lacks; none if it does not wait."""
@@ -109,10 +115,10 @@ class GetQueue:
         if not gets:
             del self._of_client[client]
         for object_id in get.missing:
-            others = self._waiting[object_id]
+            others = self.waiting[object_id]
             others.remove(get)
             if not others:
-                del self._waiting[object_id]
+                del self.waiting[object_id]
         return get
 
     def forget(self, client: int) -> list[PendingGet]:
@@ -127,6 +133,6 @@ class GetQueue:
         gets = [get for gets in self._of_client.values() for get in gets.values()]
         assert all(get.missing for get in gets), "a complete get still waits"
         pending = {(id(get), object_id) for get in gets for object_id in get.missing}
-        waiting = {(id(get), object_id) for object_id, w in self._waiting.items() for get in w}
+        waiting = {(id(get), object_id) for object_id, w in self.waiting.items() for get in w}
         assert pending == waiting, "waiting gets are not where they should be"
-        assert all(self._waiting.values()), "an id without waiting gets is kept"
+        assert all(self.waiting.values()), "an id without waiting gets is kept"

@@ -166,6 +166,7 @@ class Parts:
             self.outgoing,
             sessions,
             self.polling,
+            self.dispatch.publish,
             self.dispatch.request,
         )
         self.jobs = Jobs(

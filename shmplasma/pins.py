@@ -310,8 +310,8 @@ class Boards:
 
     def resolve(self, entry: int, offset: int) -> None:
         """Have pins of what was expected at an offset mean this entry, which has bytes there, from now on."""
-        if self.is_expected(offset):
-            self._expected.remove(pin_word(offset))
+        if self._expected and (word := pin_word(offset)) in self._expected:
+            self._expected.remove(word)
             self.claimed(entry, offset)
 
     def _forget(self, word: int) -> None:

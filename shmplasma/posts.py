@@ -38,6 +38,8 @@ class Posts:
         All connections.
     polling : Polling
         Whether the store looks by itself.
+    publish : callable
+        ``publish(session, message, now_ns)`` carries out what most of them are.
     carry_out : callable
         ``carry_out(session, request_id, request, now_ns)``; it may raise `Refused` and `ProtocolError`.
 
@@ -56,6 +58,7 @@ class Posts:
         outgoing: Outgoing,
         sessions: Mapping[int, Session],
         polling: Polling,
+        publish: Callable[[Session, Publish, int], None],
         carry_out: Callable[[Session, int, Request, int], None],
     ) -> None:
         self._words = words
@@ -66,6 +69,7 @@ class Posts:
         self._outgoing = outgoing
         self._sessions = sessions
         self._polling = polling
+        self._publish = publish
         self._carry_out = carry_out
 
     def heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
@@ -95,7 +99,10 @@ class Posts:
                 and self._publishing.was_published(session.client, message.offset)
             ):
                 try:
-                    self._carry_out(session, ONE_WAY, message, now_ns)
+                    if type(message) is Publish:
+                        self._publish(session, message, now_ns)
+                    else:
+                        self._carry_out(session, ONE_WAY, message, now_ns)
                 except Refused as refused:
                     self._outgoing.reply(session.client, ONE_WAY, refused.failed)
             acknowledged += 1

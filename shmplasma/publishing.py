@@ -27,6 +27,7 @@ up.  Such a put takes a round trip, as it would without leases, but no eviction 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from shmplasma.denials import existing
@@ -153,8 +154,21 @@ class Publishing:
 
     # -- publishing ----------------------------------------------------------------------------
 
-    def publish(self, client: int, message: Publish, now_ns: int) -> int:
+    def publish(
+        self, client: int, message: Publish, now_ns: int, withdraw: Callable[[bytes], None]
+    ) -> int:
         """Enter an object that a client has written to its lease; return its entry.
+
+        Parameters
+        ----------
+        client : int
+            Who has written it.
+        message : Publish
+            What he says of it.
+        now_ns : int
+            The time.
+        withdraw : callable
+            Is told the id before the object is refused; from then on nobody takes it who does not pin it already.
 
         Raises
         ------
@@ -169,6 +183,7 @@ class Publishing:
         if skipped:
             self._room.give_back(start, skipped)
         if self._objects.exists(object_id):
+            withdraw(object_id)
             if size and self._boards.is_expected(offset):
                 self._objects.reject(message, now_ns)
             else:
@@ -181,7 +196,10 @@ class Publishing:
         if size:
             self._boards.resolve(entry, offset)
         self._leases.note_published(client)
-        self._residents.sealed(entry)
+        if keep:
+            self._residents.sealed(entry)
+        else:
+            self._residents.cached(entry, size)
         return entry
 
     def claim(self, client: int, message: Claim, now_ns: int) -> None:

@@ -101,13 +101,13 @@ def test_an_empty_queue_keeps_nothing() -> None:
     queue.add(pending(2, 1, C))
     queue.forget(2)
     assert queue._of_client == {}
-    assert queue._waiting == {}
+    assert queue.waiting == {}
 
 
 DAMAGES: dict[str, Callable[[GetQueue, PendingGet], object]] = {
     "a complete get": lambda _, get: get.missing.clear(),
-    "not where they should be": lambda queue, _: queue._waiting.pop(A),
-    "without waiting gets": lambda queue, _: queue._waiting.update({C: []}),
+    "not where they should be": lambda queue, _: queue.waiting.pop(A),
+    "without waiting gets": lambda queue, _: queue.waiting.update({C: []}),
 }
 
 
