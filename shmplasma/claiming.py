@@ -32,8 +32,6 @@ _ENTRY: Final = Struct("@8x20s28xQ")
 """An entry's id and the next one in its chain."""
 _SHIFT: Final = ENTRY_BYTES.bit_length() - 1
 _INSERTIONS: Final = int(HeaderWord.INSERTIONS)
-_LOCKED_AT_ONCE: Final = 16
-"""So many ids are locked before those are unlocked of which the store has read: mostly all of them, by one call."""
 _ATTEMPTS: Final = 4
 """How often a chain is followed: the store may insert objects meanwhile, some microseconds apart."""
 
@@ -97,8 +95,8 @@ class Claimant:
             if self._locked is not None:  # the last claim has left its record by now
                 unread[self._locked] = self._outbox.written
                 self._locked = None
-            if at in unread or len(unread) >= _LOCKED_AT_ONCE:
-                self._unlock()
+            if at in unread:
+                self.unlock()
                 if at in unread:
                     return False
             # Before it is, as an interrupt may leave a lock; the next claim takes it back.
@@ -107,15 +105,23 @@ class Claimant:
         except OSError:  # there are no such locks, or no more of them
             return False
 
-    def _unlock(self) -> None:
-        """Unlock whatever the store has read the records of."""
+    def unlock(self) -> None:
+        """Unlock what was claimed before, as far as the store has read of it.
+
+        To be called like `take`, when the record is written: who waits for the object need not wait for this.
+        """
         unread, read = self._unread, self._outbox.read
-        if self._outbox.written <= read:
-            self._locks.unlock_all()
-            unread.clear()
-        while unread and unread[first := next(iter(unread))] <= read:
-            self._locks.unlock(first)
-            del unread[first]
+        if not unread:
+            return
+        try:
+            if self._outbox.written <= read:
+                self._locks.unlock_all()
+                unread.clear()
+            while unread and unread[first := next(iter(unread))] <= read:
+                self._locks.unlock(first)
+                del unread[first]
+        except OSError:  # what stays locked is locked for nothing
+            return
 
     def _is_free(self, object_id: ObjectID) -> bool:
         wanted, words = object_id.id_bytes, self._words
@@ -153,6 +159,7 @@ class Claimant:
             pin.board.words[pin.word] = pin_word(offset)
             fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
             self._link.post(_CLAIM, CLAIM.pack(*fields))
+            self.unlock()
             start = offset - self._data
             created = Writable((size,), np.uint8, self._attachment.write_map, start)
             created.pin = pin

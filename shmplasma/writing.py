@@ -352,8 +352,9 @@ class Writing(Connected):
         claim = claimed = None
         looks_until_ns = 0
         may_lease = fresh = fresh or object_id is None
-        if not (fresh or keep or session.claims is None):
-            claim, may_lease = partial(session.claims.take, target_id), True
+        claims = None if fresh or keep else session.claims
+        if claims is not None:
+            claim, may_lease = partial(claims.take, target_id), True
             claimed = target_id
             if payload.size_bytes <= _EARLY_BYTES:
                 looks_until_ns = session.tell_early(target_id)
@@ -368,6 +369,8 @@ class Writing(Connected):
                 name = target_id.id_bytes
                 record = PUBLISH.pack(name, offset, data_size, metadata_size, codec, keep)
                 session.publish(record, claimed, looks_until_ns)
+                if claims is not None:
+                    claims.unlock()
 
             if session.leasing.put(data_size + metadata_size, fill, claim):
                 return target_id
