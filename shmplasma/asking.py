@@ -175,5 +175,7 @@ class Asking:
             if type(hint) is not bytes:
                 return None
             if self._hints.is_there(hint):
-                return self._hints.take(hint, expected, lent)
+                taken = self._hints.take(hint, expected, lent)
+                if taken is not None:
+                    return taken
         return None

@@ -316,6 +316,27 @@ def test_a_record_that_does_not_come_is_waited_for_elsewhere(
             assert bytes(waits.result(10)) == b"x"
 
 
+def test_the_record_of_another_object_is_no_reason_to_hear_no_more(
+    store: Store,
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Ids may share the word that says who waits, and threads of a putter their outbox."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    attachment = session_of(client).attachment
+    word = attachment.words[wanted_at(object_id.hash32)]
+    with stopped(store), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+        client2.put_raw_buffer(b"another", new_id())
+        n_posted = session_of(client2)._link._outbox.written
+        hint = HINT.pack(word >> 32, _board_of(client2), n_posted)
+        mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+        client2.put_raw_buffer(b"x", object_id)
+        assert bytes(waits.result(10)) == b"x"
+
+
 def test_a_record_that_comes_while_it_is_looked_for(
     store: Store,
     client: PlasmaClient,
