@@ -94,6 +94,32 @@ def fill(client: PlasmaClient) -> None:
     client.flush()
 
 
+@contextmanager
+def forging(
+    client: PlasmaClient, object_id: ObjectID
+) -> Iterator[Callable[[PlasmaClient, int], None]]:
+    """Yield ``hint(putter, n_posted)``, which hints at a record of a putter to a client that waits for an object."""
+    attachment = session_of(client).attachment
+    request_id = attachment.words[wanted_at(object_id.hash32)] >> 32
+    address = address_of(attachment.token, _board_of(client))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+
+        def hint(putter: PlasmaClient, n_posted: int) -> None:
+            mouth.sendto(HINT.pack(request_id, _board_of(putter), n_posted), address)
+
+        yield hint
+
+
+def n_posted_by(client: PlasmaClient) -> int:
+    """Return how many records a client has written."""
+    return session_of(client)._link._outbox.written
+
+
+def _board_of(client: PlasmaClient) -> int:
+    """Return the number of a client's first board."""
+    return session_of(client)._boards._boards[0].first_slot // BOARD_WORDS
+
+
 # -- without the store -------------------------------------------------------------------------
 
 
@@ -264,7 +290,7 @@ def test_who_waits_elsewhere_is_woken_before_a_small_object_is_made(
         until(lambda: is_named(client, NAME), "the store says that it waits")
         client.put_raw_buffer(bytes(size_bytes), NAME)
         assert getter.hear() == "has it"
-    record = session_of(client)._link._outbox.written
+    record = n_posted_by(client)
     assert hinted_at == [(record, record - 1)] * early + [(record, record)] * late
 
 
@@ -296,16 +322,13 @@ def test_a_record_that_does_not_come_is_waited_for_elsewhere(
 ) -> None:
     """The next hint is heard as well, but not one after the other without an end."""
     lease(client2)
-    attachment, listens_to = session_of(client).attachment, session_of(client)._link.channel._hints
+    listens_to = session_of(client)._link.channel._hints
     for n_vain in (1, 3, 5, 50):
         object_id = new_id()
         waits = wait_in(pool, client, object_id)
-        word = attachment.words[wanted_at(object_id.hash32)]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
-            n_posted = session_of(client2)._link._outbox.written
-            hint = HINT.pack(word >> 32, _board_of(client2), n_posted + 1)
+        with forging(client, object_id) as hint:
             for _ in range(n_vain):
-                mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+                hint(client2, n_posted_by(client2) + 1)
         if n_vain < 4:
             with stopped(store):
                 client2.put_raw_buffer(b"x", object_id)
@@ -326,13 +349,9 @@ def test_the_record_of_another_object_is_no_reason_to_hear_no_more(
     lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
-    attachment = session_of(client).attachment
-    word = attachment.words[wanted_at(object_id.hash32)]
-    with stopped(store), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+    with stopped(store), forging(client, object_id) as hint:
         client2.put_raw_buffer(b"another", new_id())
-        n_posted = session_of(client2)._link._outbox.written
-        hint = HINT.pack(word >> 32, _board_of(client2), n_posted)
-        mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+        hint(client2, n_posted_by(client2))
         client2.put_raw_buffer(b"x", object_id)
         assert bytes(waits.result(10)) == b"x"
 
@@ -348,9 +367,6 @@ def test_a_record_that_comes_while_it_is_looked_for(
     lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
-    attachment = session_of(client).attachment
-    word = attachment.words[wanted_at(object_id.hash32)]
-    hint = HINT.pack(word >> 32, _board_of(client2), session_of(client2)._link._outbox.written + 1)
     looks = Spin.looks
 
     def put_meanwhile(spin: Spin, *spin_ns: int) -> Iterator[None]:
@@ -362,8 +378,8 @@ def test_a_record_that_comes_while_it_is_looked_for(
 
     monkeypatch.setattr(Spin, "looks", put_meanwhile)
     monkeypatch.setattr(Hints, "tell", lambda *_: None)
-    with stopped(store), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
-        mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+    with stopped(store), forging(client, object_id) as hint:
+        hint(client2, n_posted_by(client2) + 1)
         assert bytes(waits.result(10)) == b"x"
 
 
@@ -483,14 +499,11 @@ def test_nobody_is_hinted_at_what_has_gone(
     object_id = new_id()
     client2.put_raw_buffer(b"old", object_id)
     client2.flush()
-    n_posted = session_of(client2)._link._outbox.read
+    n_posted = n_posted_by(client2)
     client2.delete([object_id])
     waits = wait_in(pool, client, object_id)
-    attachment = session_of(client).attachment
-    word = attachment.words[wanted_at(object_id.hash32)]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
-        hint = HINT.pack(word >> 32, _board_of(client2), n_posted)
-        mouth.sendto(hint, address_of(attachment.token, _board_of(client)))
+    with forging(client, object_id) as hint:
+        hint(client2, n_posted)
     client.flush()  # by which it has been heard
     assert not waits.done()
     client2.put_raw_buffer(b"new", object_id)
@@ -514,11 +527,6 @@ def test_who_is_sent_nothing_but_nonsense_stops_listening(
                     mouth.sendto(b"nonsense", address)
         client2.put_raw_buffer(b"x", object_id)
         assert bytes(waits.result(10)) == b"x"
-
-
-def _board_of(client: PlasmaClient) -> int:
-    """Return the number of a client's first board."""
-    return session_of(client)._boards._boards[0].first_slot // BOARD_WORDS
 
 
 def test_the_time_of_a_get_comes_to_its_end(client: PlasmaClient) -> None:
