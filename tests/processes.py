@@ -26,37 +26,79 @@ _CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handle
 
 
 INTERRUPTER = """
-import dis, sys
+import dis, sys, threading
 
-def is_interrupted(count, modules, action, *arguments):
-    files = {module.__file__ for module in modules}
+def chances(count):
+    # Between other instructions the interpreter does not look for signals; a `with` counts on that.
+    last = {}
 
-    def trace(frame, event, _):
-        if frame.f_code.co_filename not in files:
-            return None
-        frame.f_trace_opcodes = True
-        last = ""
+    def see(frame, operation):
+        nonlocal count
+        before = "" if operation == "RESUME" else last.get(frame, "")
+        last[frame] = operation
+        if (
+            before.startswith(("CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "RESUME"))
+            and not before.startswith("CALL_INTRINSIC")
+        ):
+            count -= 1
+            if not count:
+                raise KeyboardInterrupt
 
-        def each(frame, event, _):
-            nonlocal count, last
-            if event == "opcode":
-                # Between others the interpreter does not look for signals; a `with` counts on that.
-                if last.startswith(("CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "RESUME")):
-                    count -= 1
-                    if not count:
-                        raise KeyboardInterrupt
-                last = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    return see
+
+if sys.version_info < (3, 12):
+
+    def watch(files, see):
+        def trace(frame, event, _):
+            if frame.f_code.co_filename not in files:
+                return None
+            frame.f_trace_opcodes = True
+
+            def each(frame, event, _):
+                if event == "opcode":
+                    see(id(frame), dis.opname[frame.f_code.co_code[frame.f_lasti]])
+                return each
+
             return each
 
-        return each
+        sys.settrace(trace)
 
-    sys.settrace(trace)
+    def watch_no_more():
+        sys.settrace(None)
+
+else:
+    TOOL = 4
+
+    def watch(files, see):
+        thread = threading.get_ident()
+        names = {}
+
+        def instruction(code, offset):
+            if code.co_filename not in files:
+                return sys.monitoring.DISABLE
+            if threading.get_ident() == thread:
+                if code not in names:
+                    names[code] = {each.offset: each.opname for each in dis.get_instructions(code)}
+                see(id(sys._getframe(1)), names[code].get(offset, ""))
+
+        sys.monitoring.use_tool_id(TOOL, "interrupter")
+        sys.monitoring.register_callback(TOOL, sys.monitoring.events.INSTRUCTION, instruction)
+        sys.monitoring.restart_events()
+        sys.monitoring.set_events(TOOL, sys.monitoring.events.INSTRUCTION)
+
+    def watch_no_more():
+        sys.monitoring.set_events(TOOL, 0)
+        sys.monitoring.free_tool_id(TOOL)
+
+def is_interrupted(count, modules, action, *arguments):
+    see = chances(count)
     try:
+        watch({module.__file__ for module in modules}, see)
         action(*arguments)
     except KeyboardInterrupt:
         return True
     finally:
-        sys.settrace(None)
+        watch_no_more()
     return False
 """
 """What a program begins with that interrupts itself, as Ctrl-C does, where these modules give the count-th chance to."""
