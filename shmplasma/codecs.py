@@ -259,8 +259,9 @@ def _decode_ndarray(buffer: pa.Buffer) -> npt.NDArray[Any]:
     except KeyError:  # not met before, or longer
         layout = _read_head(buffer)
     shape, dtype, start, order = layout
+    data: Any = buffer  # what may be one, NumPy's types say only from 2.5 on
     # NumPy checks that there are the bytes for all elements.
-    return np.ndarray(shape, dtype, buffer, start, None, order)  # type: ignore[arg-type]  # a Buffer is one
+    return np.ndarray(shape, dtype, data, start, None, order)
 
 
 def _read_head(buffer: pa.Buffer) -> _Layout:

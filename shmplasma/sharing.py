@@ -275,7 +275,8 @@ def _view(
     strides: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> np.ndarray[Any, Any]:
-    return np.ndarray(shape, dtype, ref.buffer(), start, strides)  # type: ignore[arg-type]  # a Buffer is one
+    data: Any = ref.buffer()  # what may be one, NumPy's types say only from 2.5 on
+    return np.ndarray(shape, dtype, data, start, strides)
 
 
 def _part(ref: StoreRef, start: int, size_bytes: int) -> pa.Buffer:
