@@ -16,6 +16,7 @@ from shmplasma.link import GIVE_UP_SECONDS, Link
 from shmplasma.objects import ObjectID
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Located, NamedPin, Pin, located
+from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import Objects
 from shmplasma.requests import AnswerNow, Get
@@ -132,6 +133,10 @@ class Asking:
         body = request.encode()
         request_id = channel.new_request()
         answer_now = AnswerNow(request_id).encode()
+
+        def let_go(_: Frame) -> None:
+            pins.clear()  # lent until the reply comes; then the last reference to them goes
+
         try:
             if expected is not None:
                 channel.expect_hint(request_id)
@@ -139,7 +144,7 @@ class Asking:
             if expected is not None:
                 taken = self._follow_hints(channel, request_id, deadline, expected, pins[0])
                 if taken is not None:
-                    channel.give_up(request_id, lambda _: pins.clear())
+                    channel.give_up(request_id, let_go)
                     return [taken]
             # One that is not to wait is answered by the store's next turn, without being asked again.
             reply = channel.wait(request_id, deadline if request.wait else None)
@@ -150,11 +155,9 @@ class Asking:
             raise
         except BaseException:
             with suppress(ConnectionError):  # the interrupt is what the caller is to see
-                # The slots are lent until the answer comes; then the last reference to them goes.
-                lent = pins.copy()
-                channel.give_up(request_id, lambda _: lent.clear())
+                channel.give_up(request_id, let_go)
                 channel.send(AnswerNow.KIND, answer_now)
-                channel.read_until(time.monotonic() + GIVE_UP_SECONDS, lambda: not lent)
+                channel.read_until(time.monotonic() + GIVE_UP_SECONDS, lambda: not pins)
             raise
         channel.drop(request_id)
         assert reply is not None

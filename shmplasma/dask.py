@@ -224,12 +224,18 @@ def _offering_references(worker: Worker, identity: str) -> Callable[..., Any]:
 
 
 def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[bytes]]:
-    """Serialize a value as references, for a recipient of the same store; else leave it to the next family."""
+    """Serialize a value as references, for a recipient of the same store.
+
+    Raises
+    ------
+    NotImplementedError
+        There is nothing to refer to.  `distributed.protocol.serialize` catches this one, and goes on with the next family
+        of serializers; with any other it gives the value up.
+    """
     recipient = (context or {}).get("recipient", {})
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
     apart = None if sharing is None else _stored(value, sharing)
     if sharing is None or apart is None:
-        # Dask's word for it: at this error it asks the next family, at any other it gives up.
         raise NotImplementedError("there is no store in common, nothing large, or no room in it")
     body, _, kept = apart
     sink = io.BytesIO()

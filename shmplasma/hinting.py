@@ -15,7 +15,7 @@ from zlib import crc32
 
 from shmplasma import system
 from shmplasma.attachment import Attachment
-from shmplasma.claims import AT_OFFSET
+from shmplasma.claims import pin_word
 from shmplasma.ear import Ear, address_of
 from shmplasma.hints import HINT, TAKEN, wanted_at, wanted_word
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord
@@ -196,7 +196,7 @@ class Hints:
         # What has no bytes lies nowhere.
         if found != pin.object_id or not size or not self._data <= offset <= self._end - size:
             return None
-        pin.board.words[pin.word] = AT_OFFSET | offset
+        pin.board.words[pin.word] = pin_word(offset)
         lent.board.words[lent.word] = TAKEN | offset
         if words[wanted_at(crc32(found))] != wanted_word(request_id, self._board):
             pin.clear()

@@ -97,15 +97,14 @@ class Residents:
 
     def sealed(self, entry: int) -> None:
         """Take note that the entry's object was sealed: from now on it may be evicted, unless it is kept."""
+        size_bytes = self._table.size(entry)
+        if not self._table.is_kept(entry):
+            self.cached(entry, size_bytes)
+            return
         if self.external is not None:
             self.external.look_again()
-        size_bytes = self._table.size(entry)
-        if self._table.is_kept(entry):
-            self._kept.add(entry)
-            self._kept_bytes += size_bytes
-        else:
-            self._queue.insert(entry)
-            self._cached_bytes += size_bytes + _ROUND_UP & -ALIGNMENT
+        self._kept.add(entry)
+        self._kept_bytes += size_bytes
 
     def cached(self, entry: int, size_bytes: int) -> None:
         """As `sealed`, of an object of so many bytes that is not kept."""

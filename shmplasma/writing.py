@@ -349,13 +349,12 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
-        claim = claimed = None
+        claim = None
         looks_until_ns = 0
         may_lease = fresh = fresh or object_id is None
         claims = None if fresh or keep else session.claims
         if claims is not None:
             claim, may_lease = partial(claims.take, target_id), True
-            claimed = target_id
             if payload.size_bytes <= _EARLY_BYTES:
                 looks_until_ns = session.tell_early(target_id)
         if session.leasing is not None and may_lease:
@@ -368,8 +367,10 @@ class Writing(Connected):
                 payload.fill(room, threads)
                 name = target_id.id_bytes
                 record = PUBLISH.pack(name, offset, data_size, metadata_size, codec, keep)
-                session.publish(record, claimed, looks_until_ns)
-                if claims is not None:
+                if claims is None:
+                    session.publish(record, None)
+                else:
+                    session.publish(record, target_id, looks_until_ns)
                     claims.unlock()
 
             if session.leasing.put(data_size + metadata_size, fill, claim):

@@ -101,7 +101,9 @@ def is_interrupted(count, modules, action, *arguments):
         watch_no_more()
     return False
 """
-"""What a program begins with that interrupts itself, as Ctrl-C does, where these modules give the count-th chance to."""
+"""What a program begins with that interrupts itself, as Ctrl-C does, where these modules give the count-th chance to.
+
+Since Python 3.12 a trace function misses opcodes, some at each call, so there `sys.monitoring` looks for the chances."""
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:

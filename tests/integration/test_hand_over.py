@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -26,7 +27,7 @@ from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.protocol import Frame
 from shmplasma.requests import Get, Post
 from shmplasma.spin import Spin
-from tests.clients import figure, new_id
+from tests.clients import figure
 from tests.command import running
 from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
     kinds,
@@ -64,6 +65,17 @@ def pool() -> Iterator[ThreadPoolExecutor]:
     """Give threads that wait."""
     with ThreadPoolExecutor(8) as pool:
         yield pool
+
+
+_turns = cycle(range(HeaderWord.WANTED, HeaderWord.WANTED + WANTED_WORDS))
+
+
+def new_id() -> ObjectID:
+    """Return a random id whose word no other one of the last hundred has: a get that is over may be named there for a while."""
+    turn = next(_turns)
+    while wanted_at((object_id := ObjectID.from_random()).hash32) != turn:
+        pass
+    return object_id
 
 
 def is_named(client: PlasmaClient, object_id: ObjectID) -> bool:
