@@ -164,6 +164,22 @@ def _contains(bench: Bench) -> list[float]:
     return _time_get(bench, lambda key: client.store_raw(key, _SMALL), client.contains)
 
 
+def _contains_missing(bench: Bench) -> list[float]:
+    return _time(bench.client.contains(bench.client.key(urandom(20))), bench)
+
+
+def _delete(bench: Bench) -> list[float]:
+    client, samples = bench.client, []
+    put = client.put_raw(_SMALL)
+    for _ in range(bench.less(7)):
+        keys = [put() for _ in range(bench.less(200))]
+        began = time.perf_counter()
+        for key in keys:
+            client.drop([key])
+        samples.append((time.perf_counter() - began) / len(keys))
+    return samples
+
+
 def _get_many(bench: Bench) -> list[float]:
     client = bench.client
     keys = [client.key(urandom(20)) for _ in range(1000)]
@@ -362,6 +378,8 @@ CASES: Final = (
     Case("get-array", _get_array, (Row("get of an 8 MB array, until used", "µs"),)),
     Case("get-many", _get_many, (Row("get of 1,000 ids at once, each", "µs"),)),
     Case("contains", _contains, (Row("contains", "µs"),)),
+    Case("contains-missing", _contains_missing, (Row("contains, of what is not there", "µs"),)),
+    Case("delete", _delete, (Row("delete of one object", "µs"),)),
     Case("put-raw", _put_raw, (Row("put of 100 B, raw", "µs"),)),
     Case("put-object", _put_object, (Row("put of 100 B, object", "µs"),)),
     Case("create", _create, (Row("create, fill and seal 100 B under a chosen id", "µs"),)),
