@@ -35,6 +35,7 @@ __all__ = ["CASES", "Bench", "Case", "Row", "p99"]
 
 _MIB: Final = 1 << 20
 _SMALL: Final = 100 * b"x"
+_LISTED: Final = 1000
 _KIBIBYTE: Final = 1024 * b"x"
 _ARRAY_ITEMS: Final = 1_000_000
 _FRAME_ROWS: Final = 1_000_000
@@ -166,6 +167,20 @@ def _contains(bench: Bench) -> list[float]:
 
 def _contains_missing(bench: Bench) -> list[float]:
     return _time(bench.client.contains(bench.client.key(urandom(20))), bench)
+
+
+def _get_missing(bench: Bench) -> list[float]:
+    return _time(bench.client.get_missing(bench.client.key(urandom(20))), bench)
+
+
+def _list(bench: Bench) -> list[float]:
+    client, operation = bench.client, bench.client.list_all()
+    put = client.put_raw(_SMALL)
+    keys = [put() for _ in range(_LISTED)]
+    try:
+        return _time(operation, bench)
+    finally:
+        client.drop(keys)
 
 
 def _delete(bench: Bench) -> list[float]:
@@ -379,6 +394,8 @@ CASES: Final = (
     Case("get-many", _get_many, (Row("get of 1,000 ids at once, each", "µs"),)),
     Case("contains", _contains, (Row("contains", "µs"),)),
     Case("contains-missing", _contains_missing, (Row("contains, of what is not there", "µs"),)),
+    Case("get-missing", _get_missing, (Row("get of what is not there, without waiting", "µs"),)),
+    Case("list", _list, (Row("list of 1,000 objects", "µs"),)),
     Case("delete", _delete, (Row("delete of one object", "µs"),)),
     Case("put-raw", _put_raw, (Row("put of 100 B, raw", "µs"),)),
     Case("put-object", _put_object, (Row("put of 100 B, object", "µs"),)),

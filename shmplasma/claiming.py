@@ -6,15 +6,14 @@ expected leaves the object to a round trip, by which the store decides.
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
 from shmplasma.claims import pin_word
-from shmplasma.layout import ENTRY_BYTES, HeaderWord
 from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
@@ -28,12 +27,6 @@ __all__ = ["Claimant"]
 
 _ABORT: Final = Abort.KIND
 _CLAIM: Final = Claim.KIND
-_ENTRY: Final = Struct("@8x20s28xQ")
-"""An entry's id and the next one in its chain."""
-_SHIFT: Final = ENTRY_BYTES.bit_length() - 1
-_INSERTIONS: Final = int(HeaderWord.INSERTIONS)
-_ATTEMPTS: Final = 4
-"""How often a chain is followed: the store may insert objects meanwhile, some microseconds apart."""
 
 
 class Claimant:
@@ -43,6 +36,8 @@ class Claimant:
     ----------
     attachment : Attachment
         The segment.
+    absence : Absence
+        Tells what is not in the table.
     locks : LockFile
         By what ids are locked.
     boards : BoardPool
@@ -62,23 +57,17 @@ class Claimant:
     def __init__(
         self,
         attachment: Attachment,
+        absence: Absence,
         locks: LockFile,
         boards: BoardPool,
         leasing: LeaseWriter,
         link: Link,
         outbox: Outbox,
     ) -> None:
-        layout = attachment.layout
         self._attachment = attachment
+        self._absence = absence
         self._locks = locks
-        self._map = attachment.read_map
-        self._words = attachment.words
-        self._mask = layout.n_buckets - 1
-        self._buckets = layout.buckets // 8
-        self._longest = layout.n_entries
-        # Chains count entries from 1.
-        self._entries = layout.entries - ENTRY_BYTES
-        self._data = layout.data
+        self._data = attachment.layout.data
         self._boards = boards
         self._leasing = leasing
         self._link = link
@@ -101,7 +90,7 @@ class Claimant:
                     return False
             # Before it is, as an interrupt may leave a lock; the next claim takes it back.
             self._locked = at
-            return self._locks.lock(at) and self._is_free(object_id)
+            return self._locks.lock(at) and self._absence.is_free(object_id.id_bytes)
         except OSError:  # there are no such locks, or no more of them
             return False
 
@@ -122,24 +111,6 @@ class Claimant:
                 del unread[first]
         except OSError:  # what stays locked is locked for nothing
             return
-
-    def _is_free(self, object_id: ObjectID) -> bool:
-        wanted, words = object_id.id_bytes, self._words
-        bucket = self._buckets + (object_id.hash32 & self._mask)
-        for _ in range(_ATTEMPTS):
-            insertions = words[_INSERTIONS]
-            if insertions & 1:
-                return False
-            entry = words[bucket]
-            steps = self._longest
-            while entry and steps:
-                found, entry = _ENTRY.unpack_from(self._map, (entry << _SHIFT) + self._entries)
-                if found == wanted:
-                    return False
-                steps -= 1
-            if words[_INSERTIONS] == insertions:
-                return not entry
-        return False
 
     def create(
         self, object_id: ObjectID, data_size: int, metadata_size: int, codec: int

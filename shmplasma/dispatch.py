@@ -22,7 +22,7 @@ from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
-from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Remove, Seal
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.replies import Done, Leased, Listing, Number, Text
@@ -157,6 +157,10 @@ class Dispatch:
                 self._ledger.sealed(client, entry)
                 self._answers.announce(entry)
                 self._outgoing.reply(client, request_id, _DONE)
+            case Remove() if request_id == ONE_WAY:
+                # What is hidden by a move is left, and its client asks for it.
+                if not self._objects.is_hidden(request.object_id):
+                    self._objects.begin_removing(request)
             case Lend() | Redeem() | Release():
                 self._ledger.handle(client, request, now_ns)
                 self._outgoing.reply(client, request_id, _DONE)
@@ -181,7 +185,9 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Number(1))
             case AnswerNow() if request_id != ONE_WAY:
                 raise ProtocolError("an AnswerNow that asks for an answer of its own")
-            case Contains() | Delete() | Evict() | List() | AnswerNow() | Debug() | Keep():
+            case (
+                Contains() | Delete() | Remove() | Evict() | List() | AnswerNow() | Debug() | Keep()
+            ):
                 self.unsettled.append((client, request_id, request, now_ns))
             case Abort():
                 self._creations.take_back(client, self._table.find(request.object_id))
@@ -221,6 +227,8 @@ class Dispatch:
     ) -> None:
         """Answer a request that was left unsettled, now that all outboxes are read.
 
+        Who deletes need not wait until memory is given back: `Lifecycle.end_deleting` is to follow.
+
         Raises
         ------
         Refused, NoRoom
@@ -245,11 +253,14 @@ class Dispatch:
                 self._creations.answer_now(client, request.request_id, now_ns)
             case Delete():
                 at_once = self._room.most_at_once
-                self._objects.delete(request.object_ids[:at_once])
+                self._objects.begin_deleting(request.object_ids[:at_once])
                 if rest := request.object_ids[at_once:]:
                     self.unsettled.append((client, request_id, Delete(rest), now_ns))
                 else:
                     self._outgoing.reply(client, request_id, _DONE)
+            case Remove():
+                self._objects.begin_removing(request)
+                self._outgoing.reply(client, request_id, _DONE)
             case Keep():
                 self._objects.keep(client, request.object_ids, request.keep)
                 self._outgoing.reply(client, request_id, _DONE)
@@ -312,6 +323,8 @@ class Dispatch:
                 return True
             case Delete() | Keep():
                 return any(map(self._objects.is_hidden, request.object_ids))
+            case Remove():
+                return self._objects.is_hidden(request.object_id)
             case _:
                 return False
 

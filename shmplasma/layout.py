@@ -152,6 +152,8 @@ class HeaderWord(IntEnum):
     INSERTIONS = 56
     """Twice how many objects were ever inserted, and one more while chains are written anew; on a cache line of its own, as
     it changes often (see `shmplasma.claims`)."""
+    LOOKING = 57
+    """The store's INCARNATION while it looks into the outboxes all the time, else 0 (see `shmplasma.removal`)."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
     WANTED = 128

@@ -1,6 +1,6 @@
 """Outboxes: what clients tell the store without asking, kept where the death of a store does not reach.
 
-A put, a seal, an abort, or a word about a reference is one record in the client's outbox, a ring of `RECORDS`
+A put, a seal, an abort, a deletion, or a word about a reference is one record in the client's outbox, a ring of `RECORDS`
 records in the segment, and at times an empty message which says that there is something in it.  Messages that a store has not read die with
 it; records stay.  A store that recovers the segment handles all that was not acknowledged.
 
@@ -43,9 +43,9 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
-from shmplasma.layout import OUTBOX_BYTES, HeaderWord
+from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 
-__all__ = ["ANNOUNCED_AT", "RECORDS", "Outbox", "Polling", "is_written", "read_record"]
+__all__ = ["ANNOUNCED_AT", "RECORDS", "Outbox", "Polling", "are_read", "is_written", "read_record"]
 
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
@@ -73,13 +73,24 @@ class Outbox:
         The header's POLLED word; where barriers do not reach this process, one that is always 0.
     incarnation : memoryview
         The header's INCARNATION word.
+    looking : memoryview
+        The header's LOOKING word, as `polled`.
 
     Notes
     -----
     Not thread-safe: the caller holds a lock.
     """
 
-    __slots__ = ("_acknowledged", "_count", "_incarnation", "_polled", "_raw", "_store", "_words")
+    __slots__ = (
+        "_acknowledged",
+        "_count",
+        "_incarnation",
+        "_looking",
+        "_polled",
+        "_raw",
+        "_store",
+        "_words",
+    )
 
     def __init__(
         self,
@@ -87,12 +98,14 @@ class Outbox:
         acknowledged: memoryview,
         polled: memoryview,
         incarnation: memoryview,
+        looking: memoryview,
     ) -> None:
         self._words = page
         self._raw = page.cast("B")
         self._acknowledged = acknowledged
         self._polled = polled
         self._incarnation = incarnation
+        self._looking = looking
         self._count = int(acknowledged[0])
         self.connected()
 
@@ -124,6 +137,11 @@ class Outbox:
     def read(self) -> int:
         """How many of them the store has handled."""
         return int(self._acknowledged[0])
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether the store most likely sees a record within some microseconds, without being told."""
+        return bool(self._looking[0] == self._store)
 
     @property
     def is_to_be_announced(self) -> bool:
@@ -177,6 +195,11 @@ class Polling:
             self.is_on = True
             self._words[HeaderWord.POLLED] = self._number
 
+    def look(self, *, looks: bool) -> None:
+        """Say whether the outboxes are looked into all the time; who relies on it asks soon."""
+        if self._possible:
+            self._words[HeaderWord.LOOKING] = self._number if looks else 0
+
     def stop(self) -> None:
         """Have clients announce their records again; all outboxes are to be read after this."""
         self.is_on = False
@@ -190,6 +213,22 @@ def is_written(words: memoryview, start: int, acknowledged: int) -> bool:
     `words` is the segment as native 8-byte words.
     """
     return bool(words[(start >> 3) + (acknowledged & _MASK) * _WORDS] == acknowledged + 1)
+
+
+def are_read(words: memoryview, layout: Layout, n_boards: int) -> bool:
+    """Tell whether the store had read all outboxes of the first boards at some time since this was called.
+
+    `words` is the segment as native 8-byte words.  `shmplasma.absence` has the argument.
+    """
+    count = layout.control // 8 + ControlWord.ACKNOWLEDGED
+    outbox = layout.outboxes // 8
+    for _ in range(n_boards):
+        read = words[count]
+        if words[outbox + (read & _MASK) * _WORDS] == read + 1 or words[count] != read:
+            return False
+        count += CONTROL_BYTES // 8
+        outbox += OUTBOX_BYTES // 8
+    return True
 
 
 def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int, bytes] | None:
@@ -207,7 +246,7 @@ def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int
     Examples
     --------
     >>> page, zero = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
-    >>> Outbox(page.cast("Q"), zero, zero, zero).append(5, b"body")
+    >>> Outbox(page.cast("Q"), zero, zero, zero, zero).append(5, b"body")
     1
     >>> read_record(page, 0)
     (5, b'body')

@@ -163,6 +163,7 @@ class Parts:
             raw,
             control,
             self.publishing,
+            self.objects,
             self.outgoing,
             sessions,
             self.polling,

@@ -49,7 +49,7 @@ at all, because after T4b the generation has changed and w never returns.
 given up; so no change lies between them, and what R2 read belongs to w.  Read R2 before R1, and an entry that
 was freed and reused in between hands out another object's bytes under this id.
 
-*A doomed object* is hidden from readers already, and a barrier has passed since (`shmplasma.releases`): it is
+*A doomed object* is hidden from readers already, by DOOMED in place of EVICTING (`shmplasma.releases`): it is
 taken without T1, so that a successor of a store that dies meanwhile still sees that it was deleted.
 
 *A pin that fails R4 is harmless.*  It may make a take give up, or a deletion wait; its release wakes the

@@ -23,6 +23,7 @@ __all__ = [
     "Publish",
     "Redeem",
     "Release",
+    "Remove",
     "Seal",
     "decode_posted",
 ]
@@ -107,6 +108,27 @@ class Abort(OneId):
     object_id: bytes
 
 
+_REMOVE: Final = Struct("<20sQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """A sealed object is to be deleted, if it is still the one that was created at this time (see `shmplasma.removal`)."""
+
+    KIND: ClassVar[int] = 23
+    object_id: bytes
+    created_ns: int
+
+    def encode(self) -> bytes:
+        """Return the body."""
+        return _REMOVE.pack(self.object_id, self.created_ns)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Remove:
+        """Return the message of a body."""
+        return cls(*_REMOVE.unpack(body))
+
+
 _LEND: Final = Struct("<20sQI")
 
 
@@ -176,7 +198,7 @@ class Release:
         return cls(*HOLD.unpack(body))
 
 
-Posted = Publish | Claim | Seal | Abort | Lend | Redeem | Release
+Posted = Publish | Claim | Seal | Abort | Remove | Lend | Redeem | Release
 
 _KINDS: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 _PUBLISH: Final = Publish.KIND

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from shmplasma.control import Control
 from shmplasma.denials import Refused
@@ -13,14 +14,20 @@ from shmplasma.effects import Drop
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import Outgoing
-from shmplasma.posted import Claim, Publish, decode_posted
+from shmplasma.posted import Claim, Publish, Remove, decode_posted
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.requests import Request, Role
 
 __all__ = ["Posts"]
+
+_FEW: Final = 8
+"""Into the outboxes of so many connections the store looks while it looks for messages; 0.5 us each."""
+_DELETED_AT_ONCE: Final = 32
+"""So many objects that were deleted one after the other are given back as one: one barrier, and one look at the boards."""
 
 
 class Posts:
@@ -32,7 +39,7 @@ class Posts:
         The segment's layout.
     words, raw : memoryview
         The segment as native 8-byte words and as bytes.
-    control, publishing, outgoing
+    control, publishing, objects, outgoing
         The parts of the store that it needs.
     sessions : mapping
         All connections.
@@ -55,6 +62,7 @@ class Posts:
         raw: memoryview,
         control: Control,
         publishing: Publishing,
+        objects: Lifecycle,
         outgoing: Outgoing,
         sessions: Mapping[int, Session],
         polling: Polling,
@@ -66,11 +74,13 @@ class Posts:
         self._outboxes = layout.outboxes
         self._control = control
         self._publishing = publishing
+        self._objects = objects
         self._outgoing = outgoing
         self._sessions = sessions
         self._polling = polling
         self._publish = publish
         self._carry_out = carry_out
+        self._glances = False
 
     def heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
         """Carry out what a client has posted, and return how much that was.
@@ -88,26 +98,32 @@ class Posts:
         if not is_written(self._words, start, acknowledged):
             return 0
         page = self._raw[start : start + OUTBOX_BYTES]
-        count = 0
-        # A client that writes on and on is not to keep the others waiting.
-        while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
-            message = decode_posted(*record)
-            if not (
-                recovering
-                and not count
-                and isinstance(message, (Publish, Claim))
-                and self._publishing.was_published(session.client, message.offset)
-            ):
-                try:
-                    if type(message) is Publish:
-                        self._publish(session, message, now_ns)
-                    else:
-                        self._carry_out(session, ONE_WAY, message, now_ns)
-                except Refused as refused:
-                    self._outgoing.reply(session.client, ONE_WAY, refused.failed)
-            acknowledged += 1
-            count += 1
-            self._control.acknowledge(board, acknowledged)
+        count, deleting = 0, self._objects.deleting
+        try:
+            # A client that writes on and on is not to keep the others waiting.
+            while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
+                message = decode_posted(*record)
+                if deleting and type(message) is not Remove:
+                    self._objects.end_deleting()
+                if not (
+                    recovering
+                    and not count
+                    and isinstance(message, (Publish, Claim))
+                    and self._publishing.was_published(session.client, message.offset)
+                ):
+                    try:
+                        if type(message) is Publish:
+                            self._publish(session, message, now_ns)
+                        else:
+                            self._carry_out(session, ONE_WAY, message, now_ns)
+                    except Refused as refused:
+                        self._outgoing.reply(session.client, ONE_WAY, refused.failed)
+                acknowledged += 1
+                count += 1
+                self._control.acknowledge(board, acknowledged)
+        finally:
+            if deleting and (not self._glances or len(deleting) >= _DELETED_AT_ONCE):
+                self._objects.end_deleting()
         return count
 
     def heed_or_drop(self, session: Session | None, now_ns: int) -> int:
@@ -137,7 +153,33 @@ class Posts:
 
     def heed_all(self, now_ns: int) -> int:
         """Carry out whatever anybody has posted, and return how much that was."""
-        return sum(self.heed_or_drop(session, now_ns) for session in tuple(self._sessions.values()))
+        words, outboxes, acknowledged = self._words, self._outboxes, self._control.acknowledged
+        written = [
+            session
+            for session in self._sessions.values()
+            if session.role is Role.CLIENT
+            and is_written(
+                words, outboxes + (board := session.board) * OUTBOX_BYTES, acknowledged(board)
+            )
+        ]
+        return sum([self.heed_or_drop(session, now_ns) for session in written]) if written else 0
+
+    def look(self, *, looks: bool) -> None:
+        """Say whether `glance` is called all the time, if that reads all outboxes."""
+        self._polling.look(looks=looks and len(self._sessions) <= _FEW)
+
+    def glance(self, latest: int, now_ns: int) -> int:
+        """Read all outboxes where there are few, else that of the client that was handled last, which most likely goes on.
+
+        `Lifecycle.end_deleting` is to follow before anything else is done, but for another glance.
+        """
+        self._glances = True
+        try:
+            if len(self._sessions) <= _FEW:
+                return self.heed_all(now_ns)
+            return self.heed_or_drop(self._sessions.get(latest), now_ns)
+        finally:
+            self._glances = False
 
     def poll(self, now_ns: int) -> None:
         """Read all outboxes unasked; have clients announce again when nothing comes of it any more."""

@@ -98,8 +98,8 @@ class Reading(Connected):
 
         Notes
         -----
-        No message for objects that are there, else one round trip.  An object is neither evicted nor changed while its buffer, or anything made of
-        it, lives.  Ctrl-C interrupts a wait at once.
+        No message for objects that are there, else one round trip; none either, with `timeout_ms=0`, for what is seen not to
+        be there (see `contains`).  An object is neither evicted nor changed while its buffer, or anything made of it, lives.  Ctrl-C interrupts a wait at once.
         """
         session = self._session or self._live()
         reader = session.reader
@@ -263,14 +263,16 @@ class Reading(Connected):
 
         Notes
         -----
-        No message if it is; false is the store's own answer, after it has handled all that was sent to
-        it before.
+        No message if it is.  False is exact: whatever was put before is found.  It takes no message either while the
+        store has read all that clients have put, and no object of this id is being made.
         """
         session = self._session or self._live()
         if session.reader is not None:
             try:
                 if session.reader.contains(object_id):
                     return True
+                if session.asking.are_absent((object_id.id_bytes,)):
+                    return False
             except AttributeError:
                 _refuse((object_id,))
         return session.call(Contains(checked(object_id).id_bytes), Number).value == 1

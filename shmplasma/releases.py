@@ -2,9 +2,10 @@
 
 Invariants
 ----------
-* A doomed object is sealed and was pinned: the store still gives it to readers, its id is taken, and it goes
+* A doomed object is sealed and was pinned when it was deleted: the store still gives it to readers, its id is taken, and it goes
   at the last release.  Its state is one that readers do not know, so that they ask the store, which looks
   first whether the last release has come.
+* One that is being deleted is DOOMED and not counted yet, between the answer to who deletes it and the barrier.
 * A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
   not free.
 * While anything is doomed or in limbo, or anybody waits for room, the header's WAKE word is set, so that the
@@ -82,9 +83,7 @@ class Releases:
     # -- waiting -------------------------------------------------------------------------------
 
     def doom(self, entries: set[int]) -> None:
-        """Have sealed objects go at their last release; `take` has met a pin of each."""
-        for entry in entries:
-            self._table.set_state(entry, EntryState.DOOMED)
+        """Have objects that are DOOMED go at their last release; `take` has met a pin of each."""
         self.doomed |= entries
         self._await()
 

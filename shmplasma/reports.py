@@ -34,27 +34,15 @@ def list_objects(table: Table, holders: Mapping[int, int], start: int) -> Listin
     start : int
         The first entry.
     """
-    stop = start + _LIST_WINDOW
-    records: list[ListRecord] = []
-    for entry in table.entries(start, stop):
-        state = table.state(entry)
-        if state == EntryState.EVICTING:
-            continue
-        _, data_size, metadata_size = table.location(entry)
-        created_ns, construct_ns = table.times(entry)
-        records.append(
-            (
-                table.object_id(entry),
-                data_size,
-                metadata_size,
-                holders.get(entry, 0),
-                created_ns,
-                construct_ns,
-                state != EntryState.CREATED,
-                table.is_kept(entry),
-            )
+    stop, created = start + _LIST_WINDOW, EntryState.CREATED
+    records: list[ListRecord] = [
+        (object_id, data, metadata, holders.get(entry, 0), created_ns, ns, state != created, keep)
+        for entry, state, object_id, data, metadata, created_ns, ns, keep in table.listed(
+            start, stop
         )
-    return Listing(stop if stop < table.end else 0, records)
+    ]
+    is_all = stop >= table.end or (not start and len(records) == len(table))
+    return Listing(0 if is_all else stop, records)
 
 
 def notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:

@@ -10,7 +10,17 @@ from typing import ClassVar, Final, NamedTuple, get_args
 
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Empty, OneId, decode_message
-from shmplasma.posted import HOLD, Abort, Claim, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import (
+    HOLD,
+    Abort,
+    Claim,
+    Lend,
+    Publish,
+    Redeem,
+    Release,
+    Remove,
+    Seal,
+)
 from shmplasma.protocol import Frame
 
 __all__ = [
@@ -421,6 +431,7 @@ Request = (
     | Lend
     | Redeem
     | Release
+    | Remove
     | Hold
     | Bequeath
     | Trim

@@ -34,6 +34,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma import system
+from shmplasma.absence import Absence
 from shmplasma.asking import Asking
 from shmplasma.attachment import Attachment
 from shmplasma.claiming import Claimant
@@ -62,6 +63,7 @@ from shmplasma.pinning import BoardPool, Lifeline, Located
 from shmplasma.posted import Abort, Publish
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
+from shmplasma.removal import Removal
 from shmplasma.replies import (
     Created,
     Done,
@@ -126,7 +128,12 @@ class Session:
         """Puts without waiting; None likewise."""
         self.claims: Claimant | None = None
         """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
+        self.removal: Removal | None = None
+        """Deletes without a message; None as `reader`."""
+        absence: Absence | None = None
         if fast:
+            absence = Absence(attachment)
+            self.removal = Removal(link, absence)
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(
@@ -134,10 +141,10 @@ class Session:
             )
             if lifeline.locks is not None:
                 self.claims = Claimant(
-                    attachment, lifeline.locks, self._boards, self.leasing, link, outbox
+                    attachment, absence, lifeline.locks, self._boards, self.leasing, link, outbox
                 )
-        self.asking = Asking(link, self._boards, self.reader, self._hints)
-        """Gets what the store has to be asked for."""
+        self.asking = Asking(link, self._boards, self.reader, absence, self._hints)
+        """Gets what the store has to be asked for, and knows what that is."""
         register(lifeline)
 
     @classmethod
@@ -184,14 +191,18 @@ class Session:
         board = welcome.board
         lifeline = Lifeline(attachment, wake_fd, locks, path, name)
         count = (attachment.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
-        polled = attachment.words[HeaderWord.POLLED : HeaderWord.POLLED + 1] if ordered else _NEVER
+
+        def header(word: HeaderWord) -> memoryview:
+            return attachment.words[word : word + 1]
+
         # An embedded store that was killed is started again by nobody.
         returns = not Layout.scratch(attachment.words[: HEADER_BYTES // 8])
         outbox = Outbox(
             attachment.outbox(board),
             attachment.words[count : count + 1],
-            polled,
-            attachment.words[HeaderWord.INCARNATION : HeaderWord.INCARNATION + 1],
+            header(HeaderWord.POLLED) if ordered else _NEVER,
+            header(HeaderWord.INCARNATION),
+            header(HeaderWord.LOOKING) if ordered else _NEVER,
         )
         link = Link(
             path,
@@ -341,6 +352,8 @@ class Session:
         self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
     ) -> list[Located | None]:
         """Find and pin objects as `get` does, without holding up the event loop."""
+        if not wait and self.asking.are_absent(object_ids):
+            return [None] * len(object_ids)
         from shmplasma import aio  # noqa: PLC0415 - asyncio takes 30 ms to import
 
         return await aio.get(self._link, self._boards, object_ids, deadline, wait=wait)

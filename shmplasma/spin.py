@@ -35,13 +35,18 @@ class Spin:
         self._has_others = system.processors() > 1
         self._crowded_until = 0
 
+    @property
+    def is_of_use(self) -> bool:
+        """Whether anybody looks at this time."""
+        return self._has_others and time.monotonic_ns() >= self._crowded_until
+
     def looks(self, spin_ns: int = _SPIN_NS) -> Iterator[None]:
         """Yield as often as the caller should look; others may run between two times.
 
         Parameters
         ----------
         spin_ns : int, optional
-            For how long, in nanoseconds.
+            For how long, in nanoseconds; the time that others had does not count.
         """
         now = time.monotonic_ns()
         end = now + spin_ns
@@ -50,6 +55,7 @@ class Spin:
             before = time.monotonic_ns()
             os.sched_yield()
             now = time.monotonic_ns()
+            end += now - before
             if now - before > _CROWDED_NS:
                 self._crowded_until = now + _PAUSE_NS
                 yield  # what it has waited for may have come in this time

@@ -18,7 +18,8 @@ when it looks; that may come after another client has asked.  What a client itse
 next request is.  So an answer that depends on something *not* being there (contains
 false, a get that found too little, and whatever describes the store as a whole) is not given at once: the
 request is left unsettled, and `ObjectStore.settle` reads all outboxes before it answers.  What was sealed before
-a question was asked is always found.
+a question was asked is always found.  Clients ask where they cannot see by themselves that all outboxes are read
+(`shmplasma.absence`).
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class ObjectStore:
         self._jobs = parts.jobs
         self._queue = parts.queue
         self._memory = parts.memory
+        self.deleting = parts.objects.deleting
         self._latest = -1
         self._now_ns = 0
 
@@ -186,7 +188,7 @@ class ObjectStore:
     def settle(self, unsettled: Iterable[Unsettled]) -> Sequence[Effect]:
         """Read all outboxes, and answer requests whose answer had to wait for that.
 
-        Some may have to wait once more: see `has_unsettled`.
+        Some may have to wait once more: see `has_unsettled`.  `settled` is to follow, before anything else.
         """
         self._ledger.references.begin_reading()
         self._posts.heed_all(self._now_ns)
@@ -196,6 +198,7 @@ class ObjectStore:
             session = self._greeter.sessions.get(client)
             if session is None or session.detached:
                 continue
+            self._objects.end_deleting()
             try:
                 self._dispatch.settle(session, request_id, request, now_ns)
             except Refused as refused:
@@ -205,6 +208,11 @@ class ObjectStore:
                 self._outgoing.reply(client, request_id, failed)
             except ProtocolError as error:  # as of what its client has asked for meanwhile
                 self._outgoing.effects.append(Drop(client, str(error)))
+        return self._outgoing.take()
+
+    def settled(self) -> Sequence[Effect]:
+        """Do what those who asked need not wait for, when all that was returned before is done."""
+        self._objects.end_deleting()
         return self._outgoing.take()
 
     @property
@@ -267,10 +275,16 @@ class ObjectStore:
         self._posts.poll(now_ns)
         return self._outgoing.take()
 
-    def glance(self, now_ns: int) -> Sequence[Effect]:
-        """Read the outbox of the client that was handled last, which most likely goes on."""
-        self._posts.heed_or_drop(self._greeter.sessions.get(self._latest), now_ns)
-        return self._outgoing.take()
+    def look(self, *, looks: bool) -> None:
+        """Say whether `glance` is called all the time from now on, so that clients need not tell of what they do."""
+        self._posts.look(looks=looks)
+
+    def glance(self, now_ns: int) -> tuple[int, Sequence[Effect]]:
+        """Read outboxes, at least that of the client that was handled last; return how much was in them as well.
+
+        `settled` is to follow before anything else is done, but for another glance.
+        """
+        return self._posts.glance(self._latest, now_ns), self._outgoing.take()
 
     def stop_polling(self, now_ns: int) -> Sequence[Effect]:
         """Have clients announce what they put into their outboxes, and read what they did not."""

@@ -236,7 +236,7 @@ class Switchboard:
         """Handle at most `limit` messages of a connection; remember whether there are more."""
         frames, client = connection.frames, connection.client
         store, now_ns = self._store, time.time_ns()
-        handle = store.handle
+        handle, deleting = store.handle, store.deleting
         for _ in range(len(frames) if limit is None else min(limit, len(frames))):
             if connection.paused_at is not None:
                 break
@@ -244,6 +244,9 @@ class Switchboard:
             effects = handle(client, frames.popleft(), now_ns)
             if effects:
                 self.carry_out(effects)
+            if deleting:
+                self.carry_out(store.settled())
+            if effects:
                 client = connection.client  # it may have turned out to be one that was waited for
                 if client not in self._connections:
                     return

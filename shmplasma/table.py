@@ -15,6 +15,7 @@ contract:
 * INSERTIONS is raised before an entry is used anew, and is odd while a successor writes the chains: who finds it even, and the
   same after he has followed a chain, has missed nothing (`shmplasma.claims` owns that argument).
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
+* CREATED_NS is that of no other object under the same id: what is entered at one time is told apart by nanoseconds (see `shmplasma.removal`).
 * The checksum of an entry is written before the state that it goes with (`shmplasma.checks`).
 
 A store that begins with the table of a dead one takes it over, and has it mended (`shmplasma.remains`).
@@ -73,12 +74,15 @@ _FREE: Final = int(EntryState.FREE)
 _CREATED: Final = int(EntryState.CREATED)
 _SEALED: Final = int(EntryState.SEALED)
 _EVICTING: Final = int(EntryState.EVICTING)
+_UNLISTED: Final = (_FREE, _EVICTING)
 _SPILLED: Final = int(EntryState.SPILLED)
 
 _OBJECT: Final = Struct("@20sIQQQ")
 """Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
 _SUMMARY: Final = Struct("@Q20s12xQQ72x")
 """An entry's state word, id, data size and metadata size."""
+_LISTED: Final = Struct("@Q20s12xQQ8xQQ16xQ24x")
+"""An entry's state word, id, data size, metadata size, both times, and KEEP."""
 _RECORD: Final = Struct("@48sQQQQQQ24x")
 """All of an entry but its state: these, words 7 to 12, no other origin, and no copy in an external store."""
 _ALL_ONES: Final = (1 << 64) - 1
@@ -121,6 +125,7 @@ class Table:
         self._committed = 0
         self._linked = 0
         self._insertions = 0
+        self._now_ns = self._later = 0
 
     def __len__(self) -> int:
         """Return the number of objects that can be found."""
@@ -175,10 +180,9 @@ class Table:
         at = self._entries_word + entry * ENTRY_WORDS
         return int(self._words[at + _ORIGIN] or self._words[at + _OFFSET])
 
-    def times(self, entry: int) -> tuple[int, int]:
-        """Return the time of creation (ns since 1970) and the nanoseconds from then to the seal."""
-        at = self._entries_word + entry * ENTRY_WORDS
-        return self._words[at + _CREATED_NS], self._words[at + _CONSTRUCT_NS]
+    def created_ns(self, entry: int) -> int:
+        """Return the time of creation, in ns since 1970: no other object under this id has the same."""
+        return int(self._words[self._entries_word + entry * ENTRY_WORDS + _CREATED_NS])
 
     def is_kept(self, entry: int) -> bool:
         """Tell whether the object is never to be evicted."""
@@ -203,6 +207,23 @@ class Table:
         for entry in range(start, min(stop, self._used_once)):
             if words[self._entries_word + entry * ENTRY_WORDS] & STATE_MASK != EntryState.FREE:
                 yield entry
+
+    def listed(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, int, bytes, int, int, int, int, bool]]:
+        """Iterate over the objects in entries `start` to below `stop` that can be found.
+
+        Yields entry, state, id, data size, metadata size, time of creation (ns since 1970), nanoseconds from then to the seal, and
+        whether it is kept; 0.5 us each, and 0.1 us for each entry that has none.
+        """
+        first = self._layout.entries + start * ENTRY_BYTES
+        last = self._layout.entries + min(stop, self._used_once) * ENTRY_BYTES
+        fields = _LISTED.iter_unpack(self._raw[first:last])
+        for entry, (word, object_id, data, metadata, created_ns, ns, keep) in enumerate(
+            fields, start
+        ):
+            if (state := word & STATE_MASK) not in _UNLISTED:
+                yield entry, state, object_id, data, metadata, created_ns, ns, bool(keep)
 
     def summaries(self) -> Iterator[tuple[int, bytes, int, int]]:
         """Iterate over state, id, data size and metadata size of all entries that were ever used, by index; 0.1 us each."""
@@ -272,6 +293,11 @@ class Table:
                 return NO_ENTRY
             if entry == self._committed:
                 self._grow()
+        if now_ns == self._now_ns:  # what is read in one go is entered at one time
+            self._later += 1
+            now_ns += self._later
+        else:
+            self._now_ns, self._later = now_ns, 0
         at = self._entries_word + entry * ENTRY_WORDS
         words = self._words
         generation = words[at] >> GENERATION_SHIFT

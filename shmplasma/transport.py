@@ -458,6 +458,19 @@ class Channel:
         """How the connection has ended; empty as long as it has not."""
         return self._error
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the connection has not ended, and the other end has said nothing that is still to be read."""
+        if self._error:
+            return False
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def fileno(self) -> int:
         """Return the socket's descriptor, for who waits for several things; only the channel reads from it."""
         return self._sock.fileno()

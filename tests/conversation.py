@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from shmplasma.commitment import FLOOR_BYTES
+from shmplasma.dispatch import Unsettled
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Replay, Send
 from shmplasma.errors import CommitError
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 from shmplasma.outbox import Outbox
 from shmplasma.parts import Parts
 from shmplasma.pins import slots_of
-from shmplasma.posted import Posted, Seal
+from shmplasma.posted import Posted, Remove, Seal
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     ONE_WAY,
@@ -41,6 +42,7 @@ from shmplasma.reports import list_objects
 from shmplasma.requests import AnswerNow, Create, Get, Hello, Post, Request, Role
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.store import ObjectStore
+from shmplasma.table import NO_ENTRY
 from shmplasma.transfers import Delete, Job, Read, Write
 
 __all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
@@ -63,6 +65,7 @@ def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
 
 
 POLLED = int(HeaderWord.POLLED)
+LOOKING = int(HeaderWord.LOOKING)
 INCARNATION = int(HeaderWord.INCARNATION)
 
 
@@ -385,6 +388,7 @@ class Conversation:
         """Hand a frame to the store."""
         self.now_ns += 1000
         self.carry_out(self.store.handle(peer.number, frame, self.now_ns))
+        self.carry_out(self.store.settled())
 
     def turn(self) -> None:
         """Do what a turn of the store's loop does: settle, and commit what somebody waits for."""
@@ -434,9 +438,11 @@ class Conversation:
         failure = "" if isinstance(job, Delete) else self.failure
         self.carry_out(self.store.job_done(job, places, failure))
 
-    def settle(self) -> None:
+    def settle(self, unsettled: Sequence[Unsettled] | None = None) -> None:
         """Answer what had to wait for a drain."""
-        self.carry_out(self.store.settle(self.store.take_unsettled()))
+        unsettled = self.store.take_unsettled() if unsettled is None else unsettled
+        self.carry_out(self.store.settle(unsettled))
+        self.carry_out(self.store.settled())
 
     def commit_ahead(self) -> None:
         """Commit memory as an idle store does, until that is enough."""
@@ -464,6 +470,12 @@ class Conversation:
         self.now_ns += round(seconds * 1e9)
         self.store.expire(self.now_ns)
         self.turn()
+
+    def glance(self) -> int:
+        """Have the store look into outboxes while it looks for messages; return how much was there."""
+        count, effects = self.store.glance(self.now_ns)
+        self.carry_out([*effects, *self.store.settled()])
+        return count
 
     def wake(self) -> None:
         """Have the store look for releases."""
@@ -500,8 +512,8 @@ class Conversation:
         start = (self.layout.outboxes + board * OUTBOX_BYTES) // 8
         count = (self.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
         page = self.words[start : start + OUTBOX_BYTES // 8]
-        polled, incarnation = (self.words[at : at + 1] for at in (POLLED, INCARNATION))
-        return Outbox(page, self.words[count : count + 1], polled, incarnation)
+        header = (self.words[at : at + 1] for at in (POLLED, INCARNATION, LOOKING))
+        return Outbox(page, self.words[count : count + 1], *header)
 
     def write_slot(self, slot: int, word: int) -> None:
         """Write a word to a board."""
@@ -515,6 +527,12 @@ class Conversation:
     def wake_word(self) -> int:
         """Whether the header's word asks clients to wake the store: 0 or 1."""
         return min(1, self.words[HeaderWord.WAKE])
+
+    def removal(self, object_id: bytes) -> Remove:
+        """Return what deletes the object that there is of this name, if there is one."""
+        table = self.store._parts.table
+        entry = table.find(object_id)
+        return Remove(object_id, 0 if entry == NO_ENTRY else table.created_ns(entry))
 
     def ids(self) -> set[bytes]:
         """Return the ids of all objects, sealed or not, as a listing has them."""

@@ -80,6 +80,14 @@ class Client(ABC, Generic[K]):
         """Ask whether there is such an object."""
         raise UnsupportedError
 
+    def get_missing(self, key: K) -> Operation:
+        """Ask for an object that is not there, without waiting."""
+        raise UnsupportedError
+
+    def list_all(self) -> Operation:
+        """List all objects with what is known of each."""
+        raise UnsupportedError
+
     def put_raw(self, data: bytes) -> Callable[[], K]:
         """Store bytes under a fresh random key."""
         raise UnsupportedError

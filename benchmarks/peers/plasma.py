@@ -62,6 +62,14 @@ class PlasmaClient(Client[Any]):
         contains = self._client.contains
         return lambda: contains(key)
 
+    def get_missing(self, key: Any) -> Operation:
+        get_buffers, ids = self._client.get_buffers, [key]
+        return lambda: get_buffers(ids, timeout_ms=0)
+
+    def list_all(self) -> Operation:
+        operation: Operation = self._client.list
+        return operation
+
     def put_raw(self, data: bytes) -> Callable[[], Any]:
         put_raw_buffer = self._client.put_raw_buffer
         return lambda: put_raw_buffer(data)

@@ -21,7 +21,7 @@ from shmplasma.layout import (
 )
 from shmplasma.moves import PIECE_BYTES
 from shmplasma.outbox import read_record
-from shmplasma.posted import Abort, Claim, Publish, Seal
+from shmplasma.posted import Posted
 from shmplasma.protocol import ONE_WAY, PROTOCOL_VERSION
 from shmplasma.replies import Reply, Welcome
 from shmplasma.requests import Create, Get, Hello, Post, Request, Role
@@ -163,7 +163,7 @@ class Mortal(Conversation):
                     for slot in request.slots if isinstance(request, Get) else (request.slot,):
                         self.write_slot(slot, 0)
 
-    def tell(self, peer: Peer, message: Publish | Claim | Seal | Abort) -> None:
+    def tell(self, peer: Peer, message: Posted) -> None:
         """Post something to the store."""
         try:
             peer.write(message)

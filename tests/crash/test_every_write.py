@@ -198,6 +198,13 @@ class Story:
         self.release(claimed[2])
         assert k not in self.there()
         assert self.there()[n] == (False, False)
+        self.seal(other, n)
+        self.release(claimed[3])
+        talk.tell(one, talk.removal(m))
+        talk.tell(other, talk.removal(n))
+        talk.tell(one, talk.removal(j))  # which is held
+        assert m not in self.there()
+        assert n not in self.there()
         self.judge()
         self.get(one, a)  # which was deleted, and goes at the last release
         for slot in [slot for slot, object_id in self.held.items() if object_id == a]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import gc
 import os
@@ -18,12 +19,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shmplasma import ObjectID, PlasmaClient, Store, system
+from shmplasma import (
+    NotConnectedError,
+    ObjectID,
+    ObjectNotAvailable,
+    PlasmaClient,
+    PlasmaObjectNotFound,
+    Store,
+    system,
+)
 from shmplasma.layout import HeaderWord
 from shmplasma.outbox import ANNOUNCED_AT, RECORDS
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
-from shmplasma.requests import AskLease, Create, Flush, Get, Grow, Post
+from shmplasma.requests import (
+    AnswerNow,
+    AskLease,
+    Contains,
+    Create,
+    Delete,
+    Flush,
+    Get,
+    Grow,
+    Post,
+)
 from shmplasma.session import Session
 from shmplasma.transport import Channel
 from tests.crash import hammer_order
@@ -282,14 +301,14 @@ def test_ref_counts_are_exact(client: PlasmaClient, client2: PlasmaClient) -> No
 
 @needs_fast_path
 def test_misses_go_in_one_message(client: PlasmaClient, sent: list[Frame]) -> None:
-    """Of a batch only what is not there is asked for, all of it at once, and all comes in order."""
+    """Of a batch only what is not there is waited for, all of it at once, and all comes in order."""
     ids = put_numbers(client, 200)
     absent = [ObjectID.from_random() for _ in range(100)]
     mixed = [*ids, *absent]
     random.Random(2).shuffle(mixed)
     sent.clear()
-    buffers = client.get_buffers(mixed, timeout_ms=0)
-    assert kinds(sent) == [Get.KIND]
+    buffers = client.get_buffers(mixed, timeout_ms=1)
+    assert kinds(sent) == [Get.KIND, AnswerNow.KIND]
     asked = Get.decode(sent[0].body).object_ids
     assert list(asked) == [object_id.binary() for object_id in mixed if object_id in absent]
     for object_id, buffer in zip(mixed, buffers, strict=True):
@@ -297,9 +316,151 @@ def test_misses_go_in_one_message(client: PlasmaClient, sent: list[Frame]) -> No
             assert buffer is None
         else:
             assert number_in(buffer) == ids.index(object_id)
+
+
+@needs_fast_path
+def test_what_is_not_there_needs_no_message(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """Once the store has read what all have put, one or a thousand at once, also among others."""
+    ids = put_numbers(client2, 100)
+    absent = [ObjectID.from_random() for _ in range(1000)]
+
+    async def get() -> Any:
+        return await client.get_async(absent, timeout_ms=0)
+
+    with stopped(store):
+        sent.clear()
+        assert not client.contains(absent[0])
+        assert client.get(absent[0], timeout_ms=0) is ObjectNotAvailable
+        assert client.get_buffers(absent, timeout_ms=0) == [None] * 1000
+        assert client.get_metadata(absent, timeout_ms=0) == [None] * 1000
+        mixed = client.get_buffers([*absent, *ids], timeout_ms=0)
+        assert mixed[:1000] == [None] * 1000
+        assert list(map(number_in, mixed[1000:])) == list(range(100))
+        del mixed
+        assert asyncio.run(get()) == [ObjectNotAvailable] * 1000
+        with pytest.raises(PlasmaObjectNotFound):
+            client.hash(absent[0])
+        assert sent == []
+    assert lost_slots(client) == {}
+
+
+@needs_fast_path
+def test_what_may_be_there_is_asked_for(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """What somebody has put that the store has not read, what is being made, what is deleted and held."""
+    absent, unsealed = ObjectID.from_random(), ObjectID.from_random()
+
+    def asks(object_id: ObjectID, answer: bool) -> None:
+        sent.clear()
+        assert client.contains(object_id) is answer
+        assert kinds(sent) == [Contains.KIND]
+        assert (client.get(object_id, timeout_ms=0) is not ObjectNotAvailable) is answer
+
+    client2.put("the first one gets a lease")
+    client2.flush()
+    with stopped(store):
+        put = client2.put("unread")
+        assert not session_of(client).asking.are_absent((put.binary(),))
+        assert not session_of(client).asking.are_absent((absent.binary(),))
+    assert client.contains(put)
+    client2.create(unsealed, 100)
+    client2.flush()
+    asks(unsealed, False)
+    client2.seal(unsealed)
+    client2.flush()
+    held = client2.get_buffers(unsealed)
+    client.delete([unsealed])
+    asks(unsealed, True)
+    del held
+    until(lambda: not client.contains(unsealed), "what was deleted is released")
     sent.clear()
-    assert not client.contains(absent[0])
-    assert len(sent) == 1
+    assert not client.contains(unsealed)
+    assert sent == []
+
+
+@needs_fast_path
+def test_who_asks_again_and_again_hears_that_the_store_has_gone() -> None:
+    """Also of what is not there, for which it sends nothing while the store lives."""
+    absent = ObjectID.from_random()
+    with Store("1MB") as store, store.connect() as client:
+        assert not client.contains(absent)
+        store.process.kill()
+        store.process.wait()
+        with pytest.raises(NotConnectedError):
+            client.contains(absent)
+
+
+# -- deleting ------------------------------------------------------------------------------------
+
+
+@needs_fast_path
+def test_deleting_few_objects_asks_for_nothing(
+    client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """The store reads of them in the outbox, and at most it is told to look there; when that returns, nobody finds them."""
+    for count in (1, 8):
+        for _ in range(20):
+            ids = put_numbers(client2, count)
+            sent.clear()
+            client.delete(ids)
+            assert set(kinds(sent)) <= {Post.KIND, Flush.KIND}
+            assert len(sent) <= 2
+            assert not any(map(client2.contains, ids))
+            assert client.get_buffers(ids, timeout_ms=0) == [None] * count
+    assert client.list() == {}
+
+
+@needs_fast_path
+def test_deleting_many_objects_takes_one_message(client: PlasmaClient, sent: list[Frame]) -> None:
+    """As many records would take longer."""
+    ids = put_numbers(client, 9)
+    sent.clear()
+    client.delete(ids)
+    assert kinds(sent) == [Delete.KIND]
+    client.delete([])
+    assert kinds(sent) == [Delete.KIND]
+    assert client.list() == {}
+
+
+@needs_fast_path
+def test_what_another_one_has_just_put_is_deleted(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """Although the store has not read of it: then it is asked to read all that there is before."""
+    client2.put("the first one gets a lease")
+    client2.flush()
+    with stopped(store):
+        put = client2.put("unread")
+        deleting = threading.Thread(target=client.delete, args=([put],))
+        deleting.start()
+        until(lambda: Delete.KIND in kinds(sent), "the store is asked")
+    deleting.join()
+    assert not client2.contains(put)
+
+
+@needs_fast_path
+def test_a_store_that_stands_still_is_waited_for(store: Store, client: PlasmaClient) -> None:
+    """Until it has read what is to be deleted; an interrupt ends that at once, and the object goes nevertheless."""
+    ids = put_numbers(client, 2)
+    with stopped(store):
+        deleting = threading.Thread(target=client.delete, args=(ids[:1],))
+        deleting.start()
+        deleting.join(0.05)
+        assert deleting.is_alive()
+    deleting.join()
+    assert list(client.list()) == ids[1:]
+
+    with stopped(store):
+        interrupt = threading.get_ident(), signal.SIGINT
+        timer = threading.Timer(0.05, signal.pthread_kill, interrupt)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.delete(ids[1:])
+        timer.join()
+    assert client.list() == {}
 
 
 # -- threads and the collector -------------------------------------------------------------------
@@ -416,7 +577,7 @@ def test_releases_wake_the_store_no_more_often_than_it_looks(
     buffer = client.get_buffers(held)
     client2.delete(held)
     words = session_of(client).attachment.words
-    assert words[HeaderWord.WAKE]
+    until(lambda: words[HeaderWord.WAKE], "the store waits for the release")
     wake_ups: list[int] = []
     write = os.write
 

@@ -216,6 +216,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.incarnations = 0
         self.seen = 0
         self.deleting: list[bytes] = []
+        self.going: set[bytes] = set()
         self.creators: dict[tuple[int, int], Thing] = {}
         self.given_up: set[tuple[int, int]] = set()
         self.witness: Peer | None = None
@@ -290,7 +291,10 @@ class StoreMachine(RuleBasedStateMachine):
         for wait in self.model.waits.values():
             if not wait.is_handled:
                 wait.filled = {at: t for at, t in wait.filled.items() if t is not thing}
-        self.gone_for_reply.append(thing)
+        if object_id in self.going:  # who has deleted it was answered before
+            self.going.remove(object_id)
+        else:
+            self.gone_for_reply.append(thing)
         self.ended.append(thing)
         self.gone += not thing.is_doomed
 
@@ -774,10 +778,35 @@ class StoreMachine(RuleBasedStateMachine):
                 self.deleting.remove(object_id)
                 thing = self.model.sealed().get(object_id)
                 if thing is not None:
-                    assert self.model.is_pinned(thing), "a deleted object stayed"
                     thing.is_doomed = True
+                    if not self.model.is_pinned(thing):
+                        self.going.add(object_id)
 
         self.send(pick(self.active, which), Delete(object_ids), judge_reply)
+
+    @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4), glances=st.booleans())
+    def remove(self, which: int, object_ids: list[bytes], glances: bool) -> None:
+        """Delete objects by records, but for one that is hidden by a move."""
+        talk, peer = self.talk, pick(self.active, which)
+        talk.glance()
+        there, is_hidden = self.model.sealed(), talk.store._objects.is_hidden
+        things = [there[id_] for id_ in object_ids if id_ in there and not is_hidden(id_)]
+        self.deleting += object_ids
+        for object_id in object_ids:
+            if glances:
+                peer.write_silently(talk.removal(object_id))
+                _, effects = talk.store.glance(talk.now_ns)
+                if effects:
+                    talk.carry_out([*effects, *talk.store.settled()])
+            else:
+                peer.write(talk.removal(object_id))
+        talk.glance()
+        for object_id in object_ids:
+            self.deleting.remove(object_id)
+        for thing in things:
+            if self.model.things.get(thing.object_id) is thing:
+                assert self.model.is_pinned(thing), "a removed object stayed"
+                thing.is_doomed = True
 
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=3), keep=st.booleans())
     def keep(self, which: int, object_ids: list[bytes], keep: bool) -> None:
@@ -1041,6 +1070,11 @@ class StoreMachine(RuleBasedStateMachine):
     def proves_itself(self) -> None:
         """Let the store prove its invariants."""
         self.talk.store.check()
+
+    @invariant()
+    def lets_go_what_is_deleted(self) -> None:
+        """Find nothing that was deleted while nobody used it."""
+        assert not self.going, "a deleted object stayed"
 
     @invariant()
     def keeps_every_byte(self) -> None:

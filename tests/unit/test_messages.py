@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shmplasma.errors import Holder, ProtocolError
 from shmplasma.layout import ID_BYTES
 from shmplasma.messages import Message
-from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Remove, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -96,6 +96,7 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Post: st.just(Post()),
     Keep: st.builds(Keep, st.booleans(), st.lists(IDS, max_size=8)),
     Lend: st.builds(Lend, IDS, U64, U32),
+    Remove: st.builds(Remove, IDS, U64),
     Redeem: st.builds(Redeem, IDS, U64, U64),
     Release: st.builds(Release, IDS, U64),
     Hold: st.builds(Hold, U64, st.lists(st.tuples(IDS, U64), max_size=8)),

@@ -98,6 +98,20 @@ def test_a_hidden_object_is_deleted_when_it_has_arrived(hiding: Rooms) -> None:
     hiding.store.check()
 
 
+def test_what_a_record_removes_is_left_while_an_object_is_hidden(hiding: Rooms) -> None:
+    """Its client sees that it is there, and asks for it."""
+    removal = hiding.removal(name(1))
+    hiding.one.write(removal)
+    assert name(1) in hiding.ids()
+    request_id = hiding.one.post(removal)
+    hiding.settle()
+    assert request_id not in hiding.one.replies
+    hiding.turn()
+    hiding.one.take(request_id, Done)
+    assert hiding.ids() == {name(3), name(9)}
+    hiding.store.check()
+
+
 def test_a_hidden_object_is_evicted_when_it_has_arrived(hiding: Rooms) -> None:
     """So does an eviction of all that may go."""
     assert hiding.one.ask(Evict(1 << 40), Number).value == 80 * LINE

@@ -13,6 +13,7 @@ from shmplasma.layout import (
     BOARD_WORDS,
     CONTROL_BYTES,
     ControlWord,
+    EntryState,
     HeaderWord,
 )
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
@@ -704,7 +705,7 @@ def test_what_was_sealed_before_a_question_is_found(talk: Conversation) -> None:
     assert reader.replies == {}
     writer.tell(Seal(A))
     assert list(reader.replies) == [ids[1]], "the get is answered by the seal"
-    talk.carry_out(talk.store.settle(unsettled))
+    talk.settle(unsettled)
     assert reader.take(ids[0], Number).value == 1
     assert ABSENT not in reader.take(ids[1], Objects).found
     assert reader.take(ids[2], Listing).records[0][6] is True
@@ -733,11 +734,55 @@ def test_unsettled_requests_are_answered_by_settle_alone_and_once(
     assert peer.replies == {}
     unsettled = talk.store.take_unsettled()
     assert len(unsettled) == 1
-    talk.carry_out(talk.store.settle([]))
+    talk.settle([])
     assert peer.replies == {}
-    talk.carry_out(talk.store.settle(unsettled))
+    talk.settle(unsettled)
     assert list(peer.replies) == [request_id]
     talk.settle()
+    talk.store.check()
+
+
+def test_who_deletes_does_not_wait_for_the_memory(talk: Conversation) -> None:
+    """He is answered when nobody finds the objects any more; the barrier and all that follows come after that."""
+    peer, other = talk.client(), talk.client()
+    peer.put(A, 64)
+    slot = peer.create(B)
+    peer.tell(Seal(B))
+    room = talk.store._parts.room
+    free_before = room.free_bytes
+    request_id, barriers = peer.post(Delete([A, B])), talk.memory.barriers
+    talk.carry_out(talk.store.settle(talk.store.take_unsettled()))
+    peer.take(request_id, Done)
+    assert talk.memory.barriers == barriers
+    table = talk.store._parts.table
+    assert {table.state(table.find(object_id)) for object_id in (A, B)} == {EntryState.DOOMED}
+    talk.carry_out(talk.store.settled())
+    assert talk.memory.barriers > barriers
+    assert room.free_bytes == free_before + 64
+    assert talk.ids() == {B}
+    assert talk.wake_word == 1
+    talk.store.check()
+    peer.release(slot)
+    talk.wake()
+    assert other.ask(Contains(B), Number).value == 0
+    talk.store.check()
+
+
+def test_what_follows_a_deletion_in_a_turn_finds_it_done(talk: Conversation) -> None:
+    """Whoever asks, and whatever for: also whether to delete the same object once more."""
+    peer, other = talk.client(), talk.client()
+    subscriber = talk.subscriber()
+    for object_id in (A, B):
+        peer.put(object_id, 64)
+    ids = [peer.post(Delete([A])), other.post(List(0))]
+    ids += [peer.post(Delete([A, B])), other.post(Delete([B])), peer.post(Delete([B]))]
+    talk.turn()
+    peer.take(ids[0], Done)
+    assert [record[0] for record in other.take(ids[1], Listing).records] == [B]
+    for asker, request_id in zip((peer, other, peer), ids[2:], strict=True):
+        asker.take(request_id, Done)
+    gone = [object_id for object_id, *sizes in subscriber.notifications if sizes == [-1, -1]]
+    assert gone == [A, B]
     talk.store.check()
 
 
@@ -1428,18 +1473,141 @@ def test_who_waits_is_not_kept_waiting_by_silence(tenant: Tenant) -> None:
     assert tenant.peer.outbox.is_to_be_announced
 
 
-def test_a_glance_reads_the_last_client(tenant: Tenant) -> None:
-    """What the client of the last request has written since is read by a glance, what others wrote is not."""
+def test_a_glance_reads_all_outboxes_where_there_are_few(tenant: Tenant) -> None:
+    """Whoever has written, without being asked, and clients see that they need not tell of it."""
+    talk, outbox = tenant.talk, tenant.peer.outbox
+    talk.client()
     tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
-    tenant.talk.client()
-    tenant.talk.carry_out(tenant.talk.store.glance(tenant.talk.now_ns))
+    seen = [outbox.is_looked_at]
+    for looks in (True, False):
+        talk.store.look(looks=looks)
+        seen.append(outbox.is_looked_at)
+    assert seen == [False, True, False]
+    assert talk.glance() == 1
+    assert talk.glance() == 0
+    assert tenant.control(ControlWord.ACKNOWLEDGED) == 1
+
+
+def test_a_glance_reads_the_last_client_where_there_are_many(tenant: Tenant) -> None:
+    """What the client of the last request has written since is read by a glance, what others wrote is not."""
+    talk = tenant.talk
+    tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    others = [talk.client() for _ in range(8)]
+    talk.store.look(looks=True)
+    assert not tenant.peer.outbox.is_looked_at, "nobody may count on it"
+    assert talk.glance() == 0
     assert tenant.control(ControlWord.ACKNOWLEDGED) == 0
     tenant.peer.ask(Contains(B), Number)
     tenant.peer.write_silently(Publish(B, tenant.next + 64, 64, 0, 3))
-    tenant.talk.carry_out(tenant.talk.store.glance(tenant.talk.now_ns))
+    assert talk.glance() == 1
     assert tenant.control(ControlWord.ACKNOWLEDGED) == 2
-    tenant.talk.disconnect(tenant.peer)
-    assert not tenant.talk.store.glance(tenant.talk.now_ns)
+    others[0].tell(Post())
+    talk.disconnect(tenant.peer)
+    assert talk.glance() == 0
+
+
+# -- removing by records --------------------------------------------------------------------------
+
+
+def test_what_is_removed_by_records_goes_at_once(talk: Conversation) -> None:
+    """One after the other is hidden when it is acknowledged; one barrier later their room is free."""
+    peer, subscriber = talk.client(), talk.subscriber()
+    for object_id in (A, B, C):
+        peer.put(object_id, 64)
+    room, free_before = talk.store._parts.room, talk.store._parts.room.free_bytes
+    barriers = talk.memory.barriers
+    for number, object_id in enumerate((A, B), 1):
+        peer.write_silently(talk.removal(object_id))
+        read = peer.outbox.read
+        count, effects = talk.store.glance(talk.now_ns)
+        assert (count, list(effects)) == (1, [])
+        assert peer.outbox.read == read + 1
+        assert len(talk.store.deleting) == number
+    assert talk.memory.barriers == barriers
+    assert room.free_bytes == free_before
+    assert talk.glance() == 0
+    assert talk.memory.barriers == barriers + 1
+    assert room.free_bytes == free_before + 128
+    assert talk.ids() == {C}
+    gone = [object_id for object_id, *sizes in subscriber.notifications if sizes == [-1, -1]]
+    assert gone == [A, B]
+    talk.store.check()
+
+
+def test_what_is_put_anew_is_not_removed_with_what_was_there(tenant: Tenant) -> None:
+    """In one reading an object is removed, put again under the same id, and the first one is removed once more."""
+    talk, peer = tenant.talk, tenant.peer
+    tenant.publish(A)
+    removal = talk.removal(A)
+    peer.write_silently(removal)
+    peer.write_silently(removal)
+    peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
+    peer.write_silently(removal)
+    assert talk.glance() == 4
+    assert talk.ids() == {A}
+    assert peer.replies == {}, "nothing was refused"
+    peer.ask(removal, Done)
+    assert talk.ids() == {A}
+    peer.write(talk.removal(A))
+    assert talk.ids() == set()
+    talk.store.check()
+
+
+def test_what_is_pinned_is_removed_by_its_last_release(talk: Conversation) -> None:
+    """As after a `Delete`; what is not there, or not sealed, is left alone."""
+    peer, other = talk.client(), talk.client()
+    slot = peer.create(A)
+    peer.create(B)
+    peer.write(Seal(A))
+    for object_id in (A, B, C):
+        other.write(talk.removal(object_id))
+    assert talk.ids() == {A, B}
+    assert talk.wake_word == 1
+    talk.store.check()
+    peer.release(slot)
+    talk.wake()
+    assert talk.ids() == {B}
+    peer.ask(Seal(B), Done)
+    talk.store.check()
+
+
+def test_a_run_of_removals_does_not_pile_up(roomy: Tenant) -> None:
+    """After so many the room is given back, however long the store goes on looking."""
+    talk, ids = roomy.talk, [name(number) for number in range(100)]
+    for object_id in ids:
+        roomy.publish(object_id)
+    most = 0
+    for object_id in ids:
+        roomy.peer.write_silently(talk.removal(object_id))
+        talk.store.glance(talk.now_ns)
+        most = max(most, len(talk.store.deleting))
+    assert most == 31
+    talk.glance()
+    assert talk.ids() == set()
+    talk.store.check()
+
+
+def test_a_removal_that_is_asked_for_is_answered(talk: Conversation) -> None:
+    """Whoever sends one as a request, or one-way, has it carried out like a record."""
+    peer = talk.client()
+    for object_id in (A, B):
+        peer.put(object_id, 64)
+    peer.ask(talk.removal(A), Done)
+    peer.tell(talk.removal(B))
+    assert talk.ids() == set()
+    talk.store.check()
+
+
+def test_a_client_that_breaks_off_has_removed_what_it_said(talk: Conversation) -> None:
+    """Also if what it says next costs it the connection."""
+    peer = talk.client()
+    peer.put(A, 64)
+    peer.write_silently(talk.removal(A))
+    peer.write_silently(Publish(B, 0, 64, 0, 3))
+    talk.glance()
+    assert peer.dropped is not None
+    assert talk.ids() == set()
+    talk.store.check()
 
 
 def test_a_full_outbox_and_one_message(roomy: Tenant) -> None:

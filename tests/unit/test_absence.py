@@ -1,0 +1,161 @@
+"""Seeing in the segment that something is not there: what settles it, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from shmplasma.absence import Absence
+from shmplasma.attachment import Attachment
+from shmplasma.layout import ControlWord, EntryWord, HeaderWord
+from shmplasma.outbox import RECORDS, are_read
+from shmplasma.posted import Seal
+from shmplasma.replies import Done, Objects
+from shmplasma.requests import Delete, Flush, Get
+from tests.conversation import Conversation, Peer, name
+
+A, B = map(name, range(1, 3))
+
+
+@pytest.fixture
+def talk() -> Conversation:
+    """Return a store of 1 MiB."""
+    return Conversation(1 << 20)
+
+
+@pytest.fixture
+def peer(talk: Conversation) -> Peer:
+    """Return a client of it."""
+    return talk.client()
+
+
+def absence_in(talk: Conversation) -> Absence:
+    """Return what a client sees by."""
+    segment = SimpleNamespace(layout=talk.layout, read_map=talk.raw, words=talk.words)
+    return Absence(cast("Attachment", segment))
+
+
+def test_what_was_never_there_and_what_has_gone_is_absent(talk: Conversation, peer: Peer) -> None:
+    """An object is not as long as there is any."""
+    absence = absence_in(talk)
+    assert absence.are_absent([A, B])
+    peer.put(A, 64)
+    assert absence.are_absent([B])
+    assert not absence.are_absent([A])
+    assert not absence.are_absent([B, A])
+    peer.ask(Delete([A]), Done)
+    assert absence.are_absent([A, B])
+
+
+def test_an_entry_in_whatever_state_settles_nothing(talk: Conversation, peer: Peer) -> None:
+    """One that is not sealed, or was deleted while it is pinned: the store knows what that means."""
+    absence = absence_in(talk)
+    slot = peer.create(A)
+    assert not absence.are_absent([A])
+    peer.write(Seal(A))
+    peer.release(slot)
+    pin = peer.free_slots.pop()
+    peer.ask(Get(True, [A], [pin]), Objects)
+    peer.ask(Delete([A]), Done)
+    assert not absence.are_absent([A])
+    peer.release(pin)
+    talk.wake()
+    assert absence.are_absent([A])
+
+
+def test_what_the_store_has_not_read_may_be_anything(talk: Conversation, peer: Peer) -> None:
+    """Whoever has written it."""
+    absence = absence_in(talk)
+    other = talk.client()
+    slot = other.create(B)
+    other.write_silently(Seal(B))
+    assert not absence.are_absent([A])
+    peer.ask(Flush(), Done)
+    assert not absence.are_absent([A]), "the store has not read it for somebody else's request"
+    other.ask(Flush(), Done)
+    assert absence.are_absent([A])
+    other.release(slot)
+
+
+def test_an_outbox_may_change_hands(talk: Conversation) -> None:
+    """The numbers of its next client's records begin anew."""
+    absence = absence_in(talk)
+    talk.client()
+    first = talk.client()
+    for number in range(3, RECORDS + 6):
+        first.put(name(number), 64)
+    talk.disconnect(first)
+    second = talk.client()
+    assert absence.are_absent([A])
+    slot = second.create(A)
+    second.write_silently(Seal(A))
+    assert not absence.are_absent([B])
+    second.ask(Flush(), Done)
+    assert absence.are_absent([B])
+    second.release(slot)
+
+
+def test_a_table_whose_chains_are_written_anew_settles_nothing(talk: Conversation) -> None:
+    """A successor makes the number odd meanwhile."""
+    absence = absence_in(talk)
+    talk.words[HeaderWord.INSERTIONS] += 1
+    assert not absence.are_absent([A])
+    talk.words[HeaderWord.INSERTIONS] += 1
+    assert absence.are_absent([A])
+
+
+def test_a_damaged_chain_is_left(talk: Conversation, peer: Peer) -> None:
+    """One that leads in a circle does not keep anybody for ever, and settles nothing."""
+    absence = absence_in(talk)
+    peer.put(A, 64)
+    first = talk.layout.entries // 8
+    words, buckets = talk.words, talk.layout.buckets // 8
+    words[first + EntryWord.NEXT] = 1
+    for bucket in range(talk.layout.n_buckets):
+        words[buckets + bucket] = 1
+    assert not absence.are_absent([B])
+
+
+def test_so_many_outboxes_are_not_looked_into(talk: Conversation) -> None:
+    """It would take longer than to ask."""
+    absence = absence_in(talk)
+    peers = [talk.client() for _ in range(100)]
+    assert absence.are_absent([A])
+    peers.append(talk.client())
+    assert not absence.are_absent([A])
+
+
+class Changing:
+    """The segment's words, to which something happens after so many have been read."""
+
+    def __init__(self, words: memoryview, reads: int, happens: Callable[[], object]) -> None:
+        self._words = words
+        self._reads = reads
+        self._happens = happens
+
+    def __getitem__(self, at: int) -> int:
+        """Return a word."""
+        if self._reads == 0:
+            self._happens()
+        self._reads -= 1
+        return int(self._words[at])
+
+
+@pytest.mark.parametrize("reads", range(3))
+def test_a_ring_that_goes_round_meanwhile_was_not_read(
+    talk: Conversation, peer: Peer, reads: int
+) -> None:
+    """Of two records that are unread when the looking begins one may be so still, although the first one's place has another number."""
+    for _ in range(2):
+        peer.write_silently(Seal(A))
+
+    def go_round() -> None:
+        talk.words[talk.layout.control // 8 + ControlWord.ACKNOWLEDGED] += 1
+        for _ in range(RECORDS - 1):
+            peer.write_silently(Seal(A))
+
+    words: Any = Changing(talk.words, reads, go_round)
+    assert not are_read(words, talk.layout, 1)
