@@ -348,7 +348,7 @@ class Server:
 
         No messages, but not None, when something was in the outboxes from which more follows.
         """
-        select, store = self._selector.select, self._store
+        select, store, switchboard = self._selector.select, self._store, self._switchboard
         goes_on = True
         try:
             while goes_on:
@@ -360,7 +360,7 @@ class Server:
                     if effects:
                         self._carry_out([*effects, *store.settled()])
                     if count:
-                        if self._switchboard.backlog or not store.is_quiet:
+                        if switchboard.backlog or switchboard.awaited or not store.is_quiet:
                             return events
                         goes_on = True
                         break

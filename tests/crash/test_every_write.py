@@ -200,8 +200,9 @@ class Story:
         assert self.there()[n] == (False, False)
         self.seal(other, n)
         self.release(claimed[3])
-        talk.tell(one, talk.removal(m))
-        talk.tell(other, talk.removal(n))
+        for object_id in (m, n):
+            one.write_silently(talk.removal(object_id))
+        talk.glance()
         talk.tell(one, talk.removal(j))  # which is held
         assert m not in self.there()
         assert n not in self.there()
