@@ -453,13 +453,18 @@ def test_a_store_that_stands_still_is_waited_for(store: Store, client: PlasmaCli
     deleting.join()
     assert list(client.list()) == ids[1:]
 
-    with stopped(store):
-        interrupt = threading.get_ident(), signal.SIGINT
-        timer = threading.Timer(0.05, signal.pthread_kill, interrupt)
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            client.delete(ids[1:])
-        timer.join()
+    # Where tests run in the background SIGINT is ignored, so another signal raises KeyboardInterrupt.
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    interrupt = threading.get_ident(), signal.SIGUSR1
+    timer = threading.Timer(0.05, signal.pthread_kill, interrupt)
+    try:
+        with stopped(store):
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                client.delete(ids[1:])
+            timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert client.list() == {}
 
 
