@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 from shmplasma.layout import EntryState, Layout
@@ -18,8 +19,10 @@ __all__ = ["describe", "list_objects", "notification", "printable", "sealed_noti
 _SEALED: Final = frozenset(
     (EntryState.SEALED, EntryState.DOOMED, EntryState.MOVING, EntryState.SPILLED)
 )
-_LIST_WINDOW: Final = 4096
-"""Entries that one `Listing` covers: a few milliseconds of the loop's time."""
+_LIST_OBJECTS: Final = 4096
+"""Objects that one `Listing` covers at most: a few milliseconds of the loop's time."""
+_LIST_ENTRIES: Final = 1 << 16
+"""Entries that are looked at for one: a millisecond, if there is nothing in them."""
 
 
 def list_objects(table: Table, holders: Mapping[int, int], start: int) -> Listing:
@@ -34,15 +37,16 @@ def list_objects(table: Table, holders: Mapping[int, int], start: int) -> Listin
     start : int
         The first entry.
     """
-    stop, created = start + _LIST_WINDOW, EntryState.CREATED
+    stop, created = start + _LIST_ENTRIES, EntryState.CREATED
+    listed = list(islice(table.listed(start, stop), _LIST_OBJECTS))
     records: list[ListRecord] = [
         (object_id, data, metadata, holders.get(entry, 0), created_ns, ns, state != created, keep)
-        for entry, state, object_id, data, metadata, created_ns, ns, keep in table.listed(
-            start, stop
-        )
+        for entry, state, object_id, data, metadata, created_ns, ns, keep in listed
     ]
-    is_all = stop >= table.end or (not start and len(records) == len(table))
-    return Listing(0 if is_all else stop, records)
+    if not start and len(records) == len(table):
+        return Listing(0, records)
+    next_start = listed[-1][0] + 1 if len(listed) == _LIST_OBJECTS else stop
+    return Listing(next_start if next_start < table.end else 0, records)
 
 
 def notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
