@@ -236,6 +236,7 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
     apart = None if sharing is None else _stored(value, sharing)
     if sharing is None or apart is None:
+        # The only error at which `distributed` goes on with its next family.
         raise NotImplementedError("there is no store in common, nothing large, or no room in it")
     body, _, kept = apart
     sink = io.BytesIO()

@@ -13,6 +13,7 @@ from typing import Final, assert_never
 
 from shmplasma.answers import Answers
 from shmplasma.creations import Creations
+from shmplasma.deletions import Deletions
 from shmplasma.effects import Descriptor
 from shmplasma.errors import ProtocolError
 from shmplasma.gets import PendingGet
@@ -70,7 +71,7 @@ class Dispatch:
     ----------
     layout : Layout
         The segment's layout.
-    table, boards, room, objects, publishing, greeter, answers, creations, ledger, trims, outgoing
+    table, boards, room, objects, deletions, publishing, greeter, answers, creations, ledger, trims, outgoing
         The parts of the store that it joins.
     heed_all : callable
         ``heed_all(now_ns)`` reads all outboxes.
@@ -90,6 +91,7 @@ class Dispatch:
         boards: Boards,
         room: Room,
         objects: Lifecycle,
+        deletions: Deletions,
         publishing: Publishing,
         greeter: Greeter,
         answers: Answers,
@@ -104,6 +106,7 @@ class Dispatch:
         self._boards = boards
         self._room = room
         self._objects = objects
+        self._deletions = deletions
         self._publishing = publishing
         self._greeter = greeter
         self._sessions = greeter.sessions
@@ -160,7 +163,7 @@ class Dispatch:
             case Remove() if request_id == ONE_WAY:
                 # What is hidden by a move is left, and its client asks for it.
                 if not self._objects.is_hidden(request.object_id):
-                    self._objects.begin_removing(request)
+                    self._deletions.begin_one(request)
             case Lend() | Redeem() | Release():
                 self._ledger.handle(client, request, now_ns)
                 self._outgoing.reply(client, request_id, _DONE)
@@ -227,7 +230,7 @@ class Dispatch:
     ) -> None:
         """Answer a request that was left unsettled, now that all outboxes are read.
 
-        Who deletes need not wait until memory is given back: `Lifecycle.end_deleting` is to follow.
+        Who deletes need not wait until memory is given back: `Deletions.end` is to follow.
 
         Raises
         ------
@@ -253,13 +256,13 @@ class Dispatch:
                 self._creations.answer_now(client, request.request_id, now_ns)
             case Delete():
                 at_once = self._room.most_at_once
-                self._objects.begin_deleting(request.object_ids[:at_once])
+                self._deletions.begin(request.object_ids[:at_once])
                 if rest := request.object_ids[at_once:]:
                     self.unsettled.append((client, request_id, Delete(rest), now_ns))
                 else:
                     self._outgoing.reply(client, request_id, _DONE)
             case Remove():
-                self._objects.begin_removing(request)
+                self._deletions.begin_one(request)
                 self._outgoing.reply(client, request_id, _DONE)
             case Keep():
                 self._objects.keep(client, request.object_ids, request.keep)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shmplasma.deletions import Deletions
 from shmplasma.layout import REFERENCED
-from shmplasma.lifecycle import Lifecycle
 from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.references import References
 from shmplasma.requests import Bequeath, Hold
@@ -29,10 +29,10 @@ class Ledger:
         Who owns what.
     """
 
-    def __init__(self, table: Table, room: Room, objects: Lifecycle, ticket_ns: int) -> None:
+    def __init__(self, table: Table, room: Room, deletions: Deletions, ticket_ns: int) -> None:
         self._table = table
         self._room = room
-        self._objects = objects
+        self._deletions = deletions
         self.references = References(self._protect, ticket_ns)
 
     def _protect(self, object_id: bytes, whether: bool) -> None:
@@ -74,4 +74,4 @@ class Ledger:
     def delete_nobodys(self) -> None:
         """Delete what nobody owns, but while a move hides an object; all outboxes have been read just now."""
         if self.references.has_suspects and self._room.mover.hidden == NO_ENTRY:
-            self._objects.delete(self.references.judge())
+            self._deletions.delete(self.references.judge())

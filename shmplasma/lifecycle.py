@@ -25,7 +25,7 @@ from shmplasma.layout import EntryState, Layout
 from shmplasma.leases import Leases
 from shmplasma.memory import Memory
 from shmplasma.pins import Boards
-from shmplasma.posted import Claim, Publish, Remove
+from shmplasma.posted import Claim, Publish
 from shmplasma.recovery import Findings, examine
 from shmplasma.releases import Releases
 from shmplasma.replies import Failed, Failure
@@ -61,8 +61,6 @@ class Lifecycle:
         Where objects go instead, if there is an external store.
     evictions : int
         How many objects were evicted.
-    deleting : set of int
-        What `end_deleting` is due for; the same set for as long as this lives.
     """
 
     def __init__(
@@ -88,7 +86,6 @@ class Lifecycle:
         self._creators: dict[int, int] = {}
         self._unsealed: dict[int, set[int]] = {}
         self._recovered: set[int] = set()
-        self.deleting: set[int] = set()
         self.releases = Releases(words, table, boards, room, memory, gone)
         # Its sets, which are looked at with each put.
         self._doomed = self.releases.doomed
@@ -378,45 +375,9 @@ class Lifecycle:
         if not unsealed:
             del self._unsealed[client]
 
-    # -- delete, evict -------------------------------------------------------------------------
+    # -- drop, evict ---------------------------------------------------------------------------
 
-    def delete(self, object_ids: Iterable[bytes]) -> None:
-        """Delete sealed objects: at once where nobody pins them, else at their last release."""
-        self.begin_deleting(object_ids)
-        self.end_deleting()
-
-    def begin_deleting(self, object_ids: Iterable[bytes]) -> None:
-        """Delete sealed objects as far as others can see; `end_deleting` has to follow before anything else is done, but for more of this.
-
-        From then on nobody finds them who does not ask the store.
-        """
-        deleting, table = self.deleting, self._table
-        for object_id in object_ids:
-            if deleting and table.find(object_id) in deleting:
-                continue
-            entry = self.find_sealed(object_id)
-            if entry != NO_ENTRY:
-                deleting.add(entry)
-                table.set_state(entry, EntryState.DOOMED)
-            elif (spilled := self.find_spilled(object_id)) != NO_ENTRY:
-                self._drop(spilled)
-
-    def begin_removing(self, message: Remove) -> None:
-        """Do so with one that is still the one that its client has seen."""
-        entry = self._table.find(message.object_id)
-        if entry != NO_ENTRY and self._table.created_ns(entry) == message.created_ns:
-            self.begin_deleting((message.object_id,))
-
-    def end_deleting(self) -> None:
-        """Give back what was deleted, where nobody pins it, and wait for the last release of the rest."""
-        if self.deleting:
-            entries = set(self.deleting)
-            self.deleting.clear()
-            self.releases.take(entries)
-            if entries:
-                self.releases.doom(entries)
-
-    def _drop(self, entry: int) -> None:
+    def drop(self, entry: int) -> None:
         """Delete an object that is in the external store alone."""
         if self.spilling is not None:
             self.spilling.drop(entry)
@@ -518,7 +479,6 @@ class Lifecycle:
         for entry in range(self._table.end):
             created = state(entry) == EntryState.CREATED
             assert created == (entry in unsealed), f"entry {entry} has no creator or is not CREATED"
-        assert not self.deleting, "what was deleted has not gone"
         self.releases.check()
         if self.spilling is not None:
             self.spilling.check()

@@ -256,7 +256,7 @@ class Link:
             raise
 
     def _append(self, kind: int, body: bytes) -> int:
-        """Write a record, and return how many there were with it."""
+        """Write a record as `post` does, which has no time for a call more; return how many there were with it."""
         while True:
             if self._posting.locked() and is_inside(self, _POSTING):
                 raise RuntimeError(NESTED)

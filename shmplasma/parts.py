@@ -10,6 +10,7 @@ from shmplasma.answers import Answers
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.control import Control
 from shmplasma.creations import Creations, Creator
+from shmplasma.deletions import Deletions
 from shmplasma.dispatch import Dispatch
 from shmplasma.greeting import Greeter
 from shmplasma.hints import Wanted
@@ -106,7 +107,8 @@ class Parts:
         self.publishing = Publishing(
             self.table, self.boards, self.room, leases, self.objects, memory
         )
-        self.ledger = Ledger(self.table, self.room, self.objects, ticket_ns)
+        self.deletions = Deletions(self.table, self.objects)
+        self.ledger = Ledger(self.table, self.room, self.deletions, ticket_ns)
         self.greeter = Greeter(
             layout,
             token,
@@ -147,6 +149,7 @@ class Parts:
             self.boards,
             self.room,
             self.objects,
+            self.deletions,
             self.publishing,
             self.greeter,
             self.answers,
@@ -163,7 +166,7 @@ class Parts:
             raw,
             control,
             self.publishing,
-            self.objects,
+            self.deletions,
             self.outgoing,
             sessions,
             self.polling,
@@ -196,6 +199,7 @@ class Parts:
     def check(self) -> None:
         """Prove the invariants of all parts."""
         self.objects.check()
+        self.deletions.check()
         self.answers.check()
         self.creations.check()
         self.ledger.references.check()

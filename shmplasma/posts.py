@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from shmplasma.control import Control
+from shmplasma.deletions import Deletions
 from shmplasma.denials import Refused
 from shmplasma.effects import Drop
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
-from shmplasma.lifecycle import Lifecycle
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import Outgoing
 from shmplasma.posted import Claim, Publish, Remove, decode_posted
@@ -39,7 +39,7 @@ class Posts:
         The segment's layout.
     words, raw : memoryview
         The segment as native 8-byte words and as bytes.
-    control, publishing, objects, outgoing
+    control, publishing, deletions, outgoing
         The parts of the store that it needs.
     sessions : mapping
         All connections.
@@ -62,7 +62,7 @@ class Posts:
         raw: memoryview,
         control: Control,
         publishing: Publishing,
-        objects: Lifecycle,
+        deletions: Deletions,
         outgoing: Outgoing,
         sessions: Mapping[int, Session],
         polling: Polling,
@@ -74,7 +74,7 @@ class Posts:
         self._outboxes = layout.outboxes
         self._control = control
         self._publishing = publishing
-        self._objects = objects
+        self._deletions = deletions
         self._outgoing = outgoing
         self._sessions = sessions
         self._polling = polling
@@ -98,13 +98,13 @@ class Posts:
         if not is_written(self._words, start, acknowledged):
             return 0
         page = self._raw[start : start + OUTBOX_BYTES]
-        count, deleting = 0, self._objects.deleting
+        count, begun = 0, self._deletions.begun
         try:
             # A client that writes on and on is not to keep the others waiting.
             while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
                 message = decode_posted(*record)
-                if deleting and type(message) is not Remove:
-                    self._objects.end_deleting()
+                if begun and type(message) is not Remove:
+                    self._deletions.end()
                 if not (
                     recovering
                     and not count
@@ -122,8 +122,8 @@ class Posts:
                 count += 1
                 self._control.acknowledge(board, acknowledged)
         finally:
-            if deleting and (not self._glances or len(deleting) >= _DELETED_AT_ONCE):
-                self._objects.end_deleting()
+            if begun and (not self._glances or len(begun) >= _DELETED_AT_ONCE):
+                self._deletions.end()
         return count
 
     def heed_or_drop(self, session: Session | None, now_ns: int) -> int:
@@ -171,7 +171,7 @@ class Posts:
     def glance(self, latest: int, now_ns: int) -> int:
         """Read all outboxes where there are few, else that of the client that was handled last, which most likely goes on.
 
-        `Lifecycle.end_deleting` is to follow before anything else is done, but for another glance.
+        `Deletions.end` is to follow before anything else is done, but for another glance.
         """
         self._glances = True
         try:

@@ -93,9 +93,8 @@ class Removal:
         link, absence = self._link, self._absence
         if not 0 < len(object_ids) <= _FEW or not link.may_look or not absence.are_read:
             return False
-        if (
-            link.channel.is_entered
-        ):  # inside another call, where to ask is refused, whatever the store does meanwhile
+        # Inside another call to ask is refused, whatever the store does meanwhile.
+        if link.channel.is_entered:
             return False
         removals: list[Remove] = []
         for object_id in object_ids:

@@ -78,7 +78,8 @@ class ObjectStore:
         self._jobs = parts.jobs
         self._queue = parts.queue
         self._memory = parts.memory
-        self.deleting = parts.objects.deleting
+        self._deletions = parts.deletions
+        self.deleting = parts.deletions.begun
         self._latest = -1
         self._now_ns = 0
 
@@ -198,7 +199,7 @@ class ObjectStore:
             session = self._greeter.sessions.get(client)
             if session is None or session.detached:
                 continue
-            self._objects.end_deleting()
+            self._deletions.end()
             try:
                 self._dispatch.settle(session, request_id, request, now_ns)
             except Refused as refused:
@@ -212,7 +213,7 @@ class ObjectStore:
 
     def settled(self) -> Sequence[Effect]:
         """Do what those who asked need not wait for, when all that was returned before is done."""
-        self._objects.end_deleting()
+        self._deletions.end()
         return self._outgoing.take()
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from shmplasma.control import Control
+from shmplasma.deletions import Deletions
 from shmplasma.denials import NoRoom, Refused
 from shmplasma.layout import BOARD_WORDS, EntryState, HeaderWord, Layout
 from shmplasma.leases import Leases
@@ -47,6 +48,7 @@ class Household:
             self.memory,
             self.gone.append,
         )
+        self.deletions = Deletions(self.table, self.objects)
         assert [self.boards.grant(client, 4711, 1) for client in (ALICE, BOB)] == [ALICE, BOB]
         self._free_slots = [list(slots_of(client)) for client in (ALICE, BOB)]
 
@@ -146,7 +148,7 @@ def test_an_id_is_taken_as_long_as_its_object_can_be_found(house: Household) -> 
     slot = house.create(1)
     house.objects.seal(ALICE, name(1), 1)
     assert refusal() is Failure.EXISTS
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     assert refusal() is Failure.EXISTS
     house.release(slot)
     house.objects.releases.wake()
@@ -295,11 +297,11 @@ def test_deleting_removes_at_once_what_nobody_pins(house: Household) -> None:
     house.put(1)
     house.put(2)
     house.create(3)
-    house.objects.delete([name(1), name(3), name(4), name(1)])
+    house.deletions.delete([name(1), name(3), name(4), name(1)])
     assert house.sealed() == [2]
     assert house.gone == [name(1)]
     assert house.wake_word == 0
-    house.objects.delete([])
+    house.deletions.delete([])
     house.objects.check()
 
 
@@ -307,7 +309,7 @@ def test_a_pinned_object_goes_at_its_last_release(house: Household) -> None:
     """Until then it can be found, and the header asks for wake-ups; after it, neither."""
     house.put(1)
     slots = [house.pin(1), house.pin(1), house.pin(1, BOB)]
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     for slot in slots:
         assert house.sealed() == [1]
         assert house.gone == []
@@ -333,7 +335,7 @@ def test_a_release_at_the_barrier_is_not_missed(house: Household) -> None:
         house.memory.at_barrier = second
 
     house.memory.at_barrier = first
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     assert seen == [1]
     assert (house.sealed(), house.gone, house.wake_word) == ([], [name(1)], 0)
 
@@ -343,7 +345,7 @@ def test_a_doomed_object_that_was_released_can_be_evicted(house: Household) -> N
     house.put(1)
     house.put(2)
     slot = house.pin(1)
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     house.release(slot)
     assert house.objects.evict(1 << 40) == (128, False)
     assert sorted(house.gone) == [name(1), name(2)]
@@ -358,7 +360,7 @@ def test_no_delete_mark_outlives_its_object(house: Household, is_sealed: bool) -
     """A new object in the place of one that was doomed, and evicted, is not taken for it."""
     house.put(1, 4096)
     slot = house.pin(1)
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     house.release(slot)
     slot = house.create(2, 4096)
     if is_sealed:
@@ -374,11 +376,11 @@ def test_a_second_delete_after_the_release_ends_the_wait(house: Household) -> No
     """A doomed object that another delete has removed asks for no more wake-ups."""
     house.put(1)
     slot = house.pin(1)
-    house.objects.delete([name(1)])
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
+    house.deletions.delete([name(1)])
     assert house.objects.releases.n_waiting == 1
     house.release(slot)
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     assert house.gone == [name(1)]
     assert house.objects.releases.n_waiting == 0
     house.objects.releases.wake()
@@ -391,7 +393,7 @@ def test_the_wake_word_stays_while_anything_waits(house: Household) -> None:
     house.put(1)
     house.put(2)
     slots = [house.pin(1), house.pin(2, BOB), house.create(3)]
-    house.objects.delete([name(1), name(2)])
+    house.deletions.delete([name(1), name(2)])
     house.objects.abort(ALICE, name(3))
     for waiting, slot in zip((3, 2, 1), slots, strict=True):
         assert house.objects.releases.n_waiting == waiting
@@ -446,7 +448,7 @@ def test_a_creation_tells_of_what_went_for_it_even_if_it_fails(house: Household)
 def test_pins_of_what_is_not_there_are_no_invariant_of_ours(house: Household) -> None:
     """A client may write any entry to its board: free and never used ones harm nobody's proof."""
     house.put(1)
-    house.objects.delete([name(1)])
+    house.deletions.delete([name(1)])
     for entry in (0, 1, 4000, house.layout.n_entries - 1):
         house.boards.pin(house.slot(BOB), entry)
     house.objects.check()
