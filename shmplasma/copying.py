@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from shmplasma.pace import MEASURED_BYTES, Pace
 
 __all__ = ["SLICE_BYTES", "Source", "copy_into", "writer_over"]
 
@@ -16,13 +19,14 @@ Source: TypeAlias = "bytes | bytearray | memoryview | pa.Buffer | npt.NDArray[An
 
 _PARALLEL_BYTES: Final = 4 << 20
 """From here on several threads copy.  Measured on 2 CPUs into warm shared memory, 1 and 2 threads, GB/s:
-1 MiB 14 and 11, 2 MiB 14 and 11, 4 MiB 13 and 17, 8 MiB 13 and 21, 64 MiB 8 (there glibc does not yet
-bypass the cache) and 15.  With the other CPU busy the second thread neither helps nor harms much."""
+1 MiB 14 and 11, 2 MiB 14 and 11, 4 MiB 13 and 17, 8 MiB 13 and 21.  With the other CPU busy the second thread neither
+helps nor harms much.  What is larger is left to `shmplasma.pace`."""
 SLICE_BYTES: Final = 1 << 20
 """Below this a slice assignment copies: it saves 2 us, and holds the GIL for 80 us at most."""
 _BLOCK_BYTES: Final = 4096
 """Threads divide a copy at pages, so that no two of them wait for the same page fault."""
 _CPUS: Final = os.cpu_count() or 1
+_PACE: Final = Pace()
 
 
 def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -> None:
@@ -36,7 +40,7 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
         Contiguous memory, in C or F order, is copied as it lies.  Anything else is written in C order.
     threads : int
         Upper limit on the threads that copy 4 MiB or more of contiguous memory; there are never more
-        than the machine has processors.
+        than the machine has processors, and only one where that is faster.
 
     Raises
     ------
@@ -73,6 +77,16 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
     if target.size < SLICE_BYTES:
         target.data[:] = flat.data
         return
+    if target.size < MEASURED_BYTES:
+        _copy(target, flat, threads)
+        return
+    threads = _PACE.threads(target.size, min(threads, _CPUS))
+    began = time.perf_counter_ns()
+    _copy(target, flat, threads)
+    _PACE.took(target.size, threads, time.perf_counter_ns() - began)
+
+
+def _copy(target: npt.NDArray[np.uint8], flat: npt.NDArray[np.uint8], threads: int) -> None:
     with writer_over(target, threads) as writer:
         writer.write(pa.py_buffer(flat.data))
 

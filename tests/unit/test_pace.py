@@ -1,0 +1,58 @@
+"""How many threads copy: what is measured decides, and what has changed is noticed."""
+
+from __future__ import annotations
+
+import pytest
+
+from shmplasma.pace import MEASURED_BYTES, Pace
+
+_SIZE = 64 << 20
+
+
+def _copies(pace: Pace, costs: dict[int, int], times: int, size: int = _SIZE) -> list[int]:
+    """Copy so often, at these nanoseconds for each number of threads; return who copied."""
+    chosen = []
+    for _ in range(times):
+        threads = pace.threads(size, 2)
+        pace.took(size, threads, costs[threads])
+        chosen.append(threads)
+    return chosen
+
+
+@pytest.mark.parametrize(("one", "two", "better"), [(7, 9, 1), (9, 7, 2)])
+def test_both_ways_are_tried_and_the_faster_one_is_taken(one: int, two: int, better: int) -> None:
+    """The first copies measure, the rest know."""
+    chosen = _copies(Pace(), {1: one * 10**6, 2: two * 10**6}, 16)
+    assert chosen[:2] == [2, 1]
+    assert set(chosen[2:]) == {better}
+
+
+def test_the_slower_way_is_tried_again() -> None:
+    """What was slower may have become faster."""
+    pace = Pace()
+    _copies(pace, {1: 7, 2: 9}, 16)
+    assert _copies(pace, {1: 7, 2: 9}, 16) == [2] + 15 * [1]
+    # Now two are much faster: that is noticed at the next trial, and kept to.
+    assert _copies(pace, {1: 7, 2: 1}, 16)[1:] == 15 * [2]
+
+
+def test_the_chosen_way_that_becomes_slow_is_left() -> None:
+    """The chosen way is measured at each copy."""
+    pace = Pace()
+    assert _copies(pace, {1: 7, 2: 9}, 10)[-1] == 1
+    assert _copies(pace, {1: 70, 2: 9}, 10)[-1] == 2
+
+
+def test_sizes_are_told_apart() -> None:
+    """What holds for one size need not hold for another."""
+    pace = Pace()
+    assert _copies(pace, {1: 7, 2: 9}, 10)[-1] == 1
+    assert _copies(pace, {1: 9, 2: 7}, 10, _SIZE * 8)[-1] == 2
+    assert _copies(pace, {1: 7, 2: 9}, 3)[-1] == 1
+
+
+def test_nothing_to_choose() -> None:
+    """One thread is one thread, and small copies are not measured."""
+    pace = Pace()
+    assert [pace.threads(_SIZE, 1) for _ in range(40)] == 40 * [1]
+    assert [pace.threads(MEASURED_BYTES - 1, 4) for _ in range(40)] == 40 * [4]
