@@ -5,7 +5,7 @@ What lies where in it is `shmplasma.layout`'s.
 Invariants
 ----------
 * A client never maps beyond the end of the file, and maps nothing writable but the data region, the
-  visited region, and the boards and the outbox that it was given.
+  visited and marks regions, and the boards and the outbox that it was given.
 * A mapping lives as long as any view of it: closing an attachment takes away no one's buffer.
 """
 
@@ -18,7 +18,14 @@ import posix_ipc
 
 from shmplasma import system
 from shmplasma.errors import AttachError
-from shmplasma.layout import BOARD_BYTES, HEADER_BYTES, OUTBOX_BYTES, Layout, align_up
+from shmplasma.layout import (
+    BOARD_BYTES,
+    HEADER_BYTES,
+    MARK_BYTES,
+    OUTBOX_BYTES,
+    Layout,
+    align_up,
+)
 from shmplasma.segment_name import SegmentName, map_segment, open_segment, refusal
 
 __all__ = ["Attachment"]
@@ -45,7 +52,17 @@ class Attachment:
     Writable mappings are made when first asked for; two threads that ask at once may make two.
     """
 
-    __slots__ = ("_fd", "_own", "_visited", "_write_map", "layout", "read_map", "token", "words")
+    __slots__ = (
+        "_fd",
+        "_marks",
+        "_own",
+        "_visited",
+        "_write_map",
+        "layout",
+        "read_map",
+        "token",
+        "words",
+    )
 
     def __init__(self, fd: int, token: bytes) -> None:
         size = os.fstat(fd).st_size
@@ -65,6 +82,7 @@ class Attachment:
         self._fd = fd
         self._write_map: mmap.mmap | None = None
         self._visited: memoryview | None = None
+        self._marks: memoryview | None = None
         self._own: dict[int, memoryview] = {}
 
     @classmethod
@@ -118,6 +136,16 @@ class Attachment:
             size = align_up(count, self.layout.page_bytes)
             self._visited = memoryview(self._map_writable(start, size))[:count]
         return self._visited
+
+    @property
+    def marks(self) -> memoryview:
+        """The marks region, writable: a native 8-byte word an entry."""
+        if self._marks is None:
+            size = self.layout.n_entries * MARK_BYTES
+            mapped = align_up(size, self.layout.page_bytes)
+            whole = memoryview(self._map_writable(self.layout.marks, mapped))
+            self._marks = whole[:size].cast("Q")
+        return self._marks
 
     def board(self, index: int) -> memoryview:
         """Return a board, writable, as `layout.BOARD_WORDS` native 8-byte words.
@@ -186,6 +214,6 @@ class Attachment:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._write_map = self._visited = None
+            self._write_map = self._visited = self._marks = None
             self._own.clear()
             del self.read_map, self.words

@@ -62,7 +62,8 @@ def check_room(layout: Layout, directory: str | None) -> None:
     needed = layout.segment_bytes
     if layout.page_bytes == mmap.PAGESIZE:
         needed -= layout.data - layout.boards + layout.control - layout.entries
-        needed += 3 * layout.page_bytes + OUTBOX_BYTES  # entries, visited, a board and its outbox
+        # Entries, visited, marks, a board and its outbox.
+        needed += 4 * layout.page_bytes + OUTBOX_BYTES
     free = free_bytes(directory)
     if free < needed:
         raise CommitError(needed, free, remedy(needed - free, directory))

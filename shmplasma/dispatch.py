@@ -18,7 +18,7 @@ from shmplasma.effects import Descriptor
 from shmplasma.errors import ProtocolError
 from shmplasma.gets import PendingGet
 from shmplasma.greeting import Greeter, Session
-from shmplasma.layout import REFERENCED, Layout
+from shmplasma.layout import REFERENCED, Layout, alignment_of
 from shmplasma.ledger import Ledger
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.outgoing import Outgoing
@@ -148,6 +148,8 @@ class Dispatch:
             case Create():
                 if not self._boards.may_lend_one(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
+                if self._lacks_room(request):
+                    self._heed_all(now_ns)  # what is deleted goes before anything is evicted
                 if not self._creations.create(session, request_id, request, now_ns):
                     self.unsettled.append((client, request_id, request, now_ns))
             case Seal():
@@ -161,9 +163,7 @@ class Dispatch:
                 self._answers.announce(entry)
                 self._outgoing.reply(client, request_id, _DONE)
             case Remove() if request_id == ONE_WAY:
-                # What is hidden by a move is left, and its client asks for it.
-                if not self._objects.is_hidden(request.object_id):
-                    self._deletions.begin_one(request)
+                self._deletions.begin_one(request)
             case Lend() | Redeem() | Release():
                 self._ledger.handle(client, request, now_ns)
                 self._outgoing.reply(client, request_id, _DONE)
@@ -180,6 +180,7 @@ class Dispatch:
                     self._publishing.end(client)
                     lease = Leased(0, 0, 0, 0)
                 else:
+                    self._heed_all(now_ns)  # as above
                     lease = self._publishing.lease(client, session.board, request.needed_bytes)
                 self._outgoing.reply(client, request_id, lease)
             case Flush():
@@ -202,7 +203,8 @@ class Dispatch:
                 self._publishing.recall()
                 self._outgoing.reply(client, request_id, _DONE)
             case Trim():
-                self._objects.releases.wake()  # what was released meanwhile goes as well
+                self._heed_all(now_ns)  # what was deleted or released meanwhile goes as well
+                self._objects.releases.wake()
                 self._trims.ask(client, request_id)
             case Grow():
                 self._outgoing.reply(client, request_id, Number(self._greeter.grant(session)))
@@ -305,6 +307,12 @@ class Dispatch:
                 return True
         self._failures.pop(key, None)
         return False
+
+    def _lacks_room(self, request: Create) -> bool:
+        """Tell whether something may have to go for an object."""
+        size = request.data_size + request.metadata_size
+        is_short = size + alignment_of(size) > self._room.largest_bytes
+        return is_short or not self._table.free_entries
 
     def _is_unsettled_creation(self, client: int, request_id: int) -> bool:
         """Tell whether a creation is still kept back for the lock of its id, or for leases."""

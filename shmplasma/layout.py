@@ -3,7 +3,7 @@
 The segment is divided into regions.  Each begins on a boundary of the page size in use, so that each
 can be mapped with a protection of its own::
 
-    header | buckets | entries | visited | control | boards | outboxes | data
+    header | buckets | entries | visited | marks | control | boards | outboxes | data
 
 ========  ==============  ==============================  =============================================
 region    written by      clients map it                  holds
@@ -12,6 +12,7 @@ header    store           read-only                       what this module's `La
 buckets   store           read-only                       heads of the hash chains: entry index + 1
 entries   store           read-only                       the object table, `ENTRY_BYTES` an entry
 visited   clients, store  read-write                      a byte an entry: "read lately", a hint
+marks     clients, store  read-write                      8 bytes an entry: which object is deleted (`shmplasma.removal`)
 control   store           read-only                       `CONTROL_BYTES` a board: words to its client
 boards    one client each its own boards read-write       8-byte words: BUSY, then pins (`shmplasma.pins`)
 outboxes  one client each its own one read-write          what it has told the store one-way
@@ -50,6 +51,7 @@ __all__ = [
     "ID_BYTES",
     "ID_FIELD",
     "LAYOUT_VERSION",
+    "MARK_BYTES",
     "OUTBOX_BYTES",
     "REFERENCED",
     "STAGE_BYTES",
@@ -68,7 +70,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 8
+LAYOUT_VERSION: Final = 9
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -90,6 +92,8 @@ WANTED_WORDS: Final = 128
 ENTRY_BYTES: Final = 128
 """Two cache lines: what a reader needs lies in the first, the rest of the record in the second."""
 ENTRY_WORDS: Final = ENTRY_BYTES // 8
+MARK_BYTES: Final = 8
+"""A state word (see `EntryWord`): that of the object in the entry which is deleted, or of one that was there before."""
 BOARD_BYTES: Final = 4096
 """The unit in which pins are granted: the smallest that a mapping of its own can have."""
 BOARD_WORDS: Final = BOARD_BYTES // 8
@@ -152,8 +156,6 @@ class HeaderWord(IntEnum):
     INSERTIONS = 56
     """Twice how many objects were ever inserted, and one more while chains are written anew; on a cache line of its own, as
     it changes often (see `shmplasma.claims`)."""
-    LOOKING = 57
-    """The store's INCARNATION while it looks into the outboxes all the time, else 0 (see `shmplasma.removal`)."""
     SCRATCH_BYTES = 64
     """Length of the socket path, in the bytes that follow, of a store that nobody will start again; else 0."""
     WANTED = 128
@@ -285,7 +287,7 @@ class Layout:
         A power of two.
     n_entries, n_boards : int
         Upper limits on objects and on boards.
-    buckets, entries, visited, control, boards, outboxes, data : int
+    buckets, entries, visited, marks, control, boards, outboxes, data : int
         Offset of each region.
     """
 
@@ -298,6 +300,7 @@ class Layout:
     buckets: int
     entries: int
     visited: int
+    marks: int
     control: int
     boards: int
     outboxes: int
@@ -340,6 +343,7 @@ class Layout:
             n_buckets * 8,
             n_entries * ENTRY_BYTES,
             n_entries,
+            n_entries * MARK_BYTES,
             n_boards * CONTROL_BYTES,
             n_boards * BOARD_BYTES,
             n_boards * OUTBOX_BYTES,
@@ -367,6 +371,11 @@ class Layout:
     def granule_bytes(self) -> int:
         """What is committed and given back as one: granules begin with the data region; a power of two."""
         return max(GRANULE_BYTES, self.page_bytes)
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """The regions that have something for each entry: where they begin, and how many bytes each has there."""
+        return (self.entries, ENTRY_BYTES), (self.visited, 1), (self.marks, MARK_BYTES)
 
     def entry(self, index: int) -> int:
         """Return the offset of an entry."""

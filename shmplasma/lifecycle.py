@@ -103,23 +103,34 @@ class Lifecycle:
         state = self._table.state(entry)
         if state == EntryState.MOVING:
             self._room.mover.reveal(entry)
-            return entry
-        if state == EntryState.DOOMED:
-            # What comes by message may be faster than the wake-up.  Others stay as they were found.
-            if not self._boards.is_pinned(entry):
-                self.releases.take({entry})
-            return entry if self._table.find(object_id) == entry else NO_ENTRY
-        return entry if state == EntryState.SEALED else NO_ENTRY
+            state = EntryState.SEALED
+        if state == EntryState.SEALED:
+            if not self._table.is_marked(entry):
+                return entry
+            self._table.set_state(entry, EntryState.DOOMED)  # its record is still to be read
+            self.releases.doom({entry})
+        elif state != EntryState.DOOMED:
+            return NO_ENTRY
+        # What comes by message may be faster than the wake-up.  Others stay as they were found.
+        elif not self._boards.is_pinned(entry):
+            self.releases.take({entry})
+        return entry if self._table.find(object_id) == entry else NO_ENTRY
 
     def find_spilled(self, object_id: bytes) -> int:
         """Return the entry of an object that is in the external store alone, or `NO_ENTRY`."""
         entry = self._table.find(object_id)
-        spilled = entry != NO_ENTRY and self._table.state(entry) == EntryState.SPILLED
-        return entry if spilled else NO_ENTRY
+        if entry == NO_ENTRY or self._table.state(entry) != EntryState.SPILLED:
+            return NO_ENTRY
+        if self._table.is_marked(entry):
+            self.drop(entry)
+            return NO_ENTRY
+        return entry
 
     def contains(self, object_id: bytes) -> bool:
         """Tell whether there is a sealed object of this id: readable, hidden by a move, or in the external store."""
-        if self.is_hidden(object_id) or self.find_sealed(object_id) != NO_ENTRY:
+        if self.is_hidden(object_id):
+            return not self._table.is_marked(self._room.mover.hidden)
+        if self.find_sealed(object_id) != NO_ENTRY:
             return True
         return self.find_spilled(object_id) != NO_ENTRY
 
@@ -245,9 +256,13 @@ class Lifecycle:
 
     def exists(self, object_id: bytes) -> bool:
         """Tell whether an id is taken, sealed or not."""
-        if self._doomed:
-            self.find_sealed(object_id)  # which lets go of it, if it has waited for that
-        return self._table.find(object_id) != NO_ENTRY
+        entry = self._table.find(object_id)
+        if entry != NO_ENTRY and (self._doomed or self._table.is_marked(entry)):
+            # Which let go of it, if it has waited for that.
+            self.find_sealed(object_id)
+            self.find_spilled(object_id)
+            entry = self._table.find(object_id)
+        return entry != NO_ENTRY
 
     def _is_repeated(self, client: int, entry: int, request: Create) -> bool:
         """Tell whether a store that has died had granted this request, and could not say so any more."""

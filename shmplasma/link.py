@@ -45,7 +45,6 @@ from shmplasma.posted import Abort
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
 from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Post, Request, Role, SetOptions
-from shmplasma.spin import Spin
 from shmplasma.transport import Channel
 
 __all__ = ["GIVE_UP_SECONDS", "HOLDS_A_REQUEST", "Link"]
@@ -56,7 +55,7 @@ GIVE_UP_SECONDS: Final = 0.1
 HOLDS_A_REQUEST: Final = 1 << 16
 
 _CONNECTING: Final = frozenset({"reconnect"})
-_POSTING: Final = frozenset(("post", "post_soon", "_append"))
+_POSTING: Final = frozenset(("post", "post_soon"))
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
@@ -127,7 +126,6 @@ class Link:
         self._lost = False
         self._connecting = threading.Lock()
         self._posting = threading.Lock()
-        self._spin = Spin()
         self._untold: list[tuple[int, bytes]] | None = None
 
     def call(
@@ -224,47 +222,6 @@ class Link:
                 channel.send(Post.KIND, b"")
             except ConnectionError as error:
                 self._announce(channel, error)
-
-    @property
-    def may_look(self) -> bool:
-        """Whether `post_and_wait` looks for the store at all."""
-        return self._spin.is_of_use
-
-    def post_and_wait(self, kind: int, bodies: Sequence[bytes]) -> None:
-        """Tell the store several things, and return when it has carried them out (see `shmplasma.removal`).
-
-        Raises
-        ------
-        NotConnectedError
-            The store has gone.
-        RuntimeError
-            A call of this thread was interrupted while it wrote a record.
-        """
-        outbox, count = self._outbox, 0
-        try:
-            for body in bodies:
-                count = self._append(kind, body)
-            with suppress(ConnectionError):  # it is the request that connects again
-                if not outbox.is_looked_at:
-                    self.channel.send(Post.KIND, b"")
-                for _ in self._spin.looks():
-                    if outbox.read >= count:
-                        return
-            self.call(Flush(), Done)
-        except BaseException:
-            self.channel.send_soon(Post.KIND, b"")
-            raise
-
-    def _append(self, kind: int, body: bytes) -> int:
-        """Write a record as `post` does, which has no time for a call more; return how many there were with it."""
-        while True:
-            if self._posting.locked() and is_inside(self, _POSTING):
-                raise RuntimeError(NESTED)
-            with self._posting:
-                count = self._outbox.append(kind, body)
-            if count:
-                return count
-            self.call(Flush(), Done)
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer, which may have come in the middle of `post`.

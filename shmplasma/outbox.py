@@ -73,8 +73,6 @@ class Outbox:
         The header's POLLED word; where barriers do not reach this process, one that is always 0.
     incarnation : memoryview
         The header's INCARNATION word.
-    looking : memoryview
-        The header's LOOKING word, as `polled`.
 
     Notes
     -----
@@ -85,7 +83,6 @@ class Outbox:
         "_acknowledged",
         "_count",
         "_incarnation",
-        "_looking",
         "_polled",
         "_raw",
         "_store",
@@ -98,14 +95,12 @@ class Outbox:
         acknowledged: memoryview,
         polled: memoryview,
         incarnation: memoryview,
-        looking: memoryview,
     ) -> None:
         self._words = page
         self._raw = page.cast("B")
         self._acknowledged = acknowledged
         self._polled = polled
         self._incarnation = incarnation
-        self._looking = looking
         self._count = int(acknowledged[0])
         self.connected()
 
@@ -137,11 +132,6 @@ class Outbox:
     def read(self) -> int:
         """How many of them the store has handled."""
         return int(self._acknowledged[0])
-
-    @property
-    def is_looked_at(self) -> bool:
-        """Whether the store most likely sees a record within some microseconds, without being told."""
-        return bool(self._looking[0] == self._store)
 
     @property
     def is_to_be_announced(self) -> bool:
@@ -195,11 +185,6 @@ class Polling:
             self.is_on = True
             self._words[HeaderWord.POLLED] = self._number
 
-    def look(self, *, looks: bool) -> None:
-        """Say whether the outboxes are looked into all the time; who relies on it asks soon."""
-        if self._possible:
-            self._words[HeaderWord.LOOKING] = self._number if looks else 0
-
     def stop(self) -> None:
         """Have clients announce their records again; all outboxes are to be read after this."""
         self.is_on = False
@@ -246,7 +231,7 @@ def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int
     Examples
     --------
     >>> page, zero = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
-    >>> Outbox(page.cast("Q"), zero, zero, zero, zero).append(5, b"body")
+    >>> Outbox(page.cast("Q"), zero, zero, zero).append(5, b"body")
     1
     >>> read_record(page, 0)
     (5, b'body')

@@ -107,7 +107,7 @@ class Parts:
         self.publishing = Publishing(
             self.table, self.boards, self.room, leases, self.objects, memory
         )
-        self.deletions = Deletions(self.table, self.objects)
+        self.deletions = Deletions(self.table, self.objects, self.room.mover)
         self.ledger = Ledger(self.table, self.room, self.deletions, ticket_ns)
         self.greeter = Greeter(
             layout,
@@ -179,6 +179,7 @@ class Parts:
         self.upkeep = Upkeep(
             self.room,
             self.objects,
+            self.deletions,
             self.publishing,
             self.answers,
             self.creations,

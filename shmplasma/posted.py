@@ -16,6 +16,7 @@ __all__ = [
     "CLAIM",
     "HOLD",
     "PUBLISH",
+    "REMOVE",
     "Abort",
     "Claim",
     "Lend",
@@ -108,25 +109,32 @@ class Abort(OneId):
     object_id: bytes
 
 
-_REMOVE: Final = Struct("<20sQ")
+REMOVE: Final = Struct("<20sQ")
+"""Object id, time of creation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """A sealed object is to be deleted, if it is still the one that was created at this time (see `shmplasma.removal`)."""
-
-    KIND: ClassVar[int] = 23
+class _RemoveFields(NamedTuple):
     object_id: bytes
     created_ns: int
 
+
+class Remove(_RemoveFields):
+    """A sealed object is to be deleted, if it is still the one that was created at this time (see `shmplasma.removal`).
+
+    A tuple, like `Publish`, for the same reason.
+    """
+
+    KIND: ClassVar[int] = 23
+    __slots__ = ()
+
     def encode(self) -> bytes:
         """Return the body."""
-        return _REMOVE.pack(self.object_id, self.created_ns)
+        return REMOVE.pack(*self)
 
     @classmethod
     def decode(cls, body: bytes) -> Remove:
         """Return the message of a body."""
-        return cls(*_REMOVE.unpack(body))
+        return cls._make(REMOVE.unpack(body))
 
 
 _LEND: Final = Struct("<20sQI")
@@ -202,6 +210,7 @@ Posted = Publish | Claim | Seal | Abort | Remove | Lend | Redeem | Release
 
 _KINDS: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 _PUBLISH: Final = Publish.KIND
+_REMOVE: Final = Remove.KIND
 _new_tuple = tuple.__new__  # a named tuple's own constructor takes three times as long
 
 
@@ -209,4 +218,6 @@ def decode_posted(kind: int, body: bytes) -> Posted:
     """Return what a record of an outbox says; raise ProtocolError when it says nothing."""
     if kind == _PUBLISH and len(body) == PUBLISH.size:  # nearly every one
         return _new_tuple(Publish, PUBLISH.unpack(body))
+    if kind == _REMOVE and len(body) == REMOVE.size:
+        return _new_tuple(Remove, REMOVE.unpack(body))
     return decode_message(_KINDS, Frame(kind, ONE_WAY, body))

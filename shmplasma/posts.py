@@ -164,10 +164,6 @@ class Posts:
         ]
         return sum([self.heed_or_drop(session, now_ns) for session in written]) if written else 0
 
-    def look(self, *, looks: bool) -> None:
-        """Say whether `glance` is called all the time, if that reads all outboxes."""
-        self._polling.look(looks=looks and len(self._sessions) <= _FEW)
-
     def glance(self, latest: int, now_ns: int) -> int:
         """Read all outboxes where there are few, else that of the client that was handled last, which most likely goes on.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from struct import Struct
 from typing import Any, Final
+from zlib import crc32
 
 from pyarrow import foreign_buffer
 
@@ -21,7 +22,10 @@ from shmplasma.layout import ENTRY_BYTES, STATE_MASK, EntryState, EntryWord, Lay
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import BoardPool, Located, Pin, PinBoard
 
-__all__ = ["FastReader"]
+__all__ = ["FastReader", "Held"]
+
+Held = tuple[int, int, int, Pin]
+"""An object that is pinned: entry, state word, time of creation (ns since 1970), pin."""
 
 _NAME: Final = Struct("@Q20s")
 """An entry's state word and id, with which its first cache line begins."""
@@ -29,6 +33,8 @@ _DATA: Final = Struct("@Q20s4xQQ")
 """Those, offset and data size."""
 _WHERE: Final = Struct("@Q20sIQQQ")
 """Those, the codec before the offset, and the metadata size after the data size."""
+_HELD: Final = Struct("@Q20s28xQQ")
+"""Those two, the next entry of the chain, and when it was created."""
 _NEXT: Final = int(EntryWord.NEXT)
 _SEALED: Final = int(EntryState.SEALED)
 _SHIFT: Final = ENTRY_BYTES.bit_length() - 1
@@ -61,6 +67,7 @@ class FastReader:
         "_entries",
         "_longest",
         "_map",
+        "_marks",
         "_mask",
         "_visited",
         "_words",
@@ -76,6 +83,7 @@ class FastReader:
         self._map = attachment.read_map
         self._words = attachment.words
         self._visited = attachment.visited
+        self._marks = attachment.marks
         self._address = address
         first = layout.buckets // 8
         self._buckets = attachment.words[first : first + layout.n_buckets]
@@ -97,8 +105,12 @@ class FastReader:
             at = (entry << _SHIFT) + self._entries
             word, found = _NAME.unpack_from(self._map, at)
             if found == wanted:
-                # Both were read in one incarnation if the word is still the same.
-                return word & STATE_MASK == _SEALED and bool(words[at >> 3] == word)
+                # All were read in one incarnation if the word is still the same.
+                return (
+                    word & STATE_MASK == _SEALED
+                    and self._marks[entry - 1] != word
+                    and bool(words[at >> 3] == word)
+                )
             steps += 1
             entry = words[(at >> 3) + _NEXT] if steps < self._longest else 0
         return False
@@ -124,7 +136,7 @@ class FastReader:
                     pin = Pin()
                     pin.board, pin.word = board, slot
                 board.words[slot] = entry
-                if words[at >> 3] != word:
+                if words[at >> 3] != word or self._marks[entry - 1] == word:
                     return None
                 self._visited[entry - 1] = 1
                 return foreign_buffer(self._address + offset, data_size, pin)
@@ -153,12 +165,31 @@ class FastReader:
                     pin = Pin()
                     pin.board, pin.word = board, slot
                 board.words[slot] = entry
-                if words[at >> 3] != word:
+                if words[at >> 3] != word or self._marks[entry - 1] == word:
                     return None
                 self._visited[entry - 1] = 1
                 return offset, data_size, metadata_size, codec, pin
             steps += 1
             entry = words[(at >> 3) + _NEXT] if steps < self._longest else 0
+        return None
+
+    def hold(self, object_id: bytes) -> Held | None:
+        """Pin an object that is to be deleted; None means: ask the store."""
+        words = self._words
+        entry = self._buckets[crc32(object_id) & self._mask]
+        steps = 0
+        while entry:
+            at = (entry << _SHIFT) + self._entries
+            word, found, following, created_ns = _HELD.unpack_from(self._map, at)
+            if found == object_id:
+                pins = self._boards.take_free(1) if word & STATE_MASK == _SEALED else ()
+                if not pins:
+                    return None
+                (pin,) = pins
+                pin.board.words[pin.word] = entry
+                return (entry - 1, word, created_ns, pin) if words[at >> 3] == word else None
+            steps += 1
+            entry = following if steps < self._longest else 0
         return None
 
     def _another(self) -> tuple[PinBoard, int, Pin]:

@@ -13,6 +13,7 @@ state               verdict     what happened, and what becomes of it
 ==================  ==========  ==================================================================================
 SEALED              complete    an object: stays
 DOOMED              complete    deleted while it was pinned, perhaps being taken: stays so until its last release
+any but DOOMED      marked      deleted (`shmplasma.removal`), perhaps being moved: DOOMED from now on; gone if it is SPILLED
 EVICTING            complete    it was being taken, and no byte of it was given to anybody else: stays
 CREATED or FREE     complete    it was being sealed, or published: stays; whoever asked for it was not answered
 MOVING              complete    it was to be moved, or the journal says how to carry on (`shmplasma.moves`): stays
@@ -176,8 +177,9 @@ def examine(
     states, created = remains.states, findings.created
     sealed = [entry for entry in whole if entry not in created] if created else whole
     for entry in sealed:
-        if states[entry] == EntryState.DOOMED:
+        if states[entry] == EntryState.DOOMED or table.is_marked(entry):
             findings.doomed.add(entry)
+            table.set_state(entry, EntryState.DOOMED)
         elif states[entry] != _SEALED:
             table.set_state(entry, _SEALED)
     _sort_sealed(remains, findings, sealed)
@@ -270,7 +272,8 @@ def _judge(
             else:
                 (going if size else whole).append(entry)
         elif state == _SPILLED:
-            (spilled if remains.containers.get(entry) else going).append(entry)
+            is_had = remains.containers.get(entry) and not table.is_marked(entry)
+            (spilled if is_had else going).append(entry)
         elif state == EntryState.CREATED and dead.is_begun(entry):
             slot = table.owner(entry)
             creator = boards.owner(slot // BOARD_WORDS) if slot >= 0 else None

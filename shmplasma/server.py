@@ -338,9 +338,7 @@ class Server:
             return events
         if self._has_more_to_do:
             return None
-        self._store.look(looks=True)
         found = self._look()
-        self._store.look(looks=False)
         return (self._sleep() or None) if found is None else found
 
     def _look(self) -> list[tuple[selectors.SelectorKey, int]] | None:

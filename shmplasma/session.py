@@ -129,12 +129,12 @@ class Session:
         self.claims: Claimant | None = None
         """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
         self.removal: Removal | None = None
-        """Deletes without a message; None as `reader`."""
+        """Deletes without waiting; None as `reader`."""
         absence: Absence | None = None
         if fast:
             absence = Absence(attachment)
-            self.removal = Removal(link, absence)
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
+            self.removal = Removal(link, absence, self.reader, attachment.marks)
             self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(
                 attachment, board, partial(_ask_for_lease, link), self._pages.populate
@@ -202,7 +202,6 @@ class Session:
             attachment.words[count : count + 1],
             header(HeaderWord.POLLED) if ordered else _NEVER,
             header(HeaderWord.INCARNATION),
-            header(HeaderWord.LOOKING) if ordered else _NEVER,
         )
         link = Link(
             path,

@@ -153,6 +153,8 @@ class ObjectStore:
                 # Another thread of the client may not have noticed yet that it has left.
                 return NOTHING
             if type(request) is Hello:
+                if request.role is Role.SUBSCRIBER:
+                    self._posts.heed_all(now_ns)  # it is told of nothing that is deleted
                 self._greeter.hello(session, frame.request_id, request)
                 if session.claims is not None:
                     self._posts.heed(self._greeter.sessions[session.claims], now_ns)
@@ -275,10 +277,6 @@ class ObjectStore:
         """Read all outboxes unasked; have clients announce again when nothing comes of it any more."""
         self._posts.poll(now_ns)
         return self._outgoing.take()
-
-    def look(self, *, looks: bool) -> None:
-        """Say whether `glance` is called all the time from now on, so that clients need not tell of what they do."""
-        self._posts.look(looks=looks)
 
     def glance(self, now_ns: int) -> tuple[int, Sequence[Effect]]:
         """Read outboxes, at least that of the client that was handled last; return how much was in them as well.

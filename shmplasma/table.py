@@ -1,12 +1,10 @@
 """The object table: a chained hash table of fixed-size entries that lies in the segment.
 
-The store is its only writer.  Clients read it while it changes, so the order of the writes is part of the
-contract:
+The store is its only writer.  Clients read it while it changes, so the order of the writes is part of the contract:
 
-* The fields of an entry change only while its state is FREE or CREATED, with these exceptions: NEXT, which
-  changes when the successor in the chain goes; KEEP, and the words that say where a copy is, which no reader looks at; and
-  OFFSET, which changes while the state is MOVING or SPILLED and nobody pins the object; after that it is SEALED under the
-  next generation (`shmplasma.moves`).
+* The fields of an entry change only while its state is FREE or CREATED, with these exceptions: NEXT, which changes when the successor in
+  the chain goes; KEEP, and the words that say where a copy is, which no reader looks at; and OFFSET, which changes while the state is MOVING
+  or SPILLED and nobody pins the object; after that it is SEALED under the next generation (`shmplasma.moves`).
 * An entry is linked into its chain when its fields are complete, and its state is set after that.
 * An entry that leaves is freed first and unlinked at once after that: what is in no chain is no object, also for the successor
   of a store that dies in between.  Its own NEXT stays, so that a reader who stands on it still finds the rest of the chain.
@@ -16,12 +14,12 @@ contract:
   same after he has followed a chain, has missed nothing (`shmplasma.claims` owns that argument).
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
 * CREATED_NS is that of no other object under the same id: what is entered at one time is told apart by nanoseconds (see `shmplasma.removal`).
+* A mark says by a state word which object is deleted; it moves with the object to the next generation.
 * The checksum of an entry is written before the state that it goes with (`shmplasma.checks`).
 
 A store that begins with the table of a dead one takes it over, and has it mended (`shmplasma.remains`).
 
-`Table.check` proves the structure.  Complexity: O(1) expected for each operation; no Python object is kept
-for an object of the store.
+`Table.check` proves the structure.  Complexity: O(1) expected for each operation; no Python object is kept for an object of the store.
 """
 
 from __future__ import annotations
@@ -125,6 +123,7 @@ class Table:
         self._layout = layout
         self._entries_word = layout.entries // 8
         self._buckets_word = layout.buckets // 8
+        self._marks_word = layout.marks // 8
         self._mask = layout.n_buckets - 1
         self._free = array("I")
         self._used_once = 0
@@ -172,8 +171,7 @@ class Table:
 
     def location(self, entry: int) -> tuple[int, int, int]:
         """Return offset, data size and metadata size in bytes."""
-        at = self._entries_word + entry * ENTRY_WORDS
-        words = self._words
+        at, words = self._entries_word + entry * ENTRY_WORDS, self._words
         return words[at + _OFFSET], words[at + _DATA_SIZE], words[at + _METADATA_SIZE]
 
     def size(self, entry: int) -> int:
@@ -189,6 +187,11 @@ class Table:
     def created_ns(self, entry: int) -> int:
         """Return the time of creation, in ns since 1970: no other object under this id has the same."""
         return int(self._words[self._entries_word + entry * ENTRY_WORDS + _CREATED_NS])
+
+    def is_marked(self, entry: int) -> bool:
+        """Tell whether a client has deleted the object and told so in its outbox (see `shmplasma.removal`)."""
+        sealed = self.state_word(entry) >> GENERATION_SHIFT << GENERATION_SHIFT | _SEALED
+        return bool(self._words[self._marks_word + entry] == sealed)
 
     def is_kept(self, entry: int) -> bool:
         """Tell whether the object is never to be evicted."""
@@ -225,14 +228,12 @@ class Table:
         first = self._layout.entries + start * ENTRY_BYTES
         last = self._layout.entries + min(stop, self._used_once) * ENTRY_BYTES
         states = bytes(self._raw[first + _STATE_BYTE : last : ENTRY_BYTES])
-        for found in _IN_A_CHAIN.finditer(states):
-            entry = start + found.start()
-            at = self._layout.entries + entry * ENTRY_BYTES
-            _, object_id, data, metadata, created_ns, ns, keep = _LISTED.unpack(
-                self._raw[at : at + ENTRY_BYTES]
+        raw, unpack = self._raw, _LISTED.unpack_from
+        for at in map(re.Match.start, _IN_A_CHAIN.finditer(states)):
+            _, object_id, data, metadata, created_ns, ns, keep = unpack(
+                raw, first + at * ENTRY_BYTES
             )
-            state = found.group()[0]
-            yield entry, state, object_id, data, metadata, created_ns, ns, bool(keep)
+            yield start + at, states[at], object_id, data, metadata, created_ns, ns, bool(keep)
 
     def summaries(self) -> Iterator[tuple[int, bytes, int, int]]:
         """Iterate over state, id, data size and metadata size of all entries that were ever used, by index; 0.1 us each."""
@@ -382,6 +383,8 @@ class Table:
             words[at + _ORIGIN] = words[at + _OFFSET]
         words[at + _OFFSET] = offset
         generation = (words[at] >> GENERATION_SHIFT) + 1
+        if self.is_marked(entry):  # nobody pins it, so nobody is marking it either
+            words[self._marks_word + entry] = generation << GENERATION_SHIFT | _SEALED
         fields = self._raw[at * 8 + 8 : at * 8 + 8 + CHECKED_BYTES]
         words[at + _CHECK] = PRESENT | crc32(fields, check_seed(generation, sealed=True))
         words[at] = generation << GENERATION_SHIFT | _SEALED
@@ -429,13 +432,16 @@ class Table:
         return True
 
     def _grow(self) -> None:
-        """Commit the next page of entries, and as much of the visited bytes as belongs to them."""
-        layout = self._layout
-        step = min(layout.page_bytes // ENTRY_BYTES, layout.n_entries - self._committed)
-        self._commit(layout.entry(self._committed), step * ENTRY_BYTES)
-        self._commit(layout.visited + self._committed, step)
+        """Commit the next page of entries."""
+        step = self._layout.page_bytes // ENTRY_BYTES
+        step = min(step, self._layout.n_entries - self._committed)
+        self._commit_entries(self._committed, step)
         self._committed += step
         mark_end(self._words, HeaderWord.ENTRIES_END, self._committed)
+
+    def _commit_entries(self, first: int, count: int) -> None:
+        for start, size in self._layout.columns:
+            self._commit(start + first * size, count * size)
 
     # -- recovering ----------------------------------------------------------------------------
 
@@ -455,8 +461,7 @@ class Table:
         layout = self._layout
         end = read_end(self._words, HeaderWord.ENTRIES_END, layout.n_entries)
         if end:
-            self._commit(layout.entries, end * ENTRY_BYTES)
-            self._commit(layout.visited, end)
+            self._commit_entries(0, end)
         mark_end(self._words, HeaderWord.ENTRIES_END, end)
         self._committed = self._used_once = end
         self._insertions = self._words[_INSERTIONS] | 1

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from shmplasma.answers import Answers
 from shmplasma.creations import Creations
+from shmplasma.deletions import Deletions
 from shmplasma.effects import Effect
 from shmplasma.jobs import Jobs
 from shmplasma.lifecycle import Lifecycle
@@ -26,7 +27,7 @@ class Upkeep:
 
     Parameters
     ----------
-    room, objects, publishing, answers, creations, jobs, trims, outgoing
+    room, objects, deletions, publishing, answers, creations, jobs, trims, outgoing
         The parts of the store that it needs.
     """
 
@@ -34,6 +35,7 @@ class Upkeep:
         self,
         room: Room,
         objects: Lifecycle,
+        deletions: Deletions,
         publishing: Publishing,
         answers: Answers,
         creations: Creations,
@@ -43,6 +45,7 @@ class Upkeep:
     ) -> None:
         self._room = room
         self._objects = objects
+        self._deletions = deletions
         self._publishing = publishing
         self._answers = answers
         self._creations = creations
@@ -74,6 +77,7 @@ class Upkeep:
             self._jobs.commit(now_ns)
         elif self._room.mover.is_busy:
             self._objects.note_evicted(self._room.advance())
+            self._deletions.look_again()
             self._answers.look_again()
         elif self._publishing.is_to_evict:
             self._publishing.evict_ahead()

@@ -65,7 +65,6 @@ def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
 
 
 POLLED = int(HeaderWord.POLLED)
-LOOKING = int(HeaderWord.LOOKING)
 INCARNATION = int(HeaderWord.INCARNATION)
 
 
@@ -222,6 +221,11 @@ class Peer:
     def write_silently(self, message: Posted) -> None:
         """Write a record, and be interrupted before the message that says so."""
         assert self.outbox.append(message.KIND, message.encode())
+
+    def remove(self, object_id: bytes) -> None:
+        """Delete a sealed object as clients do that need not wait, when the store sleeps on it."""
+        self.write_silently(self._conversation.removal(object_id))
+        self._conversation.mark(object_id)
 
     def ask(self, request: Request, expected: type[_T]) -> _T:
         """Send a request, let the store do all that it has to do, and return the reply."""
@@ -512,7 +516,7 @@ class Conversation:
         start = (self.layout.outboxes + board * OUTBOX_BYTES) // 8
         count = (self.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
         page = self.words[start : start + OUTBOX_BYTES // 8]
-        header = (self.words[at : at + 1] for at in (POLLED, INCARNATION, LOOKING))
+        header = (self.words[at : at + 1] for at in (POLLED, INCARNATION))
         return Outbox(page, self.words[count : count + 1], *header)
 
     def write_slot(self, slot: int, word: int) -> None:
@@ -533,6 +537,16 @@ class Conversation:
         table = self.store._parts.table
         entry = table.find(object_id)
         return Remove(object_id, 0 if entry == NO_ENTRY else table.created_ns(entry))
+
+    def mark(self, object_id: bytes) -> None:
+        """Mark an object as who deletes it does: its record is written."""
+        table = self.store._parts.table
+        entry = table.find(object_id)
+        self.mark_word(entry, table.state_word(entry))
+
+    def mark_word(self, entry: int, word: int) -> None:
+        """Write an entry's mark."""
+        self.words[self.layout.marks // 8 + entry] = word
 
     def ids(self) -> set[bytes]:
         """Return the ids of all objects, sealed or not, as a listing has them."""

@@ -1,7 +1,8 @@
-"""Hammers the promise that a negative answer comes last: what was put before somebody asks is always found.
+"""Hammers the promise that an answer knows of all that was done before: what was put is found, and what was deleted is not.
 
 One process puts and tells another one over a pipe; that asks at once, by `contains` and by a `get` that does not
-wait.  Meanwhile others put as fast as they can, so that the store has a queue of sockets to read::
+wait.  Then the first one deletes the object, tells the other, and that asks again.  Meanwhile others put and delete as fast as they
+can, so that the store has a queue of sockets and outboxes to read::
 
     python -m tests.crash.hammer_order --count 100000 --writers 4
 """
@@ -22,21 +23,24 @@ __all__ = ["Misses", "run"]
 
 CAPACITY: Final = "64MB"
 _DELETE_EACH: Final = 500
-"""So many objects of each process at a time; the store never evicts."""
+"""So many objects of each writer at a time; the store never evicts."""
 
 
 @dataclass(frozen=True)
 class Misses:
-    """How often something that was put was not there.
+    """How often something that was put was not there, or something that was deleted was.
 
     Attributes
     ----------
     contains, get : int
         Times that `contains` said no, and that `get` found nothing.
+    deleted : int
+        Times that one of them found what was deleted.
     """
 
     contains: int
     get: int
+    deleted: int
 
 
 def keep_busy(path: str, stop: Event, ready: Connection) -> None:
@@ -44,13 +48,15 @@ def keep_busy(path: str, stop: Event, ready: Connection) -> None:
     with ready, shmplasma.connect(path) as client:
         ready.send("ready")
         while not stop.is_set():
-            client.delete([client.put(b"busy") for _ in range(_DELETE_EACH)])
+            ids = [client.put(b"busy") for _ in range(_DELETE_EACH)]
+            client.delete(ids[::2])
+            for object_id in ids[1::2]:
+                client.delete(object_id)
 
 
 def answer(path: str, count: int, questions: Connection, result: Connection) -> None:
-    """Look for each object that the other side says it has put; every other one is asked for by `get` first."""
-    missed_by_contains = missed_by_get = 0
-    asked: list[shmplasma.ObjectID] = []
+    """Look for each object that the other side says it has put, and then deleted; every other one is asked for by `get` first."""
+    missed_by_contains = missed_by_get = found = 0
     with questions, result, shmplasma.connect(path) as client:
         for number in range(count):
             object_id = shmplasma.ObjectID(questions.recv_bytes())
@@ -58,12 +64,14 @@ def answer(path: str, count: int, questions: Connection, result: Connection) -> 
                 missed_by_contains += not client.contains(object_id)
             missed_by_get += client.get(object_id, timeout_ms=0) != number
             missed_by_contains += not client.contains(object_id)
-            asked.append(object_id)
-            if len(asked) == _DELETE_EACH:
-                client.delete(asked)
-                asked.clear()
+            questions.send_bytes(b"seen")
+            assert questions.recv_bytes() == b"deleted"
+            if number % 2:
+                found += client.contains(object_id)
+            found += client.get(object_id, timeout_ms=0) == number
+            found += client.contains(object_id)
             questions.send_bytes(b"next")
-        result.send((missed_by_contains, missed_by_get))
+        result.send((missed_by_contains, missed_by_get, found))
 
 
 def run(count: int, n_writers: int, *, progress: bool = False) -> Misses:
@@ -98,7 +106,11 @@ def run(count: int, n_writers: int, *, progress: bool = False) -> Misses:
                 assert ready.recv() == "ready"
             with store.connect() as client:
                 for number in range(count):
-                    questions.send_bytes(client.put(number).binary())
+                    object_id = client.put(number)
+                    questions.send_bytes(object_id.binary())
+                    assert questions.recv_bytes() == b"seen"
+                    client.delete(object_id)
+                    questions.send_bytes(b"deleted")
                     assert questions.recv_bytes() == b"next"
                     if progress and number % 500 == 499:
                         sys.stderr.write(f"\r{number + 1:,} of {count:,} objects")
@@ -121,9 +133,10 @@ def main() -> int:
     arguments = parser.parse_args()
     misses = run(arguments.count, arguments.writers, progress=True)
     sys.stdout.write(
-        f"\nof {arguments.count:,} objects contains missed {misses.contains}, get {misses.get}\n"
+        f"\nof {arguments.count:,} objects contains missed {misses.contains}, get {misses.get}; "
+        f"{misses.deleted} were found when they were deleted\n"
     )
-    return 1 if misses.contains or misses.get else 0
+    return 1 if misses.contains or misses.get or misses.deleted else 0
 
 
 if __name__ == "__main__":

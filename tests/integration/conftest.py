@@ -22,11 +22,11 @@ def small_tmpfs(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def huge_directory(tmp_path: Path) -> Iterator[str]:
-    """Give a hugetlbfs with 16 pages more than there were, and put everything back."""
+    """Give a hugetlbfs with 20 pages more than there were, and put everything back."""
     target = tmp_path / "huge"
     target.mkdir()
     with mounted("hugetlbfs", target, "rw") as directory:
         page_bytes = system.huge_page_bytes(directory)
         assert page_bytes is not None
-        with huge_pages(page_bytes, 16):
+        with huge_pages(page_bytes, 20):
             yield directory

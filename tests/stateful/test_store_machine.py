@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TypeVar
 from zlib import crc32
@@ -786,11 +787,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=4), glances=st.booleans())
     def remove(self, which: int, object_ids: list[bytes], glances: bool) -> None:
-        """Delete objects by records, but for one that is hidden by a move."""
+        """Delete objects by records, but for one that is hidden by a move, which goes later."""
         talk, peer = self.talk, pick(self.active, which)
         talk.glance()
         there, is_hidden = self.model.sealed(), talk.store._objects.is_hidden
-        things = [there[id_] for id_ in object_ids if id_ in there and not is_hidden(id_)]
+        object_ids = [object_id for object_id in object_ids if not is_hidden(object_id)]
+        things = [there[object_id] for object_id in object_ids if object_id in there]
         self.deleting += object_ids
         for object_id in object_ids:
             if glances:
@@ -806,6 +808,39 @@ class StoreMachine(RuleBasedStateMachine):
         for thing in things:
             if self.model.things.get(thing.object_id) is thing:
                 assert self.model.is_pinned(thing), "a removed object stayed"
+                thing.is_doomed = True
+
+    @rule(
+        which=NUMBERS,
+        other=NUMBERS,
+        object_ids=st.lists(IDS, max_size=3, unique=True),
+        is_asked=st.booleans(),
+    )
+    def mark(self, which: int, other: int, object_ids: list[bytes], is_asked: bool) -> None:
+        """Delete objects by marks and records, of which the store is not told, and have somebody ask for them before it reads those."""
+        talk, peer = self.talk, pick(self.active, which)
+        talk.glance()
+        there, is_hidden = self.model.sealed(), talk.store._objects.is_hidden
+        things = [there[id_] for id_ in object_ids if id_ in there and not is_hidden(id_)]
+        things = [thing for thing in things if not thing.is_doomed]
+        self.deleting += object_ids
+        for thing in things:
+            peer.remove(thing.object_id)
+
+        def judge_reply(thing: Thing, reply: Reply) -> None:
+            assert reply == Number(self.model.is_pinned(thing))
+
+        if is_asked:
+            for thing in things:
+                asks = Contains(thing.object_id)
+                self.send(pick(self.active, other), asks, partial(judge_reply, thing))
+            talk.turn()
+        talk.glance()
+        for object_id in object_ids:
+            self.deleting.remove(object_id)
+        for thing in things:
+            if self.model.things.get(thing.object_id) is thing:
+                assert self.model.is_pinned(thing), "a marked object stayed"
                 thing.is_doomed = True
 
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=3), keep=st.booleans())

@@ -48,7 +48,7 @@ class Household:
             self.memory,
             self.gone.append,
         )
-        self.deletions = Deletions(self.table, self.objects)
+        self.deletions = Deletions(self.table, self.objects, self.room.mover)
         assert [self.boards.grant(client, 4711, 1) for client in (ALICE, BOB)] == [ALICE, BOB]
         self._free_slots = [list(slots_of(client)) for client in (ALICE, BOB)]
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from shmplasma.layout import EntryState
 from shmplasma.posted import Seal
-from shmplasma.replies import Created, Done, Failed, Failure, Leased, Number, Objects, Text
+from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Leased, Number, Objects, Text
 from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get
 from shmplasma.table import NO_ENTRY
 from tests.conversation import Conversation, Peer, name
@@ -98,18 +99,63 @@ def test_a_hidden_object_is_deleted_when_it_has_arrived(hiding: Rooms) -> None:
     hiding.store.check()
 
 
-def test_what_a_record_removes_is_left_while_an_object_is_hidden(hiding: Rooms) -> None:
-    """Its client sees that it is there, and asks for it."""
+def test_a_hidden_object_is_removed_by_a_record_when_it_has_arrived(hiding: Rooms) -> None:
+    """Also if its client has left by then; whoever asks for it removes it as well."""
     removal = hiding.removal(name(1))
-    hiding.one.write(removal)
+    hiding.other.write(removal)
     assert name(1) in hiding.ids()
+    assert hiding.other.outbox.read == hiding.other.outbox.written
+    hiding.store.check()
     request_id = hiding.one.post(removal)
     hiding.settle()
     assert request_id not in hiding.one.replies
+    hiding.disconnect(hiding.other)
     hiding.turn()
     hiding.one.take(request_id, Done)
     assert hiding.ids() == {name(3), name(9)}
     hiding.store.check()
+
+
+def test_what_is_marked_is_deleted_wherever_it_is_moved(hiding: Rooms) -> None:
+    """Nobody is told that it is there while it is hidden, nor finds it when it has arrived."""
+    entry, table = hiding.mover.hidden, hiding.store._parts.table
+    word = table.state_word(entry)
+    hiding.mark_word(entry, word >> 8 << 8 | EntryState.SEALED)
+    request_id = hiding.other.post(Contains(name(1)))
+    hiding.settle()
+    assert hiding.other.take(request_id, Number).value == 0
+    hiding.turn()
+    assert table.state_word(entry) >> 8 == (word >> 8) + 1
+    assert table.is_marked(entry)
+    found, _ = hiding.other.get(name(1))
+    assert found == [ABSENT]
+    assert hiding.ids() == {name(3), name(9)}
+    hiding.store.check()
+
+
+def test_a_get_of_what_is_marked_and_hidden_finds_nothing(hiding: Rooms) -> None:
+    """It is answered when the move is over."""
+    entry = hiding.mover.hidden
+    hiding.mark_word(
+        entry, hiding.store._parts.table.state_word(entry) >> 8 << 8 | EntryState.SEALED
+    )
+    found, _ = hiding.other.get(name(1))
+    assert found == [ABSENT]
+    hiding.store.check()
+
+
+def test_a_successor_deletes_what_was_removed_while_it_was_hidden(hiding: Rooms) -> None:
+    """The record was read, and will not be read again; the mark says it."""
+    entry = hiding.mover.hidden
+    hiding.mark_word(
+        entry, hiding.store._parts.table.state_word(entry) >> 8 << 8 | EntryState.SEALED
+    )
+    hiding.other.write(hiding.removal(name(1)))
+    successor = hiding.new_store(hiding.words, hiding.raw)
+    successor.recover(lambda *_: True, hiding.now_ns)
+    assert successor._parts.table.find(name(1)) == NO_ENTRY
+    assert successor._parts.table.find(name(3)) != NO_ENTRY
+    successor.check()
 
 
 def test_a_hidden_object_is_evicted_when_it_has_arrived(hiding: Rooms) -> None:

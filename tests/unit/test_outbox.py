@@ -15,7 +15,7 @@ MAX_BODY = RECORD_BYTES - 12
 """What a record holds beside its number, its kind and its length."""
 KINDS = st.integers(0, 0xFFFF)
 BODIES = st.binary(max_size=MAX_BODY)
-NEVER_POLLED = NEVER_LOOKING = memoryview(bytes(8)).cast("Q")
+NEVER_POLLED = memoryview(bytes(8)).cast("Q")
 FIRST_STORE = memoryview(bytes(8)).cast("Q")
 
 
@@ -27,7 +27,7 @@ class Page:
         self.words = self.raw.cast("Q")
         self.counter = memoryview(bytearray(8)).cast("Q")
         self.counter[0] = acknowledged
-        self.outbox = Outbox(self.words, self.counter, NEVER_POLLED, FIRST_STORE, NEVER_LOOKING)
+        self.outbox = Outbox(self.words, self.counter, NEVER_POLLED, FIRST_STORE)
 
     @property
     def handled(self) -> int:
@@ -190,7 +190,7 @@ def test_an_outbox_goes_on_where_it_was() -> None:
     for _ in range(RECORDS + 5):
         assert page.outbox.append(1, b"")
         page.handle()
-    again = Outbox(page.words, page.counter, NEVER_POLLED, FIRST_STORE, NEVER_LOOKING)
+    again = Outbox(page.words, page.counter, NEVER_POLLED, FIRST_STORE)
     assert again.append(2, b"after")
     assert page.handle() == (2, b"after")
 
@@ -202,7 +202,7 @@ def test_nobody_is_silent_to_a_store_that_he_does_not_know() -> None:
         header[at : at + 1] for at in (HeaderWord.POLLED, HeaderWord.INCARNATION)
     )
     first = Polling(header, lambda: None, possible=True)
-    outbox = Outbox(page.words, page.counter, polled, incarnation, NEVER_LOOKING)
+    outbox = Outbox(page.words, page.counter, polled, incarnation)
 
     def is_silent() -> bool:
         outbox.append(1, b"")
@@ -227,7 +227,7 @@ def test_a_store_that_lags_is_woken_once() -> None:
         header[at : at + 1] for at in (HeaderWord.POLLED, HeaderWord.INCARNATION)
     )
     Polling(header, lambda: None, possible=True).start()
-    outbox = Outbox(page.words, page.counter, polled, incarnation, NEVER_LOOKING)
+    outbox = Outbox(page.words, page.counter, polled, incarnation)
     told = []
     for handled in (0, 1, ANNOUNCED_AT, RECORDS + ANNOUNCED_AT):
         page.counter[0] = handled

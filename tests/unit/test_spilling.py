@@ -119,6 +119,28 @@ def test_who_gives_up_is_answered(talk: Conversation) -> None:
     talk.store.check()
 
 
+def test_what_is_marked_is_gone_from_the_external_store(talk: Conversation) -> None:
+    """Nobody is told of it, and nothing is left of it, although its record is not read; nor after a death."""
+    peer, other = talk.client(), talk.client()
+    fill(talk, peer)
+    first, second, third = spilled(talk)[:3]
+    table = talk.store._parts.table
+    for number in (first, second, third):
+        entry = table.find(name(number))
+        talk.mark_word(entry, table.state_word(entry) >> 8 << 8 | EntryState.SEALED)
+    assert other.ask(Contains(name(first)), Number).value == 0
+    request_id = other.post(other.wanted([name(second)]))
+    talk.settle_outside()
+    assert other.take(request_id, Objects).found == [ABSENT]
+    assert not {first, second} & set(spilled(talk))
+    talk.store.check()
+    successor = talk.new_store(talk.words, talk.raw)
+    successor.recover(lambda *_: True, talk.now_ns)
+    found = {number for number in range(MANY) if successor._parts.table.find(name(number)) >= 0}
+    assert found == set(range(MANY)) - {first, second, third}
+    successor.check()
+
+
 def test_deleted_objects_are_gone(talk: Conversation) -> None:
     """Deleting what was spilled, is being written, or is coming back leaves nothing, and its id is free."""
     peer = talk.client()

@@ -1478,15 +1478,10 @@ def test_who_waits_is_not_kept_waiting_by_silence(tenant: Tenant) -> None:
 
 
 def test_a_glance_reads_all_outboxes_where_there_are_few(tenant: Tenant) -> None:
-    """Whoever has written, without being asked, and clients see that they need not tell of it."""
-    talk, outbox = tenant.talk, tenant.peer.outbox
+    """Whoever has written, without being asked."""
+    talk = tenant.talk
     talk.client()
     tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
-    seen = [outbox.is_looked_at]
-    for looks in (True, False):
-        talk.store.look(looks=looks)
-        seen.append(outbox.is_looked_at)
-    assert seen == [False, True, False]
     assert talk.glance() == 1
     assert talk.glance() == 0
     assert tenant.control(ControlWord.ACKNOWLEDGED) == 1
@@ -1497,8 +1492,6 @@ def test_a_glance_reads_the_last_client_where_there_are_many(tenant: Tenant) -> 
     talk = tenant.talk
     tenant.peer.write_silently(Publish(A, tenant.next, 64, 0, 3))
     others = [talk.client() for _ in range(8)]
-    talk.store.look(looks=True)
-    assert not tenant.peer.outbox.is_looked_at, "nobody may count on it"
     assert talk.glance() == 0
     assert tenant.control(ControlWord.ACKNOWLEDGED) == 0
     tenant.peer.ask(Contains(B), Number)

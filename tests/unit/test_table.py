@@ -13,6 +13,7 @@ from shmplasma.errors import CommitError
 from shmplasma.layout import (
     ENTRY_BYTES,
     ENTRY_WORDS,
+    MARK_BYTES,
     STATE_MASK,
     EntryState,
     EntryWord,
@@ -155,21 +156,26 @@ def test_iteration_yields_what_is_not_free() -> None:
 
 
 def test_memory_is_committed_a_page_of_entries_at_a_time() -> None:
-    """Before an entry is first used, its page and its visited byte have memory behind them."""
+    """Before an entry is first used, its page, its visited byte and its mark have memory behind them."""
     memory = RecordedMemory()
     table = Table(LAYOUT, *new_segment(LAYOUT), memory.commit)
     assert memory.commits == []
     for n in range(ENTRIES_A_PAGE):
         insert(table, name(n))
-    first = [(LAYOUT.entries, 4096), (LAYOUT.visited, ENTRIES_A_PAGE)]
+    first = [
+        (LAYOUT.entries, 4096),
+        (LAYOUT.visited, ENTRIES_A_PAGE),
+        (LAYOUT.marks, ENTRIES_A_PAGE * MARK_BYTES),
+    ]
     assert memory.commits == first
     remove(table, name(0))
     insert(table, name(0))
     assert memory.commits == first
     insert(table, name(ENTRIES_A_PAGE))
-    assert memory.commits[2:] == [
+    assert memory.commits[3:] == [
         (LAYOUT.entries + 4096, 4096),
         (LAYOUT.visited + ENTRIES_A_PAGE, ENTRIES_A_PAGE),
+        (LAYOUT.marks + ENTRIES_A_PAGE * MARK_BYTES, ENTRIES_A_PAGE * MARK_BYTES),
     ]
 
 
@@ -181,17 +187,25 @@ def test_the_last_commit_ends_with_the_table() -> None:
     for n in range(layout.n_entries):
         insert(table, name(n))
     assert layout.n_entries == 5000
-    assert memory.commits == [(layout.entries, 5000 * ENTRY_BYTES), (layout.visited, 5000)]
+    assert memory.commits == [
+        (layout.entries, 5000 * ENTRY_BYTES),
+        (layout.visited, 5000),
+        (layout.marks, 5000 * MARK_BYTES),
+    ]
 
 
-@pytest.mark.parametrize("refused", ["entries", "visited"])
+@pytest.mark.parametrize("refused", ["entries", "visited", "marks"])
 def test_a_table_that_cannot_grow_stays_as_it_was(refused: str) -> None:
     """A commit that is refused leaves no trace, and the insertion succeeds once there is memory."""
     memory = RecordedMemory()
     table = Table(LAYOUT, *new_segment(LAYOUT), memory.commit)
     for n in range(ENTRIES_A_PAGE):
         insert(table, name(n))
-    memory.refuse_from = LAYOUT.entries + 4096 if refused == "entries" else LAYOUT.visited
+    memory.refuse_from = {
+        "entries": LAYOUT.entries + 4096,
+        "visited": LAYOUT.visited,
+        "marks": LAYOUT.marks,
+    }[refused]
     with pytest.raises(CommitError):
         insert(table, name(100))
     assert table.find(name(100)) == NO_ENTRY
