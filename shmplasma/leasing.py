@@ -3,6 +3,10 @@
 The order of the steps is that of the table there: BUSY, EPOCH, room, fill, publish, BUSY off.  One thread at
 a time is between the first and the last; another one that wants to put meanwhile goes by the store, as does
 whoever finds no room.  So do finalizers that put something while their own thread is at it.
+
+Whoever uses a lease up asks for the next one and does not wait: the store ends the one, as its client has done, and grants the other, while
+the client goes on with something else.  A lease that has come like this is one in which nothing was put yet: it may have been recalled, which
+EPOCH says.  Its pages are mapped granule by granule, as they are come to: 60 us each, where a whole lease would take 1 ms.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from shmplasma.attachment import Attachment
-from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord
+from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD, largest_object
 from shmplasma.replies import Leased
 
@@ -43,6 +47,9 @@ class LeaseWriter:
         The client's first board.
     ask : callable
         ``ask(needed_bytes)`` asks the store for a lease.
+    ask_ahead : callable
+        ``ask_ahead(needed_bytes, begun)`` asks, if that can be done now, and appends to `begun` what waits for the answer, which is None if
+        the store has died.
     populate : callable
         ``populate(offset, size_bytes)`` has pages mapped before they are filled.
 
@@ -56,6 +63,7 @@ class LeaseWriter:
         attachment: Attachment,
         board: int,
         ask: Callable[[int], Leased],
+        ask_ahead: Callable[[int, list[Callable[[], Leased | None]]], None],
         populate: Callable[[int, int], None],
     ) -> None:
         layout = attachment.layout
@@ -63,12 +71,15 @@ class LeaseWriter:
         self._words = attachment.words
         self._epoch_word = (layout.control + board * CONTROL_BYTES) // 8 + ControlWord.EPOCH
         self._ask = ask
+        self._ask_ahead = ask_ahead
+        self._awaited: list[Callable[[], Leased | None]] = []
         self._populate = populate
         self._lock = threading.Lock()
         self._memory = memoryview(attachment.write_map)
         self._data = layout.data
         self._epoch = -1
-        self._cursor = self._end = self._objects = self._pause = 0
+        self._granule = layout.granule_bytes
+        self._cursor = self._end = self._mapped = self._objects = self._pause = 0
         self._large_created = 0
         self._largest = min(MAX_OBJECT_BYTES, largest_object(layout.capacity))
 
@@ -121,8 +132,8 @@ class LeaseWriter:
                 if not self._renew(size_bytes):
                     return False
                 offset = self._cursor
-            if size_bytes > LARGE_BYTES:
-                self._populate(offset, size_bytes)
+            if offset + size_bytes > self._mapped:
+                self._map(offset, size_bytes)
             if claim is not None and not claim():
                 return False
             self._cursor = (offset + size_bytes + ALIGNMENT - 1) & -ALIGNMENT
@@ -130,12 +141,35 @@ class LeaseWriter:
             start = offset - self._data
             end, self._end = self._end, 0
             fill(self._memory[start : start + size_bytes], offset)
-            self._end = end
+            if self._cursor + size_bytes > end or not self._objects:
+                self._look_ahead(size_bytes)
+            else:
+                self._end = end
             return True
         finally:
             if acquired and acquired[0]:
                 self._board[BUSY_WORD] = 0
                 self._lock.release()
+
+    def _map(self, offset: int, size_bytes: int) -> None:
+        """Have the pages of an object mapped, and those of the rest of its last granule."""
+        self._populate(offset, size_bytes)
+        end = offset + size_bytes - self._data
+        self._mapped = self._data + align_up(end, self._granule)
+
+    def _look_ahead(self, size_bytes: int) -> None:
+        """Ask for the next lease, as another object like the last one has no room."""
+        self._board[BUSY_WORD] = 0  # the store may have to wait for it
+        self._ask_ahead(size_bytes, self._awaited)
+
+    def _get(self, size_bytes: int) -> Leased:
+        """Return the lease that was asked for, if it has room for an object; else ask for another one."""
+        if self._awaited:
+            lease = self._awaited[0]()  # an interrupt leaves it to the next put
+            self._awaited.clear()
+            if lease is not None and lease.size_bytes >= size_bytes:
+                return lease
+        return self._ask(size_bytes)
 
     def _renew(self, size_bytes: int) -> bool:
         """Get a lease with room for an object, and be busy with it; tell whether there is one."""
@@ -145,7 +179,7 @@ class LeaseWriter:
         if self._pause and not large:
             self._pause -= 1
             return False
-        lease = self._ask(size_bytes)
+        lease = self._get(size_bytes)
         if not lease.size_bytes:
             if large:
                 self._large_created = -_PUTS_AFTER_REFUSAL
@@ -153,11 +187,7 @@ class LeaseWriter:
                 self._pause = _PUTS_AFTER_REFUSAL
             return False
         self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
-        self._objects, self._epoch = lease.objects, lease.epoch
+        self._objects, self._epoch, self._mapped = lease.objects, lease.epoch, 0
         self._board[BUSY_WORD] = 1
         # It may have been recalled since it was granted, and its memory be given back by now.
-        if self._words[self._epoch_word] != self._epoch:
-            return False
-        if not large:  # else it goes object by object: this client is busy, and somebody may have to wait for it
-            self._populate(lease.offset, lease.size_bytes)
-        return True
+        return bool(self._words[self._epoch_word] == self._epoch)

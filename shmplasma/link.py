@@ -36,6 +36,7 @@ from typing import Final, TypeVar
 
 from shmplasma.arrow_errors import NotConnectedError, PlasmaObjectNotFound
 from shmplasma.endpoint import may_come_back
+from shmplasma.errors import ShmPlasmaError
 from shmplasma.exchange import Exchange
 from shmplasma.handshake import greet_again
 from shmplasma.nesting import NESTED, is_inside
@@ -170,6 +171,50 @@ class Link:
                     request = again()
             else:
                 return expect(expected, reply)
+
+    def begin(
+        self,
+        request: Request,
+        expected: type[_ReplyT],
+        begun: list[Callable[[], _ReplyT | None]],
+    ) -> None:
+        """Send a request whose reply nobody waits for yet, if it can be sent now: not inside another call.
+
+        Parameters
+        ----------
+        request, expected
+            As for `call`.
+        begun : list
+            Gets what waits for the reply and returns it; None if the store has died, or has refused, which it tells again to who asks again.
+            After an interrupt it can be called again.
+        """
+        channel = self.channel
+        if channel.is_entered:
+            return
+        request_id = channel.new_request()
+        sent: list[bool] = []
+        replies: list[Frame] = []
+
+        def finish() -> _ReplyT | None:
+            try:
+                if sent and not replies:
+                    reply = channel.wait(request_id, None)
+                    assert reply is not None
+                    replies.append(reply)
+                channel.drop(request_id)
+                return expect(expected, replies[0]) if replies else None
+            except (ConnectionError, ShmPlasmaError):
+                return None
+
+        try:
+            begun.append(finish)  # so that no interrupt can come between this and the request
+            channel.request(request.KIND, request_id, request.encode())
+            sent.append(True)
+        except BaseException as error:
+            begun.clear()
+            channel.give_up(request_id, _ignore)
+            if not isinstance(error, ConnectionError):  # whoever asks next connects again
+                raise
 
     def abort(self, object_id: bytes) -> None:
         """Ask for an object to be removed that this client has not sealed.
@@ -357,6 +402,10 @@ class Link:
         when_lost = self._when_lost()
         if when_lost is not None:
             when_lost()
+
+
+def _ignore(_: Frame) -> None:
+    """Have a reply for nothing."""
 
 
 def _exchange(

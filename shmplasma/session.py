@@ -137,7 +137,11 @@ class Session:
             self.removal = Removal(link, absence, self.reader, attachment.marks)
             self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(
-                attachment, board, partial(_ask_for_lease, link), self._pages.populate
+                attachment,
+                board,
+                partial(_ask_for_lease, link),
+                partial(_ask_ahead, link),
+                self._pages.populate,
             )
             if lifeline.locks is not None:
                 self.claims = Claimant(
@@ -424,6 +428,10 @@ class Session:
 
 def _ask_for_lease(link: Link, needed_bytes: int) -> Leased:
     return link.call(AskLease(needed_bytes), Leased)
+
+
+def _ask_ahead(link: Link, needed_bytes: int, begun: list[Callable[[], Leased | None]]) -> None:
+    link.begin(AskLease(needed_bytes), Leased, begun)
 
 
 def _ask_for_board(link: Link) -> int:

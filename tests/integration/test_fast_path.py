@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,13 @@ from shmplasma import (
     ObjectNotAvailable,
     PlasmaClient,
     PlasmaObjectNotFound,
+    PlasmaStoreFull,
     Store,
+    connect,
     system,
 )
 from shmplasma.layout import HeaderWord
+from shmplasma.leases import MIN_LEASE_BYTES
 from shmplasma.outbox import ANNOUNCED_AT, RECORDS
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
@@ -45,6 +49,7 @@ from shmplasma.requests import (
 )
 from shmplasma.session import Session
 from shmplasma.transport import Channel
+from tests.command import running
 from tests.crash import hammer_order
 from tests.processes import until
 
@@ -189,6 +194,68 @@ def test_writing_waits_for_nothing(
         assert len(sent) <= 21
     assert client2.get(ids, timeout_ms=0) == list(range(20))
     assert client2.contains(chosen)
+
+
+@needs_fast_path
+def test_the_next_lease_is_asked_for_ahead(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """Who uses a lease up asks for the next one and goes on; the next put has it, or waits for what was asked."""
+    data = bytes(1024)
+    first = MIN_LEASE_BYTES // len(data)
+    ids = [client.put_raw_buffer(data) for _ in range(first - 1)]
+    client.flush()
+    with stopped(store):
+        sent.clear()
+        ids.append(client.put_raw_buffer(data))
+        assert [kind for kind in kinds(sent) if kind != Post.KIND] == [AskLease.KIND]
+        putting = threading.Thread(target=lambda: ids.append(client.put_raw_buffer(data)))
+        putting.start()
+        putting.join(0.05)
+        assert putting.is_alive()
+    putting.join()
+    sent.clear()
+    ids += [client.put_raw_buffer(data) for _ in range(first)]
+    assert set(kinds(sent)) <= {Post.KIND}
+    assert client2.get_buffers(ids, timeout_ms=0) == [data] * len(ids)
+
+
+@needs_fast_path
+def test_a_lease_that_was_asked_for_ahead_is_recalled() -> None:
+    """Nobody puts into it, and it is no reason to be full; when there is room again, there is another one."""
+    with Store("4MB") as store, store.connect() as client, store.connect() as other:
+        data = bytes(1024)
+        for _ in range(MIN_LEASE_BYTES // len(data)):
+            client.put_raw_buffer(data)
+        leasing = session_of(client).leasing
+        assert leasing is not None
+        assert leasing._awaited
+        whole = ObjectID.from_random()
+        content = memoryview(other.create(whole, other.store_capacity())).cast("B")
+        content[:] = b"w" * len(content)
+        with pytest.raises(PlasmaStoreFull):
+            client.put_raw_buffer(data)
+        assert bytes(content) == b"w" * len(content)
+        del content
+        other.abort(whole)
+        assert client.get_buffers(client.put_raw_buffer(data)) == data
+
+
+@needs_fast_path
+def test_a_store_that_dies_before_it_grants_a_lease(tmp_path: Path) -> None:
+    """Who has asked for it ahead asks its successor."""
+    path, data = str(tmp_path / "s"), bytes(1024)
+    with running("-m", "4MB", "-s", path) as (process, _):
+        client = connect(path)
+        ids = [client.put_raw_buffer(data) for _ in range(MIN_LEASE_BYTES // len(data) - 1)]
+        client.flush()
+        process.send_signal(signal.SIGSTOP)
+        ids.append(client.put_raw_buffer(data))
+        process.kill()
+        process.wait()
+    with running("-s", path), client:
+        ids += [client.put_raw_buffer(data) for _ in range(100)]
+        assert client.get_buffers(ids, timeout_ms=0) == [data] * len(ids)
 
 
 @needs_fast_path

@@ -9,6 +9,7 @@ from textwrap import dedent
 import pytest
 
 from shmplasma import PlasmaClient, Store
+from tests.clients import figure
 from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
 
 UNDONE = """
@@ -110,6 +111,50 @@ def test_interrupts_at_each_point_of_a_large_put(store: Store) -> None:
         assert count > 50
         assert sealed < count / 2
         assert child.end() == 0
+
+
+USED_UP = """
+    import gc
+    import shmplasma as plasma
+    from shmplasma import leasing, link, transport
+
+    parts = leasing, link, transport
+    value = bytes(36_000)  # four of them fit a lease of this store
+    with plasma.connect(sys.argv[1]) as client:
+        keys = []
+
+        def puts():
+            for _ in range(4):
+                keys.append(client.put_raw_buffer(value))
+
+        puts()
+        count, interrupted = 0, True
+        while interrupted:
+            count += 1
+            client.delete(keys)
+            keys.clear()
+            client.flush()
+            interrupted = is_interrupted(count, parts, puts)
+            puts()
+            client.flush()
+            found = client.list()
+            assert found.keys() >= set(keys), count
+            assert len(found) <= len(keys) + 1, count
+            client.delete(list(found))
+        print(count, flush=True)
+        gc.collect()
+        assert "pinned objects: 0\\n" in client.debug_string()
+        assert len(client._session._link.channel._replies) <= 1  # of the lease that was asked for ahead
+"""
+
+
+def test_interrupts_at_each_point_of_puts_that_use_a_lease_up() -> None:
+    """Wherever Ctrl-C meets them: what was put is there, the next put works, and no lease stays behind."""
+    with Store("10MB") as store, store.connect() as other:
+        with Child(INTERRUPTER + dedent(USED_UP), store.store_socket_name) as child:
+            assert int(child.hear()) > 50
+            assert child.end() == 0
+        until(lambda: figure(other, "leased bytes") == 0, "the lease comes back")
 
 
 NOTIFIED = """
