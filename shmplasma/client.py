@@ -14,7 +14,7 @@ from shmplasma.connected import DEFAULT_RETRIES, checked, program_name
 from shmplasma.endpoint import default_socket_path
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.notifications import Subscription, decode
-from shmplasma.objects import ObjectID
+from shmplasma.objects import ObjectID, object_ids
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
 from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, Keep, List, SetOptions, Trim
@@ -200,17 +200,10 @@ class PlasmaClient(Reading, Writing):
         start = 0
         while True:
             listing = session.call(List(start), Listing)
-            for (
-                object_id,
-                data,
-                metadata,
-                holders,
-                created_ns,
-                construct_ns,
-                sealed,
-                keep,
-            ) in listing.records:
-                objects[ObjectID(object_id)] = {  # a call would take 0.5 us more
+            ids = object_ids(record[0] for record in listing.records)
+            for object_id, record in zip(ids, listing.records, strict=True):
+                _, data, metadata, holders, created_ns, construct_ns, sealed, keep = record
+                objects[object_id] = {  # a call would take 0.5 us more
                     "data_size": data,
                     "metadata_size": metadata,
                     "ref_count": holders,

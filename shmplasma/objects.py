@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Final
 from zlib import crc32
 
 from shmplasma.layout import ID_BYTES
 
-__all__ = ["ObjectID", "fresh_id", "is_fresh"]
+__all__ = ["ObjectID", "fresh_id", "is_fresh", "object_ids"]
 
 _DRAWN_AT_ONCE: Final = 64
 """A system call takes as long as half a put, whether it brings one id or these."""
@@ -103,6 +104,22 @@ def _draw(pool: list[bytes], n_random: int, tail: bytes = b"") -> bytes:
     *shared, own = (drawn[at : at + n_random] + tail for at in range(0, len(drawn), n_random))
     pool.extend(shared)
     return own
+
+
+def object_ids(names: Iterable[bytes]) -> list[ObjectID]:
+    """Return ids of names that have come from the store, 20 bytes each; not to check that takes half as long.
+
+    Examples
+    --------
+    >>> object_ids([20 * b"a"]) == [ObjectID(20 * b"a")]
+    True
+    """
+    new, ids = ObjectID.__new__, []
+    for name in names:
+        object_id = new(ObjectID)
+        object_id.id_bytes, object_id.hash32 = name, crc32(name)
+        ids.append(object_id)
+    return ids
 
 
 def fresh_id() -> ObjectID:

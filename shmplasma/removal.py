@@ -115,7 +115,8 @@ class Removal:
         RuntimeError
             A call of this thread was interrupted while it wrote a record.
         """
-        if len(object_ids) > _FEW:
+        # Inside another call to ask is refused, whatever is there and whatever the store does meanwhile.
+        if len(object_ids) > _FEW or self._link.channel.is_entered:
             return object_ids
         held = [self._reader.hold(object_id) for object_id in object_ids]
         rest: Sequence[bytes] = ()

@@ -228,11 +228,9 @@ class Table:
         first = self._layout.entries + start * ENTRY_BYTES
         last = self._layout.entries + min(stop, self._used_once) * ENTRY_BYTES
         states = bytes(self._raw[first + _STATE_BYTE : last : ENTRY_BYTES])
-        raw, unpack = self._raw, _LISTED.unpack_from
+        raw, unpack = self._raw[first:last], _LISTED.unpack_from
         for at in map(re.Match.start, _IN_A_CHAIN.finditer(states)):
-            _, object_id, data, metadata, created_ns, ns, keep = unpack(
-                raw, first + at * ENTRY_BYTES
-            )
+            _, object_id, data, metadata, created_ns, ns, keep = unpack(raw, at * ENTRY_BYTES)
             yield start + at, states[at], object_id, data, metadata, created_ns, ns, bool(keep)
 
     def summaries(self) -> Iterator[tuple[int, bytes, int, int]]:

@@ -201,7 +201,7 @@ class Story:
         self.seal(other, n)
         self.release(claimed[3])
         for object_id in (m, n):
-            one.write_silently(talk.removal(object_id))
+            one.remove(object_id)
         talk.glance()
         talk.tell(one, talk.removal(j))  # which is held
         assert m not in self.there()

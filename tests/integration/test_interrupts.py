@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from shmplasma import PlasmaClient, Store
+from shmplasma import PlasmaClient, Store, system
 from tests.clients import figure
 from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
 
@@ -148,6 +148,7 @@ USED_UP = """
 """
 
 
+@pytest.mark.skipif(not system.fast_path_available(), reason="nothing is put on lease")
 def test_interrupts_at_each_point_of_puts_that_use_a_lease_up() -> None:
     """Wherever Ctrl-C meets them: what was put is there, the next put works, and no lease stays behind."""
     with Store("10MB") as store, store.connect() as other:

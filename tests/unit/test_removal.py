@@ -58,7 +58,7 @@ class Deleter:
         self.board = cast("PinBoard", board)
         boards = SimpleNamespace(take_free=self._take_free, with_room=lambda: self.board)
         self.channel = SimpleNamespace(
-            is_quiet=True, send_soon=lambda kind, _: self.posts_soon.append(kind)
+            is_entered=False, is_quiet=True, send_soon=lambda kind, _: self.posts_soon.append(kind)
         )
         link = cast("Link", SimpleNamespace(channel=self.channel, post=self._post))
         reader = FastReader(layout, segment, 0, cast("BoardPool", boards))
@@ -186,6 +186,14 @@ def test_what_cannot_be_held_is_left_to_the_store(deleter: Deleter) -> None:
     assert list(deleter.removal.delete([A] * 65)) == [A] * 65
     deleter.free.clear()
     assert deleter.removal.delete([A]) == [A]
+    assert not deleter.is_marked(A)
+
+
+def test_inside_another_call_all_is_left_to_the_store(deleter: Deleter) -> None:
+    """Which is refused then."""
+    deleter.peer.put(A)
+    deleter.channel.is_entered = True
+    assert deleter.removal.delete([A, B]) == [A, B]
     assert not deleter.is_marked(A)
 
 
