@@ -15,6 +15,10 @@ __all__ = ["MEASURED_BYTES", "Pace"]
 
 MEASURED_BYTES: Final = 16 << 20
 """Less is copied too fast to be measured once, and two threads were always faster at it."""
+_TRIALS: Final = 4
+"""So many copies of a size go one way and the other in turn."""
+_SLOWER: Final = 1.125
+"""So many times as slow as before a way is held to be at most, after another copy."""
 _AGAIN: Final = 16
 """One of so many copies goes the way that was slower, as that may change."""
 
@@ -29,7 +33,7 @@ class Pace:
     Examples
     --------
     >>> pace = Pace()
-    >>> for ns in (9_000_000, 7_000_000):  # the first copies try both
+    >>> for ns in (9_000_000, 7_000_000, 9_000_000, 7_000_000):  # the first copies try both
     ...     pace.took(64 << 20, pace.threads(64 << 20, most=2), ns)
     >>> pace.threads(64 << 20, most=2)
     1
@@ -49,8 +53,8 @@ class Pace:
         copies = self._copies[size] = self._copies.get(size, -1) + 1
         several = self._ns_a_byte.get((size, True))
         one = self._ns_a_byte.get((size, False))
-        if several is None or one is None:
-            return most if several is None else 1
+        if copies < _TRIALS or several is None or one is None:
+            return 1 if copies % 2 else most
         is_slower_one = copies % _AGAIN == 0
         return most if (several < one) != is_slower_one else 1
 
@@ -59,5 +63,7 @@ class Pace:
         if size_bytes < MEASURED_BYTES:
             return
         way = size_bytes.bit_length(), threads > 1
-        before = self._ns_a_byte.get(way, ns / size_bytes)
-        self._ns_a_byte[way] = (before + ns / size_bytes) / 2
+        now = ns / size_bytes
+        before = self._ns_a_byte.get(way, now)
+        # One copy may be slow for many reasons, and is fast for one.
+        self._ns_a_byte[way] = min(now, before * _SLOWER)

@@ -23,8 +23,18 @@ def _copies(pace: Pace, costs: dict[int, int], times: int, size: int = _SIZE) ->
 def test_both_ways_are_tried_and_the_faster_one_is_taken(one: int, two: int, better: int) -> None:
     """The first copies measure, the rest know."""
     chosen = _copies(Pace(), {1: one * 10**6, 2: two * 10**6}, 16)
-    assert chosen[:2] == [2, 1]
-    assert set(chosen[2:]) == {better}
+    assert chosen[:4] == [2, 1, 2, 1]
+    assert set(chosen[4:]) == {better}
+
+
+def test_one_slow_copy_decides_nothing() -> None:
+    """Whichever way it went, and also if it was the first."""
+    for slow in range(4):
+        pace = Pace()
+        for number in range(4):
+            threads = pace.threads(_SIZE, 2)
+            pace.took(_SIZE, threads, 100 if number == slow else {1: 7, 2: 9}[threads])
+        assert pace.threads(_SIZE, 2) == 1
 
 
 def test_the_slower_way_is_tried_again() -> None:
