@@ -181,7 +181,7 @@ class Dispatch:
                     lease = Leased(0, 0, 0, 0)
                 else:
                     self._heed_all(now_ns)  # as above
-                    lease = self._publishing.lease(client, session.board, request.needed_bytes)
+                    lease = self._publishing.lease(client, session.board, request)
                 self._outgoing.reply(client, request_id, lease)
             case Flush():
                 self._outgoing.reply(client, request_id, _DONE)

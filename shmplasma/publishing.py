@@ -39,6 +39,7 @@ from shmplasma.memory import Memory
 from shmplasma.pins import Boards
 from shmplasma.posted import Claim, Publish
 from shmplasma.replies import Leased
+from shmplasma.requests import AskLease
 from shmplasma.room import Room
 from shmplasma.table import Table
 
@@ -84,13 +85,13 @@ class Publishing:
         self._ahead = 0
         self._evictions = 0
 
-    def lease(self, client: int, board: int, needed_bytes: int) -> Leased:
+    def lease(self, client: int, board: int, request: AskLease) -> Leased:
         """Give back what is left of a client's lease and grant it a new one, of size 0 if none is to be had.
 
         Where much is free, in pieces that are too small for it, nothing is evicted, as there is room for objects that are
         created one by one, and they are moved for larger ones.
         """
-        room, leases = self._room, self._leases
+        room, leases, needed_bytes = self._room, self._leases, request.needed_bytes
         room.give_back(*leases.end(client))
         size, used = leases.size_for(client, needed_bytes), leases.used_bytes(client)
         none = Leased(0, 0, 0, 0)
@@ -101,6 +102,8 @@ class Publishing:
             if not self._table.prepare(leases.objects_left + leases.objects_for(size)):
                 return none
             if room.largest_bytes < smallest:
+                if request.ahead:
+                    return none
                 self._objects.releases.wake()  # nothing goes for want of what was released meanwhile
                 smallest = align_up(max(MIN_LEASE_BYTES, needed_bytes), ALIGNMENT)
                 lacks_room = self._is_full or room.largest_bytes < align_up(needed_bytes, ALIGNMENT)

@@ -292,19 +292,24 @@ class Debug(Empty):
     KIND: ClassVar[int] = 13
 
 
-_LEASE: Final = Struct("<Q")
+_LEASE: Final = Struct("<Q?")
+_TICKET: Final = Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
 class AskLease:
-    """Ask for a lease that has room for an object of this size; what is left of the last one goes back."""
+    """Ask for a lease that has room for an object of this size; what is left of the last one goes back.
+
+    Nothing is evicted for one that is asked for `ahead`, as nobody may need it.
+    """
 
     KIND: ClassVar[int] = 16
     needed_bytes: int
+    ahead: bool = False
 
     def encode(self) -> bytes:
         """Return the body."""
-        return _LEASE.pack(self.needed_bytes)
+        return _LEASE.pack(self.needed_bytes, self.ahead)
 
     @classmethod
     def decode(cls, body: bytes) -> AskLease:
@@ -339,12 +344,12 @@ class Hold:
 
     def encode(self) -> bytes:
         """Return the body."""
-        return _LEASE.pack(self.ticket) + b"".join(HOLD.pack(*hold) for hold in self.holds)
+        return _TICKET.pack(self.ticket) + b"".join(HOLD.pack(*hold) for hold in self.holds)
 
     @classmethod
     def decode(cls, body: bytes) -> Hold:
         """Return the message of a body."""
-        (ticket,) = _LEASE.unpack(body[:8])
+        (ticket,) = _TICKET.unpack(body[:8])
         return cls(ticket, [*HOLD.iter_unpack(body[8:])])
 
 
@@ -357,12 +362,12 @@ class Bequeath:
 
     def encode(self) -> bytes:
         """Return the body."""
-        return _LEASE.pack(self.ticket)
+        return _TICKET.pack(self.ticket)
 
     @classmethod
     def decode(cls, body: bytes) -> Bequeath:
         """Return the message of a body."""
-        return cls(*_LEASE.unpack(body))
+        return cls(*_TICKET.unpack(body))
 
 
 @dataclass(frozen=True, slots=True)

@@ -431,7 +431,7 @@ def _ask_for_lease(link: Link, needed_bytes: int) -> Leased:
 
 
 def _ask_ahead(link: Link, needed_bytes: int, begun: list[Callable[[], Leased | None]]) -> None:
-    link.begin(AskLease(needed_bytes), Leased, begun)
+    link.begin(AskLease(needed_bytes, ahead=True), Leased, begun)
 
 
 def _ask_for_board(link: Link) -> int:

@@ -242,6 +242,19 @@ def test_a_lease_that_was_asked_for_ahead_is_recalled() -> None:
 
 
 @needs_fast_path
+def test_nothing_is_evicted_for_a_lease_that_is_asked_for_ahead() -> None:
+    """Nobody may need it; who does asks once more, and then it is."""
+    with Store("20MB") as store, store.connect() as client:
+        ids = [client.put_raw_buffer(bytes(100_000)) for _ in range(199)]
+        assert "\nevictions: 0\n" in client.debug_string()
+        assert client.list().keys() == set(ids)
+        for _ in range(20):
+            ids.append(client.put_raw_buffer(bytes(100_000)))
+            assert client.contains(ids[-1])
+        assert not client.contains(ids[0])
+
+
+@needs_fast_path
 def test_a_store_that_dies_before_it_grants_a_lease(tmp_path: Path) -> None:
     """Who has asked for it ahead asks its successor."""
     path, data = str(tmp_path / "s"), bytes(1024)
