@@ -128,6 +128,15 @@ def pinned() -> Generator[Step, int, bool]:
     return False
 
 
+def put_second() -> Program:
+    """Put the second object in the entry, which nobody pins."""
+    yield Store("state", word(2, FREE))
+    yield Store("object", 2)
+    yield Store("state", word(2, SEALED))
+    yield Store("put 2", 1)
+    return "replaced"
+
+
 def replace(case: Case) -> Program:
     """Evict the first object, or delete it when its record is there, and put the second in its entry (`Room.take`)."""
     yield Store("state", word(1, EVICTING))
@@ -140,11 +149,7 @@ def replace(case: Case) -> Program:
         yield Fence()
         yield Await("slot 1", 0)
         yield Await("slot 3", 0)
-    yield Store("state", word(2, FREE))
-    yield Store("object", 2)
-    yield Store("state", word(2, SEALED))
-    yield Store("put 2", 1)
-    return "replaced"
+    return (yield from put_second())
 
 
 def delete_and_replace(case: Case) -> Program:
@@ -155,11 +160,7 @@ def delete_and_replace(case: Case) -> Program:
         yield from membarrier(CLIENTS)
     yield Await("slot 1", 0)
     yield Await("slot 3", 0)
-    yield Store("state", word(2, FREE))
-    yield Store("object", 2)
-    yield Store("state", word(2, SEALED))
-    yield Store("put 2", 1)
-    return "replaced"
+    return (yield from put_second())
 
 
 def move(case: Case) -> Program:

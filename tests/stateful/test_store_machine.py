@@ -803,11 +803,15 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 peer.write(talk.removal(object_id))
         talk.glance()
+        self.note_removed(object_ids, things)
+
+    def note_removed(self, object_ids: list[bytes], things: list[Thing]) -> None:
+        """See that what was deleted has gone, or is in use."""
         for object_id in object_ids:
             self.deleting.remove(object_id)
         for thing in things:
             if self.model.things.get(thing.object_id) is thing:
-                assert self.model.is_pinned(thing), "a removed object stayed"
+                assert self.model.is_pinned(thing), "a deleted object stayed"
                 thing.is_doomed = True
 
     @rule(
@@ -836,12 +840,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.send(pick(self.active, other), asks, partial(judge_reply, thing))
             talk.turn()
         talk.glance()
-        for object_id in object_ids:
-            self.deleting.remove(object_id)
-        for thing in things:
-            if self.model.things.get(thing.object_id) is thing:
-                assert self.model.is_pinned(thing), "a marked object stayed"
-                thing.is_doomed = True
+        self.note_removed(object_ids, things)
 
     @rule(which=NUMBERS, object_ids=st.lists(IDS, max_size=3), keep=st.booleans())
     def keep(self, which: int, object_ids: list[bytes], keep: bool) -> None:
