@@ -118,7 +118,7 @@ class PlasmaClient(Reading, Writing):
 
         Notes
         -----
-        Up to 64 objects that are there go without waiting for the store, in some 10 us each.  For more, or where one of them is not seen to be
+        Up to 24 objects that are there go without waiting for the store, in some 10 us each.  For more, or where one of them is not seen to be
         there or not, one round trip for each 65,536.
         """
         ids = _id_bytes(object_ids)

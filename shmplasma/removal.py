@@ -67,8 +67,8 @@ from shmplasma.requests import Post
 __all__ = ["Removal"]
 
 _REMOVE: Final = Remove.KIND
-_FEW: Final = 64
-"""More than these go by one message, which takes less time than their records."""
+_FEW: Final = 24
+"""More than these go by one message.  Measured, in us: 16 objects 213 by records and 395 by a message, 32 of them 396 and 296."""
 _NOTHING_TO_DELETE: Final = (
     -1,
     int(EntryState.FREE),

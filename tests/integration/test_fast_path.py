@@ -481,7 +481,7 @@ def test_deleting_few_objects_asks_for_nothing(
     client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
 ) -> None:
     """At most the store is told to look into the outbox; when that returns, nobody finds them."""
-    for count in (1, 8, 64):
+    for count in (1, 8, 24):
         for _ in range(20):
             ids = put_numbers(client2, count)
             sent.clear()
@@ -496,7 +496,7 @@ def test_deleting_few_objects_asks_for_nothing(
 @needs_fast_path
 def test_deleting_many_objects_takes_one_message(client: PlasmaClient, sent: list[Frame]) -> None:
     """As many records would take longer."""
-    ids = put_numbers(client, 65)
+    ids = put_numbers(client, 25)
     sent.clear()
     client.delete(ids)
     assert kinds(sent) == [Delete.KIND]

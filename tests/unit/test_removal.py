@@ -183,7 +183,7 @@ def test_what_is_taken_meanwhile_is_left_to_the_store(deleter: Deleter) -> None:
 def test_what_cannot_be_held_is_left_to_the_store(deleter: Deleter) -> None:
     """When all slots are in use, and when there are many objects, for which one message is cheaper."""
     deleter.peer.put(A)
-    assert list(deleter.removal.delete([A] * 65)) == [A] * 65
+    assert list(deleter.removal.delete([A] * 25)) == [A] * 25
     deleter.free.clear()
     assert deleter.removal.delete([A]) == [A]
     assert not deleter.is_marked(A)
