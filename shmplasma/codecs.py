@@ -169,9 +169,13 @@ class BytesPayload(Payload):
 
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
-        self.size_bytes = size_bytes = len(data)
-        self._parts = ((0, size_bytes, data),)
+        self.size_bytes = len(data)
         self._data = data
+
+    def write(self, target: npt.NDArray[np.uint8], threads: int = 1) -> None:
+        """Fill `target`; as `Payload.write`."""
+        part = 0, self.size_bytes, self._data
+        Payload(self.codec, self.size_bytes, (part,)).write(target, threads)
 
     def fill(self, room: memoryview, threads: int = 1) -> None:
         """Fill `room` without an array over it, which takes as long as the copy of a small value."""

@@ -4,6 +4,10 @@ The order of the steps is that of the table there: BUSY, EPOCH, room, fill, publ
 a time is between the first and the last; another one that wants to put meanwhile goes by the store, as does
 whoever finds no room.  So do finalizers that put something while their own thread is at it.
 
+Most puts are of small values under fresh ids.  `put_small` does what `put` does for any object, in one piece.
+
+An interrupt leaves a hole at worst: room is taken before it is filled, and the store skips what was not published.
+
 Whoever uses a lease up asks for the next one and does not wait: the store ends the one, as its client has done, and grants the other, while
 the client goes on with something else.  A lease that has come like this is one in which nothing was put yet: it may have been recalled, which
 EPOCH says.  Its pages are mapped granule by granule, as they are come to: 60 us each, where a whole lease would take 1 ms.
@@ -16,9 +20,12 @@ from collections.abc import Callable
 from typing import Final
 
 from shmplasma.attachment import Attachment
+from shmplasma.codecs import Payload
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD, largest_object
+from shmplasma.link import Link
 from shmplasma.replies import Leased
+from shmplasma.requests import AskLease
 
 __all__ = ["LARGE_BYTES", "MAX_OBJECT_BYTES", "LeaseWriter"]
 
@@ -35,6 +42,9 @@ _LARGE_BEFORE_A_LEASE: Final = 4
 _PUTS_AFTER_REFUSAL: Final = 64
 """How many puts go by the store before a client asks again for a lease that it did not get."""
 
+_AT_ONCE: Final = (False,)
+_ROUND_UP: Final = ALIGNMENT - 1
+
 
 class LeaseWriter:
     """Puts objects into a lease.
@@ -45,11 +55,8 @@ class LeaseWriter:
         The segment.
     board : int
         The client's first board.
-    ask : callable
-        ``ask(needed_bytes)`` asks the store for a lease.
-    ask_ahead : callable
-        ``ask_ahead(needed_bytes, begun)`` asks, if that can be done now, and appends to `begun` what waits for the answer, which is None if
-        the store has died.
+    link : Link
+        To the store.
     populate : callable
         ``populate(offset, size_bytes)`` has pages mapped before they are filled.
 
@@ -62,16 +69,14 @@ class LeaseWriter:
         self,
         attachment: Attachment,
         board: int,
-        ask: Callable[[int], Leased],
-        ask_ahead: Callable[[int, list[Callable[[], Leased | None]]], None],
+        link: Link,
         populate: Callable[[int, int], None],
     ) -> None:
         layout = attachment.layout
         self._board = attachment.board(board)
         self._words = attachment.words
         self._epoch_word = (layout.control + board * CONTROL_BYTES) // 8 + ControlWord.EPOCH
-        self._ask = ask
-        self._ask_ahead = ask_ahead
+        self._link = link
         self._awaited: list[Callable[[], Leased | None]] = []
         self._populate = populate
         self._lock = threading.Lock()
@@ -108,8 +113,7 @@ class LeaseWriter:
         Notes
         -----
         An interrupt ends the put and leaves neither the lock nor BUSY behind (the lock is taken in a way
-        that `shmplasma.transport` explains), nor the lease: the record may be in the outbox already, or not.  The next
-        put asks for another lease, which the store grants when it has read that.
+        that `shmplasma.transport` explains); whether the object is put is not known.
         """
         if size_bytes > LARGE_BYTES:
             if size_bytes > self._largest:
@@ -119,48 +123,99 @@ class LeaseWriter:
                 return False
         acquired: list[bool] = []
         try:
-            acquired.extend(map(self._lock.acquire, (False,)))
+            acquired.extend(map(self._lock.acquire, _AT_ONCE))
             if not acquired[0]:
                 return False
             self._board[BUSY_WORD] = 1
-            offset = self._cursor
-            if (
-                self._words[self._epoch_word] != self._epoch
-                or offset + size_bytes > self._end
-                or not self._objects
-            ):
-                if not self._renew(size_bytes):
-                    return False
-                offset = self._cursor
-            if offset + size_bytes > self._mapped:
-                self._map(offset, size_bytes)
+            if not self._prepare(size_bytes):
+                return False
             if claim is not None and not claim():
                 return False
-            self._cursor = (offset + size_bytes + ALIGNMENT - 1) & -ALIGNMENT
+            offset = self._cursor
+            self._cursor = (offset + size_bytes + _ROUND_UP) & -ALIGNMENT
             self._objects -= 1
             start = offset - self._data
-            end, self._end = self._end, 0
             fill(self._memory[start : start + size_bytes], offset)
-            if self._cursor + size_bytes > end or not self._objects:
+            if self._cursor + size_bytes > self._end or not self._objects:
                 self._look_ahead(size_bytes)
-            else:
-                self._end = end
             return True
         finally:
             if acquired and acquired[0]:
                 self._board[BUSY_WORD] = 0
                 self._lock.release()
 
+    def put_small(self, object_id: bytes, payload: Payload, codec: int, keep: bool) -> bool:
+        """Put an object of up to `LARGE_BYTES`, without metadata, under a fresh id; otherwise as `put`.
+
+        Parameters
+        ----------
+        object_id : bytes
+            A fresh one.
+        payload : Payload
+            Its data.
+        codec : int
+            How to read it.
+        keep : bool
+            Whether it is never to be evicted.
+        """
+        size_bytes = payload.size_bytes
+        acquired: list[bool] = []
+        try:
+            acquired.extend(map(self._lock.acquire, _AT_ONCE))
+            if not acquired[0]:
+                return False
+            self._board[BUSY_WORD] = 1
+            offset = self._cursor
+            end = offset + size_bytes
+            if (
+                self._words[self._epoch_word] != self._epoch
+                or end > self._mapped
+                or not self._objects
+            ):
+                if not self._prepare(size_bytes):
+                    return False
+                offset = self._cursor
+                end = offset + size_bytes
+            cursor = self._cursor = (end + _ROUND_UP) & -ALIGNMENT
+            self._objects -= 1
+            data = self._data
+            payload.fill(self._memory[offset - data : end - data])
+            self._link.publish(object_id, offset, size_bytes, codec, keep)
+            if cursor + size_bytes > self._end or not self._objects:
+                self._look_ahead(size_bytes)
+            return True
+        finally:
+            if acquired and acquired[0]:
+                self._board[BUSY_WORD] = 0
+                self._lock.release()
+
+    def _prepare(self, size_bytes: int) -> bool:
+        """Have a lease with room for an object, whose pages are mapped; tell whether there is one."""
+        if (
+            self._words[self._epoch_word] != self._epoch
+            or self._cursor + size_bytes > self._end
+            or not self._objects
+        ) and not self._renew(size_bytes):
+            return False
+        if self._cursor + size_bytes > self._mapped:
+            self._map(self._cursor, size_bytes)
+        return True
+
     def _map(self, offset: int, size_bytes: int) -> None:
         """Have the pages of an object mapped, and those of the rest of its last granule."""
         self._populate(offset, size_bytes)
-        end = offset + size_bytes - self._data
-        self._mapped = self._data + align_up(end, self._granule)
+        end = align_up(offset + size_bytes - self._data, self._granule)
+        self._mapped = min(self._data + end, self._end)
+
+    def _drop(self) -> None:
+        """Put nothing into the lease any more, and let the store have it, which may wait for that."""
+        self._cursor = self._end = self._mapped = self._objects = 0
+        self._board[BUSY_WORD] = 0
 
     def _look_ahead(self, size_bytes: int) -> None:
         """Ask for the next lease, as another object like the last one has no room."""
-        self._board[BUSY_WORD] = 0  # the store may have to wait for it
-        self._ask_ahead(size_bytes, self._awaited)
+        self._drop()
+        self._link.begin(AskLease(size_bytes, ahead=True), Leased, self._awaited)
 
     def _get(self, size_bytes: int) -> Leased:
         """Return the lease that was asked for, if it has room for an object; else ask for another one."""
@@ -169,12 +224,11 @@ class LeaseWriter:
             self._awaited.clear()
             if lease is not None and lease.size_bytes >= size_bytes:
                 return lease
-        return self._ask(size_bytes)
+        return self._link.call(AskLease(size_bytes), Leased)
 
     def _renew(self, size_bytes: int) -> bool:
         """Get a lease with room for an object, and be busy with it; tell whether there is one."""
-        self._board[BUSY_WORD] = 0  # nothing was taken, and the store may have to wait for it
-        self._cursor = self._end = 0
+        self._drop()
         large = size_bytes > LARGE_BYTES
         if self._pause and not large:
             self._pause -= 1
@@ -187,7 +241,7 @@ class LeaseWriter:
                 self._pause = _PUTS_AFTER_REFUSAL
             return False
         self._cursor, self._end = lease.offset, lease.offset + lease.size_bytes
-        self._objects, self._epoch, self._mapped = lease.objects, lease.epoch, 0
+        self._objects, self._epoch = lease.objects, lease.epoch
         self._board[BUSY_WORD] = 1
         # It may have been recalled since it was granted, and its memory be given back by now.
         return bool(self._words[self._epoch_word] == self._epoch)

@@ -15,8 +15,8 @@ _DRAWN_AT_ONCE: Final = 64
 """A system call takes as long as half a put, whether it brings one id or these."""
 _MARK: Final = b"\xf5\x9a\x1c\xe7"
 """How the ids end that nobody chose: any four bytes that are unlikely in one that somebody did."""
-_random: list[bytes] = []
-_fresh: list[bytes] = []
+_random: list[ObjectID] = []
+_fresh: list[ObjectID] = []
 os.register_at_fork(after_in_child=_random.clear)
 os.register_at_fork(after_in_child=_fresh.clear)
 
@@ -74,9 +74,9 @@ class ObjectID:
     def from_random() -> ObjectID:
         """Return a fresh id from the system's random source; collisions are not to be expected."""
         try:
-            return ObjectID(_random.pop())
+            return _random.pop()
         except IndexError:
-            return ObjectID(_draw(_random, ID_BYTES))
+            return _draw(_random, ID_BYTES)
 
     def binary(self) -> bytes:
         """Return the 20 bytes."""
@@ -97,17 +97,19 @@ class ObjectID:
         return f"ObjectID({self.id_bytes.hex()})"
 
 
-def _draw(pool: list[bytes], n_random: int, tail: bytes = b"") -> bytes:
-    """Return so many random bytes and a tail, and put more of the kind into a pool."""
+def _draw(pool: list[ObjectID], n_random: int, tail: bytes = b"") -> ObjectID:
+    """Return an id of so many random bytes and a tail, and put more of the kind into a pool."""
     drawn = os.urandom(_DRAWN_AT_ONCE * n_random)
     # The last one is not shared: another thread may take all that are.
-    *shared, own = (drawn[at : at + n_random] + tail for at in range(0, len(drawn), n_random))
+    *shared, own = object_ids(
+        drawn[at : at + n_random] + tail for at in range(0, len(drawn), n_random)
+    )
     pool.extend(shared)
     return own
 
 
 def object_ids(names: Iterable[bytes]) -> list[ObjectID]:
-    """Return ids of names that have come from the store, 20 bytes each; not to check that takes half as long.
+    """Return ids of names that are known to have 20 bytes; not to check that takes half as long.
 
     Examples
     --------
@@ -131,9 +133,9 @@ def fresh_id() -> ObjectID:
     (True, False)
     """
     try:
-        return ObjectID(_fresh.pop())
+        return _fresh.pop()
     except IndexError:
-        return ObjectID(_draw(_fresh, ID_BYTES - len(_MARK), _MARK))
+        return _draw(_fresh, ID_BYTES - len(_MARK), _MARK)
 
 
 def is_fresh(object_id: bytes) -> bool:

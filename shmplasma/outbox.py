@@ -20,7 +20,7 @@ Why nothing is lost, and nothing done twice
     whose number is there is whole.  A store that dies between 3 and 4 leaves a record that was carried out:
     its successor sees that by the record itself (see `shmplasma.recovery`).  An interrupt between a client's
     3 and 4 leaves a record that is handled with the next one, or at the client's end; one between 3 and its
-    own counting is noticed at the next `append`, which finds the number there already.
+    own counting is noticed at the next `place`, which finds the number there already.
 
 When the message is spared
     A store that has just read a record will read the next ones within a millisecond, unasked, and says so in
@@ -74,6 +74,13 @@ class Outbox:
     incarnation : memoryview
         The header's INCARNATION word.
 
+    Attributes
+    ----------
+    raw : memoryview
+        The outbox as bytes.
+    is_to_be_announced : bool
+        Whether the store is to be told of the record that was written last.
+
     Notes
     -----
     Not thread-safe: the caller holds a lock.
@@ -84,9 +91,10 @@ class Outbox:
         "_count",
         "_incarnation",
         "_polled",
-        "_raw",
         "_store",
         "_words",
+        "is_to_be_announced",
+        "raw",
     )
 
     def __init__(
@@ -97,11 +105,12 @@ class Outbox:
         incarnation: memoryview,
     ) -> None:
         self._words = page
-        self._raw = page.cast("B")
+        self.raw = page.cast("B")
         self._acknowledged = acknowledged
         self._polled = polled
         self._incarnation = incarnation
         self._count = int(acknowledged[0])
+        self.is_to_be_announced = False
         self.connected()
 
     def connected(self) -> None:
@@ -110,17 +119,32 @@ class Outbox:
 
     def append(self, kind: int, body: bytes) -> int:
         """Write a record; return how many were written, or 0 when the ring is full and the store must handle something first."""
+        at = self.place()
+        if at < 0:
+            return 0
+        _CONTENT.pack_into(self.raw, at, kind, len(body), body)
+        self.commit()
+        return self._count
+
+    def place(self) -> int:
+        """Return where in `raw` kind, length and body of the next record go; `commit` is to follow.  -1 when the ring is full."""
         count = self._count
         at = (count & _MASK) * _WORDS
         if self._words[at] == count + 1:  # an interrupt came before it was counted
             count = self._count = count + 1
             at = (count & _MASK) * _WORDS
         if count - self._acknowledged[0] >= RECORDS:
-            return 0
-        _CONTENT.pack_into(self._raw, at * 8 + 8, kind, len(body), body)
-        self._words[at] = count + 1
-        self._count = count + 1
-        return count + 1
+            return -1
+        return at * 8 + 8
+
+    def commit(self) -> None:
+        """Let the store have the record that was written to `place`, and see whether it is to be told."""
+        count = self._count
+        self._words[(count & _MASK) * _WORDS] = count + 1
+        self._count = count = count + 1
+        self.is_to_be_announced = (
+            self._polled[0] != self._store or count - self._acknowledged[0] == ANNOUNCED_AT
+        )
 
     @property
     def written(self) -> int:
@@ -132,12 +156,6 @@ class Outbox:
     def read(self) -> int:
         """How many of them the store has handled."""
         return int(self._acknowledged[0])
-
-    @property
-    def is_to_be_announced(self) -> bool:
-        """Whether the store is to be told of the record just written."""
-        waiting = self._count - self._acknowledged[0]
-        return not (self._polled[0] == self._store and waiting != ANNOUNCED_AT)
 
 
 class Polling:

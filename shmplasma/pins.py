@@ -129,6 +129,11 @@ class Boards:
     commit : callable
         ``commit(offset, size_bytes)``, as for `shmplasma.table.Table`.
 
+    Attributes
+    ----------
+    expected : set of int
+        The words of pins of what will be put (see `expect`).
+
     Notes
     -----
     Reading all boards is O(boards in use); a board takes about 6 µs.  Not thread-safe.
@@ -155,7 +160,7 @@ class Boards:
         self._claimed: dict[int, int] = {}
         self._word_of: dict[int, int] = {}
         self._prune_at = _CLAIMS_KEPT
-        self._expected: set[int] = set()
+        self.expected: set[int] = set()
 
     def grant(self, client: int, pid: int, start_time: int) -> int | None:
         """Give a client one more board and return its number, or None when all are in use.
@@ -296,22 +301,22 @@ class Boards:
 
     def expect(self, offset: int) -> None:
         """Take note that somebody pins what will be put at an offset (`shmplasma.hints`); amortized O(1)."""
-        if len(self._expected) >= _EXPECTED_KEPT:
-            self._expected &= self._offset_words()
-        self._expected.add(pin_word(offset))
+        if len(self.expected) >= _EXPECTED_KEPT:
+            self.expected &= self._offset_words()
+        self.expected.add(pin_word(offset))
 
     def expect_pinned(self) -> None:
         """Do so of all offsets that are pinned and at which no object lies."""
-        self._expected |= self._offset_words() - self._claimed.keys()
+        self.expected |= self._offset_words() - self._claimed.keys()
 
     def is_expected(self, offset: int) -> bool:
         """Tell whether somebody may pin what will be put at an offset."""
-        return bool(self._expected) and pin_word(offset) in self._expected
+        return bool(self.expected) and pin_word(offset) in self.expected
 
     def resolve(self, entry: int, offset: int) -> None:
         """Have pins of what was expected at an offset mean this entry, which has bytes there, from now on."""
-        if self._expected and (word := pin_word(offset)) in self._expected:
-            self._expected.remove(word)
+        if self.expected and (word := pin_word(offset)) in self.expected:
+            self.expected.remove(word)
             self.claimed(entry, offset)
 
     def _forget(self, word: int) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "CLAIM",
     "HOLD",
     "PUBLISH",
+    "PUBLISH_RECORD",
     "REMOVE",
     "Abort",
     "Claim",
@@ -31,6 +32,8 @@ __all__ = [
 
 PUBLISH: Final = Struct("<20sQQII?")
 """Object id, offset, data size, metadata size, codec, and whether it is never to be evicted."""
+PUBLISH_RECORD: Final = Struct(f"<HH{PUBLISH.format.lstrip('<')}")
+"""Kind, length, and that: all of a record at once (see `shmplasma.outbox.Outbox.place`)."""
 
 
 class _PublishFields(NamedTuple):

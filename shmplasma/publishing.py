@@ -196,7 +196,7 @@ class Publishing:
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
-        if size:
+        if size and self._boards.expected:
             self._boards.resolve(entry, offset)
         self._leases.note_published(client)
         if keep:

@@ -67,13 +67,11 @@ from shmplasma.removal import Removal
 from shmplasma.replies import (
     Created,
     Done,
-    Leased,
     Number,
     Reply,
     Welcome,
 )
 from shmplasma.requests import (
-    AskLease,
     Attach,
     Create,
     Grow,
@@ -136,13 +134,7 @@ class Session:
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self.removal = Removal(link, absence, self.reader, attachment.marks)
             self._hints = Hints(attachment, board, self._boards, outbox)
-            self.leasing = LeaseWriter(
-                attachment,
-                board,
-                partial(_ask_for_lease, link),
-                partial(_ask_ahead, link),
-                self._pages.populate,
-            )
+            self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
                     attachment, absence, lifeline.locks, self._boards, self.leasing, link, outbox
@@ -259,23 +251,24 @@ class Session:
         """Hint at an object that is about to be put, if somebody waits for it; as `Hints.tell_early`."""
         return 0 if self._hints is None else self._hints.tell_early(object_id)
 
-    def publish(self, record: bytes, object_id: ObjectID | None, looks_until_ns: int = 0) -> None:
+    def publish(
+        self, message: Publish, object_id: ObjectID | None = None, looks_until_ns: int = 0
+    ) -> None:
         """Tell the store of an object in the lease, and who waits for it first.
 
         Parameters
         ----------
-        record : bytes
+        message : Publish
             What the store is told.
-        object_id : ObjectID or None
-            The object's; None for an id that nobody knows yet.
+        object_id : ObjectID, optional
+            The object's, if anybody may wait for it.
         looks_until_ns : int, optional
             What `tell_early` has returned.
         """
-        hints = self._hints
-        if hints is None or object_id is None:
-            self._link.post(_PUBLISH, record)
-        else:
-            self._link.post(_PUBLISH, record, partial(hints.tell, object_id, looks_until_ns))
+        written = None
+        if self._hints is not None and object_id is not None:
+            written = partial(self._hints.tell, object_id, looks_until_ns)
+        self._link.post(_PUBLISH, message.encode(), written)
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer."""
@@ -424,14 +417,6 @@ class Session:
     def detach(self) -> None:
         """Drop what was not sealed and end all requests; buffers stay as they are."""
         self._link.leave()
-
-
-def _ask_for_lease(link: Link, needed_bytes: int) -> Leased:
-    return link.call(AskLease(needed_bytes), Leased)
-
-
-def _ask_ahead(link: Link, needed_bytes: int, begun: list[Callable[[], Leased | None]]) -> None:
-    link.begin(AskLease(needed_bytes, ahead=True), Leased, begun)
 
 
 def _ask_for_board(link: Link) -> int:

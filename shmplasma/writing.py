@@ -18,8 +18,9 @@ from shmplasma.codecs import BytesPayload, Codec, Payload, ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
+from shmplasma.leasing import LARGE_BYTES
 from shmplasma.objects import ObjectID, fresh_id
-from shmplasma.posted import PUBLISH, Abort, Seal
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
@@ -349,32 +350,19 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
-        claim = None
-        looks_until_ns = 0
-        may_lease = fresh = fresh or object_id is None
-        claims = None if fresh or keep else session.claims
-        if claims is not None:
-            claim, may_lease = partial(claims.take, target_id), True
-            if payload.size_bytes <= _EARLY_BYTES:
-                looks_until_ns = session.tell_early(target_id)
-        if session.leasing is not None and may_lease:
-            data_size, metadata_size = payload.size_bytes, len(metadata)
-
-            def fill(room: memoryview, offset: int) -> None:
-                if metadata_size:
-                    room[data_size:] = metadata
-                    room = room[:data_size]
-                payload.fill(room, threads)
-                name = target_id.id_bytes
-                record = PUBLISH.pack(name, offset, data_size, metadata_size, codec, keep)
-                if claims is None:
-                    session.publish(record, None)
-                else:
-                    session.publish(record, target_id, looks_until_ns)
-                    claims.unlock()
-
-            if session.leasing.put(data_size + metadata_size, fill, claim):
+        fresh = fresh or object_id is None
+        if (
+            fresh
+            and not metadata
+            and payload.size_bytes <= LARGE_BYTES
+            and session.leasing is not None
+        ):
+            if session.leasing.put_small(target_id.id_bytes, payload, codec, keep):
                 return target_id
+        elif self._put_leased(
+            session, payload, target_id, metadata, threads, codec, keep=keep, fresh=fresh
+        ):
+            return target_id
         if object_id is None:  # the store is asked, and need not look for this one in outboxes
             target_id = ObjectID.from_random()
 
@@ -394,6 +382,42 @@ class Writing(Connected):
             complete=complete,
         )
         return target_id
+
+    @staticmethod
+    def _put_leased(
+        session: Session,
+        payload: Payload,
+        object_id: ObjectID,
+        metadata: bytes | bytearray,
+        threads: int,
+        codec: int,
+        *,
+        keep: bool,
+        fresh: bool,
+    ) -> bool:
+        """Store a payload in the lease, under a fresh id or one that nobody else has; tell whether that was possible."""
+        leasing, claims = session.leasing, None if fresh or keep else session.claims
+        if leasing is None or (claims is None and not fresh):
+            return False
+        name, data_size, metadata_size = object_id.id_bytes, payload.size_bytes, len(metadata)
+        looks_until_ns = 0
+        if claims is not None and data_size <= _EARLY_BYTES:
+            looks_until_ns = session.tell_early(object_id)
+
+        def fill(room: memoryview, offset: int) -> None:
+            if metadata_size:
+                room[data_size:] = metadata
+                room = room[:data_size]
+            payload.fill(room, threads)
+            message = Publish(name, offset, data_size, metadata_size, codec, keep)
+            if claims is None:
+                session.publish(message)
+            else:
+                session.publish(message, object_id, looks_until_ns)
+                claims.unlock()
+
+        claim = None if claims is None else partial(claims.take, object_id)
+        return leasing.put(data_size + metadata_size, fill, claim)
 
     def flush(self) -> None:
         """Wait until the store has handled all that this client has sent.

@@ -242,6 +242,22 @@ def test_a_lease_that_was_asked_for_ahead_is_recalled() -> None:
 
 
 @needs_fast_path
+def test_what_has_no_bytes_is_put_where_there_is_no_lease() -> None:
+    """A lease that is used up, with no other to be had, has no room for an empty object either."""
+    data = bytes(1024)
+    with Store("4MB") as store, store.connect() as client, store.connect() as other:
+        for _ in range(MIN_LEASE_BYTES // len(data) - 1):
+            client.put_raw_buffer(data, keep=True)
+        client.flush()
+        rest = other.create(ObjectID.from_random(), other.store_capacity() - MIN_LEASE_BYTES)
+        client.put_raw_buffer(data, keep=True)
+        with pytest.raises(PlasmaStoreFull):
+            client.put_raw_buffer(data, keep=True)
+        assert client.get_buffers(client.put_raw_buffer(b"")) == b""
+        assert rest.size == other.store_capacity() - MIN_LEASE_BYTES
+
+
+@needs_fast_path
 def test_nothing_is_evicted_for_a_lease_that_is_asked_for_ahead() -> None:
     """Nobody may need it; who does asks once more, and then it is."""
     with Store("20MB") as store, store.connect() as client:

@@ -732,7 +732,7 @@ def test_a_client_that_leaves_while_it_puts(
     filling, may_fill = threading.Event(), threading.Event()
     fill_whole = codecs.BytesPayload.fill
 
-    def fill_slowly(payload: Any, room: memoryview, threads: int) -> None:
+    def fill_slowly(payload: Any, room: memoryview, threads: int = 1) -> None:
         if payload.size_bytes == 2048:
             filling.set()
             assert may_fill.wait(20)

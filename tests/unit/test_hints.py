@@ -361,7 +361,7 @@ def test_what_clients_make_up_is_forgotten(talk: Conversation) -> None:
         talk.write_slot(getter.lent, TAKEN | number * 64)
         getter.peer.ask(Detach(), Done)
         talk.disconnect(getter.peer)
-    assert len(boards._expected) <= 64
+    assert len(boards.expected) <= 64
     talk.store.check()
 
 

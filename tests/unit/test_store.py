@@ -1445,6 +1445,7 @@ def test_a_store_that_looks_is_not_told(roomy: Tenant) -> None:
         looks += 1
     assert looks == 3
     assert roomy.talk.memory.barriers == barriers + 1
+    roomy.peer.write_silently(Publish(name(RECORDS), roomy.next + 64 * RECORDS, 64, 0, 3))
     assert outbox.is_to_be_announced
     store.check()
 
