@@ -7,14 +7,15 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Iterable
 from operator import index
-from typing import Final, NoReturn, SupportsIndex, TypedDict
+from typing import Final, NoReturn, SupportsIndex
 
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.connected import DEFAULT_RETRIES, checked, program_name
 from shmplasma.endpoint import default_socket_path
 from shmplasma.errors import ShmPlasmaError
+from shmplasma.listings import ObjectInfo, described
 from shmplasma.notifications import Subscription, decode
-from shmplasma.objects import ObjectID, object_ids
+from shmplasma.objects import ObjectID
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
 from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, Keep, List, SetOptions, Trim
@@ -25,23 +26,6 @@ from shmplasma.writing import MAX_SIZE, ObjectArray, Writing
 __all__ = ["ObjectArray", "ObjectInfo", "ObjectNotAvailable", "PlasmaClient", "connect"]
 
 _IDS_A_REQUEST: Final = 1 << 16
-
-
-class ObjectInfo(TypedDict):
-    """What `PlasmaClient.list` says of an object.
-
-    Sizes are bytes, `create_time` is in seconds since 1970, `construct_duration` in seconds (-1 until it is
-    sealed), `ref_count` the number of clients that hold it, `state` "created" or "sealed"; `keep` says whether it
-    is never evicted.
-    """
-
-    data_size: int
-    metadata_size: int
-    ref_count: int
-    create_time: int
-    construct_duration: int
-    state: str
-    keep: bool
 
 
 class PlasmaClient(Reading, Writing):
@@ -200,18 +184,7 @@ class PlasmaClient(Reading, Writing):
         start = 0
         while True:
             listing = session.call(List(start), Listing)
-            ids = object_ids(record[0] for record in listing.records)
-            for object_id, record in zip(ids, listing.records, strict=True):
-                _, data, metadata, holders, created_ns, construct_ns, sealed, keep = record
-                objects[object_id] = {  # a call would take 0.5 us more
-                    "data_size": data,
-                    "metadata_size": metadata,
-                    "ref_count": holders,
-                    "create_time": created_ns // 10**9,
-                    "construct_duration": construct_ns // 10**9 if sealed else -1,
-                    "state": "sealed" if sealed else "created",
-                    "keep": keep,
-                }
+            objects.update(described(listing))
             start = listing.next_start
             if not start:
                 return objects

@@ -9,6 +9,7 @@ from struct import Struct, pack, unpack
 from typing import ClassVar, Final, get_args
 
 from shmplasma.errors import Holder
+from shmplasma.layout import ENTRY_BYTES
 from shmplasma.messages import Empty, decode_message
 from shmplasma.protocol import Frame
 
@@ -21,7 +22,6 @@ __all__ = [
     "Failure",
     "Found",
     "Leased",
-    "ListRecord",
     "Listing",
     "Number",
     "Objects",
@@ -251,30 +251,36 @@ class Number:
         return cls(*unpack("<q", body))
 
 
-ListRecord = tuple[bytes, int, int, int, int, int, bool, bool]
-"""Id, data size, metadata size, clients that hold it, time of creation (ns since 1970), time from then to
-the seal (ns), whether it is sealed, whether it is kept."""
-_RECORD: Final = Struct("<20sQQIQQ??")
+_PART: Final = Struct("<QI")
+"""Where the next part begins, and how many objects this one has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A part of the list; `next_start` is where the next one begins, 0 after the last."""
+    """A part of the list: objects as the table has them, and how many hold them.
+
+    `next_start` is where the next part begins, 0 after the last; `holders` has four bytes, `entries` `ENTRY_BYTES` for
+    each object, in the machine's byte order.
+    """
 
     KIND: ClassVar[int] = 70
     next_start: int
-    records: Sequence[ListRecord]
+    holders: bytes
+    entries: bytes
 
     def encode(self) -> bytes:
         """Return the body."""
-        records = b"".join([_RECORD.pack(*record) for record in self.records])
-        return pack("<Q", self.next_start) + records
+        head = _PART.pack(self.next_start, len(self.holders) // 4)
+        return b"".join((head, self.holders, self.entries))
 
     @classmethod
     def decode(cls, body: bytes) -> Listing:
         """Return the message of a body."""
-        (next_start,) = unpack("<Q", body[:8])
-        return cls(next_start, list(_RECORD.iter_unpack(body[8:])))
+        next_start, n_objects = _PART.unpack_from(body)
+        end = _PART.size + n_objects * 4
+        if len(body) != end + n_objects * ENTRY_BYTES:
+            raise ValueError(f"{len(body)} bytes for {n_objects} objects")
+        return cls(next_start, body[_PART.size : end], body[end:])
 
 
 @dataclass(frozen=True, slots=True)

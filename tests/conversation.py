@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from struct import Struct
+from typing import NamedTuple, TypeVar
 
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.dispatch import Unsettled
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Replay, Send
 from shmplasma.errors import CommitError
-from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
+from shmplasma.layout import (
+    ALIGNMENT,
+    CONTROL_BYTES,
+    OUTBOX_BYTES,
+    STATE_MASK,
+    ControlWord,
+    EntryState,
+    HeaderWord,
+    Layout,
+)
 from shmplasma.outbox import Outbox
 from shmplasma.parts import Parts
 from shmplasma.pins import slots_of
@@ -33,6 +43,7 @@ from shmplasma.replies import (
     Failed,
     Failure,
     Found,
+    Listing,
     Objects,
     Reply,
     Welcome,
@@ -45,7 +56,17 @@ from shmplasma.store import ObjectStore
 from shmplasma.table import NO_ENTRY
 from shmplasma.transfers import Delete, Job, Read, Write
 
-__all__ = ["TOKEN", "Conversation", "Peer", "RecordedMemory", "name", "new_segment"]
+__all__ = [
+    "TOKEN",
+    "Conversation",
+    "Peer",
+    "Record",
+    "RecordedMemory",
+    "ids_of",
+    "name",
+    "new_segment",
+    "records",
+]
 
 TOKEN = bytes(range(16))
 PAGE_BYTES = 4096
@@ -56,6 +77,42 @@ _T = TypeVar("_T", bound=Reply)
 def name(number: int) -> bytes:
     """Return an object id that is easy to tell from others."""
     return number.to_bytes(20, "big")
+
+
+class Record(NamedTuple):
+    """What a listing says of an object; times in ns since 1970, and from then to the seal."""
+
+    object_id: bytes
+    data_size: int
+    metadata_size: int
+    holders: int
+    created_ns: int
+    construct_ns: int
+    sealed: bool
+    keep: bool
+
+
+_ENTRY = Struct("@Q20s12xQQ8xQQ16xQ24x")
+_CREATED = int(EntryState.CREATED)
+
+
+def records(listing: Listing) -> list[Record]:
+    """Return what a listing says."""
+    entries = _ENTRY.iter_unpack(listing.entries)
+    holders = memoryview(listing.holders).cast("I")
+    return [
+        Record(
+            object_id, data, metadata, n, created, took, word & STATE_MASK != _CREATED, keep != 0
+        )
+        for (word, object_id, data, metadata, created, took, keep), n in zip(
+            entries, holders, strict=True
+        )
+    ]
+
+
+def ids_of(listing: Listing) -> list[bytes]:
+    """Return the ids of a listing, in its order."""
+    return [record.object_id for record in records(listing)]
 
 
 def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
@@ -552,4 +609,4 @@ class Conversation:
         """Return the ids of all objects, sealed or not, as a listing has them."""
         listing = list_objects(self.store._parts.table, {}, 0)
         assert listing.next_start == 0
-        return {record[0] for record in listing.records}
+        return set(ids_of(listing))

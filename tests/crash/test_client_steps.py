@@ -13,7 +13,7 @@ from shmplasma.leases import BUSY_WORD
 from shmplasma.posted import Claim, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Leased, Listing
 from shmplasma.requests import AskLease, Create, List, Post
-from tests.conversation import Conversation, Peer, name
+from tests.conversation import Conversation, Peer, name, records
 
 SHARED, CHOSEN, PUT, SECOND, CLAIMED = map(name, range(1, 6))
 
@@ -104,10 +104,12 @@ def test_killed_after_each_step(number: int) -> None:
     talk.disconnect(victim)
     talk.turn()
     talk.store.check()
-    records = other.ask(List(0), Listing).records
-    assert {record[0] for record in records if record[6]} == complete
-    assert all(record[6] for record in records), "an unsealed object is left"
-    assert used_bytes(talk) == sum(align_up(record[1] + record[2], 64) for record in records)
+    listed = records(other.ask(List(0), Listing))
+    assert {record.object_id for record in listed if record.sealed} == complete
+    assert all(record.sealed for record in listed), "an unsealed object is left"
+    assert used_bytes(talk) == sum(
+        align_up(each.data_size + each.metadata_size, 64) for each in listed
+    )
     assert talk.read_slot(held) == shared_entry(talk) + 1
     later = talk.client()
     later.put(name(99), 100)

@@ -13,7 +13,7 @@ from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Done, Leased, Listing, Number, Objects
 from shmplasma.requests import AskLease, Contains, Create, Delete, Evict, Get, Keep, List, Trim
 from shmplasma.waiters import FOR_EVER
-from tests.conversation import Conversation, Peer, name
+from tests.conversation import Conversation, Peer, name, records
 from tests.crash.damage import Death, Mortal
 
 KEPT = name(4)
@@ -140,7 +140,7 @@ class Story:
     def there(self) -> dict[bytes, tuple[bool, bool]]:
         """Return which objects there are, whether they are sealed, and whether they are kept."""
         listing = self.talk.call(self.one, List(0), Listing)
-        return {record[0]: (record[6], record[7]) for record in listing.records}
+        return {each.object_id: (each.sealed, each.keep) for each in records(listing)}
 
     # -- the story -----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from shmplasma.posted import Seal
 from shmplasma.replies import ABSENT, Created, Done, Listing, Number, Objects, Reply
 from shmplasma.requests import Create, Delete, Evict, Get, List, Request
 from shmplasma.spilling import ExternalLimits
-from tests.conversation import Peer, name
+from tests.conversation import Peer, name, records
 from tests.crash.damage import Death, Mortal
 
 _T = TypeVar("_T", bound=Reply)
@@ -73,9 +73,9 @@ class Story:
         self.ask(Evict(3 * SIZE), Number)
         self.put(1)
         left = {name(number) for number in range(COUNT)} - {name(2), name(COUNT - 1)}
-        records = self.ask(List(0), Listing).records
-        assert {record[0] for record in records} == left
-        assert all(record[6] for record in records)
+        listed = records(self.ask(List(0), Listing))
+        assert {record.object_id for record in listed} == left
+        assert all(record.sealed for record in listed)
         for number in range(COUNT):
             if name(number) in left:
                 self.look(number)

@@ -17,7 +17,7 @@ from shmplasma.requests import Contains, Create, Delete, Evict, Get, Keep, List
 from shmplasma.spilling import ExternalLimits
 from shmplasma.transfers import Delete as DeleteContainers
 from shmplasma.transfers import Job, Read, Write
-from tests.conversation import Peer, name
+from tests.conversation import Peer, name, records
 from tests.crash.damage import Mortal
 
 CAPACITY = 16384
@@ -165,8 +165,8 @@ class SpillMachine(RuleBasedStateMachine):
     @rule()
     def list(self) -> None:
         """Each object is listed once."""
-        records = self.peer.ask(List(0), Listing).records
-        sealed = [record[0] for record in records if record[6]]
+        listed = records(self.peer.ask(List(0), Listing))
+        sealed = [record.object_id for record in listed if record.sealed]
         assert len(sealed) == len(set(sealed))
         assert set(self.contents) - self.doomed <= set(sealed)
         assert set(sealed) <= set(self.contents)

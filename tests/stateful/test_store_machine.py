@@ -63,7 +63,7 @@ from shmplasma.requests import (
 )
 from shmplasma.table import NO_ENTRY
 from shmplasma.waiters import FOR_EVER
-from tests.conversation import Conversation, Peer, name
+from tests.conversation import Conversation, Peer, name, records
 
 N_IDS = 8
 MAX_CLIENTS = 5
@@ -750,8 +750,9 @@ class StoreMachine(RuleBasedStateMachine):
         def judge_reply(reply: Reply) -> None:
             assert isinstance(reply, Listing)
             assert reply.next_start == 0
-            listed = {record[0]: (*record[1:4], *record[6:]) for record in reply.records}
-            assert len(listed) == len(reply.records)
+            there = records(reply)
+            listed = {record.object_id: (*record[1:4], *record[6:]) for record in there}
+            assert len(listed) == len(there)
             held = [self.model.held_by(p, self.is_of) for p in self.active + self.detached]
             assert listed == {
                 object_id: (

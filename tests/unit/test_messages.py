@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmplasma.errors import Holder, ProtocolError
-from shmplasma.layout import ID_BYTES
+from shmplasma.layout import ENTRY_BYTES, ID_BYTES
 from shmplasma.messages import Message
 from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Remove, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Frame
@@ -103,7 +103,16 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Bequeath: st.builds(Bequeath, U64),
     Trim: st.just(Trim()),
 }
-RECORDS = st.tuples(IDS, U64, U64, U32, U64, U64, st.booleans(), st.booleans())
+
+
+def octets(n: int) -> st.SearchStrategy[bytes]:
+    """Return a strategy for so many bytes."""
+    return st.binary(min_size=n, max_size=n)
+
+
+LISTINGS = st.integers(0, 8).flatmap(
+    lambda n: st.builds(Listing, U64, octets(4 * n), octets(ENTRY_BYTES * n))
+)
 REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
     Welcome: st.builds(
         Welcome,
@@ -119,7 +128,7 @@ REPLIES: dict[type[Any], st.SearchStrategy[Reply]] = {
     Created: st.builds(Created, U64),
     Objects: st.builds(Objects, st.lists(st.tuples(U64, U64, U64, U32), max_size=8)),
     Number: st.builds(Number, S64),
-    Listing: st.builds(Listing, U64, st.lists(RECORDS, max_size=8)),
+    Listing: LISTINGS,
     Text: st.builds(Text, TEXTS),
     Leased: st.builds(Leased, U64, U64, U64, U64),
 }
@@ -253,7 +262,9 @@ def test_a_body_of_fixed_length_has_no_other(cls: type[Any], data: st.DataObject
         (Failed, bytes(41)),
         (Objects, bytes(27)),
         (Listing, bytes(7)),
-        (Listing, bytes(8 + 60)),
+        (Listing, bytes(11)),
+        (Listing, bytes(12 + 1)),
+        (Listing, bytes(8) + b"\1\0\0\0" + bytes(131)),
         (Text, b"\xff"),
     ],
 )

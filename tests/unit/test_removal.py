@@ -19,7 +19,7 @@ from shmplasma.removal import Removal
 from shmplasma.replies import ABSENT, Created, Done, Failure, Leased, Listing, Number, Objects
 from shmplasma.requests import AskLease, Contains, Create, Flush, Get, List
 from shmplasma.table import NO_ENTRY
-from tests.conversation import Conversation, Peer, name
+from tests.conversation import Conversation, Peer, ids_of, name
 
 A, B, C = map(name, range(1, 4))
 
@@ -279,7 +279,7 @@ def test_the_list_has_nothing_that_is_deleted(deleter: Deleter, other: Peer) -> 
     for object_id in (A, B):
         deleter.peer.put(object_id)
     deleter.peer.remove(A)
-    assert [record[0] for record in other.ask(List(0), Listing).records] == [B]
+    assert ids_of(other.ask(List(0), Listing)) == [B]
 
 
 def test_nothing_is_evicted_for_what_is_deleted(deleter: Deleter, other: Peer) -> None:

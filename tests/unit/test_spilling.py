@@ -12,7 +12,7 @@ from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.transfers import Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
-from tests.conversation import Conversation, Peer, name
+from tests.conversation import Conversation, Peer, ids_of, name, records
 from tests.crash.damage import Reopened
 
 SIZE = 1000
@@ -78,9 +78,7 @@ def test_more_than_fits_is_there(talk: Conversation) -> None:
     peer = talk.client()
     fill(talk, peer)
     assert len(spilled(talk)) > MANY // 2
-    assert {record[0] for record in peer.ask(List(0), Listing).records} == {
-        name(number) for number in range(MANY)
-    }
+    assert set(ids_of(peer.ask(List(0), Listing))) == {name(number) for number in range(MANY)}
     for number in (*spilled(talk)[:3], MANY - 1):
         assert peer.ask(Contains(name(number)), Number).value == 1
         assert peer.refused(peer.new(name(number))) is Failure.EXISTS
@@ -262,8 +260,8 @@ def test_what_is_kept_goes_last(talk: Conversation) -> None:
     assert set(spilled(talk)) <= set(range(50))
     assert spilled(talk)
     get(talk, peer, range(50))
-    records = peer.ask(List(0), Listing).records
-    assert {record[0]: record[7] for record in records} == {
+    listing = peer.ask(List(0), Listing)
+    assert {record.object_id: record.keep for record in records(listing)} == {
         **{name(number): True for number in range(50)},
         name(500): False,
     }

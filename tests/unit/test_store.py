@@ -56,7 +56,7 @@ from shmplasma.requests import (
     Role,
     SetOptions,
 )
-from tests.conversation import TOKEN, Conversation, Peer, name
+from tests.conversation import TOKEN, Conversation, Peer, ids_of, name, records
 from tests.crash.damage import Reopened
 
 A, B, C = (bytes([letter]) * 20 for letter in (0xA, 0xB, 0xC))
@@ -562,7 +562,7 @@ def test_many_wait_for_one_object(talk: Conversation) -> None:
         reader.post(reader.wanted([A], wait=True))
     writer.put(A)
     assert [list(reader.replies) for reader in readers] == [[2]] * 4
-    assert writer.ask(List(0), Listing).records[0][3] == 4
+    assert records(writer.ask(List(0), Listing))[0].holders == 4
     talk.store.check()
 
 
@@ -708,7 +708,7 @@ def test_what_was_sealed_before_a_question_is_found(talk: Conversation) -> None:
     talk.settle(unsettled)
     assert reader.take(ids[0], Number).value == 1
     assert ABSENT not in reader.take(ids[1], Objects).found
-    assert reader.take(ids[2], Listing).records[0][6] is True
+    assert records(reader.take(ids[2], Listing))[0].sealed
     reader.take(ids[3], Done)
     assert reader.replies == {}
     assert talk.wake_word == 1, "the delete has found the object, which is pinned"
@@ -778,7 +778,7 @@ def test_what_follows_a_deletion_in_a_turn_finds_it_done(talk: Conversation) -> 
     ids += [peer.post(Delete([A, B])), other.post(Delete([B])), peer.post(Delete([B]))]
     talk.turn()
     peer.take(ids[0], Done)
-    assert [record[0] for record in other.take(ids[1], Listing).records] == [B]
+    assert ids_of(other.take(ids[1], Listing)) == [B]
     for asker, request_id in zip((peer, other, peer), ids[2:], strict=True):
         asker.take(request_id, Done)
     gone = [object_id for object_id, *sizes in subscriber.notifications if sizes == [-1, -1]]
@@ -792,8 +792,8 @@ def test_unsettled_requests_are_settled_in_order(talk: Conversation) -> None:
     peer.put(A)
     ids = [peer.post(request) for request in (List(0), Delete([A]), List(0), Evict(MAX))]
     talk.settle()
-    assert len(peer.take(ids[0], Listing).records) == 1
-    assert len(peer.take(ids[2], Listing).records) == 0
+    assert len(records(peer.take(ids[0], Listing))) == 1
+    assert len(records(peer.take(ids[2], Listing))) == 0
     assert peer.take(ids[3], Number).value == 0
 
 
@@ -854,7 +854,7 @@ def test_the_list_tells_all_about_objects(talk: Conversation) -> None:
     writer.ask(Abort(C), Done)
     listing = writer.ask(List(0), Listing)
     assert listing.next_start == 0
-    by_id = {record[0]: record[1:] for record in listing.records}
+    by_id = {record.object_id: record[1:] for record in records(listing)}
     assert by_id.keys() == {A, B}
     assert by_id[A] == (10, 2, 2, created, sealed - created, True, False)
     assert by_id[B][:3] == (3, 0, 1)
@@ -876,14 +876,14 @@ def test_a_long_list_comes_in_parts() -> None:
         while not starts or start:
             listing = peer.ask(List(start), Listing)
             starts.append(start)
-            ids += [record[0] for record in listing.records]
+            ids += ids_of(listing)
             start = listing.next_start
         return starts, ids
 
     assert parts() == ([0, 4196], [name(n) for n in range(100, 4300)])
     peer.ask(Delete([name(n) for n in range(100, 4250)]), Done)
     assert parts() == ([0], [name(n) for n in range(4250, 4300)])
-    assert peer.ask(List(4300), Listing) == Listing(0, [])
+    assert peer.ask(List(4300), Listing) == Listing(0, b"", b"")
 
 
 def test_a_description_has_the_stores_figures(talk: Conversation) -> None:

@@ -56,8 +56,10 @@ def remove(table: Table, object_id: bytes) -> int:
 
 def times(table: Table, entry: int) -> tuple[int, int]:
     """Return when an object was created, and how long after that it was sealed."""
-    (listed,) = table.listed(entry, entry + 1)
-    return listed[5:7]
+    entries, words = table.listed(entry, entry + 1, 1)
+    assert entries == [entry]
+    created_ns, construct_ns = memoryview(words).cast("Q")[EntryWord.CREATED_NS :][:2]
+    return created_ns, construct_ns
 
 
 def test_an_empty_table_finds_nothing() -> None:
