@@ -1,36 +1,20 @@
-"""Lists of objects, as the store sends them and as users see them: the fields of all objects at once, by NumPy."""
+"""Lists of objects, as the store sends them and as users see them."""
 
 from __future__ import annotations
 
-import sys
+from struct import Struct
 from typing import Final, TypedDict
 
-import numpy as np
-
-from shmplasma.layout import ENTRY_BYTES, ID_BYTES, EntryState, EntryWord
+from shmplasma.layout import STATE_MASK, EntryState
 from shmplasma.objects import ObjectID, object_ids
 from shmplasma.replies import Listing
 
 __all__ = ["ObjectInfo", "described"]
 
-_FIELDS: Final = {
-    "state": (np.uint8, EntryWord.STATE * 8 + (0 if sys.byteorder == "little" else 7)),
-    "id": (f"V{ID_BYTES}", EntryWord.ID * 8),
-    "data_size": (np.uint64, EntryWord.DATA_SIZE * 8),
-    "metadata_size": (np.uint64, EntryWord.METADATA_SIZE * 8),
-    "created_ns": (np.uint64, EntryWord.CREATED_NS * 8),
-    "construct_ns": (np.uint64, EntryWord.CONSTRUCT_NS * 8),
-    "keep": (np.uint64, EntryWord.KEEP * 8),
-}
-_ENTRY: Final = np.dtype(
-    {
-        "names": list(_FIELDS),
-        "formats": [kind for kind, _ in _FIELDS.values()],
-        "offsets": [offset for _, offset in _FIELDS.values()],
-        "itemsize": ENTRY_BYTES,
-    }
-)
-_SECOND: Final = np.uint64(10**9)
+_ENTRY: Final = Struct("@Q20s12xQQ8xQQ16xQ24x")
+"""An entry's state word, id, data size, metadata size, when it was created, nanoseconds from then to the seal, and KEEP."""
+_CREATED: Final = int(EntryState.CREATED)
+_SECOND: Final = 10**9
 
 
 class ObjectInfo(TypedDict):
@@ -52,29 +36,20 @@ class ObjectInfo(TypedDict):
 
 def described(listing: Listing) -> dict[ObjectID, ObjectInfo]:
     """Return what a part of the list says, by id; O(objects), 0.5 us each."""
-    entries = np.frombuffer(listing.entries, _ENTRY)
-    is_created = entries["state"] == EntryState.CREATED
-    took = (entries["construct_ns"] // _SECOND).astype(np.int64)
-    fields = zip(
-        object_ids(entries["id"].tolist()),
-        entries["data_size"].tolist(),
-        entries["metadata_size"].tolist(),
-        np.frombuffer(listing.holders, np.uint32).tolist(),
-        (entries["created_ns"] // _SECOND).tolist(),
-        np.where(is_created, -1, took).tolist(),
-        np.where(is_created, "created", "sealed").astype(object).tolist(),
-        (entries["keep"] != 0).tolist(),
-        strict=True,
-    )
-    return {
-        object_id: {
+    entries = list(_ENTRY.iter_unpack(listing.entries))
+    ids = object_ids(entry[1] for entry in entries)
+    holders = memoryview(listing.holders).cast("I")
+    objects: dict[ObjectID, ObjectInfo] = {}
+    for object_id, n_holders, entry in zip(ids, holders, entries, strict=True):
+        word, _, data_size, metadata_size, created_ns, construct_ns, keep = entry
+        is_created = word & STATE_MASK == _CREATED
+        objects[object_id] = {  # a call would take 0.5 us more
             "data_size": data_size,
             "metadata_size": metadata_size,
-            "ref_count": holders,
-            "create_time": created,
-            "construct_duration": seconds,
-            "state": state,
-            "keep": keep,
+            "ref_count": n_holders,
+            "create_time": created_ns // _SECOND,
+            "construct_duration": -1 if is_created else construct_ns // _SECOND,
+            "state": "created" if is_created else "sealed",
+            "keep": keep != 0,
         }
-        for object_id, data_size, metadata_size, holders, created, seconds, state, keep in fields
-    }
+    return objects
