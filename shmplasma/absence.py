@@ -9,23 +9,24 @@ Theory of operation
 client that asks                                        store, for a record of an outbox (`shmplasma.outbox`)
 ======================================================  ==========================================================
 A1. for each board b that was ever granted:             R1. a = ACKNOWLEDGED
-    a = ACKNOWLEDGED of b                               R2. copy record a
-    its place a has no number a + 1                     R3. insert the object (`shmplasma.table`)
-    ACKNOWLEDGED of b is still a                        R4. ACKNOWLEDGED = a + 1
+    n = ACKNOWLEDGED of b                               R2. copy record a
+    while place n has the number n + 1: n = n + 1       R3. insert the object (`shmplasma.table`)
+    ACKNOWLEDGED of b is n at most; else A1 again       R4. ACKNOWLEDGED = a + 1
+    until ACKNOWLEDGED of b is n at least: wait
 A2. i = INSERTIONS; i is odd: ask
 A3. follow the chain; the id is there: ask
 A4. INSERTIONS is not i: A2 again, or ask
 ======================================================  ==========================================================
 
-Whoever finds anything else than this asks the store.
+Whoever finds anything else than this, or has waited for some time, asks the store.  Mostly there is nothing to wait for.
 
 *What was put before is in the table at A2.*  A put is over when its record has its number, and whoever knows of that, by whatever way, sees
 the number: x86-64 keeps the order of stores, and that of loads.  Its writer had its board before, so BOARDS_END, which is raised before a
-board is granted, covers it.  ACKNOWLEDGED only grows while a board has the same client.  So if it is a before and after
-the look at place a, it was a at that look; the record after the last one that was read was not there, hence none after that, as records are written
-in their order: all were read, and R3 comes before R4.  Without the second look the ring may have gone round in between, and the number at
-the place be a later one.  If a board has changed hands between the two looks, all that its former client had written was read before, and what the
-new one writes was not over when the question was asked.
+board is granted, covers it.  ACKNOWLEDGED only grows while a board has the same client.  The place of record n is written again only when
+that was read; so if ACKNOWLEDGED is n at most after the last look at a place, record n had not been written at that look, hence none after it, as records are written
+in their order: n were.  When they are read they are in the table, as R3 comes before R4.  Without the second look at ACKNOWLEDGED the ring may have gone round in between, and the number at
+the place be a later one.  If a board has changed hands meanwhile, all that its former client had written was read before, and what the
+new one writes was not over when the question was asked; its count, which begins anew, is waited for in vain at worst.
 
 *What is in the table is found*, as `shmplasma.claims` argues: A2 to A4 are its C2 to C4.  An id that is found settles nothing, whatever the
 state of its entry: an object may be unsealed, deleted while it is pinned, on its way to another place, or in the external store.
@@ -46,7 +47,7 @@ from zlib import crc32
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import ENTRY_BYTES, STATE_MASK, HeaderWord
-from shmplasma.outbox import are_read
+from shmplasma.outbox import unread
 
 __all__ = ["NOWHERE", "Absence"]
 
@@ -90,20 +91,20 @@ class Absence:
         # Chains count entries from 1.
         self._entries = layout.entries - ENTRY_BYTES
 
-    def are_absent(self, object_ids: Sequence[bytes]) -> bool:
-        """Tell whether none of these objects is in the store; False means: ask the store.
+    def unread(self) -> list[tuple[int, int]] | None:
+        """Return what the store has to read so that it has read all that is written now, for `is_read`; None: ask the store.
 
         Notes
         -----
-        0.2 us for each board that was ever granted, and 1 us for each id.
+        0.2 us for each board that was ever granted, and 0.1 us for each record.
         """
-        return self.are_read and all(map(self.is_free, object_ids))
-
-    @property
-    def are_read(self) -> bool:
-        """Whether the store had read all outboxes at some time since this was asked; False also where that is not seen."""
         end = self._words[_BOARDS_END]
-        return end <= _MOST_BOARDS and are_read(self._words, self._layout, end)
+        return unread(self._words, self._layout, end) if end <= _MOST_BOARDS else None
+
+    def is_read(self, wanted: Sequence[tuple[int, int]]) -> bool:
+        """Tell whether the store has read what `unread` has returned."""
+        words = self._words
+        return all(words[count] >= least for count, least in wanted)
 
     def is_free(self, object_id: bytes) -> bool:
         """Tell whether an id is in no chain of the table; False means: it is, or that cannot be seen."""

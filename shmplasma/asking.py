@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from shmplasma.absence import Absence
 from shmplasma.hinting import Hints
 from shmplasma.link import GIVE_UP_SECONDS, Link
 from shmplasma.objects import ObjectID
@@ -40,8 +39,6 @@ class Asking:
         The client's boards.
     reader : FastReader or None
         Reads without a message, where that is possible.
-    absence : Absence or None
-        Tells what is not there, likewise.
     hints : Hints or None
         Takes what others hint at, likewise.
 
@@ -55,24 +52,12 @@ class Asking:
         link: Link,
         boards: BoardPool,
         reader: FastReader | None,
-        absence: Absence | None,
         hints: Hints | None,
     ) -> None:
         self._link = link
         self._boards = boards
         self._reader = reader
-        self._absence = absence
         self._hints = hints
-
-    def are_absent(self, object_ids: Sequence[bytes]) -> bool:
-        """Tell whether none of these objects is in the store, without a message; False means: ask."""
-        absence = self._absence
-        return (
-            absence is not None
-            and absence.are_absent(object_ids)
-            # Who asks again and again has to hear when the store has gone.
-            and self._link.channel.is_quiet
-        )
 
     def get(
         self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
@@ -98,8 +83,6 @@ class Asking:
         NotConnectedError, PlasmaStoreFull
             The latter when there is no board for so many pins.
         """
-        if not wait and self.are_absent(object_ids):
-            return [None] * len(object_ids)
         while True:
             pins = self._boards.take(len(object_ids))
             expected = None

@@ -45,7 +45,7 @@ from typing import Final
 
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 
-__all__ = ["ANNOUNCED_AT", "RECORDS", "Outbox", "Polling", "are_read", "is_written", "read_record"]
+__all__ = ["ANNOUNCED_AT", "RECORDS", "Outbox", "Polling", "is_written", "read_record", "unread"]
 
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
@@ -54,6 +54,8 @@ ANNOUNCED_AT: Final = RECORDS // 2
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
 _MASK: Final = RECORDS - 1
+_ATTEMPTS: Final = 4
+"""How often it is looked for the end of what is written: the store may read meanwhile, some microseconds a record."""
 _INCARNATIONS: Final = 1 << 32
 _CONTENT: Final = Struct("@HH52s")
 _RECORD: Final = Struct("@QHH52s")
@@ -218,20 +220,41 @@ def is_written(words: memoryview, start: int, acknowledged: int) -> bool:
     return bool(words[(start >> 3) + (acknowledged & _MASK) * _WORDS] == acknowledged + 1)
 
 
-def are_read(words: memoryview, layout: Layout, n_boards: int) -> bool:
-    """Tell whether the store had read all outboxes of the first boards at some time since this was called.
+def unread(words: memoryview, layout: Layout, n_boards: int) -> list[tuple[int, int]] | None:
+    """Return what the store has to read in the outboxes of the first boards so that it has read all that is written there now.
 
     `words` is the segment as native 8-byte words.  `shmplasma.absence` has the argument.
+
+    Returns
+    -------
+    list of (int, int), or None
+        A word of the segment, and what it has to say at least, for each outbox in which something is unread; None if that cannot be seen.
     """
     count = layout.control // 8 + ControlWord.ACKNOWLEDGED
     outbox = layout.outboxes // 8
+    found = []
     for _ in range(n_boards):
         read = words[count]
         if words[outbox + (read & _MASK) * _WORDS] == read + 1 or words[count] != read:
-            return False
+            end = _end(words, count, outbox)
+            if end < 0:
+                return None
+            found.append((count, end))
         count += CONTROL_BYTES // 8
         outbox += OUTBOX_BYTES // 8
-    return True
+    return found
+
+
+def _end(words: memoryview, count: int, outbox: int) -> int:
+    """Return how many records were ever written to an outbox, by its count and its first word; -1 if that cannot be seen."""
+    for _ in range(_ATTEMPTS):
+        end = words[count]
+        while words[outbox + (end & _MASK) * _WORDS] == end + 1:
+            end += 1
+        # If it was read, its place may have been written again before this has looked there.
+        if words[count] <= end:
+            return int(end)
+    return -1
 
 
 def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int, bytes] | None:

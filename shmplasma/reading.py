@@ -263,18 +263,22 @@ class Reading(Connected):
 
         Notes
         -----
-        No message if it is.  False is exact: whatever was put before is found.  It takes no message either while the
-        store has read all that clients have put, and no object of this id is being made.
+        No message if it is.  False is exact: whatever was put before is found.  It takes no request either if the
+        store has read all that clients have put, or does so soon, and no object of this id is being made.
         """
         session = self._session or self._live()
-        if session.reader is not None:
+        reader, settling = session.reader, session.settling
+        if reader is not None and settling is not None:
             try:
-                if session.reader.contains(object_id):
+                if reader.contains(object_id):
                     return True
-                if session.asking.are_absent((object_id.id_bytes,)):
-                    return False
             except AttributeError:
                 _refuse((object_id,))
+            settled = settling.settle()
+            if settled and reader.contains(object_id):
+                return True
+            if settled is not None and settling.are_absent((object_id.id_bytes,)):
+                return False
         return session.call(Contains(checked(object_id).id_bytes), Number).value == 1
 
     def hash(self, object_id: ObjectID) -> bytes:
@@ -321,15 +325,25 @@ class Reading(Connected):
     def _ask(
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
     ) -> list[Located | None]:
-        """Find and pin objects by the store."""
+        """Find and pin objects that were not found without a message: when the store has read all that was put, or by asking it."""
         deadline, wait = _deadline(timeout_ms)
         names = [checked(object_id).id_bytes for object_id in ids]
-        if len(names) == 1:
-            return session.asking.get(names, deadline, wait=wait)
-        result: list[Located | None] = []
+        items: list[Located | None] = [None] * len(ids)
+        misses: Sequence[int] = range(len(ids))
+        settling = session.settling
+        settled = None if settling is None else settling.settle()
+        if settled:
+            items, misses = self._find(session, ids)
+            names = [names[at] for at in misses]
+        if settling is not None and settled is not None and not wait and settling.are_absent(names):
+            return items
+        asked: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
-            result += session.asking.get(names[start : start + _IDS_A_REQUEST], deadline, wait=wait)
-        return result
+            part = names[start : start + _IDS_A_REQUEST]
+            asked += session.asking.get(part, deadline, wait=wait)
+        for at, got in zip(misses, asked, strict=True):
+            items[at] = got
+        return items
 
 
 def _ids(object_ids: ObjectID | Iterable[ObjectID]) -> Sequence[ObjectID]:

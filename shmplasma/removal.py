@@ -34,7 +34,7 @@ under the same id goes with the old one: not after an interrupt, nor by the succ
 
 *What was put before is deleted.*  An object that is found SEALED is the last that was put under its id: who puts another while it can be found
 asks the store, which reads his outbox first.  One that is not found, or is not SEALED, may be about to be: then
-nothing is to be done only if the store had read all outboxes (A1 of `shmplasma.absence`) before that was seen; else the store is asked.
+nothing is to be done only if the store had read all that was put (A1 of `shmplasma.absence`) before that was seen; else the store is asked.
 
 *A mark is kept.*  It lies in the segment, as the record does.  A store that moves the object to the next generation moves its mark first, while nobody
 pins it, hence nobody else writes there (`Table.relocate`).  A successor takes a marked object for a doomed one (`shmplasma.recovery`), so a record that
@@ -63,6 +63,7 @@ from shmplasma.pinning import Pin
 from shmplasma.posted import REMOVE, Remove
 from shmplasma.reader import FastReader, Held
 from shmplasma.requests import Post
+from shmplasma.settling import Settling
 
 __all__ = ["Removal"]
 
@@ -87,6 +88,8 @@ class Removal:
         By which the store is told.
     absence : Absence
         Sees what there is not.
+    settling : Settling
+        Has the store read what was put.
     reader : FastReader
         Finds and holds what there is.
     marks : memoryview
@@ -97,11 +100,19 @@ class Removal:
     Thread-safe.
     """
 
-    __slots__ = ("_absence", "_link", "_marks", "_reader")
+    __slots__ = ("_absence", "_link", "_marks", "_reader", "_settling")
 
-    def __init__(self, link: Link, absence: Absence, reader: FastReader, marks: memoryview) -> None:
+    def __init__(
+        self,
+        link: Link,
+        absence: Absence,
+        settling: Settling,
+        reader: FastReader,
+        marks: memoryview,
+    ) -> None:
         self._link = link
         self._absence = absence
+        self._settling = settling
         self._reader = reader
         self._marks = marks
 
@@ -121,10 +132,14 @@ class Removal:
         held = [self._reader.hold(object_id) for object_id in object_ids]
         rest: Sequence[bytes] = ()
         if None in held:
+            settled = self._settling.settle()  # before a record of this client is unread
+            if settled:
+                pairs = zip(object_ids, held, strict=True)
+                held = [each or self._reader.hold(object_id) for object_id, each in pairs]
             pairs = zip(object_ids, held, strict=True)
             rest = [object_id for object_id, each in pairs if each is None]
-            # Before a record of this client is unread.
-            rest = () if self._is_nothing(rest) else rest
+            if settled is not None and self._is_nothing(rest):
+                rest = ()
         try:
             for object_id in object_ids:
                 self._delete(object_id, held.pop(0))
@@ -150,9 +165,9 @@ class Removal:
         held_by.clear()
 
     def _is_nothing(self, object_ids: Sequence[bytes]) -> bool:
-        """Tell whether none of these is a sealed object, nor was when this was asked."""
-        absence = self._absence
-        if not (absence.are_read and self._link.channel.is_quiet):
-            return False
-        seen = map(absence.look_up, object_ids)
-        return all(each is not None and each[0] in _NOTHING_TO_DELETE for each in seen)
+        """Tell whether none of these is a sealed object, after `Settling.settle`."""
+        seen = map(self._absence.look_up, object_ids)
+        return (
+            all(each is not None and each[0] in _NOTHING_TO_DELETE for each in seen)
+            and self._link.channel.is_quiet
+        )

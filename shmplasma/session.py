@@ -80,6 +80,7 @@ from shmplasma.requests import (
     SetOptions,
 )
 from shmplasma.segment_name import SegmentName
+from shmplasma.settling import Settling
 from shmplasma.transport import Channel
 from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 
@@ -128,19 +129,21 @@ class Session:
         """The same under ids that may be taken; None also if the store has given nothing to lock them by."""
         self.removal: Removal | None = None
         """Deletes without waiting; None as `reader`."""
-        absence: Absence | None = None
+        self.settling: Settling | None = None
+        """Tells what is not there, likewise."""
         if fast:
             absence = Absence(attachment)
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
-            self.removal = Removal(link, absence, self.reader, attachment.marks)
+            self.settling = Settling(attachment, absence, link)
+            self.removal = Removal(link, absence, self.settling, self.reader, attachment.marks)
             self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
                     attachment, absence, lifeline.locks, self._boards, self.leasing, link, outbox
                 )
-        self.asking = Asking(link, self._boards, self.reader, absence, self._hints)
-        """Gets what the store has to be asked for, and knows what that is."""
+        self.asking = Asking(link, self._boards, self.reader, self._hints)
+        """Gets what the store has to be asked for."""
         register(lifeline)
 
     @classmethod
@@ -348,7 +351,7 @@ class Session:
         self, object_ids: Sequence[bytes], deadline: float | None, *, wait: bool
     ) -> list[Located | None]:
         """Find and pin objects as `get` does, without holding up the event loop."""
-        if not wait and self.asking.are_absent(object_ids):
+        if not wait and self.settling is not None and self.settling.are_absent_now(object_ids):
             return [None] * len(object_ids)
         from shmplasma import aio  # noqa: PLC0415 - asyncio takes 30 ms to import
 

@@ -459,8 +459,10 @@ def test_what_may_be_there_is_asked_for(
     client2.flush()
     with stopped(store):
         put = client2.put("unread")
-        assert not session_of(client).asking.are_absent((put.binary(),))
-        assert not session_of(client).asking.are_absent((absent.binary(),))
+        settling = session_of(client).settling
+        assert settling is not None
+        assert not settling.are_absent_now((put.binary(),))
+        assert not settling.are_absent_now((absent.binary(),))
     assert client.contains(put)
     client2.create(unsealed, 100)
     client2.flush()
@@ -475,6 +477,27 @@ def test_what_may_be_there_is_asked_for(
     sent.clear()
     assert not client.contains(unsealed)
     assert sent == []
+
+
+@needs_fast_path
+@pytest.mark.skipif(system.processors() < 2, reason="on one processor nobody looks")
+def test_what_was_put_just_now_is_waited_for(
+    client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """The store reads it soon, which takes less than to ask; where others keep it from that for long it is asked."""
+    ids = [ObjectID.from_random() for _ in range(90)]
+    sent.clear()
+    for looked_for, got, deleted in zip(*[iter(ids)] * 3, strict=True):
+        client2.create_and_seal(looked_for, b"1")
+        assert client.contains(looked_for)
+        client2.create_and_seal(got, b"2")
+        assert client.get_buffers(got, timeout_ms=0) == b"2"
+        client2.create_and_seal(deleted, b"3")
+        client.delete([deleted])
+        assert not client2.contains(deleted)
+    asked = kinds(sent)
+    for kind in (Contains.KIND, Get.KIND, Delete.KIND):
+        assert asked.count(kind) < len(ids) // 3
 
 
 @needs_fast_path

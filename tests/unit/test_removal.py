@@ -18,6 +18,7 @@ from shmplasma.reader import FastReader
 from shmplasma.removal import Removal
 from shmplasma.replies import ABSENT, Created, Done, Failure, Leased, Listing, Number, Objects
 from shmplasma.requests import AskLease, Contains, Create, Flush, Get, List
+from shmplasma.settling import Settling
 from shmplasma.table import NO_ENTRY
 from tests.conversation import Conversation, Peer, ids_of, name
 
@@ -62,7 +63,9 @@ class Deleter:
         )
         link = cast("Link", SimpleNamespace(channel=self.channel, post=self._post))
         reader = FastReader(layout, segment, 0, cast("BoardPool", boards))
-        self.removal = Removal(link, Absence(segment), reader, self.marks)
+        absence = Absence(segment)
+        settling = Settling(segment, absence, link)
+        self.removal = Removal(link, absence, settling, reader, self.marks)
 
     def _take_free(self, count: int) -> list[Pin]:
         pins: list[Pin] = []

@@ -1,0 +1,86 @@
+"""Having the store read what was put, so that the segment answers for it: what was put just now, and what is not there at all.
+
+What was put is in the table when the store has read its record.  The store looks for records while it is awake, and is told of them while it
+sleeps; so whoever finds one that is unread looks for a while whether it is read, which takes less than to ask.  If it is not read soon the store may be
+between two looks, a millisecond apart: then a message wakes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from shmplasma.absence import Absence
+from shmplasma.attachment import Attachment
+from shmplasma.layout import HeaderWord
+from shmplasma.link import Link
+from shmplasma.requests import Post
+from shmplasma.spin import Spin
+
+__all__ = ["Settling"]
+
+_POLLED: Final = int(HeaderWord.POLLED)
+_AWAKE_NS: Final = 10_000
+"""A store that is awake has read a record by then, or is at one."""
+_WOKEN_NS: Final = 200_000
+"""One that was woken has: a request takes as long, and some more for its answer."""
+
+
+class Settling:
+    """Waits until the store has read what was put.
+
+    Parameters
+    ----------
+    attachment : Attachment
+        The segment.
+    absence : Absence
+        Sees what was not read.
+    link : Link
+        By which the store is woken.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    __slots__ = ("_absence", "_link", "_spin", "_words")
+
+    def __init__(self, attachment: Attachment, absence: Absence, link: Link) -> None:
+        self._words = attachment.words
+        self._absence = absence
+        self._link = link
+        self._spin = Spin()
+
+    def settle(self) -> bool | None:
+        """Have the store read all that was put.
+
+        Returns
+        -------
+        bool or None
+            True when it has read something meanwhile, so that another look is worth it; False when there was nothing to
+            read; None when it has not read all: ask it.
+        """
+        absence = self._absence
+        wanted = absence.unread()
+        if not wanted:
+            return None if wanted is None else False
+        for _ in self._spin.looks(_AWAKE_NS):
+            if absence.is_read(wanted):
+                return True
+        if self._words[_POLLED] and self._spin.is_of_use:
+            self._link.channel.send_soon(Post.KIND, b"")
+        for _ in self._spin.looks(_WOKEN_NS):
+            if absence.is_read(wanted):
+                return True
+        return None
+
+    def are_absent(self, object_ids: Sequence[bytes]) -> bool:
+        """Tell whether none of these objects is in the store, after `settle`; False means: ask it.
+
+        Who asks again and again has to hear when the store has gone.
+        """
+        return all(map(self._absence.is_free, object_ids)) and self._link.channel.is_quiet
+
+    def are_absent_now(self, object_ids: Sequence[bytes]) -> bool:
+        """Tell the same without waiting."""
+        return self._absence.unread() == [] and self.are_absent(object_ids)
