@@ -35,7 +35,7 @@ __all__ = ["CASES", "Bench", "Case", "Row", "p99"]
 
 _MIB: Final = 1 << 20
 _SMALL: Final = 100 * b"x"
-_LISTED: Final = 1000
+_LISTED: Final = (10, 1000)
 _KIBIBYTE: Final = 1024 * b"x"
 _ARRAY_ITEMS: Final = 1_000_000
 _FRAME_ROWS: Final = 1_000_000
@@ -173,14 +173,31 @@ def _get_missing(bench: Bench) -> list[float]:
     return _time(bench.client.get_missing(bench.client.key(urandom(20))), bench)
 
 
-def _list(bench: Bench) -> list[float]:
-    client, operation = bench.client, bench.client.list_all()
-    put = client.put_raw(_SMALL)
-    keys = [put() for _ in range(_LISTED)]
-    try:
-        return _time(operation, bench)
-    finally:
-        client.drop(keys)
+def _get_new(bench: Bench) -> list[float]:
+    client, crew, samples = bench.client, bench.crew, []
+    crew.ask(0, "ready")
+    names = [urandom(20) for _ in range(bench.less(400))]
+    for name in names:
+        get = client.get_raw(client.key(name))
+        crew.ask(0, "store", name, _SMALL)
+        began = time.perf_counter()
+        get()
+        samples.append(time.perf_counter() - began)
+    client.drop([client.key(name) for name in names])
+    return samples
+
+
+def _list(n_objects: int) -> Callable[[Bench], list[float]]:
+    def list_all(bench: Bench) -> list[float]:
+        client, operation = bench.client, bench.client.list_all()
+        put = client.put_raw(_SMALL)
+        keys = [put() for _ in range(n_objects)]
+        try:
+            return _time(operation, bench)
+        finally:
+            client.drop(keys)
+
+    return list_all
 
 
 def _delete(bench: Bench) -> list[float]:
@@ -395,7 +412,11 @@ CASES: Final = (
     Case("contains", _contains, (Row("contains", "µs"),)),
     Case("contains-missing", _contains_missing, (Row("contains, of what is not there", "µs"),)),
     Case("get-missing", _get_missing, (Row("get of what is not there, without waiting", "µs"),)),
-    Case("list", _list, (Row("list of 1,000 objects", "µs"),)),
+    Case("get-new", _get_new, (Row("get of what another process has just put", "µs"),)),
+    *(
+        Case(f"list-{n_objects}", _list(n_objects), (Row(f"list of {n_objects:,} objects", "µs"),))
+        for n_objects in _LISTED
+    ),
     Case("delete", _delete, (Row("delete of one object", "µs"),)),
     Case("put-raw", _put_raw, (Row("put of 100 B, raw", "µs"),)),
     Case("put-object", _put_object, (Row("put of 100 B, object", "µs"),)),

@@ -121,6 +121,9 @@ def _carry_out(client: Client[Any], pipe: Connection, command: str, *arguments: 
             rate = _loop(client.put_raw(data), start, seconds, keys)
             client.drop(keys)
             return rate
+        case "store", (name, data):
+            client.store_raw(client.key(name), data)
+            return None
         case "contains", (name, n_operations):
             return _each(client.contains(client.key(name)), n_operations)
         case "get_frame", (name, n_operations):

@@ -29,7 +29,8 @@ When the message is spared
     reads all outboxes once more: a record written before the barrier is seen by this reading; the client of
     one after it sees POLLED cleared, and sends.  The client's write of the record and its look at POLLED may
     pass each other in its CPU; the barrier forbids that, as it does for pins (see `shmplasma.pins`).  While
-    somebody waits for an object, or for room, or is to be told of each, the store does not poll.
+    somebody waits for an object, or for room, or is to be told of each, the store does not poll; nor does it
+    for a while after somebody has missed what was in an outbox and woken the store for that (`shmplasma.settling`).
     A store that dies polling leaves POLLED set; its successor clears it, and issues a
     barrier, before its first reading.  POLLED is the number of the store that has set it, counted from 1, and a client is silent only to
     the one that it is connected to: its first word to a successor is a message, by which it notices.
@@ -45,7 +46,16 @@ from typing import Final
 
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
 
-__all__ = ["ANNOUNCED_AT", "RECORDS", "Outbox", "Polling", "is_written", "read_record", "unread"]
+__all__ = [
+    "ANNOUNCED_AT",
+    "MISSED",
+    "RECORDS",
+    "Outbox",
+    "Polling",
+    "is_written",
+    "read_record",
+    "unread",
+]
 
 _RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
@@ -53,6 +63,8 @@ ANNOUNCED_AT: Final = RECORDS // 2
 """How many records may wait for a store that looks by itself before a message wakes it."""
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
+MISSED: Final = b"m"
+"""What is written into the store's wake-up pipe by who misses what may be in an outbox."""
 _MASK: Final = RECORDS - 1
 _ATTEMPTS: Final = 4
 """How often it is looked for the end of what is written: the store may read meanwhile, some microseconds a record."""

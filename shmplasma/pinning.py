@@ -25,6 +25,7 @@ from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
 from shmplasma.lock_file import LockFile
 from shmplasma.nesting import NESTED, is_inside
+from shmplasma.outbox import MISSED
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import ABSENT, Found
 
@@ -104,6 +105,11 @@ class Lifeline:
             with suppress(OSError):
                 os.write(self._wake_fd, b"r")
             self._woken_by = number
+
+    def wake_reading_store(self) -> None:
+        """Have a store that looks into outboxes from time to time do it now; never blocks, never raises."""
+        with suppress(OSError):
+            os.write(self._wake_fd, MISSED)
 
     def renew(self, wake_fd: int, locks_fd: int | None) -> None:
         """Take over what a store has given that has taken the place of a dead one; both descriptors are closed in time."""

@@ -29,6 +29,7 @@ from shmplasma.effects import Descriptor
 from shmplasma.errors import AttachError, CommitError, ExternalStoreError
 from shmplasma.exits import close_descriptor
 from shmplasma.id_locks import IdLocks
+from shmplasma.outbox import MISSED
 from shmplasma.parts import Parts
 from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
@@ -50,6 +51,9 @@ _LOOK_AGAIN_SECONDS: Final = 0.1
 
 _POLL_SECONDS: Final = 0.001
 """How often the outboxes are looked into while clients do not announce what they put there."""
+
+_TOLD_SECONDS: Final = 0.2
+"""For how long clients announce each record after one has missed what was put: their puts take longer, the gets of others less."""
 
 _LONGEST_SLEEP_SECONDS: Final = 3600.0
 """epoll takes no more than 2,147,483 s, and what is due may be farther off; to wake up early is harmless."""
@@ -178,6 +182,7 @@ class Server:
         self._commit_ahead = True
         self._stopping = False
         self._spin = Spin()
+        self._told_until = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -367,12 +372,22 @@ class Server:
         return None
 
     def _sleep(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for an event, or for what a client has put into its outbox while this store polls."""
-        if not self._store.polls:
+        """Wait for an event, or for what a client has put into its outbox while this store polls.
+
+        Who puts something into an outbox need not wake a store that polls, but who misses it then has to.  Where somebody did, the store is
+        told of each record for a while.
+        """
+        store = self._store
+        if store.polls and time.monotonic() < self._told_until:
+            self._carry_out(store.stop_polling(time.time_ns()))
+        if not store.polls:
             return self._selector.select(self._timeout())
         events = self._selector.select(_POLL_SECONDS)
-        if not events:
-            self._carry_out(self._store.poll(time.time_ns()))
+        if events:  # most likely of what is in an outbox
+            _, effects = store.glance(time.time_ns())
+            self._carry_out([*effects, *store.settled()])
+        else:
+            self._carry_out(store.poll(time.time_ns()))
         return events
 
     @property
@@ -400,10 +415,14 @@ class Server:
         return min(timeouts)
 
     def _wake(self) -> None:
-        """See what a release, of which a client has told, lets go."""
+        """See what a release, of which a client has told, lets go, and note that one has missed what was put."""
+        said = b""
         with suppress(OSError):  # what is still in it makes the loop come back here
-            os.read(self._wake_reader, _WAKE_BYTES)
-        self._carry_out(self._store.wake())
+            said = os.read(self._wake_reader, _WAKE_BYTES)
+        if MISSED in said:
+            self._told_until = time.monotonic() + _TOLD_SECONDS
+        if said.strip(MISSED):
+            self._carry_out(self._store.wake())
 
     # -- memory --------------------------------------------------------------------------------
 

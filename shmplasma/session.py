@@ -134,7 +134,7 @@ class Session:
         if fast:
             absence = Absence(attachment)
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
-            self.settling = Settling(attachment, absence, link)
+            self.settling = Settling(attachment, absence, link, lifeline.wake_reading_store)
             self.removal = Removal(link, absence, self.settling, self.reader, attachment.marks)
             self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)

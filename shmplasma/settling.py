@@ -2,19 +2,18 @@
 
 What was put is in the table when the store has read its record.  The store looks for records while it is awake, and is told of them while it
 sleeps; so whoever finds one that is unread looks for a while whether it is read, which takes less than to ask.  If it is not read soon the store may be
-between two looks, a millisecond apart: then a message wakes it.
+between two looks, a millisecond apart: then it is woken, and has itself be told of each record for some time, as others may be looked for as soon.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
 from shmplasma.layout import HeaderWord
 from shmplasma.link import Link
-from shmplasma.requests import Post
 from shmplasma.spin import Spin
 
 __all__ = ["Settling"]
@@ -36,16 +35,21 @@ class Settling:
     absence : Absence
         Sees what was not read.
     link : Link
-        By which the store is woken.
+        The connection.
+    wake : callable
+        Wakes a store that looks into outboxes from time to time.
 
     Notes
     -----
     Thread-safe.
     """
 
-    __slots__ = ("_absence", "_link", "_spin", "_words")
+    __slots__ = ("_absence", "_link", "_spin", "_wake", "_words")
 
-    def __init__(self, attachment: Attachment, absence: Absence, link: Link) -> None:
+    def __init__(
+        self, attachment: Attachment, absence: Absence, link: Link, wake: Callable[[], None]
+    ) -> None:
+        self._wake = wake
         self._words = attachment.words
         self._absence = absence
         self._link = link
@@ -67,8 +71,8 @@ class Settling:
         for _ in self._spin.looks(_AWAKE_NS):
             if absence.is_read(wanted):
                 return True
-        if self._words[_POLLED] and self._spin.is_of_use:
-            self._link.channel.send_soon(Post.KIND, b"")
+        if self._words[_POLLED]:
+            self._wake()
         for _ in self._spin.looks(_WOKEN_NS):
             if absence.is_read(wanted):
                 return True

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from shmplasma import NotConnectedError, Store, connect
+from shmplasma.outbox import MISSED
 from shmplasma.segment import Segment
 from shmplasma.server import Server
 from shmplasma.store import ObjectStore
@@ -72,6 +73,25 @@ def test_sleeps_however_far_off_the_next_thing_to_do_is(
         server = Server(listener, segment, socket_path="")
         server.stop()  # so that it wakes up at once
         assert server._sleep()
+        server.close()
+
+
+@pytest.mark.parametrize("said", [b"r", b"rr", MISSED, MISSED + b"r"])
+def test_a_store_that_was_woken_for_what_was_put_is_told_of_it_from_then_on(
+    tmp_path: Path, said: bytes
+) -> None:
+    """Not so one that was woken by a release: it goes on looking by itself."""
+    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        server = Server(listener, segment, socket_path="")
+        polling = server._store._polling
+        polling.start()
+        for _ in range(2):
+            os.write(server._wake_writer, said)
+            for key, _ in server._sleep():
+                key.data()
+        assert polling.is_on == (MISSED not in said)
         server.close()
 
 

@@ -64,7 +64,7 @@ class Deleter:
         link = cast("Link", SimpleNamespace(channel=self.channel, post=self._post))
         reader = FastReader(layout, segment, 0, cast("BoardPool", boards))
         absence = Absence(segment)
-        settling = Settling(segment, absence, link)
+        settling = Settling(segment, absence, link, lambda: None)
         self.removal = Removal(link, absence, settling, reader, self.marks)
 
     def _take_free(self, count: int) -> list[Pin]:

@@ -14,7 +14,7 @@ from shmplasma.layout import HeaderWord
 from shmplasma.link import Link
 from shmplasma.posted import Seal
 from shmplasma.replies import Done
-from shmplasma.requests import Flush, Post
+from shmplasma.requests import Flush
 from shmplasma.settling import Settling
 from tests.conversation import Conversation, Peer, name
 
@@ -45,25 +45,26 @@ class Asker:
     ----------
     spin : FakeSpin
         By which it looks.
-    sent : list of int
-        The kinds of its messages.
+    woken : int
+        How often it has woken the store.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.talk = Conversation(1 << 20)
         self.peer: Peer = self.talk.client()
         self.spin = FakeSpin()
-        self.sent: list[int] = []
-        self.is_quiet = True
+        self.woken = 0
         monkeypatch.setattr(settling, "Spin", lambda: self.spin)
         talk = self.talk
         segment: Any = SimpleNamespace(layout=talk.layout, read_map=talk.raw, words=talk.words)
-        channel = SimpleNamespace(is_quiet=True, send_soon=lambda kind, _: self.sent.append(kind))
-        link = cast("Link", SimpleNamespace(channel=channel))
-        self.channel = channel
-        self.settling = Settling(segment, Absence(segment), link)
+        self.channel = SimpleNamespace(is_quiet=True)
+        link = cast("Link", SimpleNamespace(channel=self.channel))
+        self.settling = Settling(segment, Absence(segment), link, self._wake)
         self.slot = self.peer.create(A)
         self.poll(0)
+
+    def _wake(self) -> None:
+        self.woken += 1
 
     def poll(self, number: int) -> None:
         """Have the store say that it looks by itself, or that it does not."""
@@ -98,7 +99,7 @@ def test_a_store_that_is_awake_is_not_woken(asker: Asker, polled: int) -> None:
     asker.spin.happens[2] = asker.read
     assert asker.settling.settle() is True
     assert asker.spin.looked == 2
-    assert asker.sent == []
+    assert asker.woken == 0
     assert asker.settling.are_absent_now([B])
 
 
@@ -106,9 +107,12 @@ def test_a_store_between_two_looks_is_woken_once(asker: Asker) -> None:
     """When it has not read soon."""
     asker.peer.write_silently(Seal(A))
     asker.poll(1)
-    asker.spin.happens = {4: lambda: asker.sent.append(-1), 6: asker.read}
+    woken: list[int] = []
+    for look in range(1, 6):
+        asker.spin.happens[look] = lambda: woken.append(asker.woken)
+    asker.spin.happens[6] = asker.read
     assert asker.settling.settle() is True
-    assert asker.sent == [Post.KIND, -1]
+    assert woken == [0, 0, 0, 1, 1]
 
 
 def test_a_store_that_was_told_is_not_told_again(asker: Asker) -> None:
@@ -116,7 +120,7 @@ def test_a_store_that_was_told_is_not_told_again(asker: Asker) -> None:
     asker.peer.write_silently(Seal(A))
     asker.spin.happens[5] = asker.read
     assert asker.settling.settle() is True
-    assert asker.sent == []
+    assert asker.woken == 0
 
 
 def test_a_store_that_does_not_read_is_to_be_asked(asker: Asker) -> None:
@@ -128,12 +132,12 @@ def test_a_store_that_does_not_read_is_to_be_asked(asker: Asker) -> None:
 
 
 def test_nobody_looks_on_a_single_processor(asker: Asker) -> None:
-    """Who looks would keep the store from reading."""
+    """Who looks would keep the store from reading; it learns that it should be told."""
     asker.peer.write_silently(Seal(A))
     asker.poll(1)
     asker.spin.is_of_use = False
     assert asker.settling.settle() is None
-    assert asker.sent == []
+    assert asker.woken == 1
 
 
 def test_so_many_outboxes_are_the_stores_to_look_into(asker: Asker) -> None:
