@@ -132,7 +132,7 @@ class Removal:
         held = [self._reader.hold(object_id) for object_id in object_ids]
         rest: Sequence[bytes] = ()
         if None in held:
-            settled = self._settling.settle()  # before a record of this client is unread
+            settled = self._settling.settle(once=True)  # before a record of this client is unread
             if settled:
                 pairs = zip(object_ids, held, strict=True)
                 held = [each or self._reader.hold(object_id) for object_id, each in pairs]

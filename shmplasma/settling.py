@@ -14,6 +14,7 @@ from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
 from shmplasma.layout import HeaderWord
 from shmplasma.link import Link
+from shmplasma.requests import Post
 from shmplasma.spin import Spin
 
 __all__ = ["Settling"]
@@ -37,7 +38,7 @@ class Settling:
     link : Link
         The connection.
     wake : callable
-        Wakes a store that looks into outboxes from time to time.
+        Wakes a store that looks into outboxes from time to time, and has it be told of records for a while.
 
     Notes
     -----
@@ -55,8 +56,13 @@ class Settling:
         self._link = link
         self._spin = Spin()
 
-    def settle(self) -> bool | None:
+    def settle(self, *, once: bool = False) -> bool | None:
         """Have the store read all that was put.
+
+        Parameters
+        ----------
+        once : bool, optional
+            Whether the store, if it is woken, is to go on looking by itself, as what was put is looked for to be deleted.
 
         Returns
         -------
@@ -72,7 +78,10 @@ class Settling:
             if absence.is_read(wanted):
                 return True
         if self._words[_POLLED]:
-            self._wake()
+            if once:
+                self._link.channel.send_soon(Post.KIND, b"")
+            else:
+                self._wake()
         for _ in self._spin.looks(_WOKEN_NS):
             if absence.is_read(wanted):
                 return True

@@ -14,7 +14,7 @@ from shmplasma.layout import HeaderWord
 from shmplasma.link import Link
 from shmplasma.posted import Seal
 from shmplasma.replies import Done
-from shmplasma.requests import Flush
+from shmplasma.requests import Flush, Post
 from shmplasma.settling import Settling
 from tests.conversation import Conversation, Peer, name
 
@@ -47,6 +47,8 @@ class Asker:
         By which it looks.
     woken : int
         How often it has woken the store.
+    sent : list of int
+        The kinds of its messages.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +59,10 @@ class Asker:
         monkeypatch.setattr(settling, "Spin", lambda: self.spin)
         talk = self.talk
         segment: Any = SimpleNamespace(layout=talk.layout, read_map=talk.raw, words=talk.words)
-        self.channel = SimpleNamespace(is_quiet=True)
+        self.sent: list[int] = []
+        self.channel = SimpleNamespace(
+            is_quiet=True, send_soon=lambda kind, _: self.sent.append(kind)
+        )
         link = cast("Link", SimpleNamespace(channel=self.channel))
         self.settling = Settling(segment, Absence(segment), link, self._wake)
         self.slot = self.peer.create(A)
@@ -113,6 +118,16 @@ def test_a_store_between_two_looks_is_woken_once(asker: Asker) -> None:
     asker.spin.happens[6] = asker.read
     assert asker.settling.settle() is True
     assert woken == [0, 0, 0, 1, 1]
+
+
+def test_a_store_is_woken_for_a_delete(asker: Asker) -> None:
+    """By a message, after which it goes on looking by itself."""
+    asker.peer.write_silently(Seal(A))
+    asker.poll(1)
+    asker.spin.happens[5] = asker.read
+    assert asker.settling.settle(once=True) is True
+    assert asker.sent == [Post.KIND]
+    assert asker.woken == 0
 
 
 def test_a_store_that_was_told_is_not_told_again(asker: Asker) -> None:
