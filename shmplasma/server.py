@@ -45,6 +45,7 @@ __all__ = ["Server"]
 _LOG = logging.getLogger("shmplasma")
 
 _WAKE_BYTES: Final = 1 << 16
+_SMALLEST_PIPE_BYTES: Final = 4096
 """All that a pipe holds."""
 _LOOK_AGAIN_SECONDS: Final = 0.1
 """While the listener is shut for want of descriptors, or where a release may not wake the store."""
@@ -380,6 +381,8 @@ class Server:
         store = self._store
         if store.polls and time.monotonic() < self._told_until:
             self._carry_out(store.stop_polling(time.time_ns()))
+            if self._has_more_to_do:  # of what was read
+                return []
         if not store.polls:
             return self._selector.select(self._timeout())
         events = self._selector.select(_POLL_SECONDS)
@@ -421,7 +424,8 @@ class Server:
             said = os.read(self._wake_reader, _WAKE_BYTES)
         if MISSED in said:
             self._told_until = time.monotonic() + _TOLD_SECONDS
-        if said.strip(MISSED):
+        # Into a full pipe nobody could write of a release.
+        if said.strip(MISSED) or len(said) >= _SMALLEST_PIPE_BYTES:
             self._carry_out(self._store.wake())
 
     # -- memory --------------------------------------------------------------------------------

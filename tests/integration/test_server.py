@@ -96,6 +96,46 @@ def test_a_store_that_was_woken_for_what_was_put_is_told_of_it_from_then_on(
 
 
 @pytest.mark.parametrize(
+    ("said", "wakes"), [(b"r", 1), (MISSED, 0), (MISSED + b"r", 1), (4096 * MISSED, 1)]
+)
+def test_a_release_is_not_taken_for_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes, wakes: int
+) -> None:
+    """Whatever else is in the wake-up pipe, and also if that has left no room for it."""
+    woken: list[ObjectStore] = []
+
+    def wake(store: ObjectStore) -> tuple[()]:
+        woken.append(store)
+        return ()
+
+    monkeypatch.setattr(ObjectStore, "wake", wake)
+    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        server = Server(listener, segment, socket_path="")
+        os.write(server._wake_writer, said)
+        server._wake()
+        assert len(woken) == wakes
+        server.close()
+
+
+def test_what_a_store_reads_before_it_sleeps_is_done_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record may come while it stops looking by itself, and leave something to do that waits for nobody."""
+    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        server = Server(listener, segment, socket_path="")
+        os.write(server._wake_writer, MISSED)
+        server._wake()
+        server._store._polling.start()
+        monkeypatch.setattr(Server, "_has_more_to_do", property(lambda _: True))
+        assert server._sleep() == []
+        server.close()
+
+
+@pytest.mark.parametrize(
     ("error", "says"),
     [
         ("KeyError('a bug')", "\nKeyError: 'a bug'\n"),
