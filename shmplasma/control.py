@@ -145,11 +145,6 @@ class Control:
         """Return how many records of the client's outbox have been handled."""
         return int(self._words[self._first + board * _LINE_WORDS + _ACKNOWLEDGED])
 
-    def acknowledging(self, board: int) -> memoryview:
-        """Return the word in which the records are counted that have been handled."""
-        at = self._first + board * _LINE_WORDS + _ACKNOWLEDGED
-        return self._words[at : at + 1]
-
     def acknowledge(self, board: int, count: int) -> None:
         """Set how many records of the client's outbox have been handled."""
         self._words[self._first + board * _LINE_WORDS + _ACKNOWLEDGED] = count

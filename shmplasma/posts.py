@@ -97,7 +97,7 @@ class Posts:
         acknowledged = self._control.acknowledged(board)
         if not is_written(self._words, start, acknowledged):
             return 0
-        page, counted = self._raw[start : start + OUTBOX_BYTES], self._control.acknowledging(board)
+        page = self._raw[start : start + OUTBOX_BYTES]
         count, begun = 0, self._deletions.begun
         try:
             # A client that writes on and on is not to keep the others waiting.
@@ -120,7 +120,7 @@ class Posts:
                         self._outgoing.reply(session.client, ONE_WAY, refused.failed)
                 acknowledged += 1
                 count += 1
-                counted[0] = acknowledged
+                self._control.acknowledge(board, acknowledged)
         finally:
             if begun and (not self._glances or len(begun) >= _DELETED_AT_ONCE):
                 self._deletions.end()
