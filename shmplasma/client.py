@@ -15,13 +15,14 @@ from shmplasma.endpoint import default_socket_path
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.listings import ObjectInfo, described
 from shmplasma.notifications import Subscription, decode
+from shmplasma.object_array import ObjectArray
 from shmplasma.objects import ObjectID
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
 from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, Keep, List, SetOptions, Trim
 from shmplasma.serialization import SerializationContext
 from shmplasma.store_ref import Home, StoreRef, home_of
-from shmplasma.writing import MAX_SIZE, ObjectArray, Writing
+from shmplasma.writing import MAX_SIZE, Writing
 
 __all__ = ["ObjectArray", "ObjectInfo", "ObjectNotAvailable", "PlasmaClient", "connect"]
 

@@ -7,7 +7,7 @@ from functools import partial
 from math import prod
 from operator import index
 from sys import maxsize
-from typing import Any, Final, Self, SupportsIndex
+from typing import Final, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from shmplasma.connected import Connected, checked, wait_seconds
 from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
 from shmplasma.leasing import LARGE_BYTES
+from shmplasma.object_array import ObjectArray
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.replies import Done
@@ -26,7 +27,7 @@ from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
 from shmplasma.session import Session
 
-__all__ = ["MAX_SIZE", "ObjectArray", "Writing"]
+__all__ = ["MAX_SIZE", "Writing"]
 
 MAX_SIZE: Final = 1 << 62
 """Sizes beyond are refused at once: they do not fit the protocol's numbers, and no machine."""
@@ -37,29 +38,6 @@ _EARLY_BYTES: Final = 1 << 16
 """Who waits for an object of up to this size is woken before it is made: to make it takes no longer than to wake up."""
 _RAW: Final = Codec.RAW  # an attribute of an enumeration takes 0.1 us to look up
 _SEAL: Final = Seal.KIND
-
-
-class ObjectArray(np.ndarray[Any, np.dtype[Any]]):
-    """A writable array over a new object; see `PlasmaClient.create_array`.
-
-    As a context manager it seals the object when the block succeeds and aborts it when the block raises.
-    """
-
-    unsealed: tuple[Writing, ObjectID]
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Copy the array alone: a copy is no object that can be sealed."""
-        return self.view(np.ndarray).__reduce_ex__(protocol)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        client, object_id = self.unsealed
-        if error_type is None:
-            client.seal(object_id)
-        else:
-            client.abort(object_id)
 
 
 class Writing(Connected):
