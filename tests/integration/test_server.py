@@ -65,19 +65,28 @@ def fail(path: str) -> None:
         client.evict(1)
 
 
+@contextmanager
+def idle_server(tmp_path: Path) -> Iterator[Server]:
+    """Give a store's loop that nobody runs."""
+    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        server = Server(listener, segment, socket_path="")
+        try:
+            yield server
+        finally:
+            server.close()
+
+
 @pytest.mark.parametrize("due", ["next_due_ns", "deadline_ns"])
 def test_sleeps_however_far_off_the_next_thing_to_do_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: str
 ) -> None:
     """What is due in more seconds than the system waits for at once does not end the store."""
-    monkeypatch.setattr(ObjectStore, due, time.time_ns() + A_CENTURY_NS)
-    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        server = Server(listener, segment, socket_path="")
+    with idle_server(tmp_path) as server:
+        monkeypatch.setattr(ObjectStore, due, time.time_ns() + A_CENTURY_NS)
         server.stop()  # so that it wakes up at once
         assert server._sleep()
-        server.close()
 
 
 @polls
@@ -86,10 +95,7 @@ def test_a_store_that_was_woken_for_what_was_put_is_told_of_it_from_then_on(
     tmp_path: Path, said: bytes
 ) -> None:
     """Not so one that was woken by a release: it goes on looking by itself."""
-    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        server = Server(listener, segment, socket_path="")
+    with idle_server(tmp_path) as server:
         polling = server._store._polling
         polling.start()
         for _ in range(2):
@@ -97,7 +103,6 @@ def test_a_store_that_was_woken_for_what_was_put_is_told_of_it_from_then_on(
             for key, _ in server._sleep():
                 key.data()
         assert polling.is_on == (MISSED not in said)
-        server.close()
 
 
 @pytest.mark.parametrize(
@@ -107,21 +112,17 @@ def test_a_release_is_not_taken_for_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes, wakes: int
 ) -> None:
     """Whatever else is in the wake-up pipe, and also if that has left no room for it."""
-    woken: list[ObjectStore] = []
+    with idle_server(tmp_path) as server:
+        woken: list[ObjectStore] = []
 
-    def wake(store: ObjectStore) -> tuple[()]:
-        woken.append(store)
-        return ()
+        def wake(store: ObjectStore) -> tuple[()]:
+            woken.append(store)
+            return ()
 
-    monkeypatch.setattr(ObjectStore, "wake", wake)
-    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        server = Server(listener, segment, socket_path="")
+        monkeypatch.setattr(ObjectStore, "wake", wake)
         os.write(server._wake_writer, said)
         server._wake()
         assert len(woken) == wakes
-        server.close()
 
 
 @polls
@@ -129,16 +130,12 @@ def test_what_a_store_reads_before_it_sleeps_is_done_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record may come while it stops looking by itself, and leave something to do that waits for nobody."""
-    with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        server = Server(listener, segment, socket_path="")
+    with idle_server(tmp_path) as server:
         os.write(server._wake_writer, MISSED)
         server._wake()
         server._store._polling.start()
         monkeypatch.setattr(Server, "_has_more_to_do", property(lambda _: True))
         assert server._sleep() == []
-        server.close()
 
 
 @pytest.mark.parametrize(
