@@ -209,7 +209,7 @@ class Leases:
             It does not lie in what is left of this client's lease, or no entry is left for it.
         """
         lease = self._of_client.get(client)
-        end = offset + (size_bytes + ALIGNMENT - 1 & -ALIGNMENT)
+        end = offset + (size_bytes + ALIGNMENT - 1 & -ALIGNMENT)  # the hot path of putting
         if (
             lease is None
             or offset < lease.cursor

@@ -4,7 +4,8 @@ The order of the steps is that of the table there: BUSY, EPOCH, room, fill, publ
 a time is between the first and the last; another one that wants to put meanwhile goes by the store, as does
 whoever finds no room.  So do finalizers that put something while their own thread is at it.
 
-Most puts are of small values under fresh ids.  `put_small` does what `put` does for any object, in one piece.
+Most puts are of small values under fresh ids.  `put_small` does what `put` does for any object, in one piece: it repeats the steps, as each call of a
+function would take a tenth of the time.
 
 An interrupt leaves a hole at worst: room is taken before it is filled, and the store skips what was not published.
 

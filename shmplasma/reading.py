@@ -335,6 +335,8 @@ class Reading(Connected):
         if settled:
             items, misses = self._find(session, ids)
             names = [names[at] for at in misses]
+            if not names:
+                return items
         if settling is not None and settled is not None and not wait and settling.are_absent(names):
             return items
         asked: list[Located | None] = []

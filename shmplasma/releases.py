@@ -15,6 +15,8 @@ Invariants
   The store sets another number whenever it has emptied the pipe, before it reads the boards.  So of a release that finds the
   number for which its client has written a byte already, that byte is still in the pipe, or the store sees the release when it
   reads the boards after a barrier.
+* Who misses what was put writes bytes of another kind into the pipe (`shmplasma.settling`).  They stand for no release, but where there were so many that
+  the pipe may have been full, a release may have found no room in it; then the boards are read as well.
 """
 
 from __future__ import annotations

@@ -45,8 +45,9 @@ __all__ = ["Server"]
 _LOG = logging.getLogger("shmplasma")
 
 _WAKE_BYTES: Final = 1 << 16
-_SMALLEST_PIPE_BYTES: Final = 4096
 """All that a pipe holds."""
+_SMALLEST_PIPE_BYTES: Final = 4096
+"""What any pipe holds: one that had less was not full."""
 _LOOK_AGAIN_SECONDS: Final = 0.1
 """While the listener is shut for want of descriptors, or where a release may not wake the store."""
 
