@@ -178,13 +178,17 @@ class PlasmaClient(Reading, Writing):
 
         Notes
         -----
-        O(objects).  Objects that come and go meanwhile may be missing.
+        O(objects); no message is sent as long as nothing is deleted in use, moved or in an external store.  Objects that come and
+        go meanwhile may be missing.
         """
         session = self._live()
+        census = session.census
         objects: dict[ObjectID, ObjectInfo] = {}
         start = 0
         while True:
-            listing = session.call(List(start), Listing)
+            listing = None if census is None else census.listing(start)
+            if listing is None:
+                listing = session.call(List(start), Listing)
             objects.update(described(listing))
             start = listing.next_start
             if not start:

@@ -45,7 +45,7 @@ from shmplasma.outcomes import expect
 from shmplasma.posted import PUBLISH, PUBLISH_RECORD, Abort, Publish
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
-from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Post, Request, Role, SetOptions
+from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Request, Role, SetOptions
 from shmplasma.transport import Channel
 
 __all__ = ["GIVE_UP_SECONDS", "HOLDS_A_REQUEST", "Link"]
@@ -97,6 +97,8 @@ class Link:
         As given.
     holds : weakref.WeakMethod or None
         Returns the references that a store that comes back has to be told of (`shmplasma.references`).
+    aside : int
+        How much the store was told past the outbox, and may not have heard; whoever asks it next may set it to 0.
 
     Notes
     -----
@@ -130,6 +132,7 @@ class Link:
         self._connecting = threading.Lock()
         self._posting = threading.Lock()
         self._untold: list[tuple[int, bytes]] | None = None
+        self.aside = 0
 
     def call(
         self,
@@ -311,20 +314,22 @@ class Link:
             if acquired and acquired[0]:
                 self._posting.release()
         if not written:
+            self.aside += 1
             # In this order: whoever reconnects makes the list, then the channel, then drops the list.
             untold = self._untold
             if untold is not None:
                 untold.append((kind, body))
             self.channel.send_soon(kind, body)
         elif announced:
-            self.channel.send_soon(Post.KIND, b"")
+            with suppress(ConnectionError):
+                self.channel.announce()
 
     def _announce(self) -> None:
         """Tell the store, or the one that comes back, that there is a record in the outbox."""
         while True:
             channel = self.channel
             try:
-                channel.send(Post.KIND, b"")
+                channel.announce()
             except ConnectionError as error:
                 self.reconnect(channel, error)
             else:

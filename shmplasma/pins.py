@@ -88,7 +88,7 @@ from shmplasma.layout import (
     read_end,
 )
 
-__all__ = ["FIRST_SLOT", "Boards", "slots_of"]
+__all__ = ["FIRST_SLOT", "Boards", "slots_of", "words_on"]
 
 FIRST_SLOT: Final = 1
 """Word 0 of a board is not a slot."""
@@ -113,6 +113,31 @@ def slots_of(board: int) -> range:
     range(513, 1024)
     """
     return range(board * BOARD_WORDS + FIRST_SLOT, (board + 1) * BOARD_WORDS)
+
+
+def words_on(raw: memoryview, layout: Layout, boards: Iterable[int]) -> set[int]:
+    """Return what stands in the slots of some boards, but 0.
+
+    Parameters
+    ----------
+    raw : memoryview
+        The segment as bytes.
+    layout : Layout
+        Where the boards lie.
+    boards : iterable of int
+        Which ones; 0.3 us for one that is empty, else some.
+    """
+    words: set[int] = set()
+    for board in boards:
+        start = layout.boards + board * BOARD_BYTES
+        content = bytes(raw[start + FIRST_SLOT * 8 : start + BOARD_BYTES])
+        if content != _EMPTY:
+            for at in range(0, len(content), _PART_BYTES):
+                part = content[at : at + _PART_BYTES]
+                if part != _EMPTY_PART:
+                    words.update(memoryview(part).cast("Q"))
+    words.discard(0)
+    return words
 
 
 class Boards:
@@ -343,17 +368,7 @@ class Boards:
 
     def _words_of(self, client: int) -> set[int]:
         """Return what stands in the slots of a client, but 0."""
-        held: set[int] = set()
-        for board in self._of_client.get(client, ()):
-            start = self._layout.boards + board * BOARD_BYTES
-            content = bytes(self._raw[start + FIRST_SLOT * 8 : start + BOARD_BYTES])
-            if content != _EMPTY:
-                for at in range(0, len(content), _PART_BYTES):
-                    part = content[at : at + _PART_BYTES]
-                    if part != _EMPTY_PART:
-                        held.update(memoryview(part).cast("Q"))
-        held.discard(0)
-        return held
+        return words_on(self._raw, self._layout, self._of_client.get(client, ()))
 
     def pinned(self) -> set[int]:
         """Return all entries that anybody pins."""

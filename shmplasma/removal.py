@@ -53,6 +53,7 @@ no object has to go because one that was deleted before is still there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -62,7 +63,6 @@ from shmplasma.link import Link
 from shmplasma.pinning import Pin
 from shmplasma.posted import REMOVE, Remove
 from shmplasma.reader import FastReader, Held
-from shmplasma.requests import Post
 from shmplasma.settling import Settling
 
 __all__ = ["Removal"]
@@ -144,7 +144,8 @@ class Removal:
             for object_id in object_ids:
                 self._delete(object_id, held.pop(0))
         except BaseException:
-            self._link.channel.send_soon(Post.KIND, b"")
+            with suppress(ConnectionError):
+                self._link.channel.announce()
             raise
         return rest
 

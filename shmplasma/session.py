@@ -37,6 +37,7 @@ from shmplasma import system
 from shmplasma.absence import Absence
 from shmplasma.asking import Asking
 from shmplasma.attachment import Attachment
+from shmplasma.census import Census
 from shmplasma.claiming import Claimant
 from shmplasma.errors import AttachError, ProtocolError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
@@ -131,10 +132,13 @@ class Session:
         """Deletes without waiting; None as `reader`."""
         self.settling: Settling | None = None
         """Tells what is not there, likewise."""
+        self.census: Census | None = None
+        """Lists objects without a message, likewise."""
         if fast:
             absence = Absence(attachment)
             self.reader = FastReader(self.layout, attachment, self.address, self._boards)
             self.settling = Settling(attachment, absence, link, lifeline.wake_reading_store)
+            self.census = Census(attachment, self.settling)
             self.removal = Removal(link, absence, self.settling, self.reader, attachment.marks)
             self._hints = Hints(attachment, board, self._boards, outbox)
             self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)

@@ -8,13 +8,13 @@ between two looks, a millisecond apart: then it is woken, and has itself be told
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
 from shmplasma.layout import HeaderWord
 from shmplasma.link import Link
-from shmplasma.requests import Post
 from shmplasma.spin import Spin
 
 __all__ = ["Settling"]
@@ -79,13 +79,23 @@ class Settling:
                 return True
         if self._words[_POLLED]:
             if once:
-                self._link.channel.send_soon(Post.KIND, b"")
+                with suppress(ConnectionError):  # whoever asks hears of it
+                    self._link.channel.announce()
             else:
                 self._wake()
         for _ in self._spin.looks(_WOKEN_NS):
             if absence.is_read(wanted):
                 return True
         return None
+
+    def all_is_read(self) -> bool:
+        """Have the store read all that was put and deleted, and tell whether it has; False means: ask it.
+
+        What this client has told it otherwise than by its outbox is handled before it is asked.
+        """
+        link = self._link
+        aside, link.aside = link.aside, 0
+        return self.settle() is not None and not aside and link.channel.is_quiet
 
     def are_absent(self, object_ids: Sequence[bytes]) -> bool:
         """Tell whether none of these objects is in the store, after `settle`; False means: ask it.

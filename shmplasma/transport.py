@@ -40,14 +40,9 @@ from shmplasma.ear import Ear
 from shmplasma.errors import ProtocolError
 from shmplasma.hints import HINT
 from shmplasma.nesting import NESTED, is_inside
-from shmplasma.protocol import (
-    MAX_REPLY_BYTES,
-    ONE_WAY,
-    Frame,
-    encode_frame,
-    split_frames,
-)
+from shmplasma.protocol import MAX_REPLY_BYTES, ONE_WAY, Frame, encode_frame, split_frames
 from shmplasma.replies import Failed, decode_reply
+from shmplasma.requests import Post
 from shmplasma.spin import Spin
 
 __all__ = ["Channel"]
@@ -56,6 +51,7 @@ _READ_BYTES: Final = 1 << 18
 _DONT_WAIT: Final = int(socket.MSG_DONTWAIT)
 _LAST_WORDS_SECONDS: Final = 0.1
 """Who reads a connection that has ended is done with it in far less, unless he waits for who would wait for him."""
+_ANNOUNCEMENT: Final = encode_frame(Post.KIND, ONE_WAY, b"")
 _SENDING: Final = frozenset(("_send", "_send_later", "offer"))
 _READING: Final = frozenset(("_try_lead", "read_until", "hear_out"))
 """Who takes the locks."""
@@ -113,17 +109,24 @@ class Channel:
     def send_soon(self, kind: int, body: bytes) -> None:
         """Send a one-way message from a finalizer, which may have come in the middle of another one.
 
-        It takes no lock that somebody has: whoever is sending sends it afterwards.  Nobody is told that the other
-        end has gone.
+        It takes no lock that somebody has: whoever is sending sends it afterwards.  It does not tell that the other end has gone.
         """
         self._later.append(encode_frame(kind, ONE_WAY, body))
-        self._send_later()
+        with suppress(ConnectionError):
+            self._send_later()
 
-    def _send_later(self) -> None:
+    def announce(self) -> None:
+        """Send an empty message, which says that there is something in the outbox, from anywhere; it waits for nothing.
+
+        If the socket is full there are unread ones, each of which says as much.
+        """
+        self._later.append(_ANNOUNCEMENT)
+        self._send_later(_DONT_WAIT)
+
+    def _send_later(self, flags: int = 0) -> None:
         while self._later and self._sending.acquire(blocking=False):
             try:
-                with suppress(ConnectionError):
-                    self._push(b"")
+                self._push(b"", flags)
             finally:
                 self._sending.release()
 
@@ -315,10 +318,7 @@ class Channel:
                 self._pass_on()
 
     def hear_out(self) -> str:
-        """Read what the other end has said last, which may be why it has ended; return how it ended.
-
-        Only for a connection that has ended.
-        """
+        """Read what the other end has said last, which may be why it has ended; return how it ended, as it has."""
         acquired: list[bool] = []
         try:
             acquired.extend(map(self._reading.acquire, (True,), (_LAST_WORDS_SECONDS,)))

@@ -9,8 +9,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from struct import Struct
-from typing import NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import NamedTuple, TypeVar, cast
 
+from shmplasma.absence import Absence
+from shmplasma.attachment import Attachment
+from shmplasma.census import Census
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.dispatch import Unsettled
 from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Replay, Send
@@ -51,6 +55,7 @@ from shmplasma.replies import (
 )
 from shmplasma.reports import list_objects
 from shmplasma.requests import AnswerNow, Create, Get, Hello, Post, Request, Role
+from shmplasma.settling import Settling
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.store import ObjectStore
 from shmplasma.table import NO_ENTRY
@@ -62,6 +67,7 @@ __all__ = [
     "Peer",
     "Record",
     "RecordedMemory",
+    "census_in",
     "ids_of",
     "name",
     "new_segment",
@@ -113,6 +119,16 @@ def records(listing: Listing) -> list[Record]:
 def ids_of(listing: Listing) -> list[bytes]:
     """Return the ids of a listing, in its order."""
     return [record.object_id for record in records(listing)]
+
+
+def census_in(talk: Conversation) -> Census:
+    """Return what a client lists objects by that does not wait until all is read."""
+    segment = cast(
+        "Attachment", SimpleNamespace(layout=talk.layout, read_map=talk.raw, words=talk.words)
+    )
+    absence = Absence(segment)
+    settling = SimpleNamespace(all_is_read=lambda: absence.unread() == [])
+    return Census(segment, cast("Settling", settling))
 
 
 def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:

@@ -45,6 +45,7 @@ from shmplasma.requests import (
     Flush,
     Get,
     Grow,
+    List,
     Post,
 )
 from shmplasma.session import Session
@@ -65,9 +66,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
     frames: list[Frame] = []
     push = Channel._push
 
-    def note_and_push(channel: Channel, data: bytes) -> None:
-        frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(data))
-        push(channel, data)
+    def note_and_push(channel: Channel, data: bytes, flags: int = 0) -> bool:
+        frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(b"".join([*channel._later, data])))
+        return push(channel, data, flags)
 
     monkeypatch.setattr(Channel, "_push", note_and_push)
     return frames
@@ -166,6 +167,48 @@ def test_reading_sends_nothing(
 
 
 @needs_fast_path
+def test_listing_sends_nothing(
+    store: Store, client: PlasmaClient, client2: PlasmaClient, sent: list[Frame]
+) -> None:
+    """While the store is stopped, after it has read what was put; the list is what the store itself would say."""
+    ids = put_numbers(client2, 50)
+    unsealed = ObjectID.from_random()
+    client2.create(unsealed, 100)
+    held = [client.get_buffers(ids[:10]), client2.get_buffers(ids[5:20])]
+    client2.delete(ids[-1])
+    client2.flush()
+    with stopped(store):
+        sent.clear()
+        listed = client.list()
+        assert sent == []
+        assert unread_bytes(client) == 0
+    assert listed.keys() == {unsealed, *ids[:-1]}
+    counts = [listed[object_id]["ref_count"] for object_id in ids[:-1]]
+    assert counts == [1] * 5 + [2] * 5 + [1] * 10 + [0] * 29
+    assert listed[unsealed]["ref_count"] == 1
+    assert listed[unsealed]["state"] == "created"
+    session_of(client).census = None
+    assert client.list() == listed
+    assert kinds(sent) == [List.KIND]
+    del held
+
+
+@needs_fast_path
+def test_what_was_put_and_deleted_just_now_is_listed_right(
+    client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """Whoever has done it, whether or not the store has read of it."""
+    for number in range(200):
+        object_id = client2.put(number)
+        assert client.list().keys() == {object_id}
+        with client.create_array(ObjectID.from_random(), (3,), "u8") as array:
+            assert len(client2.list()) == 2
+        del array
+        client2.delete([*client2.list()])
+        assert not client.list()
+
+
+@needs_fast_path
 def test_who_gets_no_lease_asks_again_after_64_puts(
     client: PlasmaClient, sent: list[Frame]
 ) -> None:
@@ -194,6 +237,28 @@ def test_writing_waits_for_nothing(
         assert len(sent) <= 21
     assert client2.get(ids, timeout_ms=0) == list(range(20))
     assert client2.contains(chosen)
+
+
+@needs_fast_path
+def test_a_full_socket_is_not_waited_for(
+    store: Store, client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """While the store is stopped, fewer of the messages that announce a record fit into it than records into the outbox."""
+    put_numbers(client, 2)
+    words = session_of(client).attachment.words
+    until(lambda: not words[HeaderWord.POLLED], "the store has itself be told of records")
+    written: list[ObjectID] = []
+    count = ANNOUNCED_AT - 3
+    with stopped(store):
+        putting = threading.Thread(
+            target=lambda: written.extend(client.put(number) for number in range(count))
+        )
+        putting.start()
+        putting.join(10)
+        assert len(written) == count
+        assert not session_of(client)._link.channel.offer([])
+    putting.join()
+    assert client2.get(written, timeout_ms=0) == list(range(count))
 
 
 @needs_fast_path
@@ -786,5 +851,5 @@ def test_releases_wake_the_store_no_more_often_than_it_looks(
 @pytest.mark.parametrize("count", [2000])
 def test_a_negative_answer_comes_last(count: int) -> None:
     """What one process has put before it tells another one is found by that one, every time."""
-    nothing = hammer_order.Misses(contains=0, get=0, deleted=0)
+    nothing = hammer_order.Misses(contains=0, get=0, listed=0, deleted=0)
     assert hammer_order.run(count, n_writers=1) == nothing

@@ -63,7 +63,7 @@ from shmplasma.requests import (
 )
 from shmplasma.table import NO_ENTRY
 from shmplasma.waiters import FOR_EVER
-from tests.conversation import Conversation, Peer, name, records
+from tests.conversation import Conversation, Peer, census_in, name, records
 
 N_IDS = 8
 MAX_CLIENTS = 5
@@ -749,23 +749,34 @@ class StoreMachine(RuleBasedStateMachine):
 
         def judge_reply(reply: Reply) -> None:
             assert isinstance(reply, Listing)
-            assert reply.next_start == 0
-            there = records(reply)
-            listed = {record.object_id: (*record[1:4], *record[6:]) for record in there}
-            assert len(listed) == len(there)
-            held = [self.model.held_by(p, self.is_of) for p in self.active + self.detached]
-            assert listed == {
-                object_id: (
-                    thing.data_size,
-                    thing.metadata_size,
-                    sum(thing in things for things in held),
-                    thing.is_sealed,
-                    thing.is_kept,
-                )
-                for object_id, thing in self.model.things.items()
-            }
+            self.judge_listing(reply)
 
         self.send(pick(self.active, which), List(0), judge_reply)
+
+    @rule()
+    def take_census(self) -> None:
+        """List them without asking: the same, or that this cannot be seen."""
+        listing = census_in(self.talk).listing(0)
+        if listing is not None:
+            self.judge_listing(listing)
+
+    def judge_listing(self, listing: Listing) -> None:
+        """Compare a list with the model."""
+        assert listing.next_start == 0
+        there = records(listing)
+        listed = {record.object_id: (*record[1:4], *record[6:]) for record in there}
+        assert len(listed) == len(there)
+        held = [self.model.held_by(p, self.is_of) for p in self.active + self.detached]
+        assert listed == {
+            object_id: (
+                thing.data_size,
+                thing.metadata_size,
+                sum(thing in things for things in held),
+                thing.is_sealed,
+                thing.is_kept,
+            )
+            for object_id, thing in self.model.things.items()
+        }
 
     # -- removing ----------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class Deleter:
         self.words = talk.words[at : at + BOARD_WORDS]
         self.free = [slot - first for slot in self.peer.free_slots]
         self.marks = talk.raw[layout.marks : layout.marks + layout.n_entries * 8].cast("Q")
-        self.posts_soon: list[int] = []
+        self.announced = 0
         self.pinned_at_post: list[int] = []
         self.at_record: Callable[[], None] = lambda: None
         self.at_pin: Callable[[], None] = lambda: None
@@ -58,14 +58,15 @@ class Deleter:
         board = SimpleNamespace(words=self.words, free=self.free, wake_word=b"\0")
         self.board = cast("PinBoard", board)
         boards = SimpleNamespace(take_free=self._take_free, with_room=lambda: self.board)
-        self.channel = SimpleNamespace(
-            is_entered=False, is_quiet=True, send_soon=lambda kind, _: self.posts_soon.append(kind)
-        )
+        self.channel = SimpleNamespace(is_entered=False, is_quiet=True, announce=self._announce)
         link = cast("Link", SimpleNamespace(channel=self.channel, post=self._post))
         reader = FastReader(layout, segment, 0, cast("BoardPool", boards))
         absence = Absence(segment)
         settling = Settling(segment, absence, link, lambda: None)
         self.removal = Removal(link, absence, settling, reader, self.marks)
+
+    def _announce(self) -> None:
+        self.announced += 1
 
     def _take_free(self, count: int) -> list[Pin]:
         pins: list[Pin] = []
@@ -212,7 +213,7 @@ def test_an_error_has_the_store_read_what_was_written(deleter: Deleter) -> None:
     deleter.at_record = fail
     with pytest.raises(KeyboardInterrupt):
         deleter.removal.delete([A, B])
-    assert len(deleter.posts_soon) == 1
+    assert deleter.announced == 1
     assert deleter.pinned == 0
     assert (deleter.is_marked(A), deleter.is_marked(B)) == (True, False)
 

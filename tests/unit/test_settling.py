@@ -14,7 +14,7 @@ from shmplasma.layout import HeaderWord
 from shmplasma.link import Link
 from shmplasma.posted import Seal
 from shmplasma.replies import Done
-from shmplasma.requests import Flush, Post
+from shmplasma.requests import Flush
 from shmplasma.settling import Settling
 from tests.conversation import Conversation, Peer, name
 
@@ -47,8 +47,8 @@ class Asker:
         By which it looks.
     woken : int
         How often it has woken the store.
-    sent : list of int
-        The kinds of its messages.
+    announced : int
+        How often it has told the store of a record.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +59,8 @@ class Asker:
         monkeypatch.setattr(settling, "Spin", lambda: self.spin)
         talk = self.talk
         segment: Any = SimpleNamespace(layout=talk.layout, read_map=talk.raw, words=talk.words)
-        self.sent: list[int] = []
-        self.channel = SimpleNamespace(
-            is_quiet=True, send_soon=lambda kind, _: self.sent.append(kind)
-        )
+        self.announced = 0
+        self.channel = SimpleNamespace(is_quiet=True, announce=self._announce)
         link = cast("Link", SimpleNamespace(channel=self.channel))
         self.settling = Settling(segment, Absence(segment), link, self._wake)
         self.slot = self.peer.create(A)
@@ -70,6 +68,9 @@ class Asker:
 
     def _wake(self) -> None:
         self.woken += 1
+
+    def _announce(self) -> None:
+        self.announced += 1
 
     def poll(self, number: int) -> None:
         """Have the store say that it looks by itself, or that it does not."""
@@ -126,7 +127,7 @@ def test_a_store_is_woken_for_a_delete(asker: Asker) -> None:
     asker.poll(1)
     asker.spin.happens[5] = asker.read
     assert asker.settling.settle(once=True) is True
-    assert asker.sent == [Post.KIND]
+    assert asker.announced == 1
     assert asker.woken == 0
 
 
