@@ -110,7 +110,7 @@ class Hints:
         return until_ns
 
     def tell(self, object_id: ObjectID, looks_until_ns: int, n_posted: int) -> None:
-        """Tell who waits for an object that it was put, if somebody does.
+        """Tell who waits for an object that it was put, if somebody does, and let him have it before this process goes on.
 
         Parameters
         ----------
@@ -122,8 +122,12 @@ class Hints:
             How many records there are with its `Publish`.
         """
         word = self._words[wanted_at(object_id.hash32)]
-        if word and time.monotonic_ns() > looks_until_ns:
+        if not word:
+            return
+        if time.monotonic_ns() > looks_until_ns:
             self._hint(word, n_posted)
+        if not self._is_ours(word):
+            self._spin.give_way()
 
     def _is_ours(self, word: int) -> bool:
         """Tell whether a get is one of this process, which does not look while another thread goes on."""

@@ -4,6 +4,9 @@ To wake somebody costs as much as to look for 50 us, so who is about to be answe
 processor is given away, in case the other end shares it.  Where there are more processes to run than processors, one
 of these may get it for a whole slice of time, some milliseconds; who sleeps instead is woken before the slice is over.
 So a look that took so long is the last one for a while.
+
+Whoever is woken may be put on the processor of the one who wakes him, although another is idle: virtual machines do so to spare
+their host the wake-up.  He runs when the other sleeps, or gives way to him.
 """
 
 from __future__ import annotations
@@ -34,6 +37,15 @@ class Spin:
     def __init__(self) -> None:
         self._has_others = system.processors() > 1
         self._crowded_until = 0
+
+    def give_way(self) -> None:
+        """Let whoever was woken a moment ago run first, where the kernel has put him on the same processor."""
+        before = time.monotonic_ns()
+        if before >= self._crowded_until:
+            os.sched_yield()
+            now = time.monotonic_ns()
+            if now - before > _CROWDED_NS:
+                self._crowded_until = now + _PAUSE_NS
 
     @property
     def is_of_use(self) -> bool:

@@ -181,6 +181,34 @@ def test_nothing_is_sent_but_what_was_sent_before(
     assert kinds(sent) == [Get.KIND, Post.KIND]
 
 
+def test_the_getter_may_go_first(
+    store: Store,
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    sent: list[Frame],  # noqa: F811 - the fixture
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its putter gives way when it is told, before he tells the store; to nobody if nobody waits, nor to threads of his own process."""
+    lease(client)
+    sent_before: list[int] = []
+    monkeypatch.setattr(Spin, "give_way", lambda _: sent_before.append(len(sent)))
+    with Child(GETTER, store.store_socket_name) as getter:
+        assert getter.hear() == "waits"
+        until(lambda: is_named(client, NAME), "the store says that it waits")
+        sent.clear()
+        client.put_raw_buffer(b"h" * 4096, NAME)
+        assert sent_before == [0]
+        assert kinds(sent) == [Post.KIND]
+        assert getter.hear() == "has it"
+    client.put_raw_buffer(b"x", new_id())
+    object_id = new_id()
+    waits = wait_in(pool, client2, object_id)
+    client.put_raw_buffer(b"x", object_id)
+    assert bytes(waits.result(10)) == b"x"
+    assert len(sent_before) == 1
+
+
 def test_it_can_be_deleted_and_evicted_as_any_other(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
