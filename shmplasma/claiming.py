@@ -129,7 +129,7 @@ class Claimant:
             announced = True
             pin.board.words[pin.word] = pin_word(offset)
             fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
-            self._link.post(_CLAIM, CLAIM.pack(*fields))
+            self._link.post(_CLAIM, CLAIM.pack(*fields), is_urgent=False)
             self.unlock()
             start = offset - self._data
             created = Writable((size,), np.uint8, self._attachment.write_map, start)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from struct import Struct
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 from zlib import crc32
 
@@ -18,20 +19,56 @@ from shmplasma.attachment import Attachment
 from shmplasma.claims import pin_word
 from shmplasma.ear import Ear, address_of
 from shmplasma.hints import HINT, TAKEN, wanted_at, wanted_word
-from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord
+from shmplasma.layout import (
+    BOARD_WORDS,
+    CONTROL_BYTES,
+    ENTRY_BYTES,
+    ID_BYTES,
+    OUTBOX_BYTES,
+    STATE_MASK,
+    ControlWord,
+    EntryState,
+)
 from shmplasma.objects import ObjectID
 from shmplasma.outbox import Outbox, is_written, read_record
 from shmplasma.owned_socket import OwnedSocket
 from shmplasma.pinning import BoardPool, Located, NamedPin, Pin
-from shmplasma.posted import PUBLISH, Publish
+from shmplasma.posted import CLAIM, PUBLISH, Claim, Publish, Seal
 from shmplasma.spin import Spin
 
 __all__ = ["Hints"]
 
 _PUBLISH: Final = Publish.KIND
+_CLAIM: Final = Claim.KIND
+_SEAL: Final = Seal.KIND
+_CREATED: Final = int(EntryState.CREATED)
+_ENTRY: Final = Struct("@Q20sIQQQ32xQ")
+"""An entry's state word, id, codec, offset, data size, metadata size, and the slot + 1 that its creator lent."""
 _LINE_WORDS: Final = CONTROL_BYTES // 8
 _LOOK_NS: Final = 100_000
 """How long a record is looked for that was hinted at early: a small object is put in half of that."""
+
+
+class _Put(NamedTuple):
+    """What a record makes readable.
+
+    Attributes
+    ----------
+    word : int
+        What pins it in a slot.
+    at, state : int
+        Where in the segment (8-byte words) the state of its entry is, and which; -1 and 0 as long as it has none.
+    offset, data_size, metadata_size, codec : int
+        As ever.
+    """
+
+    word: int
+    at: int
+    state: int
+    offset: int
+    data_size: int
+    metadata_size: int
+    codec: int
 
 
 class Hints:
@@ -47,6 +84,8 @@ class Hints:
         All of them.
     outbox : Outbox
         The client's.
+    find : callable
+        ``find(object_id)`` returns the byte of the segment at which an object's entry begins, whatever its state; -1 if none is seen.
 
     Notes
     -----
@@ -60,6 +99,9 @@ class Hints:
         "_counts",
         "_data",
         "_end",
+        "_entries",
+        "_find",
+        "_first_boards",
         "_is_alone",
         "_map",
         "_mouth",
@@ -74,8 +116,14 @@ class Hints:
     )
 
     def __init__(
-        self, attachment: Attachment, board: int, boards: BoardPool, outbox: Outbox
+        self,
+        attachment: Attachment,
+        board: int,
+        boards: BoardPool,
+        outbox: Outbox,
+        find: Callable[[bytes], int],
     ) -> None:
+        self._find = find
         self._board = board
         self._outbox = outbox
         self._boards = boards
@@ -86,8 +134,10 @@ class Hints:
         layout = attachment.layout
         self._n_boards, self._outboxes = layout.n_boards, layout.outboxes
         self._counts = layout.control // 8 + ControlWord.ACKNOWLEDGED
+        self._entries = layout.entries
         self._data, self._end = layout.data, layout.segment_bytes
         self._spin = Spin()
+        self._first_boards = layout.control // 8 + ControlWord.FIRST_BOARD
         self._pids = layout.control // 8 + ControlWord.PID
         # Who is woken on the putter's only processor keeps him from going on.
         self._is_alone = system.processors() < 2
@@ -190,24 +240,71 @@ class Hints:
         """
         request_id, board, n_posted = HINT.unpack(hint)
         words = self._words
-        record = None
-        if board < self._n_boards and n_posted > words[self._counts + board * _LINE_WORDS]:
-            record = read_record(self._map, n_posted - 1, self._outboxes + board * OUTBOX_BYTES)
-        if record is None or record[0] != _PUBLISH or len(record[1]) != PUBLISH.size:
+        put = self._put_by(board, n_posted, pin.object_id) if board < self._n_boards else None
+        if put is None:
             return None
-        found, offset, data_size, metadata_size, codec, _ = PUBLISH.unpack(record[1])
-        size = data_size + metadata_size
+        size = put.data_size + put.metadata_size
         # What has no bytes lies nowhere.
-        if found != pin.object_id or not size or not self._data <= offset <= self._end - size:
+        if not size or not self._data <= put.offset <= self._end - size:
             return None
-        pin.board.words[pin.word] = pin_word(offset)
-        lent.board.words[lent.word] = TAKEN | offset
-        if words[wanted_at(crc32(found))] != wanted_word(request_id, self._board):
+        pin.board.words[pin.word] = put.word
+        lent.board.words[lent.word] = TAKEN | put.offset
+        if words[wanted_at(crc32(pin.object_id))] != wanted_word(request_id, self._board) or (
+            put.at >= 0 and words[put.at] != put.state
+        ):
             pin.clear()
             lent.clear()
             return None
-        pin.offset, pin.data_size = offset, data_size
-        return offset, data_size, metadata_size, codec, pin
+        if put.at < 0:  # whose entry the word does not tell
+            pin.offset, pin.data_size = put.offset, put.data_size
+        return put.offset, put.data_size, put.metadata_size, put.codec, pin
+
+    def _put_by(self, board: int, n_posted: int, object_id: bytes) -> _Put | None:
+        """Return what the last of so many records makes readable; None if it does not, or that cannot be seen."""
+        read = self._words[self._counts + board * _LINE_WORDS]
+        outbox = self._outboxes + board * OUTBOX_BYTES
+        if n_posted <= read:
+            return None
+        record = read_record(self._map, n_posted - 1, outbox)
+        if record is None or record[1][:ID_BYTES] != object_id:
+            return None
+        kind, body = record
+        if kind == _PUBLISH and len(body) == PUBLISH.size:
+            _, offset, data_size, metadata_size, codec, _ = PUBLISH.unpack(body)
+            return _Put(pin_word(offset), -1, 0, offset, data_size, metadata_size, codec)
+        if kind != _SEAL:
+            return None
+        claimed: _Put | None = None
+        for number in range(read, n_posted - 1):
+            record = read_record(self._map, number, outbox)
+            if record is None:
+                return None
+            kind, body = record
+            if body[:ID_BYTES] == object_id:
+                if kind != _CLAIM or len(body) != CLAIM.size or claimed is not None:
+                    return None
+                _, offset, data_size, metadata_size, codec, _ = CLAIM.unpack(body)
+                claimed = _Put(pin_word(offset), -1, 0, offset, data_size, metadata_size, codec)
+        return self._created_by(board, object_id) if claimed is None else claimed
+
+    def _created_by(self, board: int, object_id: bytes) -> _Put | None:
+        """Return what the client of a board has in the table, and not sealed; its first board is meant."""
+        at = self._find(object_id)
+        if at < 0:
+            return None
+        state, found, codec, offset, data_size, metadata_size, slot = _ENTRY.unpack_from(
+            self._map, at
+        )
+        owner = (slot - 1) // BOARD_WORDS
+        if (
+            found != object_id
+            or state & STATE_MASK != _CREATED
+            or not 0 <= owner < self._n_boards
+            or self._words[self._first_boards + owner * _LINE_WORDS] != board + 1
+        ):
+            return None
+        word = (at - self._entries) // ENTRY_BYTES + 1
+        return _Put(word, at // 8, state, offset, data_size, metadata_size, codec)
 
     def taken_at(self, at: int) -> Iterator[NamedPin]:
         """Yield the pins of what was taken and covers an offset."""

@@ -1,7 +1,7 @@
 """Hints: how a getter that waits hears of an object from whoever puts it, without the store in between.
 
 A get that waits is answered by the store when it has read the putter's record: two processes are woken one after the
-other, and code that has not run for a while runs in three.  For what most wait for, one object that is put under an id
+other, and code that has not run for a while runs in three.  For what most wait for, one object that is put, or created and sealed, under an id
 of its putter's choice, one of each is spared.  The store says in the header who waits; the putter sends him a *hint*, a datagram that
 says where the record is; the getter reads the record himself and pins what lies there, as long as the store has not.
 
@@ -14,9 +14,10 @@ has lent is the client's and the store's alike here, and what stands in it when 
 ======================================================  ==========================================================
 getter, hinted at record n of an outbox                 store, when it has read the record
 ======================================================  ==========================================================
-G1. record n is there, unread, a `Publish` under the    S0. the object is in the table
-    id
-G2. a slot of its own says at which offset it lies      S1. WANTED = 0
+G1. record n is there, unread, and makes an object      S0. the object is in the table, SEALED
+    readable under the id
+G2. a slot of its own says at which offset it lies,     S1. WANTED = 0
+    or which entry it has
 G3. the lent slot says `TAKEN`, and the offset          S2. membarrier
 G4. WANTED names this get?                              S3. the lent slot says `TAKEN`: pins by that offset mean
 G5. yes: there is the object; the reply is for nobody       this entry, and the reply comes without a pin
@@ -24,6 +25,14 @@ G6. no: both slots are 0 again; wait for the reply; if      else: the lent slot 
     the lent slot is 0 then, look in the table, or begin
     anew
 ======================================================  ==========================================================
+
+*What a record makes readable.*  A `Publish` says where its object lies.  A `Seal` does not: that says the `Claim` before it in the same outbox, if that is
+unread; else the object has an entry, CREATED, whose creator is the client of that outbox.  Any other unread record under the id, as an `Abort`, leaves all to the
+store.  A CREATED object goes only by a record of its creator, or when he is dropped, before which his records are read; so as long as the `Seal` is
+unread the entry is this object's.  G4 looks at its state once more, after the pin, as any reader does (`shmplasma.pins`).
+
+*Who is told goes first.*  A kernel may put him on the processor of the putter, although another is idle; so the putter gives way when he has hinted, before
+he tells the store and goes on.
 
 *Early hints.*  To wake a process takes about as long as to put a small object.  So who puts one hints before he begins, at the record that will
 be his next one, and whom that has woken looks for it for a while before G1.  If the put takes longer than that, counted from before the first hint, there is a second one
@@ -33,7 +42,7 @@ answers him.  A record that another thread of the putter has written meanwhile i
 *Who passes G4 has pinned the object before anybody can take it.*  x86-64 keeps the order of stores, and that of loads, but G4 may
 pass G2 and G3.  If G4 has read the word before S1 was visible, then the membarrier came after it, so G2 and G3 are visible in S3; and the
 lent slot stays as it is until the reply is read.  So the store knows the offset, and from then on which entry is meant by a pin
-there (`Boards.resolve`).  Takes come after that and find the pin (`shmplasma.pins`).  Before S0 the extent is its
+there (`Boards.resolve`); which one is meant by a pin of an entry it knows.  Takes come after that and find the pin (`shmplasma.pins`).  Before S0 the extent is its
 putter's lease, which ends only when his records are read: also when he has left, or was killed, or has posted what nobody may.
 
 *The record is what it was in G1, and unread.*  Its place is written again, and counted in ACKNOWLEDGED, only when the store is done with it, and before

@@ -238,7 +238,14 @@ class Link:
             if self.channel is first:
                 raise
 
-    def post(self, kind: int, body: bytes, written: Callable[[int], None] | None = None) -> None:
+    def post(
+        self,
+        kind: int,
+        body: bytes,
+        written: Callable[[int], None] | None = None,
+        *,
+        is_urgent: bool = True,
+    ) -> None:
         """Tell the store something, and do not wait.
 
         Parameters
@@ -247,6 +254,8 @@ class Link:
             What.
         written : callable, optional
             Told how many records there were with this one, before the store is told that there is one.
+        is_urgent : bool, optional
+            As for `Outbox.append`.
 
         Raises
         ------
@@ -259,7 +268,7 @@ class Link:
             if self._posting.locked() and is_inside(self, _POSTING):
                 raise RuntimeError(NESTED)
             with self._posting:
-                count = self._outbox.append(kind, body)
+                count = self._outbox.append(kind, body, is_urgent=is_urgent)
                 announced = self._outbox.is_to_be_announced
             if count:
                 break

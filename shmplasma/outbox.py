@@ -23,6 +23,8 @@ Why nothing is lost, and nothing done twice
     own counting is noticed at the next `place`, which finds the number there already.
 
 When the message is spared
+    An object that is not sealed is of no use to others, and whoever looks for one under its id sees that a record is unread (`shmplasma.absence`,
+    `shmplasma.claims`); so of its creation the store hears with the seal.
     A store that has just read a record will read the next ones within a millisecond, unasked, and says so in
     the header's POLLED word; clients then send a message only when so many records wait that the store may sleep too
     long for the ring.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and
@@ -131,13 +133,16 @@ class Outbox:
         """Take note that the store of now is the one that this client is connected to."""
         self._store = self._incarnation[0] % _INCARNATIONS + 1
 
-    def append(self, kind: int, body: bytes) -> int:
-        """Write a record; return how many were written, or 0 when the ring is full and the store must handle something first."""
+    def append(self, kind: int, body: bytes, *, is_urgent: bool = True) -> int:
+        """Write a record; return how many were written, or 0 when the ring is full and the store must handle something first.
+
+        Of one that is not urgent the store need not be told, but with the next one.
+        """
         at = self.place()
         if at < 0:
             return 0
         _CONTENT.pack_into(self.raw, at, kind, len(body), body)
-        self.commit()
+        self.commit(is_urgent=is_urgent)
         return self._count
 
     def place(self) -> int:
@@ -151,14 +156,14 @@ class Outbox:
             return -1
         return at * 8 + 8
 
-    def commit(self) -> None:
+    def commit(self, *, is_urgent: bool = True) -> None:
         """Let the store have the record that was written to `place`, and see whether it is to be told."""
         count = self._count
         self._words[(count & _MASK) * _WORDS] = count + 1
         self._count = count = count + 1
         self.is_to_be_announced = (
-            self._polled[0] != self._store or count - self._acknowledged[0] == ANNOUNCED_AT
-        )
+            is_urgent and self._polled[0] != self._store
+        ) or count - self._acknowledged[0] == ANNOUNCED_AT
 
     @property
     def written(self) -> int:

@@ -192,6 +192,19 @@ class FastReader:
             entry = following if steps < self._longest else 0
         return None
 
+    def find(self, object_id: bytes) -> int:
+        """Return the byte of the segment at which an object's entry begins, whatever its state; -1 if none is seen."""
+        words = self._words
+        entry = self._buckets[crc32(object_id) & self._mask]
+        steps = 0
+        while entry and steps < self._longest:
+            at = (entry << _SHIFT) + self._entries
+            if _NAME.unpack_from(self._map, at)[1] == object_id:
+                return at
+            steps += 1
+            entry = words[(at >> 3) + _NEXT]
+        return -1
+
     def _another(self) -> tuple[PinBoard, int, Pin]:
         """Return a slot of another board, as this one is full, and go on with that board."""
         (pin,) = self._boards.take(1)

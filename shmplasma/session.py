@@ -61,7 +61,7 @@ from shmplasma.objects import ObjectID
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located
-from shmplasma.posted import Abort, Publish
+from shmplasma.posted import Abort, Publish, Seal
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.removal import Removal
@@ -88,6 +88,7 @@ from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 __all__ = ["Session"]
 
 _PUBLISH: Final = Publish.KIND
+_SEAL: Final = Seal.KIND
 _NEVER: Final = memoryview(bytes(8)).cast("Q")
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
@@ -140,7 +141,7 @@ class Session:
             self.settling = Settling(attachment, absence, link, lifeline.wake_reading_store)
             self.census = Census(attachment, self.settling)
             self.removal = Removal(link, absence, self.settling, self.reader, attachment.marks)
-            self._hints = Hints(attachment, board, self._boards, outbox)
+            self._hints = Hints(attachment, board, self._boards, outbox, self.reader.find)
             self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
@@ -276,6 +277,11 @@ class Session:
         if self._hints is not None and object_id is not None:
             written = partial(self._hints.tell, object_id, looks_until_ns)
         self._link.post(_PUBLISH, message.encode(), written)
+
+    def seal(self, object_id: ObjectID) -> None:
+        """Tell the store that this client has completed an object, and who waits for it first."""
+        written = None if self._hints is None else partial(self._hints.tell, object_id, 0)
+        self._link.post(_SEAL, object_id.id_bytes, written)
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer."""

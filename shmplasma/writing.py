@@ -37,7 +37,6 @@ _MAX_DIMENSIONS: Final = 64
 _EARLY_BYTES: Final = 1 << 16
 """Who waits for an object of up to this size is woken before it is made: to make it takes no longer than to wake up."""
 _RAW: Final = Codec.RAW  # an attribute of an enumeration takes 0.1 us to look up
-_SEAL: Final = Seal.KIND
 
 
 class Writing(Connected):
@@ -346,7 +345,7 @@ class Writing(Connected):
 
         def complete(target: npt.NDArray[np.uint8]) -> None:
             payload.write(target, threads)
-            session.post(_SEAL, target_id.id_bytes)
+            session.seal(target_id)
 
         self._create(
             session,
@@ -424,7 +423,7 @@ class Writing(Connected):
         id_bytes = checked(object_id).id_bytes
         if id_bytes in self._unsealed:
             self._unsealed.discard(id_bytes)
-            session.post(_SEAL, id_bytes)
+            session.seal(object_id)
         else:
             session.call(Seal(id_bytes), Done)
 

@@ -44,6 +44,8 @@ _PATIENCE_MS: Final = 500
 _FILLING_BYTES: Final = 50_000
 _KILL_EACH_SECONDS: Final = 0.4
 _MEMBERS: Final = 4
+_CREATE_EACH: Final = 3
+"""Every so many objects one is created and sealed in two steps."""
 
 
 def name_of(ring: int, step: int) -> ObjectID:
@@ -72,8 +74,15 @@ def relay(path: str, ring: int, member: int, n_members: int, stop: Event, said: 
     with said, shmplasma.connect(path) as client:
 
         def put(step: int) -> None:
+            content, name = content_of(ring, step), name_of(ring, step)
             try:
-                client.put_raw_buffer(content_of(ring, step), name_of(ring, step))
+                if step % _CREATE_EACH:
+                    client.put_raw_buffer(content, name)
+                else:
+                    np.asarray(client.create(name, len(content)))[:] = np.frombuffer(
+                        content, np.uint8
+                    )
+                    client.seal(name)
             except shmplasma.PlasmaObjectExists:
                 counts["put twice"] += 1
 

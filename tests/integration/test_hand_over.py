@@ -165,6 +165,57 @@ def test_a_getter_has_its_object_while_the_store_is_stopped(
         assert client2.list()[object_id]["ref_count"] == 0, get
 
 
+@pytest.mark.parametrize("size", [100, 20_000_000])
+@pytest.mark.parametrize("is_read", [False, True])
+def test_what_is_created_and_sealed_is_handed_over_as_well(
+    store: Store,
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    size: int,
+    is_read: bool,
+) -> None:
+    """Whether or not the store has read of its creation, and whoever has found room for it."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    room = client2.create(object_id, size)
+    np.asarray(room)[:] = 7
+    if is_read:
+        client2.flush()
+    with stopped(store):
+        client2.seal(object_id)
+        buffer = waits.result(10)
+        assert len(buffer) == size
+        assert set(bytes(buffer)) == {7}
+    del room
+    assert client2.list()[object_id]["ref_count"] == 1
+    fill(client2)
+    assert client2.list()[object_id]["ref_count"] == 1
+    assert set(bytes(buffer)) == {7}
+    del buffer, waits
+    gc.collect()
+    assert client2.list()[object_id]["ref_count"] == 0
+
+
+def test_nothing_is_told_of_a_creation_before_its_seal(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    pool: ThreadPoolExecutor,
+    sent: list[Frame],  # noqa: F811 - the fixture
+) -> None:
+    """Although somebody waits; who asks for it finds it."""
+    lease(client2)
+    object_id = new_id()
+    waits = wait_in(pool, client, object_id)
+    sent.clear()
+    np.asarray(client2.create(object_id, 100))[:] = 7
+    assert sent == []
+    assert client.list()[object_id]["state"] == "created"
+    client2.seal(object_id)
+    assert set(bytes(waits.result(10))) == {7}
+
+
 def test_nothing_is_sent_but_what_was_sent_before(
     client: PlasmaClient,
     client2: PlasmaClient,

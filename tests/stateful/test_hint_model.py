@@ -25,7 +25,7 @@ from tests.stateful.tso import (
     require,
 )
 
-FREE, SEALED, EVICTING, REUSED = range(4)
+FREE, SEALED, EVICTING, REUSED, CREATED = range(5)
 OFFSET, ENTRY, TAKEN = 1, 2, 3
 """What stands in slots."""
 OURS, SOMEBODY_ELSES = 1, 2
@@ -42,6 +42,8 @@ class Hint:
         Whether the getter hears of it by a hint; else by the reply alone.
     refused : bool
         Whether the store refuses the record, so that the room is free as soon as nobody pins it.
+    sealed : bool
+        Whether the record is a `Seal`, of an object that has an entry already.
     succeeded : bool
         Whether the store that has named the getter has died before it read the record.
     keep : bool
@@ -57,6 +59,7 @@ class Hint:
 
     hinted: bool = True
     refused: bool = False
+    sealed: bool = False
     succeeded: bool = False
     keep: bool = False
     attempts: int = 2
@@ -83,15 +86,17 @@ def hear(case: Hint) -> Program:
         return Stage(await_reply, (case,))
     yield Await("hint", 1)
     require(bool((yield Load("record"))), "a hint at no record")
+    if case.sealed and (yield Load("state")) != CREATED:
+        return Stage(await_reply, (case,))
     if case.pinned_first:
-        yield Store("own", OFFSET)
+        yield Store("own", ENTRY if case.sealed else OFFSET)
         yield Store("lent", TAKEN)
     if case.checked and not (yield Load("wanted")):
         yield Store("own", 0)
         yield Store("lent", 0)
         return Stage(await_reply, (case,))
     if not case.pinned_first:
-        yield Store("own", OFFSET)
+        yield Store("own", ENTRY if case.sealed else OFFSET)
         yield Store("lent", TAKEN)
     return Stage(use, (case, "own"))
 
@@ -169,7 +174,8 @@ def take(case: Hint, is_resolved: bool, attempts: int) -> Program:
     yield Store("state", EVICTING)
     if case.barrier:
         yield from membarrier([GETTER])
-    pinned = is_resolved and (yield Load("own")) == OFFSET
+    own = yield Load("own")
+    pinned = own == ENTRY or (is_resolved and own == OFFSET)
     pinned = pinned or (yield Load("found")) == ENTRY or (yield Load("lent")) == ENTRY
     if pinned:
         yield Store("state", SEALED)
@@ -182,7 +188,7 @@ def take(case: Hint, is_resolved: bool, attempts: int) -> Program:
 def explore_hint(case: Hint, buffer_size: int = 2) -> Report:
     """Explore a getter, a store and a putter."""
     words = dict.fromkeys(("data", "record", "hint", "own", "lent", "found", "reply"), 0)
-    words |= {"state": FREE, "wanted": 1}
+    words |= {"state": CREATED if case.sealed else FREE, "wanted": 1}
 
     def at_end(words: Mapping[str, int], results: Sequence[Any]) -> None:
         got, kept, _ = results
@@ -208,6 +214,10 @@ CASES = [
     Hint(refused=True, keep=True),
     Hint(succeeded=True),
     Hint(succeeded=True, keep=True),
+    Hint(sealed=True),
+    Hint(sealed=True, keep=True),
+    Hint(sealed=True, resolved=False),
+    Hint(sealed=True, succeeded=True),
 ]
 
 
@@ -226,6 +236,9 @@ def test_what_was_taken_stays(case: Hint) -> None:
         Hint(checked=False),
         Hint(pinned_first=False),
         Hint(resolved=False),
+        Hint(sealed=True, barrier=False),
+        Hint(sealed=True, checked=False),
+        Hint(sealed=True, pinned_first=False),
         Hint(refused=True, barrier=False),
         Hint(refused=True, checked=False),
         Hint(refused=True, pinned_first=False),
