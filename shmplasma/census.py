@@ -7,13 +7,13 @@ Theory of operation
 Of each part of the table, so many entries in a row, and of the boards of all clients:
 
 L1. the states of the entries; one that is neither FREE, CREATED nor SEALED: ask
-L2. the entries
+L2. those entries that are not FREE
 L3. whose the boards are, what stands on them, and whose they are now; not the same as before: ask
-L4. the states are not what they were: L1 again, or ask
+L4. their states are not what they were: L1 again, or ask
 
 *What L2 read is of one moment.*  The fields of an entry change only while it is FREE or CREATED, and each (generation, state) pair stands for one
 incarnation (`shmplasma.table`); a pair returns only when a take was given up, which changes nothing.  What changes while an object is CREATED is written before the state that
-says so.  x86-64 keeps the order of loads and that of stores; so if L4 finds what L1 has found, all entries were at L1 what L2 has read.
+says so.  x86-64 keeps the order of loads and that of stores; so if L4 finds what L1 has found, the entries were at L1 what L2 has read.
 
 *What was put before is there, and what was deleted is not.*  What was written is read, hence done, or seen to be under way: an object that is being taken, deleted
 while it is pinned, moved, or that is in the external store is none of FREE, CREATED and SEALED.  An object that was deleted while it was on its way is SEALED for a moment
@@ -30,8 +30,9 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from operator import eq
 from typing import Final
+
+import numpy as np
 
 from shmplasma.attachment import Attachment
 from shmplasma.claims import AT_OFFSET
@@ -48,16 +49,19 @@ from shmplasma.layout import (
 )
 from shmplasma.pins import words_on
 from shmplasma.replies import Listing
-from shmplasma.rows import entries_of, rows
 from shmplasma.settling import Settling
 
 __all__ = ["Census"]
 
-_PLAIN: Final = bytes((EntryState.FREE, EntryState.CREATED, EntryState.SEALED))
-_CREATED: Final = b"%c" % EntryState.CREATED
 _PART: Final = 4096
-"""Entries that are looked at for one part: 60 us, in which their states are not to change."""
+"""Entries that are looked at for one part, in which time the states of those with objects are not to change."""
 _ATTEMPTS: Final = 3
+_CREATED: Final = int(EntryState.CREATED)
+_SEALED: Final = int(EntryState.SEALED)
+_OWNER: Final = int(EntryWord.OWNER)
+_FIRST_BOARD: Final = int(ControlWord.FIRST_BOARD)
+_ENTRIES_END: Final = HeaderWord.ENTRIES_END
+_BOARDS_END: Final = int(HeaderWord.BOARDS_END)
 _LINE_WORDS: Final = CONTROL_BYTES // 8
 
 
@@ -76,84 +80,83 @@ class Census:
     Thread-safe.
     """
 
-    __slots__ = ("_layout", "_raw", "_settling", "_words")
+    __slots__ = ("_entries", "_layout", "_marks", "_raw", "_settling", "_states", "_words")
 
     def __init__(self, attachment: Attachment, settling: Settling) -> None:
-        self._layout = attachment.layout
+        layout = self._layout = attachment.layout
         self._raw = memoryview(attachment.read_map)
         self._words = attachment.words
         self._settling = settling
+        words = np.frombuffer(attachment.read_map, np.uint64)
+        first, count = layout.entries // 8, layout.n_entries
+        entries = words[first : first + count * ENTRY_WORDS].reshape(count, ENTRY_WORDS)
+        self._entries, self._states = entries, entries[:, EntryWord.STATE]
+        self._marks = words[layout.marks // MARK_BYTES :][:count]
 
     def listing(self, start: int) -> Listing | None:
         """Return a part of the list, from an entry on; None: ask the store for it.
 
         Notes
         -----
-        O(4,096 entries), and 0.3 us for each board that was ever granted.
+        O(4,096 entries), 5 ns for each, and 0.3 us for each board that was ever granted.
         """
         if not start and not self._settling.all_is_read():
             return None
-        layout = self._layout
-        end = read_end(self._words, HeaderWord.ENTRIES_END, layout.n_entries + 1)
-        if end > layout.n_entries:  # where there is no memory nothing may be read
+        n_entries = self._layout.n_entries
+        end = read_end(self._words, _ENTRIES_END, n_entries + 1)
+        if end > n_entries:  # where there is no memory nothing may be read
             return None
-        stop = min(start + _PART, end)
-        for _ in range(_ATTEMPTS):
-            states = self._states(start, stop)
-            kinds = states[::8]  # x86-64: of a word the low byte is the first
-            if kinds.translate(None, _PLAIN):
+        attempts = 0
+        while attempts < _ATTEMPTS:
+            stop = min(start + _PART, end)
+            states = self._states[start:stop].copy()
+            kinds = states.astype(np.uint8)
+            found = kinds.nonzero()[0]
+            if not found.size:
+                if stop == end:
+                    return Listing(0, b"", b"")
+                start = stop
+                continue
+            kinds, states, found = kinds[found], states[found], found + start
+            if (kinds > _SEALED).any() or (self._marks[found] == states).any():
                 return None
-            found = rows(kinds, _PART)
-            if self._are_deleted(found, states, start):
-                return None
-            entries = entries_of(self._raw[layout.entry(start) : layout.entry(stop)], found)
-            holders = self._holders(start, kinds)
+            entries = self._entries[found].tobytes()
+            holders = self._holders(found[kinds == _CREATED].tolist())
             if holders is None:
                 return None
-            if self._states(start, stop) == states:
-                counts = array("I", [holders[start + entry + 1] for row in found for entry in row])
+            if (self._states[found] == states).all():
+                counts = array("I", [holders.get(entry, 0) for entry in found.tolist()])
                 return Listing(stop if stop < end else 0, counts.tobytes(), entries)
+            attempts += 1
         return None
 
-    def _states(self, start: int, stop: int) -> bytes:
-        """Return the state words of some entries."""
-        first = self._layout.entries // 8
-        states = self._words[first + start * ENTRY_WORDS : first + stop * ENTRY_WORDS : ENTRY_WORDS]
-        return states.tobytes()
-
-    def _are_deleted(self, found: Iterable[range], states: bytes, start: int) -> bool:
-        """Tell whether one of the entries that were found is marked as deleted in the state that it has."""
-        words = memoryview(states).cast("Q")
-        marks = self._words[self._layout.marks // MARK_BYTES + start :]
-        return any(
-            any(map(eq, words[row.start : row.stop], marks[row.start : row.stop])) for row in found
-        )
-
-    def _holders(self, start: int, kinds: bytes) -> Counter[int] | None:
-        """Return how many clients hold which entry + 1; None: ask the store."""
+    def _holders(self, created: Iterable[int]) -> Counter[int] | None:
+        """Return how many clients hold which entry, of which these are CREATED; None: ask the store."""
         owners = self._owners()
+        boards: dict[int, list[int]] = {}
+        for board, owner in enumerate(owners):
+            if owner:
+                boards.setdefault(owner, []).append(board)
         counts = Counter[int]()
         held: dict[int, set[int]] = {}
-        for owner in set(owners):
-            boards = [board for board, each in enumerate(owners) if each == owner]
-            words = held[owner] = words_on(self._raw, self._layout, boards) if owner else set()
+        for owner, own in boards.items():
+            words = words_on(self._raw, self._layout, own)
             if words:
                 if max(words) >= AT_OFFSET:
                     return None
-                counts.update(words)
-        at = kinds.find(_CREATED)
-        while at >= 0:
-            word = self._layout.entry(start + at) // 8 + EntryWord.OWNER
-            board = (self._words[word] - 1) // BOARD_WORDS
+                held[owner] = {word - 1 for word in words}
+                counts.update(held[owner])
+        for entry in created:
+            slot = self._words[self._layout.entry(entry) // 8 + _OWNER] - 1
+            board = slot // BOARD_WORDS
             if not 0 <= board < len(owners) or not owners[board]:
                 return None
-            if start + at + 1 not in held[owners[board]]:
-                counts[start + at + 1] += 1
-            at = kinds.find(_CREATED, at + 1)
+            if entry not in held.get(owners[board], ()):
+                counts[entry] += 1
         return counts if self._owners() == owners else None
 
     def _owners(self) -> list[int]:
         """Return whose the boards are: the first board + 1 of each one's client, or 0."""
-        first = self._layout.control // 8 + ControlWord.FIRST_BOARD
-        end = self._words[HeaderWord.BOARDS_END]
+        first = self._layout.control // 8 + _FIRST_BOARD
+        end = self._words[_BOARDS_END]
         return self._words[first : first + end * _LINE_WORDS : _LINE_WORDS].tolist()

@@ -3,6 +3,7 @@
 What was put is in the table when the store has read its record.  The store looks for records while it is awake, and is told of them while it
 sleeps; so whoever finds one that is unread looks for a while whether it is read, which takes less than to ask.  If it is not read soon the store may be
 between two looks, a millisecond apart: then it is woken, and has itself be told of each record for some time, as others may be looked for as soon.
+One that sleeps longer may not have been told that an object is being created (`shmplasma.outbox`): then it is woken by a message.
 """
 
 from __future__ import annotations
@@ -77,12 +78,11 @@ class Settling:
         for _ in self._spin.looks(_AWAKE_NS):
             if absence.is_read(wanted):
                 return True
-        if self._words[_POLLED]:
-            if once:
-                with suppress(ConnectionError):  # whoever asks hears of it
-                    self._link.channel.announce()
-            else:
-                self._wake()
+        if self._words[_POLLED] and not once:
+            self._wake()
+        else:
+            with suppress(ConnectionError):  # whoever asks hears of it
+                self._link.channel.announce()
         for _ in self._spin.looks(_WOKEN_NS):
             if absence.is_read(wanted):
                 return True

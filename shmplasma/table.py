@@ -24,6 +24,7 @@ A store that begins with the table of a dead one takes it over, and has it mende
 
 from __future__ import annotations
 
+import re
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,6 @@ from shmplasma.layout import (
     read_end,
 )
 from shmplasma.remains import DeadTable
-from shmplasma.rows import entries_of, rows
 
 __all__ = ["NO_ENTRY", "Table"]
 
@@ -78,6 +78,9 @@ _SPILLED: Final = int(EntryState.SPILLED)
 
 _STATE_BYTE: Final = 0 if sys.byteorder == "little" else 7
 """Where in a state word the state is."""
+_IN_CHAINS: Final = re.compile(b"[^%c%c]+" % (_FREE, _EVICTING))
+"""In a row of states, those of entries that can be found, one after the other."""
+
 _OBJECT: Final = Struct("@20sIQQQ")
 """Words 1 to 6 of an entry: id, codec, offset, data size, metadata size."""
 _SUMMARY: Final = Struct("@Q20s12xQQ72x")
@@ -213,14 +216,23 @@ class Table:
                 yield entry
 
     def listed(self, start: int, stop: int, at_most: int) -> tuple[list[int], bytes]:
-        """Return which of the entries `start` to below `stop` have objects that can be found, and these entries in a row; as `rows`."""
+        """Return which of the entries `start` to below `stop` have objects that can be found, and these entries in a row.
+
+        No more than so many; 10 ns for each entry, and 0.5 us for each row of entries with an object.
+        """
         first = self._layout.entries + start * ENTRY_BYTES
         last = self._layout.entries + min(stop, self._used_once) * ENTRY_BYTES
         states = bytes(self._raw[first + _STATE_BYTE : last : ENTRY_BYTES])
-        found = rows(states, at_most)
-        return [start + entry for row in found for entry in row], entries_of(
-            self._raw[first:last], found
-        )
+        raw = self._raw[first:last]
+        found, parts = list[int](), []
+        for row in _IN_CHAINS.finditer(states):
+            low, high = row.span()
+            high = min(high, low + at_most - len(found))
+            found += range(start + low, start + high)
+            parts.append(raw[low * ENTRY_BYTES : high * ENTRY_BYTES])
+            if len(found) == at_most:
+                break
+        return found, b"".join(parts)
 
     def summaries(self) -> Iterator[tuple[int, bytes, int, int]]:
         """Iterate over state, id, data size and metadata size of all entries that were ever used, by index; 0.1 us each."""

@@ -25,7 +25,7 @@ from shmplasma.hinting import Hints
 from shmplasma.hints import HINT, wanted_at
 from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.protocol import Frame
-from shmplasma.requests import Get, Post
+from shmplasma.requests import Contains, Get, Post
 from shmplasma.spin import Spin
 from tests.clients import figure
 from tests.command import running
@@ -204,13 +204,15 @@ def test_nothing_is_told_of_a_creation_before_its_seal(
     pool: ThreadPoolExecutor,
     sent: list[Frame],  # noqa: F811 - the fixture
 ) -> None:
-    """Although somebody waits; who asks for it finds it."""
+    """Although somebody waits; who looks for what is there has the store read of it."""
     lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     sent.clear()
     np.asarray(client2.create(object_id, 100))[:] = 7
     assert sent == []
+    assert not client.contains(object_id)
+    assert set(kinds(sent)) <= {Post.KIND, Contains.KIND}
     assert client.list()[object_id]["state"] == "created"
     client2.seal(object_id)
     assert set(bytes(waits.result(10))) == {7}

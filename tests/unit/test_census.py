@@ -19,7 +19,6 @@ from shmplasma.pins import words_on
 from shmplasma.posted import Abort, Seal
 from shmplasma.replies import Done, Listing, Number
 from shmplasma.requests import Delete, Grow, Keep, List
-from shmplasma.rows import entries_of
 from shmplasma.settling import Settling
 from tests.conversation import Conversation, Peer, Record, census_in, name, records
 
@@ -235,12 +234,11 @@ def between(monkeypatch: pytest.MonkeyPatch, changes: Iterable[Callable[[], obje
     """Have things change after the entries were read, at each attempt another."""
     left = iter(changes)
 
-    def read_and_change(entries: memoryview, found: Iterable[range]) -> bytes:
-        read = entries_of(entries, found)
+    def read_and_change(raw: memoryview, layout: Layout, boards: Iterable[int]) -> set[int]:
         next(left, lambda: None)()
-        return read
+        return words_on(raw, layout, boards)
 
-    monkeypatch.setattr(census, "entries_of", read_and_change)
+    monkeypatch.setattr(census, "words_on", read_and_change)
 
 
 def test_an_entry_that_is_used_anew_is_read_anew(
@@ -271,10 +269,22 @@ def test_a_seal_is_seen_whole(
 def test_what_changes_all_the_time_is_asked_for(
     talk: Conversation, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After some attempts."""
-    between(monkeypatch, [partial(peer.put, name(n)) for n in range(10)])
+    """After some attempts; what comes meanwhile is no change of what there is."""
+    peer.put(A)
+    between(monkeypatch, [partial(peer.put, B)])
+    assert [each.object_id for each in seen(talk) or ()] == [A]
+    changes = 0
+
+    def exchange() -> None:
+        nonlocal changes
+        peer.ask(Delete([name(changes + 1)]), Done)
+        changes += 1
+        peer.put(name(changes + 1))
+
+    peer.ask(Delete([B]), Done)
+    between(monkeypatch, [exchange] * 10)
     assert seen(talk) is None
-    assert len(said(peer)) == census._ATTEMPTS
+    assert changes == census._ATTEMPTS
 
 
 def test_a_board_that_changes_hands_is_asked_for(

@@ -131,11 +131,15 @@ def test_a_store_is_woken_for_a_delete(asker: Asker) -> None:
     assert asker.woken == 0
 
 
-def test_a_store_that_was_told_is_not_told_again(asker: Asker) -> None:
-    """Who has written the record has sent a message, as the store does not look by itself."""
+def test_a_store_that_sleeps_is_told(asker: Asker) -> None:
+    """It may have heard of a record from whoever has written it, but not of each."""
     asker.peer.write_silently(Seal(A))
-    asker.spin.happens[5] = asker.read
+    told: list[int] = []
+    for look in range(1, 6):
+        asker.spin.happens[look] = lambda: told.append(asker.announced)
+    asker.spin.happens[6] = asker.read
     assert asker.settling.settle() is True
+    assert told == [0, 0, 0, 1, 1]
     assert asker.woken == 0
 
 
