@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from benchmarks.crew import Crew
-from benchmarks.peers.base import UnsupportedError
+from benchmarks.peers.base import Client, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from benchmarks.peers.base import Client, Operation, Peer
+    from benchmarks.peers.base import Operation, Peer
 
 __all__ = ["CASES", "Bench", "Case", "Row", "p99"]
 
@@ -308,7 +308,7 @@ def _get_frame(bench: Bench) -> list[float]:
         bench.client.drop([key])
 
 
-def _hand_over(bench: Bench) -> list[float]:
+def _time_hand_over(bench: Bench, give: Callable[[Any], object]) -> list[float]:
     crew, client, samples = bench.crew, bench.client, []
     crew.ask(0, "ready")
     names = [urandom(20) for _ in range(bench.less(100))]
@@ -316,10 +316,22 @@ def _hand_over(bench: Bench) -> list[float]:
         crew.pipe(0).send(("take_over", name))
         time.sleep(_BLOCKED_AFTER_SECONDS)
         began = time.perf_counter()
-        client.hand_over(client.key(name), _SMALL, crew.pipe(0))
+        give(client.key(name))
         samples.append(crew.answer(0) - began)
     client.drop([client.key(name) for name in names])
     return samples
+
+
+def _hand_over(bench: Bench) -> list[float]:
+    client, pipe = bench.client, bench.crew.pipe(0)
+    return _time_hand_over(bench, lambda key: client.hand_over(key, _KIBIBYTE, pipe))
+
+
+def _hand_over_created(bench: Bench) -> list[float]:
+    client = bench.client
+    if type(client).create_for is Client.create_for:  # before anybody waits in vain
+        raise UnsupportedError
+    return _time_hand_over(bench, lambda key: client.create_for(key, _KIBIBYTE))
 
 
 def _gets_together(n_clients: int) -> Callable[[Bench], list[float]]:
@@ -442,6 +454,14 @@ CASES: Final = (
         (
             Row("to a blocked getter in another process, median", "µs"),
             Row("to a blocked getter in another process, p99", "µs", p99),
+        ),
+    ),
+    Case(
+        "hand-over-created",
+        _hand_over_created,
+        (
+            Row("the same, created, filled and sealed in three steps, median", "µs"),
+            Row("the same, created, filled and sealed in three steps, p99", "µs", p99),
         ),
     ),
     *(

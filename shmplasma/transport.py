@@ -2,8 +2,7 @@
 
 Threads that wait for replies share the socket as leader and followers.  Whoever gets the reading lock reads
 frames for all, hands each reply to its request, and passes the lock on when its own has come.  So no thread
-of ours runs beside the user's, one waiter costs no hand-over, and a get that blocks for an hour holds up
-nobody.
+of ours runs beside the user's, one waiter costs no hand-over, and a get that blocks for an hour holds up nobody.
 
 Interrupts
 ----------
@@ -50,9 +49,9 @@ __all__ = ["Channel"]
 _READ_BYTES: Final = 1 << 18
 _DONT_WAIT: Final = int(socket.MSG_DONTWAIT)
 _LAST_WORDS_SECONDS: Final = 0.1
-"""Who reads a connection that has ended is done with it in far less, unless he waits for who would wait for him."""
+"""To read a connection that has ended takes far less, unless each of two waits for the other."""
 _ANNOUNCEMENT: Final = encode_frame(Post.KIND, ONE_WAY, b"")
-_SENDING: Final = frozenset(("_send", "_send_later", "offer"))
+_SENDING: Final = frozenset(("_send", "_try_push"))
 _READING: Final = frozenset(("_try_lead", "read_until", "hear_out"))
 """Who takes the locks."""
 _MISHEARD: Final = 1000
@@ -72,8 +71,7 @@ class Channel:
 
     Notes
     -----
-    Thread-safe.  Sending and waiting raise ConnectionError once the other end has gone.  The socket is
-    closed when the channel is collected.
+    Thread-safe.  Sending and waiting raise ConnectionError once the other end has gone.  The socket is closed when the channel is collected.
     """
 
     def __init__(self, sock: socket.socket, first: bytes = b"") -> None:
@@ -124,11 +122,23 @@ class Channel:
         self._send_later(_DONT_WAIT)
 
     def _send_later(self, flags: int = 0) -> None:
-        while self._later and self._sending.acquire(blocking=False):
-            try:
-                self._push(b"", flags)
-            finally:
+        while self._later and self._try_push([], flags) is not None:
+            pass
+
+    def _try_push(self, messages: list[bytes], flags: int) -> bool | None:
+        """Take these out of their list and push them, unless somebody else is at it: then return None."""
+        acquired: list[bool] = []
+        is_sent: bool | None = None
+        try:
+            acquired.extend(map(self._sending.acquire, (False,)))
+            if acquired[0]:
+                data = b"".join(messages)
+                messages.clear()
+                is_sent = self._push(data, flags)
+        finally:
+            if acquired and acquired[0]:
                 self._sending.release()
+        return is_sent
 
     def new_request(self) -> int:
         """Return an id for a request that is about to be sent.
@@ -151,7 +161,7 @@ class Channel:
 
     @property
     def ear(self) -> Ear | None:
-        """What hears hints, if anything does."""
+        """What hears hints."""
         return self._ear
 
     @ear.setter
@@ -167,26 +177,18 @@ class Channel:
     def request(self, kind: int, request_id: int, body: bytes) -> None:
         """Send a request.
 
-        An interrupt may come before it was sent, or after: so its reply has to be given up then, which is
-        why the id is known beforehand.
+        An interrupt may come before it was sent, or after: so its reply has to be given up then, which is why the id is known beforehand.
         """
         self._send(encode_frame(kind, request_id, body))
 
     def offer(self, messages: list[bytes]) -> bool:
         """Send without blocking; tell whether nothing is left to be sent.
 
-        Takes the messages out of the list, unless another thread is sending.  What the socket does not take goes first
-        when anybody sends again.
+        Takes the messages out of the list, unless another thread is sending.  What the socket does not take goes first next time.
         """
-        if not self._sending.acquire(blocking=False):
-            return False
-        try:
-            data = b"".join(messages)
-            messages.clear()
-            return self._push(data, _DONT_WAIT)
-        finally:
-            self._sending.release()
-            self._send_later()
+        is_sent = self._try_push(messages, _DONT_WAIT)
+        self._send_later()
+        return bool(is_sent)
 
     def _send(self, data: bytes) -> None:
         with self._sending:
@@ -411,8 +413,7 @@ class Channel:
     def _deliver(self) -> None:
         """Hand out the replies in what was received.
 
-        What was received is dropped by one assignment at the end; an interrupt before that has the same
-        replies handed out once more, which changes nothing.
+        What was received is dropped by one assignment at the end; an interrupt before that has the same replies handed out once more.
         """
         received = self._received
         if not received:

@@ -108,8 +108,12 @@ class Client(ABC, Generic[K]):
         """Give bytes to the process that waits for them in `take_over` at the other end of `pipe`."""
         self.store_raw(key, data)
 
+    def create_for(self, key: K, data: bytes) -> None:
+        """Create the object that another process waits for in `take_over`, fill it, and seal it, in steps of its own."""
+        raise UnsupportedError
+
     def take_over(self, key: K, pipe: Connection) -> object:
-        """Wait until `hand_over` has stored the bytes, and read them."""
+        """Wait until `hand_over` or `create_for` has stored the bytes, and read them."""
         raise UnsupportedError
 
     def close(self) -> None:

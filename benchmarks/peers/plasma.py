@@ -87,6 +87,9 @@ class PlasmaClient(Client[Any]):
 
         return create_and_seal
 
+    def create_for(self, key: Any, data: bytes) -> None:
+        self.create(data)(key)
+
     def take_over(self, key: Any, pipe: Connection) -> object:
         return self._client.get_buffers([key])
 

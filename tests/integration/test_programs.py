@@ -31,6 +31,7 @@ def test_a_benchmark_gives_figures(tmp_path: Path) -> None:
         "put-frame",
         "get-frame",
         "hand-over",
+        "hand-over-created",
         "puts-2",
         "half-headers",
         "start",
@@ -48,7 +49,7 @@ def test_a_benchmark_gives_figures(tmp_path: Path) -> None:
     assert len(tables) == 2
     for table in tables:
         rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][2:]
-        assert len(rows) == len(cases) + 1, "hand-over has two rows"
+        assert len(rows) == len(cases) + 2, "a hand-over has two rows"
         for row in rows:
             assert float(row[2].replace(",", "")) > 0, row
 
