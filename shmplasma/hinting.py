@@ -169,7 +169,7 @@ class Hints:
         looks_until_ns : int
             As `tell_early` returned it.
         n_posted : int
-            How many records there are with its `Publish`.
+            How many records there are with the one that makes it readable.
         """
         word = self._words[wanted_at(object_id.hash32)]
         if not word:

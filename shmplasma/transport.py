@@ -105,9 +105,9 @@ class Channel:
             self._send(encode_frame(kind, ONE_WAY, body))
 
     def send_soon(self, kind: int, body: bytes) -> None:
-        """Send a one-way message from a finalizer, which may have come in the middle of another one.
+        """Send a one-way message from a finalizer, which may have come in the middle of another one; say nothing if the other end has gone.
 
-        It takes no lock that somebody has: whoever is sending sends it afterwards.  It does not tell that the other end has gone.
+        It takes no lock that somebody has: whoever is sending sends it afterwards.
         """
         self._later.append(encode_frame(kind, ONE_WAY, body))
         with suppress(ConnectionError):
@@ -118,14 +118,15 @@ class Channel:
 
         If the socket is full there are unread ones, each of which says as much.
         """
-        self._later.append(_ANNOUNCEMENT)
-        self._send_later(_DONT_WAIT)
+        if self._try_push([_ANNOUNCEMENT], _DONT_WAIT) is None:
+            self._later.append(_ANNOUNCEMENT)
+        self._send_later()
 
-    def _send_later(self, flags: int = 0) -> None:
-        while self._later and self._try_push([], flags) is not None:
+    def _send_later(self) -> None:
+        while self._later and self._try_push([]) is not None:
             pass
 
-    def _try_push(self, messages: list[bytes], flags: int) -> bool | None:
+    def _try_push(self, messages: list[bytes], flags: int = 0) -> bool | None:
         """Take these out of their list and push them, unless somebody else is at it: then return None."""
         acquired: list[bool] = []
         is_sent: bool | None = None
@@ -141,13 +142,7 @@ class Channel:
         return is_sent
 
     def new_request(self) -> int:
-        """Return an id for a request that is about to be sent.
-
-        Raises
-        ------
-        RuntimeError
-            A call of this thread is under way, and would have to go on first.
-        """
+        """Return an id for a request that is about to be sent; RuntimeError if a call of this thread would have to go on first."""
         if self.is_entered:
             raise RuntimeError(NESTED)
         return next(self._ids) % _MAX_REQUEST_ID + 1
@@ -161,7 +156,7 @@ class Channel:
 
     @property
     def ear(self) -> Ear | None:
-        """What hears hints."""
+        """What hears hints, if anything does."""
         return self._ear
 
     @ear.setter
@@ -197,8 +192,10 @@ class Channel:
             self._send_later()
 
     def _push(self, data: bytes, flags: int = 0) -> bool:
-        """Send this, and before it what waits, holding the lock; tell whether all was sent."""
-        while self._later:
+        """Send this, holding the lock, and before it what waits, unless it is not to block; tell whether all was sent."""
+        while (
+            self._later and not flags
+        ):  # nobody comes back for what a full socket did not take of it
             data = self._later.popleft() + data
         if self._error:
             raise ConnectionError(self._error)

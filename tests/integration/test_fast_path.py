@@ -67,7 +67,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
     push = Channel._push
 
     def note_and_push(channel: Channel, data: bytes, flags: int = 0) -> bool:
-        frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(b"".join([*channel._later, data])))
+        before = () if flags else channel._later
+        frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(b"".join((*before, data))))
         return push(channel, data, flags)
 
     monkeypatch.setattr(Channel, "_push", note_and_push)

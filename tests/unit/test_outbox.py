@@ -242,6 +242,20 @@ def test_a_store_that_lags_is_woken_once() -> None:
         page.counter[0] += 1
 
 
+def test_what_is_not_urgent_waits_for_what_is() -> None:
+    """A store that sleeps is told of neither of a hundred such records, but of the one behind which half a ring waits."""
+    page, zero = Page(), memoryview(bytearray(8)).cast("Q")
+    outbox = Outbox(page.words, page.counter, zero, zero)
+    told = []
+    while outbox.append(1, b"", is_urgent=False):
+        if outbox.is_to_be_announced:
+            told.append(outbox.written)
+    assert told == [ANNOUNCED_AT]
+    page.counter[0] = outbox.written
+    assert outbox.append(1, b"")
+    assert outbox.is_to_be_announced
+
+
 # -- what a hostile client may write -------------------------------------------------------------
 
 
