@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any, Final, TypeAlias
 
@@ -25,7 +24,6 @@ SLICE_BYTES: Final = 1 << 20
 """Below this a slice assignment copies: it saves 2 us, and holds the GIL for 80 us at most."""
 _BLOCK_BYTES: Final = 4096
 """Threads divide a copy at pages, so that no two of them wait for the same page fault."""
-_CPUS: Final = os.cpu_count() or 1
 _PACE: Final = Pace()
 
 
@@ -40,7 +38,7 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
         Contiguous memory, in C or F order, is copied as it lies.  Anything else is written in C order.
     threads : int
         Upper limit on the threads that copy 4 MiB or more of contiguous memory; there are never more
-        than the machine has processors, and only one where that is faster.
+        than Arrow's pool has (`pyarrow.cpu_count`), and only one where that is faster.
 
     Raises
     ------
@@ -80,7 +78,7 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
     if target.size < MEASURED_BYTES:
         _copy(target, flat, threads)
         return
-    threads = _PACE.threads(target.size, min(threads, _CPUS))
+    threads = _PACE.threads(target.size, _at_most(threads))
     began = time.perf_counter_ns()
     _copy(target, flat, threads)
     _PACE.took(target.size, threads, time.perf_counter_ns() - began)
@@ -94,7 +92,12 @@ def _copy(target: npt.NDArray[np.uint8], flat: npt.NDArray[np.uint8], threads: i
 def writer_over(target: npt.NDArray[np.uint8], threads: int) -> pa.FixedSizeBufferWriter:
     """Return Arrow's writer over `target`, which copies without the GIL."""
     writer = pa.FixedSizeBufferWriter(pa.py_buffer(target.data))
-    writer.set_memcopy_threads(max(1, min(threads, _CPUS)))
+    writer.set_memcopy_threads(_at_most(threads))
     writer.set_memcopy_threshold(_PARALLEL_BYTES)
     writer.set_memcopy_blocksize(_BLOCK_BYTES)
     return writer
+
+
+def _at_most(threads: int) -> int:
+    """Return how many of so many threads there are; Arrow's pool has one where this process may use one processor."""
+    return max(1, min(threads, pa.cpu_count()))

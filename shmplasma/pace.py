@@ -15,8 +15,8 @@ __all__ = ["MEASURED_BYTES", "Pace"]
 
 MEASURED_BYTES: Final = 16 << 20
 """Less is copied too fast to be measured once, and two threads were always faster at it."""
-_TRIALS: Final = 4
-"""So many copies of a size go one way and the other in turn."""
+_TRIAL: Final = 3
+"""The first copy that one thread makes; the first of all also waits for pages to be mapped, and tells little."""
 _SLOWER: Final = 1.125
 """So many times as slow as before a way is held to be at most, after another copy."""
 _AGAIN: Final = 16
@@ -33,7 +33,7 @@ class Pace:
     Examples
     --------
     >>> pace = Pace()
-    >>> for ns in (9_000_000, 7_000_000, 9_000_000, 7_000_000):  # the first copies try both
+    >>> for ns in (9_000_000, 9_000_000, 9_000_000, 7_000_000):  # the last of these is made by one thread
     ...     pace.took(64 << 20, pace.threads(64 << 20, most=2), ns)
     >>> pace.threads(64 << 20, most=2)
     1
@@ -53,8 +53,10 @@ class Pace:
         copies = self._copies[size] = self._copies.get(size, -1) + 1
         several = self._ns_a_byte.get((size, True))
         one = self._ns_a_byte.get((size, False))
-        if copies < _TRIALS or several is None or one is None:
-            return 1 if copies % 2 else most
+        if several is None:
+            return most
+        if one is None:
+            return most if copies < _TRIAL else 1
         is_slower_one = copies % _AGAIN == 0
         return most if (several < one) != is_slower_one else 1
 
