@@ -1763,16 +1763,16 @@ def test_a_new_lease_ends_the_last_one(tenant: Tenant) -> None:
 
 @pytest.mark.parametrize(
     ("size_bytes", "objects"),
-    [(100_000, 4), (100_001, 4), (1 << 18, 4), (300_000, 3), (1 << 19, 2)],
+    [(100_000, 3), (100_001, 3), (1 << 18, 3), (349_504, 3), (400_000, 2), (1 << 19, 2)],
 )
 def test_a_lease_for_large_objects_has_room_for_some(size_bytes: int, objects: int) -> None:
-    """It is for four of them, for as many as a client's share of the store has room for, but not for one."""
+    """It is for three of them, for as many as a client's share of the store has room for, but not for one."""
     share = 1 << 20
     talk = Conversation(64 * share)
     peer = talk.client()
     lease = peer.ask(AskLease(size_bytes), Leased)
     each = (size_bytes + 63) & -64
-    assert lease.size_bytes == min(4 * each, share)
+    assert lease.size_bytes == min(3 * each, share)
     assert lease.size_bytes // each == objects
     assert lease.objects == min(lease.size_bytes // 128, 8192)
     for number in range(objects):
