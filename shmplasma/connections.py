@@ -231,6 +231,11 @@ class Connection:
         self.paused_at = time.monotonic()
         self._watch(_WRITE)
 
+    @property
+    def owes_nothing(self) -> bool:
+        """Whether the client has introduced itself, and reads what it is sent."""
+        return self._hello_by is None and self.paused_at is None
+
     def is_awaited(self, now: float) -> bool:
         """Tell whether something is awaited of the client that it should do soon.
 

@@ -212,6 +212,8 @@ class Switchboard:
         except OSError as error:
             self._lose(connection.client, error)
         else:
+            if self.awaited and connection.owes_nothing:
+                self.awaited.discard(connection)
             if goes_on:
                 self._process(connection, _FRAMES_A_TURN)
             else:
@@ -334,5 +336,7 @@ class Switchboard:
         except OSError as error:
             self._lose(connection.client, error)
             return
-        if was_paused and connection.paused_at is None and connection.frames:
-            self.backlog.add(connection.client)
+        if was_paused and connection.owes_nothing:
+            self.awaited.discard(connection)
+            if connection.frames:
+                self.backlog.add(connection.client)

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from shmplasma import NotConnectedError, Store, connect, system
+from shmplasma.connections import Connection
 from shmplasma.outbox import MISSED
+from shmplasma.protocol import PROTOCOL_VERSION, encode_frame
+from shmplasma.requests import Hello, Role
 from shmplasma.segment import Segment
 from shmplasma.server import Server
 from shmplasma.store import ObjectStore
@@ -30,6 +33,7 @@ polls = pytest.mark.skipif(
     not system.fast_path_available(), reason="without barriers the store does not look by itself"
 )
 
+HELLO = encode_frame(Hello.KIND, 1, Hello(PROTOCOL_VERSION, Role.CLIENT, "test").encode())
 A_CENTURY_NS = 100 * 365 * 86_400 * 10**9
 FAILING = """
 import sys
@@ -87,6 +91,39 @@ def test_sleeps_however_far_off_the_next_thing_to_do_is(
         monkeypatch.setattr(ObjectStore, due, time.time_ns() + A_CENTURY_NS)
         server.stop()  # so that it wakes up at once
         assert server._sleep()
+
+
+def test_who_has_introduced_himself_is_not_waited_for(tmp_path: Path) -> None:
+    """Nor who has read what has waited for him: with nobody to wait for the loop has less to do in each turn."""
+    with idle_server(tmp_path) as server, socket.socket(socket.AF_UNIX) as client:
+        awaited = server._switchboard.awaited
+
+        def turns() -> None:
+            for _ in range(4):  # a first message is read in pieces
+                for key, mask in server._selector.select(0):
+                    if isinstance(key.data, Connection):
+                        server._switchboard.ready(key.data, mask)
+                    else:
+                        key.data()
+
+        client.settimeout(5)
+        client.connect(str(tmp_path / "s"))
+        turns()
+        (connection,) = awaited
+        client.sendall(HELLO[:-1])
+        turns()
+        assert awaited
+        client.sendall(HELLO[-1:])
+        turns()
+        assert not awaited
+
+        connection.send(bytes(1 << 20))
+        server._switchboard._pause(connection)
+        turns()
+        assert awaited
+        while awaited:
+            client.recv(1 << 20)
+            turns()
 
 
 @polls
