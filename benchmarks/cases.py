@@ -311,7 +311,7 @@ def _get_frame(bench: Bench) -> list[float]:
 def _time_hand_over(bench: Bench, give: Callable[[Any], object]) -> list[float]:
     crew, client, samples = bench.crew, bench.client, []
     crew.ask(0, "ready")
-    names = [urandom(20) for _ in range(bench.less(100))]
+    names = [urandom(20) for _ in range(bench.less(400))]
     for name in names:
         crew.pipe(0).send(("take_over", name))
         time.sleep(_BLOCKED_AFTER_SECONDS)

@@ -6,15 +6,18 @@ expected leaves the object to a round trip, by which the store decides.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from shmplasma.absence import Absence
+from shmplasma.absence import NOWHERE, Absence
 from shmplasma.attachment import Attachment
-from shmplasma.claims import pin_word
-from shmplasma.leasing import LeaseWriter
+from shmplasma.claims import AT_OFFSET
+from shmplasma.codecs import Payload
+from shmplasma.hinting import Hints
+from shmplasma.leasing import LeaseWriter, fill
 from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID, is_fresh
@@ -27,10 +30,14 @@ __all__ = ["Claimant"]
 
 _ABORT: Final = Abort.KIND
 _CLAIM: Final = Claim.KIND
+_KEPT: Final = 8
+"""So many objects may be created one after the other before it is looked which of their ids can be unlocked, as at a seal."""
+_EARLY_BYTES: Final = 1 << 16
+"""Who waits for an object of up to this size is woken before it is made: to make it takes no longer than to wake up."""
 
 
 class Claimant:
-    """Creates objects in the client's lease, under ids that may be taken.
+    """Creates and puts objects in the client's lease, under ids that may be taken.
 
     Parameters
     ----------
@@ -48,6 +55,8 @@ class Claimant:
         By which the store is told.
     outbox : Outbox
         The client's; by it can be seen how far the store has read.
+    hints : Hints
+        Tells who waits.
 
     Notes
     -----
@@ -63,6 +72,7 @@ class Claimant:
         leasing: LeaseWriter,
         link: Link,
         outbox: Outbox,
+        hints: Hints,
     ) -> None:
         self._attachment = attachment
         self._absence = absence
@@ -72,11 +82,12 @@ class Claimant:
         self._leasing = leasing
         self._link = link
         self._outbox = outbox
+        self._hints = hints
         self._locked: int | None = None
         self._unread: dict[int, int] = {}
 
     def take(self, object_id: ObjectID) -> bool:
-        """Lock an id, and tell whether it is free; to be called by `LeaseWriter.put`.  3 us, and no message."""
+        """Lock an id, and tell whether it is free; to be called between `enter` and `leave` of the lease.  3 us, and no message."""
         if is_fresh(object_id.id_bytes):
             return False
         at, unread = object_id.hash32, self._unread
@@ -85,20 +96,27 @@ class Claimant:
                 unread[self._locked] = self._outbox.written
                 self._locked = None
             if at in unread:
-                self.unlock()
+                self._unlock()
                 if at in unread:
                     return False
             # Before it is, as an interrupt may leave a lock; the next claim takes it back.
             self._locked = at
-            return self._locks.lock(at) and self._absence.is_free(object_id.id_bytes)
+            return self._locks.lock(at) and self._absence.look_up(object_id.id_bytes) == NOWHERE
         except OSError:  # there are no such locks, or no more of them
             return False
 
     def unlock(self) -> None:
-        """Unlock what was claimed before, as far as the store has read of it.
+        """Unlock what was claimed before, as far as the store has read of it, unless another thread claims something just now."""
+        if self._unread:
+            entered: list[bool] = []
+            try:
+                if self._leasing.hold(entered):
+                    self._unlock()
+            finally:
+                self._leasing.leave(entered)
 
-        To be called like `take`, when the record is written: who waits for the object need not wait for this.
-        """
+    def _unlock(self) -> None:
+        """Do so between `hold` and `leave` of the lease."""
         unread, read = self._unread, self._outbox.read
         if not unread:
             return
@@ -117,28 +135,58 @@ class Claimant:
     ) -> npt.NDArray[np.uint8] | None:
         """Create an object, if that can be done without asking; otherwise as `shmplasma.session.Session.create`."""
         size = data_size + metadata_size
-        pins = self._boards.take_free(1) if size else ()  # what has no bytes lies nowhere
-        if not pins:
+        pin = self._boards.take_one() if size else None  # what has no bytes lies nowhere
+        if pin is None:
             return None
-        pin = pins[0]
-        created: Writable | None = None
+        leasing = self._leasing
         announced = False
-
-        def announce(_: memoryview, offset: int) -> None:
-            nonlocal created, announced
-            announced = True
-            pin.board.words[pin.word] = pin_word(offset)
-            fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
-            self._link.post(_CLAIM, CLAIM.pack(*fields), is_urgent=False)
-            self.unlock()
-            start = offset - self._data
-            created = Writable((size,), np.uint8, self._attachment.write_map, start)
-            created.pin = pin
-
+        entered: list[bool] = []
         try:
-            self._leasing.put(size, announce, lambda: self.take(object_id))
+            try:
+                offset = leasing.enter(entered, size)
+                if offset < 0 or not self.take(object_id):
+                    return None
+                leasing.take(size)
+                announced = True
+                pin.board.words[pin.word] = AT_OFFSET | offset
+                fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
+                self._link.post(_CLAIM, CLAIM.pack(*fields), is_urgent=False)
+                if len(self._unread) > _KEPT:
+                    self._unlock()
+                start = offset - self._data
+                created = Writable((size,), np.uint8, self._attachment.write_map, start)
+                created.pin = pin
+                leasing.look_ahead(size)
+            finally:
+                leasing.leave(entered)
         except BaseException:
             if announced:  # and nobody is going to seal it
                 self._link.post(_ABORT, object_id.id_bytes)
             raise
         return created
+
+    def put(
+        self,
+        object_id: ObjectID,
+        payload: Payload,
+        metadata: bytes | bytearray,
+        threads: int,
+        codec: int,
+    ) -> bool:
+        """Put an object, and tell who waits for it; otherwise as `shmplasma.leasing.LeaseWriter.put`."""
+        data_size, size = payload.size_bytes, payload.size_bytes + len(metadata)
+        leasing, hints = self._leasing, self._hints
+        looks_until_ns = hints.tell_early(object_id) if data_size <= _EARLY_BYTES else 0
+        entered: list[bool] = []
+        try:
+            offset = leasing.enter(entered, size)
+            if offset < 0 or not self.take(object_id):
+                return False
+            fill(leasing.take(size), payload, metadata, threads)
+            fields = object_id.id_bytes, offset, data_size, len(metadata), codec, False
+            self._link.publish(*fields, partial(hints.tell, object_id, looks_until_ns))
+            self._unlock()  # whoever waits for the object need not wait for this
+            leasing.look_ahead(size)
+            return True
+        finally:
+            leasing.leave(entered)

@@ -38,7 +38,7 @@ a lock that somebody has for nothing.  And where the store and a client have die
 outbox is read: another one may claim the same id.  A successor reads the outboxes of the dead last, and drops what comes too late, as if
 it had been evicted; so objects that are to be kept are not claimed.
 
-*A lock that somebody has for nothing.*  Clients unlock lazily, with a claim after the record is read; one
+*A lock that somebody has for nothing.*  Clients unlock lazily, with a claim or a seal after the record is read; one
 that makes no more claims, or was interrupted between C1 and C6, still has some.  When the store finds an id locked, it reads all
 outboxes and tries again; if it is locked still, it recalls all leases.  Claims are made within a lease only: when none is left, every
 client has written all that it has claimed to its outbox, this has been read, and no other claim is under way or begins, as leases are the

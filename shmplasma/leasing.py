@@ -28,7 +28,7 @@ from shmplasma.link import Link
 from shmplasma.replies import Leased
 from shmplasma.requests import AskLease
 
-__all__ = ["LARGE_BYTES", "MAX_OBJECT_BYTES", "LeaseWriter"]
+__all__ = ["LARGE_BYTES", "MAX_OBJECT_BYTES", "LeaseWriter", "fill"]
 
 MAX_OBJECT_BYTES: Final = 1 << 24
 """Larger objects are created by a round trip, of which the copy takes some: between two copies, which empty the caches of both
@@ -63,7 +63,7 @@ class LeaseWriter:
 
     Notes
     -----
-    Thread-safe: `put` refuses while another thread is in it.
+    Thread-safe: whoever comes while another thread is between `enter` and `leave` has to go by the store.
     """
 
     def __init__(
@@ -91,74 +91,100 @@ class LeaseWriter:
 
     def put(
         self,
-        size_bytes: int,
-        fill: Callable[[memoryview, int], None],
-        claim: Callable[[], bool] | None = None,
+        object_id: bytes,
+        payload: Payload,
+        metadata: bytes | bytearray,
+        threads: int,
+        codec: int,
+        keep: bool,
     ) -> bool:
-        """Take room for an object and have it filled and announced.
+        """Put an object under a fresh id.
 
         Parameters
         ----------
-        size_bytes : int
-            Data and metadata.
-        fill : callable
-            ``fill(room, offset)`` writes the object to `room` and posts its `Publish`, or its `Claim`.
-        claim : callable, optional
-            Takes the object's id, if it is not a fresh one, and tells whether that was granted.
+        object_id : bytes
+            Nobody else has it.
+        payload : Payload
+            Its data.
+        metadata : bytes or bytearray
+            Kept beside it.
+        threads : int
+            As for `Payload.fill`.
+        codec : int
+            How to read it.
+        keep : bool
+            Whether it is never to be evicted.
 
         Returns
         -------
         bool
-            False when the object must go by the store; `fill` was not called.
+            False when the object must go by the store.
 
         Notes
         -----
         An interrupt ends the put and leaves neither the lock nor BUSY behind (the lock is taken in a way
         that `shmplasma.transport` explains); whether the object is put is not known.
         """
-        if size_bytes > LARGE_BYTES:
-            if size_bytes > self._largest:
-                return False
-            if self._large_created < _LARGE_BEFORE_A_LEASE:
-                self._large_created += 1
-                return False
-        acquired: list[bool] = []
+        data_size, size = payload.size_bytes, payload.size_bytes + len(metadata)
+        entered: list[bool] = []
         try:
-            acquired.extend(map(self._lock.acquire, _AT_ONCE))
-            if not acquired[0]:
+            offset = self.enter(entered, size)
+            if offset < 0:
                 return False
-            self._board[BUSY_WORD] = 1
-            if not self._prepare(size_bytes):
-                return False
-            if claim is not None and not claim():
-                return False
-            offset = self._cursor
-            self._cursor = (offset + size_bytes + _ROUND_UP) & -ALIGNMENT
-            self._objects -= 1
-            start = offset - self._data
-            fill(self._memory[start : start + size_bytes], offset)
-            if self._cursor + size_bytes > self._end or not self._objects:
-                self._look_ahead(size_bytes)
+            fill(self.take(size), payload, metadata, threads)
+            self._link.publish(object_id, offset, data_size, len(metadata), codec, keep)
+            self.look_ahead(size)
             return True
         finally:
-            if acquired and acquired[0]:
-                self._board[BUSY_WORD] = 0
-                self._lock.release()
+            self.leave(entered)
+
+    def enter(self, entered: list[bool], size_bytes: int) -> int:
+        """Be busy with a lease that has room for an object, and return where that begins; -1 if the object must go by the store.
+
+        `leave` is to follow whatever comes of it, an interrupt included; `entered` is a new list for both.
+        """
+        if size_bytes > LARGE_BYTES:
+            if size_bytes > self._largest:
+                return -1
+            if self._large_created < _LARGE_BEFORE_A_LEASE:
+                self._large_created += 1
+                return -1
+        if not self.hold(entered):
+            return -1
+        self._board[BUSY_WORD] = 1
+        if (
+            self._words[self._epoch_word] == self._epoch
+            and self._cursor + size_bytes <= self._mapped
+            and self._objects
+        ) or self._prepare(size_bytes):
+            return self._cursor
+        return -1
+
+    def hold(self, entered: list[bool]) -> bool:
+        """Keep other threads out, unless one is in; tell whether that was so.  Otherwise as `enter`."""
+        entered.extend(map(self._lock.acquire, _AT_ONCE))
+        return entered[0]
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Take the room that `enter` has found, and return it."""
+        start = self._cursor - self._data
+        self._cursor = (self._cursor + size_bytes + _ROUND_UP) & -ALIGNMENT
+        self._objects -= 1
+        return self._memory[start : start + size_bytes]
+
+    def look_ahead(self, size_bytes: int) -> None:
+        """Ask for the next lease, if another object like the last one has no room; to be called when that is announced."""
+        if self._cursor + size_bytes > self._end or not self._objects:
+            self._ask_ahead(size_bytes)
+
+    def leave(self, entered: list[bool]) -> None:
+        """Be busy no more, and let other threads in."""
+        if entered and entered[0]:
+            self._board[BUSY_WORD] = 0
+            self._lock.release()
 
     def put_small(self, object_id: bytes, payload: Payload, codec: int, keep: bool) -> bool:
-        """Put an object of up to `LARGE_BYTES`, without metadata, under a fresh id; otherwise as `put`.
-
-        Parameters
-        ----------
-        object_id : bytes
-            A fresh one.
-        payload : Payload
-            Its data.
-        codec : int
-            How to read it.
-        keep : bool
-            Whether it is never to be evicted.
-        """
+        """Put an object of up to `LARGE_BYTES` without metadata; otherwise as `put`."""
         size_bytes = payload.size_bytes
         acquired: list[bool] = []
         try:
@@ -181,9 +207,9 @@ class LeaseWriter:
             self._objects -= 1
             data = self._data
             payload.fill(self._memory[offset - data : end - data])
-            self._link.publish(object_id, offset, size_bytes, codec, keep)
+            self._link.publish(object_id, offset, size_bytes, 0, codec, keep)
             if cursor + size_bytes > self._end or not self._objects:
-                self._look_ahead(size_bytes)
+                self._ask_ahead(size_bytes)
             return True
         finally:
             if acquired and acquired[0]:
@@ -213,7 +239,7 @@ class LeaseWriter:
         self._cursor = self._end = self._mapped = self._objects = 0
         self._board[BUSY_WORD] = 0
 
-    def _look_ahead(self, size_bytes: int) -> None:
+    def _ask_ahead(self, size_bytes: int) -> None:
         """Ask for the next lease, as another object like the last one has no room."""
         self._drop()
         self._link.begin(AskLease(size_bytes, ahead=True), Leased, self._awaited)
@@ -246,3 +272,11 @@ class LeaseWriter:
         self._board[BUSY_WORD] = 1
         # It may have been recalled since it was granted, and its memory be given back by now.
         return bool(self._words[self._epoch_word] == self._epoch)
+
+
+def fill(room: memoryview, payload: Payload, metadata: bytes | bytearray, threads: int) -> None:
+    """Fill the room of an object: data, then metadata."""
+    if metadata:
+        room[payload.size_bytes :] = metadata
+        room = room[: payload.size_bytes]
+    payload.fill(room, threads)

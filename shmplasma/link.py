@@ -41,7 +41,7 @@ from shmplasma.exchange import Exchange
 from shmplasma.handshake import greet_again
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.outbox import Outbox
-from shmplasma.outcomes import expect
+from shmplasma.outcomes import expect, gone, not_reclaimed
 from shmplasma.posted import PUBLISH, PUBLISH_RECORD, Abort, Publish
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
@@ -279,10 +279,17 @@ class Link:
             self._announce()
 
     def publish(
-        self, object_id: bytes, offset: int, size_bytes: int, codec: int, keep: bool
+        self,
+        object_id: bytes,
+        offset: int,
+        data_size: int,
+        metadata_size: int,
+        codec: int,
+        keep: bool,
+        written: Callable[[int], None] | None = None,
     ) -> None:
-        """Tell the store of an object without metadata in the lease; as `post`, but in one piece."""
-        posting, outbox, announced = self._posting, self._outbox, False
+        """Tell the store of an object in the lease; as `post`, but in one piece."""
+        posting, outbox, count, announced = self._posting, self._outbox, 0, False
         while True:
             if posting.locked() and is_inside(self, _POSTING):
                 raise RuntimeError(NESTED)
@@ -296,15 +303,17 @@ class Link:
                         _PUBLISH_BYTES,
                         object_id,
                         offset,
-                        size_bytes,
-                        0,
+                        data_size,
+                        metadata_size,
                         codec,
                         keep,
                     )
-                    outbox.commit()
+                    count = outbox.commit()
                     announced = outbox.is_to_be_announced
                     break
             self.call(Flush(), Done)
+        if written is not None:
+            written(count)
         if announced:
             self._announce()
 
@@ -383,7 +392,7 @@ class Link:
                 return
             reason = broken.hear_out()
             if broken.is_final or self._lost:
-                raise _gone(reason) from error
+                raise gone(reason) from error
             # What `post_soon` sends from here on is sent once more.
             untold = self._untold = []
             try:
@@ -402,7 +411,7 @@ class Link:
         try:
             if not welcome.reclaimed or welcome.token != self._token:
                 self._lose()
-                raise NotConnectedError(_not_reclaimed(welcome.token, self._token)) from error
+                raise NotConnectedError(not_reclaimed(welcome.token, self._token)) from error
             renew = self._renew()
             assert renew is not None, "who calls the link keeps its owner"
             wake_fd = exchange.take_descriptor()
@@ -436,7 +445,7 @@ class Link:
         except NotConnectedError as error:
             if not may_come_back(self._path):
                 self._lose()
-            raise _gone(reason) from error
+            raise gone(reason) from error
 
     def _lose(self) -> None:
         self._lost = True
@@ -482,15 +491,3 @@ def _exchange(
     channel.drop(request_id)
     assert reply is not None
     return reply
-
-
-def _gone(reason: str) -> NotConnectedError:
-    """Return what a user is to see when the connection has ended."""
-    return NotConnectedError(f"the connection to the store has ended: {reason}")
-
-
-def _not_reclaimed(token: bytes, own: bytes) -> str:
-    """Return what a user is to see when the store that answers knows this client no more."""
-    if token == own:
-        return "the store has dropped this client, and its log says why; connect again"
-    return "the store was started anew, without the objects that were in it; connect again"

@@ -142,8 +142,7 @@ class Outbox:
         if at < 0:
             return 0
         _CONTENT.pack_into(self.raw, at, kind, len(body), body)
-        self.commit(is_urgent=is_urgent)
-        return self._count
+        return self.commit(is_urgent=is_urgent)
 
     def place(self) -> int:
         """Return where in `raw` kind, length and body of the next record go; `commit` is to follow.  -1 when the ring is full."""
@@ -156,14 +155,15 @@ class Outbox:
             return -1
         return at * 8 + 8
 
-    def commit(self, *, is_urgent: bool = True) -> None:
-        """Let the store have the record that was written to `place`, and see whether it is to be told."""
+    def commit(self, *, is_urgent: bool = True) -> int:
+        """Let the store have the record that was written to `place`, see whether it is to be told, and return how many were written."""
         count = self._count
         self._words[(count & _MASK) * _WORDS] = count + 1
         self._count = count = count + 1
         self.is_to_be_announced = (
             is_urgent and self._polled[0] != self._store
         ) or count - self._acknowledged[0] == ANNOUNCED_AT
+        return count
 
     @property
     def written(self) -> int:

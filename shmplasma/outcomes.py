@@ -1,4 +1,4 @@
-"""Outcomes: what a store's reply means for who has asked: what he wanted, or an error of the public ones."""
+"""Outcomes: what a store's reply means for who has asked, or that there is none: what he wanted, or an error of the public ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shmplasma.errors import ExternalStoreError, ProtocolError, ShmPlasmaError
 from shmplasma.protocol import Frame
 from shmplasma.replies import Failed, Failure, Reply, decode_reply
 
-__all__ = ["expect"]
+__all__ = ["expect", "gone", "not_reclaimed"]
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
@@ -59,3 +59,15 @@ def _refusal(failed: Failed) -> ShmPlasmaError:
             return NotConnectedError(failed.text)
         case _:
             assert_never(failed.failure)
+
+
+def gone(reason: str) -> NotConnectedError:
+    """Return what a user is to see when the connection has ended."""
+    return NotConnectedError(f"the connection to the store has ended: {reason}")
+
+
+def not_reclaimed(token: bytes, own: bytes) -> str:
+    """Return what a user is to see when the store that answers knows this client no more."""
+    if token == own:
+        return "the store has dropped this client, and its log says why; connect again"
+    return "the store was started anew, without the objects that were in it; connect again"

@@ -324,6 +324,18 @@ class BoardPool:
                 pins.append(pin)
         return pins
 
+    def take_one(self) -> Pin | None:
+        """Return a pin of a free slot; None if there is none, and asks the store for nothing."""
+        for board in reversed(self._boards):
+            try:
+                word = board.free.pop()
+            except IndexError:
+                continue
+            pin = Pin()
+            pin.board, pin.word = board, word
+            return pin
+        return None
+
     def take_named(self) -> NamedPin | None:
         """Return a pin that is to be told what it pins; None if there is no free slot."""
         for board in reversed(self._boards):

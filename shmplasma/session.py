@@ -61,7 +61,7 @@ from shmplasma.objects import ObjectID
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.posted import Abort, Seal
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.removal import Removal
@@ -87,7 +87,6 @@ from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 
 __all__ = ["Session"]
 
-_PUBLISH: Final = Publish.KIND
 _SEAL: Final = Seal.KIND
 _NEVER: Final = memoryview(bytes(8)).cast("Q")
 
@@ -145,7 +144,14 @@ class Session:
             self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
-                    attachment, absence, lifeline.locks, self._boards, self.leasing, link, outbox
+                    attachment,
+                    absence,
+                    lifeline.locks,
+                    self._boards,
+                    self.leasing,
+                    link,
+                    outbox,
+                    self._hints,
                 )
         self.asking = Asking(link, self._boards, self.reader, self._hints)
         """Gets what the store has to be asked for."""
@@ -255,33 +261,12 @@ class Session:
         """
         self._link.post(kind, body)
 
-    def tell_early(self, object_id: ObjectID) -> int:
-        """Hint at an object that is about to be put, if somebody waits for it; as `Hints.tell_early`."""
-        return 0 if self._hints is None else self._hints.tell_early(object_id)
-
-    def publish(
-        self, message: Publish, object_id: ObjectID | None = None, looks_until_ns: int = 0
-    ) -> None:
-        """Tell the store of an object in the lease, and who waits for it first.
-
-        Parameters
-        ----------
-        message : Publish
-            What the store is told.
-        object_id : ObjectID, optional
-            The object's, if anybody may wait for it.
-        looks_until_ns : int, optional
-            What `tell_early` has returned.
-        """
-        written = None
-        if self._hints is not None and object_id is not None:
-            written = partial(self._hints.tell, object_id, looks_until_ns)
-        self._link.post(_PUBLISH, message.encode(), written)
-
     def seal(self, object_id: ObjectID) -> None:
         """Tell the store that this client has completed an object, and who waits for it first."""
         written = None if self._hints is None else partial(self._hints.tell, object_id, 0)
         self._link.post(_SEAL, object_id.id_bytes, written)
+        if self.claims is not None:
+            self.claims.unlock()
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer."""

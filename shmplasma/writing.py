@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from math import prod
 from operator import index
 from sys import maxsize
@@ -21,7 +20,7 @@ from shmplasma.layout import REFERENCED
 from shmplasma.leasing import LARGE_BYTES
 from shmplasma.object_array import ObjectArray
 from shmplasma.objects import ObjectID, fresh_id
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.posted import Abort, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
 from shmplasma.serialization import SerializationContext, serialize
@@ -34,8 +33,6 @@ MAX_SIZE: Final = 1 << 62
 
 _MAX_DIMENSIONS: Final = 64
 """As many as NumPy allows, and as an array's header has room for."""
-_EARLY_BYTES: Final = 1 << 16
-"""Who waits for an object of up to this size is woken before it is made: to make it takes no longer than to wake up."""
 _RAW: Final = Codec.RAW  # an attribute of an enumeration takes 0.1 us to look up
 
 
@@ -88,9 +85,33 @@ class Writing(Connected):
         client leaves or dies.  Who waits for room is served in order (see `shmplasma.waiters`); other threads
         may use the client meanwhile, and Ctrl-C interrupts the wait.
         """
-        session = self._live()
+        session = self._session or self._live()
+        claims = session.claims
+        # What most ask for, without the steps that it does not need.
+        may_claim = True
+        if (
+            claims is not None
+            and type(object_id) is ObjectID
+            and isinstance(data_size, int)
+            and data_size > 0
+            and timeout_ms == 0
+            and metadata == b""
+            and not keep
+        ):
+            claimed = claims.create(object_id, data_size, 0, _RAW)
+            if claimed is not None:
+                self._unsealed.add(object_id.id_bytes)
+                return pa.py_buffer(claimed.data)
+            may_claim = False
         room = self._create(
-            session, object_id, data_size, metadata, Codec.RAW, timeout_ms=timeout_ms, keep=keep
+            session,
+            object_id,
+            data_size,
+            metadata,
+            Codec.RAW,
+            timeout_ms=timeout_ms,
+            keep=keep,
+            may_claim=may_claim,
         )
         return pa.py_buffer(room.data)
 
@@ -327,18 +348,18 @@ class Writing(Connected):
         codec = payload.codec | flags
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
-        fresh = fresh or object_id is None
-        if (
-            fresh
-            and not metadata
-            and payload.size_bytes <= LARGE_BYTES
-            and session.leasing is not None
-        ):
-            if session.leasing.put_small(target_id.id_bytes, payload, codec, keep):
-                return target_id
-        elif self._put_leased(
-            session, payload, target_id, metadata, threads, codec, keep=keep, fresh=fresh
-        ):
+        leasing = session.leasing
+        if leasing is None:
+            is_put = False
+        elif object_id is None or fresh:
+            if metadata or payload.size_bytes > LARGE_BYTES:
+                is_put = leasing.put(target_id.id_bytes, payload, metadata, threads, codec, keep)
+            else:
+                is_put = leasing.put_small(target_id.id_bytes, payload, codec, keep)
+        else:
+            claims = None if keep else session.claims
+            is_put = claims is not None and claims.put(target_id, payload, metadata, threads, codec)
+        if is_put:
             return target_id
         if object_id is None:  # the store is asked, and need not look for this one in outboxes
             target_id = ObjectID.from_random()
@@ -359,42 +380,6 @@ class Writing(Connected):
             complete=complete,
         )
         return target_id
-
-    @staticmethod
-    def _put_leased(
-        session: Session,
-        payload: Payload,
-        object_id: ObjectID,
-        metadata: bytes | bytearray,
-        threads: int,
-        codec: int,
-        *,
-        keep: bool,
-        fresh: bool,
-    ) -> bool:
-        """Store a payload in the lease, under a fresh id or one that nobody else has; tell whether that was possible."""
-        leasing, claims = session.leasing, None if fresh or keep else session.claims
-        if leasing is None or (claims is None and not fresh):
-            return False
-        name, data_size, metadata_size = object_id.id_bytes, payload.size_bytes, len(metadata)
-        looks_until_ns = 0
-        if claims is not None and data_size <= _EARLY_BYTES:
-            looks_until_ns = session.tell_early(object_id)
-
-        def fill(room: memoryview, offset: int) -> None:
-            if metadata_size:
-                room[data_size:] = metadata
-                room = room[:data_size]
-            payload.fill(room, threads)
-            message = Publish(name, offset, data_size, metadata_size, codec, keep)
-            if claims is None:
-                session.publish(message)
-            else:
-                session.publish(message, object_id, looks_until_ns)
-                claims.unlock()
-
-        claim = None if claims is None else partial(claims.take, object_id)
-        return leasing.put(data_size + metadata_size, fill, claim)
 
     def flush(self) -> None:
         """Wait until the store has handled all that this client has sent.

@@ -119,7 +119,7 @@ USED_UP = """
     from shmplasma import leasing, link, transport
 
     parts = leasing, link, transport
-    value = bytes(36_000)  # four of them fit a lease of this store
+    value = bytes(36_000)  # three of them fit the first lease
     with plasma.connect(sys.argv[1]) as client:
         keys = []
 

@@ -68,7 +68,7 @@ class Race:
 
 
 def claim(case: Race, client: int) -> Program:
-    """Claim the id: `LeaseWriter.put` with `Claimant.take`."""
+    """Claim the id: `Claimant.put` with `Claimant.take`."""
     yield Store(f"busy {client}", 1)
     goes_on = not (yield Load("epoch"))
     if goes_on and case.clients_lock:
@@ -237,7 +237,7 @@ class Look:
 
 
 def look(case: Look, attempts: int) -> Program:
-    """Follow the chain: `Claimant._is_free`."""
+    """Follow the chain: `Absence.look_up`."""
     if not attempts:
         return "asks"
     insertions = yield Load("insertions")
