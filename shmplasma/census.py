@@ -57,6 +57,7 @@ _PART: Final = 4096
 """Entries that are looked at for one part, in which time the states of those with objects are not to change."""
 _ATTEMPTS: Final = 3
 _CREATED: Final = int(EntryState.CREATED)
+_FREE: Final = int(EntryState.FREE)
 _SEALED: Final = int(EntryState.SEALED)
 _OWNER: Final = int(EntryWord.OWNER)
 _FIRST_BOARD: Final = int(ControlWord.FIRST_BOARD)
@@ -110,21 +111,22 @@ class Census:
         while attempts < _ATTEMPTS:
             stop = min(start + _PART, end)
             states = self._states[start:stop].copy()
-            kinds = states.astype(np.uint8)
-            found = kinds.nonzero()[0]
+            (found,) = (states.astype(np.uint8) != _FREE).nonzero()
             if not found.size:
                 if stop == end:
                     return Listing(0, b"", b"")
                 start = stop
                 continue
-            kinds, states, found = kinds[found], states[found], found + start
-            if (kinds > _SEALED).any() or (self._marks[found] == states).any():
+            states = states[found]
+            kinds = states.astype(np.uint8)
+            found += start
+            if kinds.max() > _SEALED or np.count_nonzero(self._marks[found] == states):
                 return None
             entries = self._entries[found].tobytes()
             holders = self._holders(found[kinds == _CREATED].tolist())
             if holders is None:
                 return None
-            if (self._states[found] == states).all():
+            if self._states[found].tobytes() == states.tobytes():
                 counts = array("I", [holders.get(entry, 0) for entry in found.tolist()])
                 return Listing(stop if stop < end else 0, counts.tobytes(), entries)
             attempts += 1
