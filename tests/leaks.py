@@ -38,7 +38,7 @@ class Belongings:
         """Return what has come since, and does not go with what is unreachable."""
         if self._now() - self._before:
             gc.collect()
-        return sorted(self._now() - self._before)
+        return sorted(map(_described, self._now() - self._before))
 
     def _now(self) -> set[str]:
         return {
@@ -62,6 +62,17 @@ def _processes() -> Iterator[str]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             yield f"process {process.pid} ({process.name()})"
+
+
+def _described(belonging: str) -> str:
+    """Say of a process what it is and does."""
+    if not belonging.startswith("process "):
+        return belonging
+    try:
+        process = psutil.Process(int(belonging.split()[1]))
+        return f"{belonging}, {process.status()}: {' '.join(process.cmdline())}"
+    except psutil.Error as error:
+        return f"{belonging}: {error}"
 
 
 def _names_of_shared_memory() -> Iterator[str]:
