@@ -61,7 +61,7 @@ _FREE: Final = int(EntryState.FREE)
 _SEALED: Final = int(EntryState.SEALED)
 _OWNER: Final = int(EntryWord.OWNER)
 _FIRST_BOARD: Final = int(ControlWord.FIRST_BOARD)
-_ENTRIES_END: Final = HeaderWord.ENTRIES_END
+_ENTRIES_USED: Final = HeaderWord.ENTRIES_USED
 _BOARDS_END: Final = int(HeaderWord.BOARDS_END)
 _LINE_WORDS: Final = CONTROL_BYTES // 8
 
@@ -104,8 +104,10 @@ class Census:
         if not start and not self._settling.all_is_read():
             return None
         n_entries = self._layout.n_entries
-        end = read_end(self._words, _ENTRIES_END, n_entries + 1)
-        if end > n_entries:  # where there is no memory nothing may be read
+        end = read_end(self._words, _ENTRIES_USED, n_entries + 1)
+        if (
+            end > n_entries
+        ):  # it is damaged, or being written; where there is no memory nothing may be read
             return None
         attempts = 0
         while attempts < _ATTEMPTS:

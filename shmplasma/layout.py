@@ -70,7 +70,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 9
+LAYOUT_VERSION: Final = 10
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -134,7 +134,7 @@ class HeaderWord(IntEnum):
     WAKE = 32
     """Not zero while somebody waits for a release: who clears a pin then wakes the store, once for each number."""
     ENTRIES_END = 33
-    """Above all entries that were ever used; for a store that recovers the segment (see `mark_end`)."""
+    """Above all entries that have memory; for a store that recovers the segment (see `mark_end`)."""
     BOARDS_END = 34
     """Above all boards that were ever used."""
     WATERMARK = 35
@@ -145,6 +145,8 @@ class HeaderWord(IntEnum):
     """How often memory was given back; a client that finds another number maps its pages anew."""
     INCARNATION = 38
     """How many stores this segment has had before."""
+    ENTRIES_USED = 39
+    """Above all entries that were ever used, and not far; for who looks at all of them (`shmplasma.census`)."""
     MOVE_ENTRY = 40
     """Entry + 1 of the object that is being moved, or 0; this and the next words are the journal of `shmplasma.moves`."""
     MOVE_SOURCE = 41
@@ -199,8 +201,6 @@ class EntryWord(IntEnum):
     """Slot + 1 that its creator lent, or pins it by, which says whose it is while it is CREATED."""
     KEEP = 12
     """0 for an object that may be evicted; for one that may not, all ones, so that no flipped bit drops it."""
-    ORIGIN = 13
-    """Where the object lay at first, once it lies elsewhere; else 0.  By this a repeated `Publish` is known."""
     COPY = 14
     """Where in the external store a copy is: container << 32 | place / 64; 0 for none (see `shmplasma.spilling`)."""
     COPY_CHECK = 15
@@ -402,6 +402,7 @@ class Layout:
         for number, field in enumerate(fields(self), start=4):
             words[number] = getattr(self, field.name)
         mark_end(words, HeaderWord.ENTRIES_END, 0)
+        mark_end(words, HeaderWord.ENTRIES_USED, 0)
         mark_end(words, HeaderWord.BOARDS_END, 0)
         mark_end(words, HeaderWord.WATERMARK, 0)
         words[HeaderWord.SCRATCH_BYTES] = len(scratch)

@@ -268,7 +268,7 @@ class Residents:
         """Prove the invariants."""
         table, queue = self._table, self._queue
         cached_bytes = kept_bytes = n_cached = n_kept = 0
-        for entry in table.entries(0, table.end):
+        for entry in table.entries():
             is_sealed = table.state(entry) in _IS_SEALED
             is_cached = is_sealed and not table.is_kept(entry)
             assert is_cached == (entry in queue), f"entry {entry} and the queue disagree"

@@ -488,7 +488,7 @@ class Room:
         table, external = self._table, self.residents.external
         used = [*leased, *self._holding.extents()]
         used += external.extents() if external is not None else ()
-        for entry in table.entries(0, table.end):
+        for entry in table.entries():
             offset, data_size, metadata_size = table.location(entry)
             size = data_size + metadata_size
             if size and table.state(entry) != EntryState.SPILLED:

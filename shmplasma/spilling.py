@@ -446,7 +446,7 @@ class Spilling:
         """Prove that what is said of copies is what the table says."""
         table = self.table
         named: dict[int, dict[int, int]] = {}
-        for entry in table.entries(0, table.end):
+        for entry in table.entries():
             number, _ = table.copy_of(entry)
             state = table.state(entry)
             if number and state != EntryState.CREATED:

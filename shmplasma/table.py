@@ -13,6 +13,7 @@ The store is its only writer.  Clients read it while it changes, so the order of
 * INSERTIONS is raised before an entry is used anew, and is odd while a successor writes the chains: who finds it even, and the
   same after he has followed a chain, has missed nothing (`shmplasma.claims` owns that argument).
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
+* ENTRIES_USED is raised before an entry is used for the first time: whoever knows that an object was entered sees the number, and finds it below.
 * CREATED_NS is that of no other object under the same id: what is entered at one time is told apart by nanoseconds (see `shmplasma.removal`).
 * A mark says by a state word which object is deleted; it moves with the object to the next generation.
 * The checksum of an entry is written before the state that it goes with (`shmplasma.checks`).
@@ -65,7 +66,6 @@ _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
 _CHECK: Final = int(EntryWord.CHECK)
 _OWNER: Final = int(EntryWord.OWNER)
 _KEEP: Final = int(EntryWord.KEEP)
-_ORIGIN: Final = int(EntryWord.ORIGIN)
 _INSERTIONS: Final = int(HeaderWord.INSERTIONS)
 _COPY: Final = int(EntryWord.COPY)
 _COPY_CHECK: Final = int(EntryWord.COPY_CHECK)
@@ -86,8 +86,9 @@ _OBJECT: Final = Struct("@20sIQQQ")
 _SUMMARY: Final = Struct("@Q20s12xQQ72x")
 """An entry's state word, id, data size and metadata size."""
 _RECORD: Final = Struct("@48sQQQQQQ24x")
-"""All of an entry but its state: these, words 7 to 12, no other origin, and no copy in an external store."""
+"""All of an entry but its state: these, words 7 to 12, and no copy in an external store."""
 _ALL_ONES: Final = (1 << 64) - 1
+_MARKED_AT_ONCE: Final = 128
 
 
 class Table:
@@ -126,6 +127,7 @@ class Table:
         self._free = array("I")
         self._used_once = 0
         self._committed = 0
+        self._marked = 0
         self._linked = 0
         self._insertions = 0
         self._now_ns = self._later = 0
@@ -177,11 +179,6 @@ class Table:
         at = self._entries_word + entry * ENTRY_WORDS
         return int(self._words[at + _DATA_SIZE] + self._words[at + _METADATA_SIZE])
 
-    def origin(self, entry: int) -> int:
-        """Return the offset at which the object lay when it was entered."""
-        at = self._entries_word + entry * ENTRY_WORDS
-        return int(self._words[at + _ORIGIN] or self._words[at + _OFFSET])
-
     def created_ns(self, entry: int) -> int:
         """Return the time of creation, in ns since 1970: no other object under this id has the same."""
         return int(self._words[self._entries_word + entry * ENTRY_WORDS + _CREATED_NS])
@@ -208,12 +205,9 @@ class Table:
         """Tell whether this is an entry with an object; false for any number that a client makes up."""
         return 0 <= entry < self._used_once and self.state(entry) != EntryState.FREE
 
-    def entries(self, start: int, stop: int) -> Iterator[int]:
-        """Iterate over the entries that hold an object, by index from `start` to below `stop`."""
-        words = self._words
-        for entry in range(start, min(stop, self._used_once)):
-            if words[self._entries_word + entry * ENTRY_WORDS] & STATE_MASK != EntryState.FREE:
-                yield entry
+    def entries(self) -> Iterator[int]:
+        """Iterate over the entries that hold an object, by index."""
+        return filter(self.holds, range(self._used_once))
 
     def listed(self, start: int, stop: int, at_most: int) -> tuple[list[int], bytes]:
         """Return which of the entries `start` to below `stop` have objects that can be found, and these entries in a row.
@@ -300,8 +294,8 @@ class Table:
             entry = self._used_once
             if entry == self._layout.n_entries:
                 return NO_ENTRY
-            if entry == self._committed:
-                self._grow()
+            if entry == self._marked:
+                self._mark()
         if now_ns == self._now_ns:  # what is read in one go is entered at one time
             self._later += 1
             now_ns += self._later
@@ -378,8 +372,6 @@ class Table:
         """Say of a MOVING or SPILLED object where it lies now, and make it readable there; may be repeated."""
         at = self._entries_word + entry * ENTRY_WORDS
         words = self._words
-        if not words[at + _ORIGIN]:
-            words[at + _ORIGIN] = words[at + _OFFSET]
         words[at + _OFFSET] = offset
         generation = (words[at] >> GENERATION_SHIFT) + 1
         if self.is_marked(entry):  # nobody pins it, so nobody is marking it either
@@ -430,6 +422,13 @@ class Table:
             self._grow()
         return True
 
+    def _mark(self) -> None:
+        """Say that some more entries may be used."""
+        if self._marked == self._committed:
+            self._grow()
+        self._marked = min(self._marked + _MARKED_AT_ONCE, self._committed)
+        mark_end(self._words, HeaderWord.ENTRIES_USED, self._marked)
+
     def _grow(self) -> None:
         """Commit the next page of entries."""
         step = self._layout.page_bytes // ENTRY_BYTES
@@ -462,7 +461,8 @@ class Table:
         if end:
             self._commit_entries(0, end)
         mark_end(self._words, HeaderWord.ENTRIES_END, end)
-        self._committed = self._used_once = end
+        mark_end(self._words, HeaderWord.ENTRIES_USED, end)
+        self._committed = self._used_once = self._marked = end
         self._insertions = self._words[_INSERTIONS] | 1
         self._words[_INSERTIONS] = self._insertions
         return DeadTable(layout, self._words, self._raw, end)

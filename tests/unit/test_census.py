@@ -309,5 +309,5 @@ def test_a_board_that_changes_hands_is_asked_for(
 def test_where_it_cannot_be_seen_how_long_the_table_is(talk: Conversation, peer: Peer) -> None:
     """The store has died while it wrote that, or it is damaged: nothing is read where there may be no memory."""
     peer.put(A)
-    talk.words[HeaderWord.ENTRIES_END] += 1
+    talk.words[HeaderWord.ENTRIES_USED] += 1
     assert seen(talk) is None

@@ -35,7 +35,12 @@ from shmplasma.layout import (
 )
 
 TOKEN = bytes(range(100, 116))
-ENDS = [HeaderWord.ENTRIES_END, HeaderWord.BOARDS_END, HeaderWord.WATERMARK]
+ENDS = [
+    HeaderWord.ENTRIES_END,
+    HeaderWord.BOARDS_END,
+    HeaderWord.WATERMARK,
+    HeaderWord.ENTRIES_USED,
+]
 PAGES = st.sampled_from([4096, 16384, 65536, 2 << 20, 1 << 30])
 CAPACITIES = st.integers(1, 1 << 20) | st.integers(1, 1 << 46)
 FIELD_NAMES = [field.name for field in fields(Layout)]

@@ -92,7 +92,7 @@ MOVES = [
 
 @pytest.mark.parametrize(("offset", "size", "target"), MOVES)
 def test_a_moved_object_is_the_same_elsewhere(offset: int, size: int, target: int) -> None:
-    """Id, codec, sizes and bytes stay, the generation rises, and its origin is remembered."""
+    """Id, codec, sizes and bytes stay, and the generation rises."""
     shelf = Shelf(offset, size)
     shelf.move(shelf.layout.data + target)
     table = shelf.table
@@ -100,7 +100,6 @@ def test_a_moved_object_is_the_same_elsewhere(offset: int, size: int, target: in
     assert shelf.read() == shelf.content
     assert table.id_and_codec(shelf.entry) == (name(1), 3)
     assert table.state_word(shelf.entry) == shelf.word + 256
-    assert table.origin(shelf.entry) == shelf.offset
     assert shelf.words[HeaderWord.MOVE_ENTRY] == 0
     assert shelf.is_whole(shelf.recover())
 

@@ -68,7 +68,7 @@ def spilled(talk: Conversation) -> list[int]:
     table = talk.store._parts.table
     return [
         int.from_bytes(table.object_id(entry), "big")
-        for entry in table.entries(0, table.end)
+        for entry in table.entries()
         if table.state(entry) == EntryState.SPILLED
     ]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count, islice
-from typing import cast
+from typing import Any, cast
 from zlib import crc32
 
 import pytest
@@ -17,7 +17,9 @@ from shmplasma.layout import (
     STATE_MASK,
     EntryState,
     EntryWord,
+    HeaderWord,
     Layout,
+    read_end,
 )
 from shmplasma.table import NO_ENTRY, Table
 from tests.conversation import RecordedMemory, name, new_segment
@@ -66,7 +68,7 @@ def test_an_empty_table_finds_nothing() -> None:
     """There is no object in a new table, and nothing to iterate over."""
     table = empty_table()
     assert table.find(name(1)) == NO_ENTRY
-    assert (len(table), table.end, list(table.entries(0, 10))) == (0, 0, [])
+    assert (len(table), table.end, list(table.entries())) == (0, 0, [])
     table.check()
 
 
@@ -146,15 +148,44 @@ def test_no_two_incarnations_share_a_state_word() -> None:
 
 
 def test_iteration_yields_what_is_not_free() -> None:
-    """Entries are listed by index within the bounds, and freed ones are left out."""
+    """Entries are listed by index, and freed ones are left out."""
     table = empty_table()
     for n in range(10):
         insert(table, name(n))
     freed = {remove(table, name(n)) for n in (0, 4, 9)}
-    assert list(table.entries(0, 1 << 64)) == [e for e in range(10) if e not in freed]
-    assert list(table.entries(4, 7)) == [5, 6]
-    assert list(table.entries(7, 4)) == []
-    assert list(table.entries(1 << 64, 1 << 65)) == []
+    assert list(table.entries()) == [e for e in range(10) if e not in freed]
+
+
+class Watched:
+    """A segment's words; no entry may get an object above ENTRIES_USED, and no entry be below that has no memory."""
+
+    def __init__(self, words: memoryview) -> None:
+        self.words = words
+        self.n_objects = 0
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return self.words[at]
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self.words[at] = value
+        entry, word = divmod(at - LAYOUT.entries // 8, ENTRY_WORDS)
+        if 0 <= entry < LAYOUT.n_entries and word == EntryWord.STATE and value & STATE_MASK:
+            used = read_end(self.words, HeaderWord.ENTRIES_USED, 0)
+            assert entry < used <= read_end(self.words, HeaderWord.ENTRIES_END, 0)
+            self.n_objects += 1
+
+
+def test_how_far_entries_are_used_is_said_before_they_are() -> None:
+    """Whoever looks at all objects need not look beyond."""
+    words, raw = new_segment(LAYOUT)
+    watched = Watched(words)
+    table = Table(LAYOUT, cast("memoryview", watched), raw, RecordedMemory().commit)
+    table.prepare(20 * ENTRIES_A_PAGE)
+    assert not words[HeaderWord.ENTRIES_USED]
+    for n in range(LAYOUT.n_entries):
+        insert(table, name(n))
+    assert insert(table, name(LAYOUT.n_entries)) == NO_ENTRY
+    assert watched.n_objects == LAYOUT.n_entries
 
 
 def test_memory_is_committed_a_page_of_entries_at_a_time() -> None:
