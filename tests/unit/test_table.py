@@ -170,8 +170,8 @@ class Watched:
         self.words[at] = value
         entry, word = divmod(at - LAYOUT.entries // 8, ENTRY_WORDS)
         if 0 <= entry < LAYOUT.n_entries and word == EntryWord.STATE and value & STATE_MASK:
-            used = read_end(self.words, HeaderWord.ENTRIES_USED, 0)
-            assert entry < used <= read_end(self.words, HeaderWord.ENTRIES_END, 0)
+            used = read_end(self.words, HeaderWord.ENTRIES_USED, LAYOUT.n_entries)
+            assert entry < used <= read_end(self.words, HeaderWord.ENTRIES_END, LAYOUT.n_entries)
             self.n_objects += 1
 
 
