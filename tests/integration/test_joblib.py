@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import loky.backend.resource_tracker
 import numpy as np
 import pandas as pd
 import psutil  # type: ignore[import-untyped]  # it ships no types
@@ -32,8 +33,12 @@ N = 1_000_000
 
 @pytest.fixture(scope="session", autouse=True)
 def _tracking(spawning: None) -> None:  # noqa: ARG001  # loky needs both processes
-    """Start the process that loky keeps for the rest of the session."""
+    """Start the process that loky keeps for the rest of the session: joblib's copy of it, and that of the package, which some other test may import.
+
+    The two share the name of a context of `multiprocessing`, so that joblib's workers are started by whichever came last.
+    """
     resource_tracker.ensure_running()
+    loky.backend.resource_tracker.ensure_running()
 
 
 @contextmanager
