@@ -146,7 +146,7 @@ class HeaderWord(IntEnum):
     INCARNATION = 38
     """How many stores this segment has had before."""
     ENTRIES_USED = 39
-    """Above all entries that were ever used, and not far; for who looks at all of them (`shmplasma.census`)."""
+    """Above all entries with objects, and not above many more; for who looks at all of them (`shmplasma.census`)."""
     MOVE_ENTRY = 40
     """Entry + 1 of the object that is being moved, or 0; this and the next words are the journal of `shmplasma.moves`."""
     MOVE_SOURCE = 41

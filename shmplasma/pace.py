@@ -15,8 +15,9 @@ __all__ = ["MEASURED_BYTES", "Pace"]
 
 MEASURED_BYTES: Final = 16 << 20
 """Less is copied too fast to be measured once, and two threads were always faster at it."""
-_TRIAL: Final = 3
-"""The first copy that one thread makes; the first of all also waits for pages to be mapped, and tells little."""
+_TRIAL: Final = 6
+"""The number of the first copy that one thread makes.  Those before it also wait for memory that was never touched, and tell little:
+the first ones of 64 MiB by two threads took 17, 3, 2.2 and 1.8 ms."""
 _SLOWER: Final = 1.125
 """So many times as slow as before a way is held to be at most, after another copy."""
 _AGAIN: Final = 16
@@ -33,7 +34,7 @@ class Pace:
     Examples
     --------
     >>> pace = Pace()
-    >>> for ns in (9_000_000, 9_000_000, 9_000_000, 7_000_000):  # the last of these is made by one thread
+    >>> for ns in 6 * [9_000_000] + [7_000_000]:  # the last of these is made by one thread
     ...     pace.took(64 << 20, pace.threads(64 << 20, most=2), ns)
     >>> pace.threads(64 << 20, most=2)
     1

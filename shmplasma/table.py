@@ -13,7 +13,7 @@ The store is its only writer.  Clients read it while it changes, so the order of
 * INSERTIONS is raised before an entry is used anew, and is odd while a successor writes the chains: who finds it even, and the
   same after he has followed a chain, has missed nothing (`shmplasma.claims` owns that argument).
 * Every (generation, state) pair stands for one incarnation of the entry: freeing it raises the generation.
-* ENTRIES_USED is raised before an entry is used for the first time: whoever knows that an object was entered sees the number, and finds it below.
+* ENTRIES_USED is raised before an entry above it is used, and falls when all are free: whoever knows that an object was entered finds it below.
 * CREATED_NS is that of no other object under the same id: what is entered at one time is told apart by nanoseconds (see `shmplasma.removal`).
 * A mark says by a state word which object is deleted; it moves with the object to the next generation.
 * The checksum of an entry is written before the state that it goes with (`shmplasma.checks`).
@@ -62,7 +62,6 @@ _METADATA_SIZE: Final = int(EntryWord.METADATA_SIZE)
 _NEXT: Final = int(EntryWord.NEXT)
 _CREATED_NS: Final = int(EntryWord.CREATED_NS)
 _CONSTRUCT_NS: Final = int(EntryWord.CONSTRUCT_NS)
-
 _CHECK: Final = int(EntryWord.CHECK)
 _OWNER: Final = int(EntryWord.OWNER)
 _KEEP: Final = int(EntryWord.KEEP)
@@ -198,7 +197,7 @@ class Table:
 
     @property
     def end(self) -> int:
-        """The index above all entries that were ever used."""
+        """The index above all entries that hold an object."""
         return self._used_once
 
     def holds(self, entry: int) -> bool:
@@ -397,6 +396,10 @@ class Table:
         generation = self._words[at] >> GENERATION_SHIFT
         self._words[at] = (generation + 1) << GENERATION_SHIFT | _FREE
         self._free.append(entry)
+        if len(self._free) == self._used_once > _MARKED_AT_ONCE:  # all are free: begin anew
+            self._free = array("I")
+            self._used_once = self._marked = 0
+            mark_end(self._words, HeaderWord.ENTRIES_USED, 0)
 
     def remove(self, entry: int) -> None:
         """Give back the entry of an object that can be found."""

@@ -186,6 +186,32 @@ def test_how_far_entries_are_used_is_said_before_they_are() -> None:
         insert(table, name(n))
     assert insert(table, name(LAYOUT.n_entries)) == NO_ENTRY
     assert watched.n_objects == LAYOUT.n_entries
+    used = words[HeaderWord.ENTRIES_USED]
+    for n in range(1, LAYOUT.n_entries):
+        remove(table, name(n))
+    assert words[HeaderWord.ENTRIES_USED] == used
+
+
+def test_a_table_that_is_empty_again_begins_anew() -> None:
+    """Who looks at all objects need not look where many were once; no (generation, state) comes twice."""
+    words, raw = new_segment(LAYOUT)
+    table = Table(LAYOUT, words, raw, RecordedMemory().commit)
+    seen: set[tuple[int, int]] = set()
+    for _ in range(3):
+        for n in range(300):
+            entry = insert(table, name(n))
+            assert entry == n
+            seen.add((entry, table.state_word(entry)))
+        assert not table.prepare(table.free_entries + 1)
+        assert 300 <= words[HeaderWord.ENTRIES_USED] < 300 + 128
+        for n in range(150):
+            table.remove(table.find(name(n)))
+        for n in range(299, 149, -1):
+            remove(table, name(n))
+        table.check()
+        assert read_end(words, HeaderWord.ENTRIES_USED, 1) == 0
+        assert (len(table), table.end, table.free_entries) == (0, 0, LAYOUT.n_entries)
+    assert len(seen) == 3 * 300
 
 
 def test_memory_is_committed_a_page_of_entries_at_a_time() -> None:
