@@ -22,7 +22,7 @@ from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID, is_fresh
 from shmplasma.outbox import Outbox
-from shmplasma.pinning import BoardPool
+from shmplasma.pinning import BoardPool, Pin
 from shmplasma.posted import CLAIM, Abort, Claim
 from shmplasma.writable import Writable
 
@@ -135,7 +135,7 @@ class Claimant:
     ) -> npt.NDArray[np.uint8] | None:
         """Create an object, if that can be done without asking; otherwise as `shmplasma.session.Session.create`."""
         size = data_size + metadata_size
-        pin = self._boards.take_one() if size else None  # what has no bytes lies nowhere
+        pin = self._boards.take_one(Pin) if size else None  # what has no bytes lies nowhere
         if pin is None:
             return None
         leasing = self._leasing

@@ -206,7 +206,7 @@ class Hints:
 
     def expect(self, object_id: bytes) -> NamedPin | None:
         """Return a pin for an object that somebody may hint at; None if there is no free slot."""
-        pin = self._boards.take_named()
+        pin = self._boards.take_one(NamedPin)
         if pin is not None:
             pin.object_id, pin.offset, pin.data_size = object_id, 0, 0
             self._pins[pin.slot] = pin

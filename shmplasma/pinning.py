@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol, TypeVar, runtime_checkable
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
@@ -249,6 +249,9 @@ class NamedPin(Pin):
     data_size: int
 
 
+PinT = TypeVar("PinT", bound=Pin)
+"""A kind of pin."""
+
 Located = tuple[int, int, int, int, Pin]
 """An object that is pinned: offset, data size, metadata size (bytes), codec, pin."""
 
@@ -324,26 +327,14 @@ class BoardPool:
                 pins.append(pin)
         return pins
 
-    def take_one(self) -> Pin | None:
+    def take_one(self, kind: type[PinT]) -> PinT | None:
         """Return a pin of a free slot; None if there is none, and asks the store for nothing."""
         for board in reversed(self._boards):
             try:
                 word = board.free.pop()
             except IndexError:
                 continue
-            pin = Pin()
-            pin.board, pin.word = board, word
-            return pin
-        return None
-
-    def take_named(self) -> NamedPin | None:
-        """Return a pin that is to be told what it pins; None if there is no free slot."""
-        for board in reversed(self._boards):
-            try:
-                word = board.free.pop()
-            except IndexError:
-                continue
-            pin = NamedPin()
+            pin = kind()
             pin.board, pin.word = board, word
             return pin
         return None
