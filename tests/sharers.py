@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -67,10 +69,22 @@ def values(client: plasma.PlasmaClient) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def pool_of(n_workers: int, context: Any) -> Iterator[Any]:
+    """Give a pool whose workers end by themselves.
+
+    They have coverage's handler of SIGTERM at times, and one that is about to wait for a lock when `Pool.terminate` sends that waits on.
+    """
+    with context.Pool(n_workers) as pool:
+        yield pool
+        pool.close()
+        pool.join()
+
+
 def check_pool(client: plasma.PlasmaClient, context: Any) -> None:
     """Send all sorts of values to a pool, twice, and see what they are there, and what is stored."""
     sent = values(client)
-    with context.Pool(2) as pool:
+    with pool_of(2, context) as pool:
         before = objects(client)
         for _ in range(2):
             for name, (writable, total, large) in zip(
@@ -122,7 +136,7 @@ def check_full(client: plasma.PlasmaClient, context: Any) -> None:
             refs.append(client.put_ref(np.zeros(1_000_000)))
     except plasma.PlasmaStoreFull:
         pass
-    with context.Pool(1) as pool:
+    with pool_of(1, context) as pool:
         writable, total, large = pool.apply(look, (np.ones(1_200_000),))
         assert (writable, total, large[0]) == (True, 1_200_000, 1_200_000)
 
