@@ -107,7 +107,7 @@ class Census:
         end = read_end(self._words, _ENTRIES_USED, n_entries + 1)
         if (
             end > n_entries
-        ):  # it is damaged, or being written; where there is no memory nothing may be read
+        ):  # damaged, or being written: where there is no memory nothing may be read
             return None
         attempts = 0
         while attempts < _ATTEMPTS:

@@ -236,7 +236,8 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
     apart = None if sharing is None else _stored(value, sharing)
     if sharing is None or apart is None:
-        # The only error at which `distributed` goes on with its next family.
+        # Nothing is left to be written here: this error is how a family says that a value is not its own.  `distributed` looks for
+        # this type alone, and goes on with "dask" and "pickle"; at any other it gives the value up.
         raise NotImplementedError("there is no store in common, nothing large, or no room in it")
     body, _, kept = apart
     sink = io.BytesIO()

@@ -87,7 +87,7 @@ _SUMMARY: Final = Struct("@Q20s12xQQ72x")
 _RECORD: Final = Struct("@48sQQQQQQ24x")
 """All of an entry but its state: these, words 7 to 12, and no copy in an external store."""
 _ALL_ONES: Final = (1 << 64) - 1
-_MARKED_AT_ONCE: Final = 128
+_MARKED_AT_ONCE: Final = 128  # so that few insertions have to say how far entries are used
 
 
 class Table:

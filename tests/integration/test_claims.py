@@ -404,6 +404,22 @@ def test_claims_outlast_the_store(tmp_path: Path) -> None:
         other.disconnect()
 
 
+def test_locks_are_given_back_at_a_seal(client: PlasmaClient) -> None:
+    """Those of objects that the store has read of by then; who only creates gives them back from time to time."""
+    claims = session_of(client).claims
+    assert claims is not None
+    keys = [new_id() for _ in range(25)]
+    for key in keys[:5]:
+        client.create(key, 10)
+        client.seal(key)
+        client.flush()
+    assert len(claims._unread) <= 1
+    for key in keys[5:]:
+        client.create(key, 10)
+        client.flush()
+    assert len(claims._unread) <= 9
+
+
 # -- interrupts ----------------------------------------------------------------------------------
 
 INTERRUPTED = """
