@@ -339,8 +339,6 @@ class Reading(Connected):
                 return items
         if settling is not None and settled is not None and not wait and settling.are_absent(names):
             return items
-        if len(names) == 1 == len(ids):
-            return session.asking.get(names, deadline, wait=wait)
         asked: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
             part = names[start : start + _IDS_A_REQUEST]
