@@ -18,7 +18,8 @@ A3. follow the chain; the id is there: ask
 A4. INSERTIONS is not i: A2 again, or ask
 ======================================================  ==========================================================
 
-Whoever finds anything else than this, or has waited for some time, asks the store.  Mostly there is nothing to wait for.
+Whoever finds anything else than this, or has waited for some time, asks the store.  Mostly there is nothing to wait for; nor is there where none of the records
+that are unread is about the id (`shmplasma.unread`), as then it does not matter when they are read.
 
 *What was put before is in the table at A2.*  A put is over when its record has its number, and whoever knows of that, by whatever way, sees
 the number: x86-64 keeps the order of stores, and that of loads.  Its writer had its board before, so BOARDS_END, which is raised before a

@@ -164,8 +164,6 @@ class Answers:
             self._fill(get, object_id, entry)
             if not get.missing:
                 self.answer_now(get.client, get.request_id)
-        if self._table.size(entry):
-            self._boards.resolve(entry, self._table.location(entry)[0])
 
     def look_again(self) -> None:
         """Find what was asked for while it was hidden by a move, and is not any more."""

@@ -15,7 +15,7 @@ from shmplasma.hinting import Hints
 from shmplasma.link import GIVE_UP_SECONDS, Link
 from shmplasma.objects import ObjectID
 from shmplasma.outcomes import expect
-from shmplasma.pinning import BoardPool, Located, NamedPin, Pin, located
+from shmplasma.pinning import BoardPool, Located, Pin, located
 from shmplasma.protocol import Frame
 from shmplasma.reader import FastReader
 from shmplasma.replies import Objects
@@ -86,8 +86,8 @@ class Asking:
         while True:
             pins = self._boards.take(len(object_ids))
             expected = None
-            if wait and len(object_ids) == 1 and self._hints is not None and self._hears():
-                expected = self._hints.expect(object_ids[0])
+            if wait and len(object_ids) == 1 and self._hears():
+                expected = self._boards.take_one()
             request = Get(wait, object_ids, [pin.slot for pin in pins], expected is not None)
             found = self._ask_get(request, deadline, pins, expected)
             if expected is None or found[0] is None or found[0][4].is_set:
@@ -112,7 +112,7 @@ class Asking:
         request: Get,
         deadline: float | None,
         pins: list[Pin],
-        expected: NamedPin | None,
+        expected: Pin | None,
     ) -> list[Located | None]:
         """Send a get, to another store if this one dies, and return what it finds."""
         while True:
@@ -131,7 +131,7 @@ class Asking:
         request: Get,
         deadline: float | None,
         pins: list[Pin],
-        expected: NamedPin | None,
+        expected: Pin | None,
     ) -> list[Located | None]:
         """Send a get and wait for its answer, or a hint; at the deadline, or an interrupt, ask for the answer at once."""
         body = request.encode()
@@ -146,7 +146,9 @@ class Asking:
                 channel.expect_hint(request_id)
             channel.request(Get.KIND, request_id, body)
             if expected is not None:
-                taken = self._follow_hints(channel, request_id, deadline, expected, pins[0])
+                taken = self._follow_hints(
+                    channel, request, request_id, deadline, expected, pins[0]
+                )
                 if taken is not None:
                     channel.give_up(request_id, let_go)
                     return [taken]
@@ -170,9 +172,10 @@ class Asking:
     def _follow_hints(
         self,
         channel: Channel,
+        request: Get,
         request_id: int,
         deadline: float | None,
-        expected: NamedPin,
+        expected: Pin,
         lent: Pin,
     ) -> Located | None:
         """Return what a get was hinted at; None when there is a reply, or is going to be one, or when the deadline comes."""
@@ -182,7 +185,7 @@ class Asking:
             if type(hint) is not bytes:
                 return None
             if self._hints.is_there(hint):
-                taken = self._hints.take(hint, expected, lent)
+                taken = self._hints.take(hint, request.object_ids[0], expected, lent)
                 if taken is not None:
                     return taken
         return None

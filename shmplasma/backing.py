@@ -15,7 +15,7 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.errors import AttachError, CommitError
-from shmplasma.layout import OUTBOX_BYTES, Layout
+from shmplasma.layout import MAX_SEGMENT_BYTES, OUTBOX_BYTES, Layout
 
 __all__ = [
     "SHM_DIRECTORY",
@@ -64,7 +64,8 @@ def check_room(layout: Layout, directory: str | None) -> None:
         needed -= layout.data - layout.boards + layout.control - layout.entries
         # Entries, visited, marks, a board and its outbox.
         needed += 4 * layout.page_bytes + OUTBOX_BYTES
-    free = free_bytes(directory)
+    # Beyond what a pin by offset can name there is no room, whatever the file system has.
+    free = min(free_bytes(directory), MAX_SEGMENT_BYTES - layout.segment_bytes + needed)
     if free < needed:
         raise CommitError(needed, free, remedy(needed - free, directory))
 

@@ -20,7 +20,7 @@ while it is pinned, moved, or that is in the external store is none of FREE, CRE
 when it has arrived, and marked: that is asked for as well.
 
 *How many hold an object* is what the store counts: the clients that have it on a board, and the one that has lent a slot for what is CREATED.  What is pinned by its offset
-(`shmplasma.claims`) is the store's to tell.
+(`shmplasma.offset_pins`) is the store's to tell.
 
 Nothing is written, so an interrupt, a fork or the collector does no harm between any two steps.
 """
@@ -35,7 +35,6 @@ from typing import Final
 import numpy as np
 
 from shmplasma.attachment import Attachment
-from shmplasma.claims import AT_OFFSET
 from shmplasma.layout import (
     BOARD_WORDS,
     CONTROL_BYTES,
@@ -47,6 +46,7 @@ from shmplasma.layout import (
     HeaderWord,
     read_end,
 )
+from shmplasma.offset_pins import AT_OFFSET
 from shmplasma.pins import words_on
 from shmplasma.replies import Listing
 from shmplasma.settling import Settling

@@ -14,15 +14,15 @@ import numpy.typing as npt
 
 from shmplasma.absence import NOWHERE, Absence
 from shmplasma.attachment import Attachment
-from shmplasma.claims import AT_OFFSET
 from shmplasma.codecs import Payload
 from shmplasma.hinting import Hints
 from shmplasma.leasing import LeaseWriter, fill
 from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID, is_fresh
+from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import Outbox
-from shmplasma.pinning import BoardPool, Pin
+from shmplasma.pinning import BoardPool
 from shmplasma.posted import CLAIM, Abort, Claim
 from shmplasma.writable import Writable
 
@@ -135,7 +135,7 @@ class Claimant:
     ) -> npt.NDArray[np.uint8] | None:
         """Create an object, if that can be done without asking; otherwise as `shmplasma.session.Session.create`."""
         size = data_size + metadata_size
-        pin = self._boards.take_one(Pin) if size else None  # what has no bytes lies nowhere
+        pin = self._boards.take_one() if size else None  # what has no bytes lies nowhere
         if pin is None:
             return None
         leasing = self._leasing
@@ -148,7 +148,7 @@ class Claimant:
                     return None
                 leasing.take(size)
                 announced = True
-                pin.board.words[pin.word] = AT_OFFSET | offset
+                pin.board.words[pin.word] = pin_word(object_id.hash32, offset)
                 fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
                 self._link.post(_CLAIM, CLAIM.pack(*fields), is_urgent=False)
                 if len(self._unread) > _KEPT:

@@ -54,23 +54,8 @@ Ids that nobody chose
 
 The pin
     The entry of the object, which a slot holds otherwise, is not known to the client at C5.  So the slot says at which offset the object
-    lies, with `AT_OFFSET` on top; the store knows the entry by that when it has read the record.  An object that is pinned does not move, so it
-    is at that offset as long as the slot says so.  The slot is the client's throughout, and is cleared like any other.  Before the record is
+    lies (`shmplasma.offset_pins`).  The slot is the client's throughout, and is cleared like any other.  Before the record is
     read the extent is the lease's, and after a death the successor reads the records first.
 
 What is inserted by a `Claim` is an object like that of a `Create`: its creator seals or aborts it, and it goes with him.
 """
-
-from __future__ import annotations
-
-from typing import Final
-
-__all__ = ["AT_OFFSET", "pin_word"]
-
-AT_OFFSET: Final = 1 << 63
-"""In a slot: what follows is no entry, but the offset of an object."""
-
-
-def pin_word(offset: int) -> int:
-    """Return what a slot holds that pins the object at an offset of the segment."""
-    return AT_OFFSET | offset

@@ -15,21 +15,18 @@ has lent is the client's and the store's alike here, and what stands in it when 
 getter, hinted at record n of an outbox                 store, when it has read the record
 ======================================================  ==========================================================
 G1. record n is there, unread, and makes an object      S0. the object is in the table, SEALED
-    readable under the id
+    readable under the id (`shmplasma.unread`)
 G2. a slot of its own says at which offset it lies,     S1. WANTED = 0
     or which entry it has
-G3. the lent slot says `TAKEN`, and the offset          S2. membarrier
-G4. WANTED names this get?                              S3. the lent slot says `TAKEN`: pins by that offset mean
-G5. yes: there is the object; the reply is for nobody       this entry, and the reply comes without a pin
-G6. no: both slots are 0 again; wait for the reply; if      else: the lent slot is the pin, as for any get
+G3. the lent slot says `TAKEN`                          S2. membarrier
+G4. WANTED names this get?                              S3. the lent slot says `TAKEN`: the reply comes without
+G5. yes: there is the object; the reply is for nobody       a pin; else: the lent slot is the pin, as for any get
+G6. no: both slots are 0 again; wait for the reply; if
     the lent slot is 0 then, look in the table, or begin
     anew
 ======================================================  ==========================================================
 
-*What a record makes readable.*  A `Publish` says where its object lies.  A `Seal` does not: that says the `Claim` before it in the same outbox, if that is
-unread; else the object has an entry, CREATED, whose creator is the client of that outbox.  Any other unread record under the id, as an `Abort`, leaves all to the
-store.  A CREATED object goes only by a record of its creator, or when he is dropped, before which his records are read; so as long as the `Seal` is
-unread the entry is this object's.  G4 looks at its state once more, after the pin, as any reader does (`shmplasma.pins`).
+*What has an entry* is looked at once more at G4, after the pin, as by any reader (`shmplasma.pins`).
 
 *Who is told goes first.*  A kernel may put him on the processor of the putter, although another is idle; so the putter gives way when he has hinted, before
 he tells the store and goes on.
@@ -41,8 +38,7 @@ answers him.  A record that another thread of the putter has written meanwhile i
 
 *Who passes G4 has pinned the object before anybody can take it.*  x86-64 keeps the order of stores, and that of loads, but G4 may
 pass G2 and G3.  If G4 has read the word before S1 was visible, then the membarrier came after it, so G2 and G3 are visible in S3; and the
-lent slot stays as it is until the reply is read.  So the store knows the offset, and from then on which entry is meant by a pin
-there (`Boards.resolve`); which one is meant by a pin of an entry it knows.  Takes come after that and find the pin (`shmplasma.pins`).  Before S0 the extent is its
+lent slot stays as it is until the reply is read.  Takes come after that and find the pin (`shmplasma.pins`, `shmplasma.offset_pins`).  Before S0 the extent is its
 putter's lease, which ends only when his records are read: also when he has left, or was killed, or has posted what nobody may.
 
 *The record is what it was in G1, and unread.*  Its place is written again, and counted in ACKNOWLEDGED, only when the store is done with it, and before
@@ -58,8 +54,7 @@ is not 0 when the reply has come it is the store's pin, as the store writes noth
 *A get that ends otherwise* (its time is over, its client leaves) goes through S1 to S3 as well: what was taken is pinned, and its
 record is still to be read.
 
-*A store that dies* leaves words, slots and records.  Its successor clears the words, issues a barrier, and takes every pin by an offset at which
-no object lies for one that was taken by G5 (`Boards.expect_pinned`), before it reads any outbox.
+*A store that dies* leaves words, slots and records.  Its successor clears the words, and issues a barrier, before it reads any outbox.
 
 A hint is no more than that: one that is lost, comes late, or says what is not so costs its receiver a look.  No word of it is believed but
 that it is worth looking there; the record's word is its putter's, whose bytes the getter wants.  So hints need no answer, no
@@ -84,7 +79,7 @@ HINT: Final = Struct("@IIQ")
 """Request id of the get, the putter's first board, and how many records he had posted with this one."""
 
 TAKEN: Final = 1 << 62
-"""In a lent slot: what lies at the offset that follows was taken.  It pins nothing."""
+"""In a lent slot: what the get waits for was taken.  It pins nothing."""
 
 _FIRST: Final = int(HeaderWord.WANTED)
 
@@ -144,7 +139,6 @@ class Wanted:
         word = self._boards.word(get.request.slots[0])
         if word & TAKEN:
             get.is_taken = True
-            self._boards.expect(word ^ TAKEN)
 
     def clear(self) -> None:
         """Take back what a store that has died has said; from here on pins tell what was taken."""

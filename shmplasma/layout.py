@@ -52,6 +52,7 @@ __all__ = [
     "ID_FIELD",
     "LAYOUT_VERSION",
     "MARK_BYTES",
+    "MAX_SEGMENT_BYTES",
     "OUTBOX_BYTES",
     "REFERENCED",
     "STAGE_BYTES",
@@ -70,7 +71,7 @@ __all__ = [
     "read_end",
 ]
 
-LAYOUT_VERSION: Final = 10
+LAYOUT_VERSION: Final = 11
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -86,6 +87,8 @@ _LARGE_ALIGNMENT: Final = 4096
 lies up to 512 bytes behind its source, pages apart, glibc's way past the caches is the slower one: 6.2 GB/s instead of 15.5
 (512 MiB, two threads, AMD EPYC)."""
 
+MAX_SEGMENT_BYTES: Final = 1 << 46
+"""64 TiB: what a pin by offset can tell (`shmplasma.offset_pins`)."""
 HEADER_BYTES: Final = 4096
 WANTED_WORDS: Final = 128
 """So many gets can be hinted at; a power of two."""

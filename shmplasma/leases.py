@@ -230,9 +230,10 @@ class Leases:
         return skipped, offset - skipped
 
     def note_published(self, client: int) -> None:
-        """Write the cursor down, now that the object is in the table: a successor is not to miss it."""
-        lease = self._of_client[client]
-        self._control.advance(lease.board, lease.cursor)
+        """Write the cursor down, if there is a lease, now that the object is in the table: a successor is not to miss it."""
+        lease = self._of_client.get(client)
+        if lease is not None:
+            self._control.advance(lease.board, lease.cursor)
 
     def was_published(self, client: int, offset: int) -> bool:
         """Tell whether an object that a client announces again lies behind it already."""

@@ -228,7 +228,7 @@ class Lifecycle:
     def claim(self, client: int, message: Claim, now_ns: int) -> bool:
         """Enter an object that a client creates in its lease, pinned already; tell whether its id is new.
 
-        If it is not, the room is in use until the writer lets go of it.
+        If it is not, see `reject`.
         """
         if self.exists(message.object_id):
             self.reject(message, now_ns)
@@ -237,18 +237,17 @@ class Lifecycle:
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, owner=slot + 1
         )
-        self._boards.claimed(entry, offset)
         self._note_creator(client, entry)
         return True
 
     def reject(self, message: Claim | Publish, now_ns: int) -> None:
-        """Have room in a lease go when nobody pins it any more, as what was put there is no object."""
+        """Keep room in a lease for who pins what was put there, which is no object, until `Releases.settle` and as long as he does."""
         object_id, offset, data_size, metadata_size, codec = message[:5]
-        entry = self._table.insert(
-            object_id, codec, offset, data_size, metadata_size, now_ns, EntryState.EVICTING
-        )
-        self._boards.claimed(entry, offset)
-        self.releases.leave(entry)
+        if data_size + metadata_size:
+            entry = self._table.insert(
+                object_id, codec, offset, data_size, metadata_size, now_ns, EntryState.EVICTING
+            )
+            self._limbo.add(entry)
 
     def _note_creator(self, client: int, entry: int) -> None:
         self._creators[entry] = client
@@ -449,7 +448,7 @@ class Lifecycle:
     # -- recovering ----------------------------------------------------------------------------
 
     def recover(self) -> Findings:
-        """Take over what a store that has died has left in the segment.
+        """Take over what a store that has died has left in the segment; nothing goes before `Releases.settle`.
 
         Returns
         -------

@@ -52,6 +52,7 @@ __all__ = [
     "ANNOUNCED_AT",
     "MISSED",
     "RECORDS",
+    "RECORD_BYTES",
     "Outbox",
     "Polling",
     "is_written",
@@ -59,8 +60,8 @@ __all__ = [
     "unread",
 ]
 
-_RECORD_BYTES: Final = 64
-RECORDS: Final = OUTBOX_BYTES // _RECORD_BYTES
+RECORD_BYTES: Final = 64
+RECORDS: Final = OUTBOX_BYTES // RECORD_BYTES
 ANNOUNCED_AT: Final = RECORDS // 2
 """How many records may wait for a store that looks by itself before a message wakes it."""
 _FRUITLESS: Final = 2
@@ -73,7 +74,7 @@ _ATTEMPTS: Final = 4
 _INCARNATIONS: Final = 1 << 32
 _CONTENT: Final = Struct("@HH52s")
 _RECORD: Final = Struct("@QHH52s")
-_WORDS: Final = _RECORD_BYTES // 8
+_WORDS: Final = RECORD_BYTES // 8
 
 
 class Outbox:
@@ -295,7 +296,7 @@ def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int
     (5, b'body')
     >>> read_record(page, 1)
     """
-    at = start + (acknowledged & _MASK) * _RECORD_BYTES
+    at = start + (acknowledged & _MASK) * RECORD_BYTES
     number, kind, length, body = _RECORD.unpack_from(raw, at)
     if number != acknowledged + 1:
         return None

@@ -104,9 +104,7 @@ class Parts:
             self.objects.spilling = Spilling(
                 self.table, self.boards, self.room, layout.capacity, external
             )
-        self.publishing = Publishing(
-            self.table, self.boards, self.room, leases, self.objects, memory
-        )
+        self.publishing = Publishing(self.table, self.room, leases, self.objects, memory)
         self.deletions = Deletions(self.table, self.objects, self.room.mover)
         self.ledger = Ledger(self.table, self.room, self.deletions, ticket_ns)
         self.greeter = Greeter(

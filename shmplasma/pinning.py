@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, Protocol, TypeVar, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HeaderWord
@@ -29,7 +29,7 @@ from shmplasma.outbox import MISSED
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import ABSENT, Found
 
-__all__ = ["BoardPool", "Lifeline", "Located", "NamedPin", "Pin", "PinBoard", "located"]
+__all__ = ["BoardPool", "Lifeline", "Located", "Pin", "PinBoard", "located"]
 
 _GROWING: Final = frozenset({"with_room"})
 
@@ -231,27 +231,6 @@ class Pin:
             board.lifeline.wake_store()
 
 
-class NamedPin(Pin):
-    """A pin that knows what it pins, where its word does not say it.
-
-    Attributes
-    ----------
-    object_id : bytes
-        The object.
-    offset, data_size : int
-        Where it is, and how many bytes it has; 0 as long as it is not pinned.
-    """
-
-    __slots__ = ("__weakref__", "data_size", "object_id", "offset")
-
-    object_id: bytes
-    offset: int
-    data_size: int
-
-
-PinT = TypeVar("PinT", bound=Pin)
-"""A kind of pin."""
-
 Located = tuple[int, int, int, int, Pin]
 """An object that is pinned: offset, data size, metadata size (bytes), codec, pin."""
 
@@ -327,14 +306,14 @@ class BoardPool:
                 pins.append(pin)
         return pins
 
-    def take_one(self, kind: type[PinT]) -> PinT | None:
+    def take_one(self) -> Pin | None:
         """Return a pin of a free slot; None if there is none, and asks the store for nothing."""
         for board in reversed(self._boards):
             try:
                 word = board.free.pop()
             except IndexError:
                 continue
-            pin = kind()
+            pin = Pin()
             pin.board, pin.word = board, word
             return pin
         return None

@@ -15,8 +15,8 @@ held       the client: a reader pins, a finalizer clears         the finalizer, 
 lent       the store, which may write entry index + 1 to it      the reply to the request that named it: held
 =========  ====================================================  ==============================================
 
-A client that has created an object by itself holds it by its offset, until the buffer dies (`shmplasma.claims`); so does one
-that has it from its creator (`shmplasma.hints`), for which a lent slot is written to by both.
+Who has an object that the store has not entered yet holds it by its offset, until the buffer dies (`shmplasma.offset_pins`): its creator, and
+who has it from him.  One that was hinted at it writes to the slot that he has lent, as the store does (`shmplasma.hints`).
 
 So every word has one writer at a time, and a buffer is released by one 8-byte store.  The store reads the
 boards when it wants to know who holds what; a word that names no object counts for nothing and harms only
@@ -76,7 +76,6 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
-from shmplasma.claims import AT_OFFSET, pin_word
 from shmplasma.control import Control, Owner
 from shmplasma.layout import (
     BOARD_BYTES,
@@ -87,6 +86,7 @@ from shmplasma.layout import (
     mark_end,
     read_end,
 )
+from shmplasma.offset_pins import AT_OFFSET, OffsetPins, offset_of
 
 __all__ = ["FIRST_SLOT", "Boards", "slots_of", "words_on"]
 
@@ -98,10 +98,6 @@ _EMPTY: Final = bytes(BOARD_BYTES - FIRST_SLOT * 8)
 _PART_BYTES: Final = len(_EMPTY) // 7
 """Boards are looked through by parts of 73 slots: most are empty, and comparing is much faster than taking words apart."""
 _EMPTY_PART: Final = bytes(_PART_BYTES)
-_CLAIMS_KEPT: Final = 64
-"""From so many claims on it is looked whether any was let go of."""
-_EXPECTED_KEPT: Final = 64
-"""The same of offsets that are pinned before there is an object."""
 
 
 def slots_of(board: int) -> range:
@@ -156,8 +152,8 @@ class Boards:
 
     Attributes
     ----------
-    expected : set of int
-        The words of pins of what will be put (see `expect`).
+    limbo : set of int
+        The entries that are in no chain of the table (see `shmplasma.releases`).
 
     Notes
     -----
@@ -182,10 +178,8 @@ class Boards:
         self._of_client: dict[int, list[int]] = {}
         self._free: list[int] = []
         self._used_once = 0
-        self._claimed: dict[int, int] = {}
-        self._word_of: dict[int, int] = {}
-        self._prune_at = _CLAIMS_KEPT
-        self.expected: set[int] = set()
+        self._offset_pins = OffsetPins(layout, words)
+        self.limbo: set[int] = set()
 
     def grant(self, client: int, pid: int, start_time: int) -> int | None:
         """Give a client one more board and return its number, or None when all are in use.
@@ -309,92 +303,51 @@ class Boards:
                 if self._words[self._first_word + slot] == entry + 1:
                     self._words[self._first_word + slot] = 0
 
-    def claimed(self, entry: int, offset: int) -> None:
-        """Take note of which entry is meant by pins of what lies at an offset, from now on.
-
-        Whoever pins it like that has done so already; amortized O(1).
-        """
-        word = pin_word(offset)
-        self._forget(word)
-        self._claimed[word] = entry
-        self._word_of[entry] = word
-        if len(self._claimed) > self._prune_at:
-            held = set[int]().union(*map(self._words_of, self._of_client))
-            for each in self._claimed.keys() - held:
-                self._forget(each)
-            self._prune_at = 2 * len(self._claimed) + _CLAIMS_KEPT
-
-    def expect(self, offset: int) -> None:
-        """Take note that somebody pins what will be put at an offset (`shmplasma.hints`); amortized O(1)."""
-        if len(self.expected) >= _EXPECTED_KEPT:
-            self.expected &= self._offset_words()
-        self.expected.add(pin_word(offset))
-
-    def expect_pinned(self) -> None:
-        """Do so of all offsets that are pinned and at which no object lies."""
-        self.expected |= self._offset_words() - self._claimed.keys()
-
-    def is_expected(self, offset: int) -> bool:
-        """Tell whether somebody may pin what will be put at an offset."""
-        return bool(self.expected) and pin_word(offset) in self.expected
-
-    def resolve(self, entry: int, offset: int) -> None:
-        """Have pins of what was expected at an offset mean this entry, which has bytes there, from now on."""
-        if self.expected and (word := pin_word(offset)) in self.expected:
-            self.expected.remove(word)
-            self.claimed(entry, offset)
-
-    def _forget(self, word: int) -> None:
-        entry = self._claimed.pop(word, None)
-        if entry is not None and self._word_of.get(entry) == word:
-            del self._word_of[entry]
-
     def pinned_offsets(self) -> set[int]:
         """Return the offsets that anybody pins, with or without an object there."""
-        return {word ^ AT_OFFSET for word in self._offset_words()}
-
-    def _offset_words(self) -> set[int]:
-        words = set[int]().union(*map(self._words_of, self._of_client))
-        return {word for word in words if word & AT_OFFSET}
+        return {offset_of(word) for word in self._all_words() if word >= AT_OFFSET}
 
     def held_by(self, client: int) -> set[int]:
-        """Return the entries that a client pins; words which name no entry are left out."""
-        held = self._words_of(client)
-        n_entries, claimed = self._layout.n_entries, self._claimed
+        """Return the entries that a client pins; words which name no object in the table are left out."""
+        held = words_on(self._raw, self._layout, self._of_client.get(client, ()))
+        n_entries = self._layout.n_entries
         entries = {word - 1 for word in held if word <= n_entries}
-        if claimed:
-            entries.update(claimed[word] for word in held if word in claimed)
+        if len(entries) < len(held):
+            by_offset = [word for word in held if word >= AT_OFFSET]
+            entries |= set(map(self._offset_pins.entry, by_offset))
+            entries.discard(-1)
+            if self.limbo:  # in which there is what is in no chain
+                offsets = set(map(offset_of, by_offset))
+                entries |= {
+                    each for each in self.limbo if self._offset_pins.offset(each) in offsets
+                }
         return entries
-
-    def _words_of(self, client: int) -> set[int]:
-        """Return what stands in the slots of a client, but 0."""
-        return words_on(self._raw, self._layout, self._of_client.get(client, ()))
 
     def pinned(self) -> set[int]:
         """Return all entries that anybody pins."""
-        pinned: set[int] = set()
-        for client in self._of_client:
-            pinned |= self.held_by(client)
-        return pinned
+        return set[int]().union(*map(self.held_by, self._of_client))
+
+    def pinned_among(self, entries: Iterable[int]) -> set[int]:
+        """Return those of these entries that anybody pins, in a chain of the table or not."""
+        words = self._all_words()
+        offsets = {offset_of(word) for word in words if word >= AT_OFFSET}
+        if not offsets:
+            return {entry for entry in entries if entry + 1 in words}
+        offset = self._offset_pins.offset
+        return {entry for entry in entries if entry + 1 in words or offset(entry) in offsets}
+
+    def _all_words(self) -> set[int]:
+        return words_on(self._raw, self._layout, self._owner)
 
     def is_pinned(self, entry: int) -> bool:
-        """Tell whether anybody pins the entry; cheaper than `pinned` for a single one."""
-        claimed = self._word_of.get(entry)
-        return self._is_there(entry + 1) or (claimed is not None and self._is_there(claimed))
-
-    def _is_there(self, wanted: int) -> bool:
-        """Tell whether this stands in any slot."""
-        word = _WORD.pack(wanted)
-        # Nearly all of a board is zeros, which are best not looked for.
-        start_of_word = word.rstrip(b"\0")
+        """Tell whether anybody pins the entry; cheaper than `pinned_among` for a single one."""
+        at_offset = self._offset_pins.word(entry)
+        words = [_WORD.pack(word) for word in (entry + 1, at_offset) if word]
         for board in self._owner:
             start = self._layout.boards + board * BOARD_BYTES
             content = bytes(self._raw[start + FIRST_SLOT * 8 : start + BOARD_BYTES])
-            at = -1 if content == _EMPTY else content.find(start_of_word)
-            while at >= 0:
-                if at % 8 == 0 and content.startswith(word, at):
-                    return True
-                at = content.find(start_of_word, at + 1)
+            if content != _EMPTY and any(_is_in(content, word) for word in words):
+                return True
         return False
 
     def check(self) -> None:
@@ -405,3 +358,15 @@ class Boards:
         for board in self._free:
             start = self._first_word + board * BOARD_WORDS
             assert not any(self._words[start : start + BOARD_WORDS]), f"board {board} is not clear"
+
+
+def _is_in(content: bytes, word: bytes) -> bool:
+    """Tell whether this is one of the words."""
+    # Nearly all of a board is zeros, which are best not looked for.
+    start_of_word = word.rstrip(b"\0")
+    at = content.find(start_of_word)
+    while at >= 0:
+        if at % 8 == 0 and content.startswith(word, at):
+            return True
+        at = content.find(start_of_word, at + 1)
+    return False

@@ -82,10 +82,10 @@ class Posts:
         self._carry_out = carry_out
         self._glances = False
 
-    def heed(self, session: Session, now_ns: int, *, recovering: bool = False) -> int:
+    def heed(self, session: Session, now_ns: int) -> int:
         """Carry out what a client has posted, and return how much that was.
 
-        At a recovery the first record may have been carried out already.
+        What a record makes readable goes at the earliest when that is acknowledged (`shmplasma.unread`).
 
         Raises
         ------
@@ -105,26 +105,40 @@ class Posts:
                 message = decode_posted(*record)
                 if begun and type(message) is not Remove:
                     self._deletions.end()
-                if not (
-                    recovering
-                    and not count
-                    and isinstance(message, (Publish, Claim))
-                    and self._publishing.was_published(session.client, message.offset)
-                ):
-                    try:
-                        if type(message) is Publish:
-                            self._publish(session, message, now_ns)
-                        else:
-                            self._carry_out(session, ONE_WAY, message, now_ns)
-                    except Refused as refused:
-                        self._outgoing.reply(session.client, ONE_WAY, refused.failed)
+                refused = None
+                try:
+                    if type(message) is Publish:
+                        self._publish(session, message, now_ns)
+                    else:
+                        self._carry_out(session, ONE_WAY, message, now_ns)
+                except Refused as error:
+                    refused = error.failed
                 acknowledged += 1
                 count += 1
                 self._control.acknowledge(board, acknowledged)
+                if refused is not None:
+                    self._publishing.note_refused(session.client)
+                    self._outgoing.reply(session.client, ONE_WAY, refused)
         finally:
             if begun and (not self._glances or len(begun) >= _DELETED_AT_ONCE):
                 self._deletions.end()
         return count
+
+    def acknowledge_published(self) -> None:
+        """Acknowledge what a store that has died had carried out, and could not say so any more: the first record of an outbox."""
+        for session in self._sessions.values():
+            board = session.board
+            start = self._outboxes + board * OUTBOX_BYTES
+            acknowledged = self._control.acknowledged(board)
+            record = read_record(self._raw[start : start + OUTBOX_BYTES], acknowledged)
+            try:
+                message = None if record is None else decode_posted(*record)
+            except ProtocolError:
+                continue  # for which its client is dropped when it is read
+            if isinstance(message, (Publish, Claim)) and self._publishing.was_published(
+                session.client, message.offset
+            ):
+                self._control.acknowledge(board, acknowledged + 1)
 
     def heed_or_drop(self, session: Session | None, now_ns: int) -> int:
         """Carry out what a connection has posted, if it is a client's; drop it for what it may not post."""

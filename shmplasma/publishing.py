@@ -36,7 +36,6 @@ from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.leases import MIN_LEASE_BYTES, Leases
 from shmplasma.lifecycle import Lifecycle
 from shmplasma.memory import Memory
-from shmplasma.pins import Boards
 from shmplasma.posted import Claim, Publish
 from shmplasma.replies import Leased
 from shmplasma.requests import AskLease
@@ -60,7 +59,7 @@ class Publishing:
 
     Parameters
     ----------
-    table, boards, room, leases, objects
+    table, room, leases, objects
         The parts of the store that it joins.
     memory : Memory
         Issues barriers.
@@ -69,14 +68,12 @@ class Publishing:
     def __init__(
         self,
         table: Table,
-        boards: Boards,
         room: Room,
         leases: Leases,
         objects: Lifecycle,
         memory: Memory,
     ) -> None:
         self._table = table
-        self._boards = boards
         self._room = room
         self._residents = room.residents
         self._leases = leases
@@ -171,12 +168,12 @@ class Publishing:
         now_ns : int
             The time.
         withdraw : callable
-            Is told the id before the object is refused; from then on nobody takes it who does not pin it already.
+            Is told the id before the object is refused; from then on nobody whom the store has named takes it (`shmplasma.hints`).
 
         Raises
         ------
         Refused
-            The id exists; the room goes back, when nobody pins it any more.
+            The id exists; `note_refused` is to follow.
         ProtocolError
             It is not in the client's lease.
         """
@@ -187,17 +184,11 @@ class Publishing:
             self._room.give_back(start, skipped)
         if self._objects.exists(object_id):
             withdraw(object_id)
-            if size and self._boards.is_expected(offset):
-                self._objects.reject(message, now_ns)
-            else:
-                self._room.give_back(offset, size)
-            self._leases.note_published(client)
+            self._objects.reject(message, now_ns)
             raise existing(object_id)
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
-        if size and self._boards.expected:
-            self._boards.resolve(entry, offset)
         self._leases.note_published(client)
         if keep:
             self._residents.sealed(entry)
@@ -211,7 +202,7 @@ class Publishing:
         Raises
         ------
         Refused
-            The id exists; the room goes back when its writer lets go of it.
+            The id exists; `note_refused` is to follow.
         ProtocolError
             It is not in the client's lease.
         """
@@ -219,10 +210,18 @@ class Publishing:
         start, skipped = self._leases.publish(client, offset, size)
         if skipped:
             self._room.give_back(start, skipped)
-        is_new = self._objects.claim(client, message, now_ns)
-        self._leases.note_published(client)
-        if not is_new:
+        if not self._objects.claim(client, message, now_ns):
             raise existing(message.object_id)
+        self._leases.note_published(client)
+
+    def note_refused(self, client: int) -> None:
+        """Give back the room of what was refused, when nobody pins it; its record is acknowledged.
+
+        A successor of a store that dies before this takes the room for a part of the lease, and reads the record again if that is not
+        acknowledged.
+        """
+        self._leases.note_published(client)
+        self._objects.releases.settle()
 
     def was_published(self, client: int, offset: int) -> bool:
         """Tell whether a store that has died had entered the object that a client wrote there."""

@@ -24,6 +24,7 @@ from shmplasma.replies import Number
 from shmplasma.requests import Contains
 from shmplasma.serialization import SerializationContext, deserialize
 from shmplasma.session import Session
+from shmplasma.unread import Places
 
 __all__ = ["Encoded", "Mode", "ObjectNotAvailable", "Reading"]
 
@@ -115,7 +116,7 @@ class Reading(Connected):
             except AttributeError:
                 _refuse(object_ids)
             if buffer is None:
-                found = self._ask(session, object_ids, timeout_ms)[0]
+                found = self._find_new(session, object_ids, timeout_ms)
                 buffer = None if found is None else session.data(found)
             return [buffer]
         ids = _ids(object_ids)
@@ -133,7 +134,8 @@ class Reading(Connected):
                 _refuse(ids)
             misses = [at for at, buffer in enumerate(items) if buffer is None]
             if misses:
-                asked = self._ask(session, [ids[at] for at in misses], timeout_ms)
+                places = None if session.unread is None else session.unread.places()
+                asked = self._ask(session, [ids[at] for at in misses], timeout_ms, places)
                 for at, got in zip(misses, asked, strict=True):
                     items[at] = None if got is None else session.data(got)
         return items[0] if isinstance(object_ids, ObjectID) else items
@@ -216,7 +218,7 @@ class Reading(Connected):
         if isinstance(object_ids, ObjectID):
             got = None if session.reader is None else session.reader.locate(object_ids)
             if got is None:
-                (got,) = self._ask(session, (object_ids,), timeout_ms)
+                got = self._find_new(session, (object_ids,), timeout_ms)
             return value(session, got, serialization_context)
         return [
             value(session, got, serialization_context)
@@ -249,6 +251,13 @@ class Reading(Connected):
         if misses:
             deadline, wait = _deadline(timeout_ms)
             names = [checked(ids[at]).id_bytes for at in misses]
+            unread = session.unread
+            places = None if unread is None else unread.places()
+            if unread is not None and places:
+                for at, name in zip(misses, names, strict=True):
+                    items[at] = unread.take(name, places)
+                misses = [at for at in misses if items[at] is None]
+                names = [ids[at].id_bytes for at in misses]
             asked: list[Located | None] = []
             for start in range(0, len(names), _IDS_A_REQUEST):
                 part = names[start : start + _IDS_A_REQUEST]
@@ -267,18 +276,23 @@ class Reading(Connected):
         store has read all that clients have put, or does so soon, and no object of this id is being made.
         """
         session = self._session or self._live()
-        reader, settling = session.reader, session.settling
-        if reader is not None and settling is not None:
+        reader, unread, settling = session.reader, session.unread, session.settling
+        if reader is not None and unread is not None and settling is not None:
             try:
                 if reader.contains(object_id):
                     return True
             except AttributeError:
                 _refuse((object_id,))
-            settled = settling.settle()
-            if settled and reader.contains(object_id):
+            name = object_id.id_bytes
+            places = unread.places()
+            if places and unread.has(name, places):
                 return True
-            if settled is not None and settling.are_absent((object_id.id_bytes,)):
-                return False
+            is_seen = places is not None and name not in places
+            if is_seen or settling.settle() is not None:
+                if settling.are_absent((name,)):
+                    return False
+                if reader.contains(object_id):  # it was read meanwhile
+                    return True
         return session.call(Contains(checked(object_id).id_bytes), Number).value == 1
 
     def hash(self, object_id: ObjectID) -> bytes:
@@ -306,7 +320,9 @@ class Reading(Connected):
         items, misses = self._find(session, ids)
         if misses:
             missing = [ids[position] for position in misses]
-            for position, got in zip(misses, self._ask(session, missing, timeout_ms), strict=True):
+            places = None if session.unread is None else session.unread.places()
+            asked = self._ask(session, missing, timeout_ms, places)
+            for position, got in zip(misses, asked, strict=True):
                 items[position] = got
         return items
 
@@ -322,23 +338,52 @@ class Reading(Connected):
             _refuse(ids)
         return items, [at for at, got in enumerate(items) if got is None]
 
-    def _ask(
+    def _find_new(
         self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
+    ) -> Located | None:
+        """Find and pin one object that was not found in the table: mostly it was put just now, or is waited for."""
+        unread = session.unread
+        if unread is None:
+            return self._ask(session, ids, timeout_ms, None)[0]
+        places = unread.places()
+        if places:
+            got = unread.take(checked(ids[0]).id_bytes, places)
+            if got is not None:
+                return got
+        return self._ask(session, ids, timeout_ms, places)[0]
+
+    def _ask(
+        self,
+        session: Session,
+        ids: Sequence[ObjectID],
+        timeout_ms: float,
+        places: Places | None,
     ) -> list[Located | None]:
-        """Find and pin objects that were not found without a message: when the store has read all that was put, or by asking it."""
+        """Find and pin objects that are not in the table: unread ones by themselves, others by asking the store."""
         deadline, wait = _deadline(timeout_ms)
         names = [checked(object_id).id_bytes for object_id in ids]
         items: list[Located | None] = [None] * len(ids)
         misses: Sequence[int] = range(len(ids))
-        settling = session.settling
-        settled = None if settling is None else settling.settle()
-        if settled:
-            items, misses = self._find(session, ids)
-            names = [names[at] for at in misses]
-            if not names:
-                return items
-        if settling is not None and settled is not None and not wait and settling.are_absent(names):
-            return items
+        unread, settling = session.unread, session.settling
+        if unread is not None and settling is not None:
+            if places:
+                items = [unread.take(name, places) for name in names]
+                misses = [at for at, got in enumerate(items) if got is None]
+                if not misses:
+                    return items
+                names = [names[at] for at in misses]
+            is_seen = places is not None and places.keys().isdisjoint(names)
+            if is_seen or settling.settle() is not None:
+                if not wait and settling.are_absent(names):
+                    return items
+                # What was read meanwhile is there.
+                found, rest = self._find(session, [ids[at] for at in misses])
+                for at, got in zip(misses, found, strict=True):
+                    items[at] = got
+                names = [names[at] for at in rest]
+                misses = [misses[at] for at in rest]
+                if not misses:
+                    return items
         asked: list[Located | None] = []
         for start in range(0, len(names), _IDS_A_REQUEST):
             part = names[start : start + _IDS_A_REQUEST]

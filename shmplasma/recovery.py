@@ -35,8 +35,7 @@ died between entering an object and moving the cursor has left an object in ther
 Its record is not acknowledged and comes again (`shmplasma.outbox`): it lies before the cursor and is known by
 that.
 
-*Claims* (`shmplasma.claims`) leave CREATED entries that lie in leases, and pins that name an offset: whose these are is looked up in the
-table.
+*Claims* (`shmplasma.claims`) leave CREATED entries that lie in leases.
 
 *Boards* stay as they are.  The clients are held to be connected until they are, or until they end.  One that
 has ended leaves when its outbox has been read: whatever it had put is there, although it died with its store.
@@ -154,7 +153,6 @@ def examine(
     findings = Findings(boards.recover())
     limits = layout.data, layout.data + layout.data_bytes
     whole, spilled, going = _judge(limits, table, dead, remains, boards, findings)
-    _resolve_claims(boards, remains, going + whole)
     used = _Extents.of(remains, whole)
     if not (used.are_apart() and _have_own_ids(remains, whole, spilled)):
         gone = _conflicting(remains, whole, spilled)
@@ -287,23 +285,14 @@ def _judge(
     return whole, spilled, going
 
 
-def _resolve_claims(boards: Boards, remains: Remains, entries: list[int]) -> None:
-    """Say which entries are meant by pins of what lies at an offset; of those that claim to lie there, the last one."""
-    held = boards.pinned_offsets()
-    if held:
-        for entry in entries:
-            if remains.offsets[entry] in held and remains.extents[entry]:
-                boards.claimed(entry, remains.offsets[entry])
-
-
 def _give_up(
     table: Table, boards: Boards, barrier: Callable[[], None], going: list[int]
 ) -> set[int]:
-    """Hide the entries that go from readers, and return all that somebody pins."""
+    """Hide the entries that go from readers, and return those that somebody pins."""
     for entry in going:
         table.set_state(entry, EntryState.EVICTING)
     barrier()
-    return boards.pinned()
+    return boards.pinned_among(going)
 
 
 def _is_plausible(limits: tuple[int, int], offset: int, size: int) -> bool:

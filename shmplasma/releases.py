@@ -6,8 +6,8 @@ Invariants
   at the last release.  Its state is one that readers do not know, so that they ask the store, which looks
   first whether the last release has come.
 * One that is being deleted is DOOMED and not counted yet, between the answer to who deletes it and the barrier.
-* A limbo entry was aborted while its writer still held the buffer: it is in no chain, and its extent is
-  not free.
+* A limbo entry was aborted while its writer still held the buffer, or is that of a record that was refused: it is in no chain, and
+  its extent is not free.
 * While anything is doomed or in limbo, or anybody waits for room, the header's WAKE word is set, so that the
   release of a pin wakes the store.  The word is set, then comes a barrier, then the boards are read once more: a release before the
   barrier is seen by this reading, one after it sees the word.
@@ -68,7 +68,7 @@ class Releases:
         self._memory = memory
         self._gone = gone
         self.doomed: set[int] = set()
-        self.limbo: set[int] = set()
+        self.limbo = boards.limbo
         self._room_is_awaited = False
         self._number = 0
 
@@ -107,9 +107,12 @@ class Releases:
                 self._lower_wake_word()
 
     def recover(self, doomed: set[int], limbo: set[int]) -> None:
-        """Wait for what a store that has died has waited for."""
+        """Take over what a store that has died has waited for; `settle` is to follow."""
         self.doomed |= doomed
         self.limbo |= limbo
+
+    def settle(self) -> None:
+        """Let go what nobody pins, and have releases of the rest wake the store."""
         if self.doomed or self.limbo:
             self._await()
         else:
@@ -139,7 +142,7 @@ class Releases:
         """Let go what waited for a release and is pinned no more."""
         if not (self.doomed or self.limbo):
             return
-        pinned = self._boards.pinned()
+        pinned = self._boards.pinned_among(self.doomed | self.limbo)
         self.take(self.doomed - pinned)
         for entry in self.limbo - pinned:
             self.limbo.remove(entry)

@@ -464,7 +464,7 @@ class Room:
         if len(entries) == 1:
             held = entries[0] in self.residents.busy or self._boards.is_pinned(entries[0])
             return set(entries) if held else set()
-        return self._boards.pinned() | self.residents.busy
+        return self._boards.pinned_among(entries) | self.residents.busy
 
     def _evictable_bytes(self) -> int:
         return self.residents.evictable_bytes(self._boards.pinned())

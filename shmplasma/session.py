@@ -28,6 +28,7 @@ from contextlib import suppress
 from functools import partial
 from math import ceil
 from typing import Final, Literal, TypeVar
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,7 @@ from shmplasma.leasing import LeaseWriter
 from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID
+from shmplasma.offset_pins import OffsetPins, pin_word
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located
@@ -83,6 +85,7 @@ from shmplasma.requests import (
 from shmplasma.segment_name import SegmentName
 from shmplasma.settling import Settling
 from shmplasma.transport import Channel
+from shmplasma.unread import Unread
 from shmplasma.writable import POPULATE_BYTES, Pages, Writable
 
 __all__ = ["Session"]
@@ -132,6 +135,8 @@ class Session:
         """Deletes without waiting; None as `reader`."""
         self.settling: Settling | None = None
         """Tells what is not there, likewise."""
+        self.unread: Unread | None = None
+        """Gets what the store has not read, likewise."""
         self.census: Census | None = None
         """Lists objects without a message, likewise."""
         if fast:
@@ -140,7 +145,8 @@ class Session:
             self.settling = Settling(attachment, absence, link, lifeline.wake_reading_store)
             self.census = Census(attachment, self.settling)
             self.removal = Removal(link, absence, self.settling, self.reader, attachment.marks)
-            self._hints = Hints(attachment, board, self._boards, outbox, self.reader.find)
+            self.unread = Unread(attachment, absence, self._boards, self.reader.find)
+            self._hints = Hints(attachment, board, outbox, self.unread)
             self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
@@ -364,21 +370,31 @@ class Session:
         layout = self.layout
         if not layout.data <= at < layout.segment_bytes:
             return
+        held = self._lifeline.pinned_words()
+        found: set[bytes] = set()
+        if (
+            self.unread is not None
+        ):  # before the table, where an object is when it is not unread any more
+            for object_id, offset, size in self.unread.lying_at(at):
+                if pin_word(crc32(object_id), offset) in held:
+                    found.add(object_id)
+                    yield object_id, offset, size
         words = self.attachment.words
-        for entry in self._lifeline.pinned_words():
-            if not 0 < entry <= layout.n_entries:
+        by_offset = OffsetPins(layout, words)
+        for word in held:
+            entry = word - 1 if word <= layout.n_entries else by_offset.entry(word)
+            if entry < 0:
                 continue
-            start = layout.entry(entry - 1)
+            start = layout.entry(entry)
             offset = words[start // 8 + EntryWord.OFFSET]
             size = words[start // 8 + EntryWord.DATA_SIZE]
             if offset <= at < offset + size:
                 object_id, _ = ID_FIELD.unpack_from(
                     self.attachment.read_map, start + EntryWord.ID * 8
                 )
-                yield object_id, offset, size
-        if self._hints is not None:
-            for pin in self._hints.taken_at(at):
-                yield pin.object_id, pin.offset, pin.data_size
+                if object_id not in found:
+                    found.add(object_id)
+                    yield object_id, offset, size
 
     def give_back(self, address: int, size_bytes: int) -> int:
         """Take pages of the data region out of this process's mappings; return how many bytes.

@@ -1,7 +1,7 @@
-"""Having the store read what was put, so that the segment answers for it: what was put just now, and what is not there at all.
+"""Having the store read what was put, so that the table answers for it: what is deleted, and what there is.
 
-What was put is in the table when the store has read its record.  The store looks for records while it is awake, and is told of them while it
-sleeps; so whoever finds one that is unread looks for a while whether it is read, which takes less than to ask.  If it is not read soon the store may be
+What was put is in the table when the store has read its record; who only wants to have it finds it before that (`shmplasma.unread`).  The store looks for records while it is awake, and is told of them while it
+sleeps; so whoever needs one to be read looks for a while whether it is, which takes less than to ask.  If it is not read soon the store may be
 between two looks, a millisecond apart: then it is woken, and has itself be told of each record for some time, as others may be looked for as soon.
 One that sleeps longer may not have been told that an object is being created (`shmplasma.outbox`): then it is woken by a message.
 """

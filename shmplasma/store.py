@@ -414,16 +414,17 @@ class ObjectStore:
         self._now_ns = now_ns
         self._parts.wanted.clear()
         found = self._objects.recover()
-        self._ledger.references.recover(found.referenced)
         self._greeter.expect(found.owners, now_ns)
+        self._posts.acknowledge_published()
+        self._objects.releases.settle()
+        self._ledger.references.recover(found.referenced)
         n_posted = 0
         self._polling.succeed()
-        self._boards.expect_pinned()
         # The locks of those that have ended are gone, and what others have claimed since is theirs (`shmplasma.claims`).
         sessions = self._greeter.sessions.values()
         for session in sorted(sessions, key=lambda each: not is_alive(each.pid, each.start_time)):
             try:
-                n_posted += self._posts.heed(session, now_ns, recovering=True)
+                n_posted += self._posts.heed(session, now_ns)
             except ProtocolError:
                 session.detached = True  # it is not waited for, and keeps what it holds
         for session in tuple(self._greeter.sessions.values()):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from zlib import crc32
 
 import pytest
 
-from shmplasma.claims import pin_word
 from shmplasma.layout import BOARD_WORDS, align_up
 from shmplasma.leases import BUSY_WORD
+from shmplasma.offset_pins import pin_word
 from shmplasma.posted import Claim, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Leased, Listing
 from shmplasma.requests import AskLease, Create, List, Post
@@ -50,7 +51,7 @@ def steps(talk: Conversation, peer: Peer) -> Iterator[bytes | None]:
     assert peer.outbox.append(message.KIND, message.encode())
     yield SECOND
     offset = lease.offset + 512
-    talk.write_slot(slot, pin_word(offset))
+    talk.write_slot(slot, pin_word(crc32(CLAIMED), offset))
     yield None
     claim = Claim(CLAIMED, offset, 100, 0, 0, slot)
     assert peer.outbox.append(claim.KIND, claim.encode())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from zlib import crc32
 
 import pytest
 
-from shmplasma.claims import AT_OFFSET, pin_word
 from shmplasma.layout import BOARD_WORDS, GRANULE_BYTES
 from shmplasma.leases import BUSY_WORD
+from shmplasma.offset_pins import AT_OFFSET, pin_word
 from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.replies import ABSENT, Created, Done, Leased, Listing, Number, Objects
 from shmplasma.requests import AskLease, Contains, Create, Delete, Evict, Get, Keep, List, Trim
@@ -125,7 +126,7 @@ class Story:
         slots = []
         for offset, object_id in enumerate(object_ids, lease.offset // 128 + 1):
             slot = peer.free_slots.pop()
-            self.talk.write_slot(slot, pin_word(128 * offset))
+            self.talk.write_slot(slot, pin_word(crc32(object_id), 128 * offset))
             self.talk.tell(peer, Claim(object_id, 128 * offset, 100, 0, 0, slot))
             self.fill(object_id, 128 * offset, 100)
             self.held[slot] = object_id

@@ -378,7 +378,8 @@ def test_a_store_that_is_killed(tmp_path: Path) -> None:
             received = pickle.loads(data)
             assert received.get().sum() == 499_500
             assert all(map(client.contains, ids))
-            # What it said in silence while no store was there is known; by what it says now it notices.
+            # What was said in silence while no store was there is known; by what is said to this one it is noticed.
+            assert figure(client, "objects") >= 3
             assert client.put_ref(1).get() == 1
             # The child has not noticed, and it lives: nothing goes before it has come back.
             idle.say("send")

@@ -17,7 +17,7 @@ from shmplasma import system
 from shmplasma.attachment import Attachment
 from shmplasma.backing import check_room, default_capacity
 from shmplasma.errors import AttachError, CommitError, LayoutError
-from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, Layout
+from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, MAX_SEGMENT_BYTES, Layout
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
 from tests.mounts import huge_pages, mounted
@@ -363,6 +363,16 @@ def test_a_file_system_that_fills_up(small_tmpfs: str) -> None:
         assert 2 * MIB < caught.value.free_bytes < 4 * MIB
         assert os.fstat(segment.fd).st_blocks == before
         segment.commit(segment.layout.data, MIB)
+
+
+def test_a_segment_is_no_larger_than_pins_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the file system has."""
+    monkeypatch.setattr("shmplasma.backing.free_bytes", lambda _: 1 << 60)
+    largest = Layout.plan(MAX_SEGMENT_BYTES - (1 << 40), mmap.PAGESIZE)
+    assert largest.segment_bytes <= MAX_SEGMENT_BYTES
+    check_room(largest, None)
+    with pytest.raises(CommitError, match="smaller -m"):
+        check_room(Layout.plan(MAX_SEGMENT_BYTES, mmap.PAGESIZE), None)
 
 
 def test_a_file_system_that_fills_up_during_creation(

@@ -143,31 +143,26 @@ def read_record(case: Hint) -> Program:
     if case.cleared_first:
         is_taken = case.looked and (yield Load("lent")) == TAKEN
     if case.refused:
-        if not (is_taken and case.resolved and (yield Load("own"))):
+        if not (case.resolved and (yield Load("own"))):
             yield Store("data", SOMEBODY_ELSES)
         return "refused"
     if not is_taken:
         yield Store("lent", ENTRY)
     yield Store("reply", 1)
-    return Stage(take, (case, is_taken and case.resolved, case.attempts))
+    return Stage(take, (case, case.attempts))
 
 
 def succeed(case: Hint) -> Program:
     """Take over from a store that has died: `ObjectStore.recover`.  Its client connects anew for the reply."""
-    is_taken = False
-    if not case.cleared_first:
-        is_taken = bool((yield Load("own")))
     yield Store("wanted", 0)
     if case.barrier:
         yield from membarrier([GETTER])
-    if case.cleared_first:
-        is_taken = bool((yield Load("own")))
     yield Await("record", 1)
     yield Store("state", SEALED)
-    return Stage(take, (case, is_taken and case.resolved, case.attempts))
+    return Stage(take, (case, case.attempts))
 
 
-def take(case: Hint, is_resolved: bool, attempts: int) -> Program:
+def take(case: Hint, attempts: int) -> Program:
     """Try to take the object and use its room anew: `Room.take`."""
     if not attempts:
         return "kept"
@@ -175,11 +170,11 @@ def take(case: Hint, is_resolved: bool, attempts: int) -> Program:
     if case.barrier:
         yield from membarrier([GETTER])
     own = yield Load("own")
-    pinned = own == ENTRY or (is_resolved and own == OFFSET)
+    pinned = own == ENTRY or (case.resolved and own == OFFSET)
     pinned = pinned or (yield Load("found")) == ENTRY or (yield Load("lent")) == ENTRY
     if pinned:
         yield Store("state", SEALED)
-        return Stage(take, (case, is_resolved, attempts - 1))
+        return Stage(take, (case, attempts - 1))
     yield Store("state", REUSED)
     yield Store("data", SOMEBODY_ELSES)
     return "taken"
@@ -242,12 +237,10 @@ def test_what_was_taken_stays(case: Hint) -> None:
         Hint(refused=True, barrier=False),
         Hint(refused=True, checked=False),
         Hint(refused=True, pinned_first=False),
-        Hint(refused=True, cleared_first=False),
         Hint(refused=True, resolved=False),
         Hint(succeeded=True, barrier=False),
         Hint(succeeded=True, checked=False),
         Hint(succeeded=True, pinned_first=False),
-        Hint(succeeded=True, cleared_first=False),
         Hint(succeeded=True, resolved=False),
     ],
 )

@@ -24,13 +24,13 @@ from hypothesis.stateful import (
     rule,
 )
 
-from shmplasma.claims import AT_OFFSET, pin_word
 from shmplasma.effects import Drop, Effect
 from shmplasma.hints import TAKEN, wanted_at
 from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD
 from shmplasma.mover import SLICE_BYTES
 from shmplasma.moves import PIECE_BYTES
+from shmplasma.offset_pins import AT_OFFSET, pin_word
 from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.replies import (
     ABSENT,
@@ -1055,8 +1055,8 @@ class StoreMachine(RuleBasedStateMachine):
     def take(self, wait: Wait, word: int, thing: Thing) -> None:
         """Have the client that waits take what it was hinted at, as the header still names it."""
         slot = wait.peer.free_slots.pop()
-        self.talk.write_slot(slot, pin_word(thing.offset))
-        self.talk.write_slot(wait.request.slots[0], TAKEN | thing.offset)
+        self.talk.write_slot(slot, pin_word(crc32(thing.object_id), thing.offset))
+        self.talk.write_slot(wait.request.slots[0], TAKEN)
         assert self.talk.words[wanted_at(crc32(thing.object_id))] == word
         wait.is_taken = True
         self.model.pins[slot] = thing
@@ -1076,7 +1076,7 @@ class StoreMachine(RuleBasedStateMachine):
         rent.making = None
         rent.start = thing.offset + align_up(thing.size, 64)
         slot = peer.free_slots.pop()
-        self.talk.write_slot(slot, pin_word(thing.offset))
+        self.talk.write_slot(slot, pin_word(crc32(object_id), thing.offset))
         self.model.things[object_id] = thing
         self.model.pins[slot] = thing
         peer.write(Claim(object_id, thing.offset, thing.data_size, 0, CODEC, slot))
@@ -1148,8 +1148,13 @@ class StoreMachine(RuleBasedStateMachine):
             word = self.talk.read_slot(slot)
             assert word
             parts = self.talk.store._parts
-            entry = parts.boards._claimed[word] if word & AT_OFFSET else word - 1
-            assert self.talk.store._parts.table.object_id(entry) == thing.object_id
+            if word & AT_OFFSET:
+                client = parts.boards.owner(slot // BOARD_WORDS)
+                assert client is not None
+                held = map(parts.table.object_id, parts.boards.held_by(client))
+                assert thing.object_id in held
+            else:
+                assert parts.table.object_id(word - 1) == thing.object_id
 
     @invariant()
     def asks_to_be_woken(self) -> None:

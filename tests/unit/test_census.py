@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple, cast
+from zlib import crc32
 
 import pytest
 
 from shmplasma import census
 from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
-from shmplasma.claims import pin_word
 from shmplasma.layout import BOARD_WORDS, EntryState, EntryWord, HeaderWord, Layout
 from shmplasma.link import Link
+from shmplasma.offset_pins import pin_word
 from shmplasma.pins import words_on
 from shmplasma.posted import Abort, Seal
 from shmplasma.replies import Done, Listing, Number
@@ -174,7 +175,7 @@ def _deleted_on_its_way(scene: Scene) -> None:
 
 def _pinned_by_offset(scene: Scene) -> None:
     offset = scene.talk.words[entry_word(scene.talk, A, EntryWord.OFFSET)]
-    scene.talk.write_slot(scene.peer.free_slots.pop(), pin_word(offset))
+    scene.talk.write_slot(scene.peer.free_slots.pop(), pin_word(crc32(A), offset))
 
 
 def _of_nobody(scene: Scene) -> None:

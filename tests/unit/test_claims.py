@@ -6,9 +6,9 @@ from zlib import crc32
 
 import pytest
 
-from shmplasma.claims import pin_word
 from shmplasma.layout import CONTROL_BYTES, ControlWord, HeaderWord
 from shmplasma.leases import BUSY_WORD
+from shmplasma.offset_pins import pin_word
 from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.replies import Created, Done, Failure, Leased, Number
 from shmplasma.requests import AskLease, Contains, Create, Delete, Evict, Flush
@@ -32,7 +32,7 @@ class Claimer:
     def claim(self, object_id: bytes, *, silently: bool = False) -> tuple[int, int]:
         """Create an object and return the slot that pins it, and its offset."""
         slot, offset = self.peer.free_slots.pop(), self.next
-        self.talk.write_slot(slot, pin_word(offset))
+        self.talk.write_slot(slot, pin_word(crc32(object_id), offset))
         self.next += (SIZE + 63) & -64
         message = Claim(object_id, offset, SIZE, 0, 3, slot)
         (self.peer.write_silently if silently else self.peer.write)(message)
@@ -177,24 +177,6 @@ def test_pins_by_offset_mean_what_lies_there_now(claimer: Claimer, other: Peer) 
     assert claimer.talk.ids() == {B}
     claimer.peer.release(slot)
     assert other.ask(Evict(1), Number).value == SIZE
-    claimer.talk.store.check()
-
-
-def test_the_store_forgets_which_claims_were_let_go_of() -> None:
-    """It remembers some, and those that are held, and not each that there ever was."""
-    claimer = Claimer(Conversation(64 << 20))
-    held, _ = claimer.claim(name(1))
-    for number in range(2, 500):
-        if claimer.next + 2 * SIZE > claimer.lease.offset + claimer.lease.size_bytes:
-            claimer.lease = claimer.peer.ask(AskLease(SIZE), Leased)
-            claimer.next = claimer.lease.offset
-        claimer.put(name(number))
-    boards = claimer.talk.store._parts.boards
-    assert len(boards._claimed) == len(boards._word_of) <= 64 + 2
-    claimer.peer.write(Seal(name(1)))
-    assert claimer.peer.ask(Evict(500 * SIZE), Number).value == 498 * SIZE
-    claimer.peer.release(held)
-    assert claimer.peer.ask(Evict(1), Number).value == SIZE
     claimer.talk.store.check()
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import pytest
 
-from shmplasma.claims import pin_word
 from shmplasma.hinting import Hints
 from shmplasma.hints import HINT, TAKEN
 from shmplasma.layout import BOARD_WORDS
-from shmplasma.pinning import NamedPin, Pin
+from shmplasma.offset_pins import pin_word
+from shmplasma.pinning import Pin
 from shmplasma.posted import Abort, Claim, Posted, Publish, Seal
 from shmplasma.replies import Done, Leased, Number, Objects
 from shmplasma.requests import AskLease, Evict, Flush
+from shmplasma.unread import Unread
 from tests.conversation import Conversation, Peer, name
 
 if TYPE_CHECKING:
@@ -44,9 +46,10 @@ class Scene:
         segment: Any = SimpleNamespace(
             layout=talk.layout, read_map=talk.raw, words=talk.words, token=b""
         )
-        boards: Any = SimpleNamespace()
+        nothing: Any = None
+        self.unread = Unread(segment, nothing, nothing, self._find)
         board = self._board_of(self.getter)
-        self.hints = Hints(segment, board, boards, self.getter.outbox, self._find)
+        self.hints = Hints(segment, board, self.getter.outbox, self.unread)
 
     def _board_of(self, peer: Peer) -> int:
         return peer.free_slots[-1] // BOARD_WORDS
@@ -68,21 +71,20 @@ class Scene:
     def claim(self, size_bytes: int = SIZE, object_id: bytes = A) -> None:
         """Have the putter create the object in its lease, and tell nobody."""
         slot = self.putter.free_slots.pop()
-        self.talk.write_slot(slot, pin_word(self.offset))
+        self.talk.write_slot(slot, pin_word(crc32(object_id), self.offset))
         fields = object_id, self.offset, size_bytes, 0, CODEC, slot
         self.putter.write_silently(Claim(*fields))
 
     def take(self, putter: Peer | None = None, n_posted: int | None = None) -> Any:
         """Hint at the last record of a putter; return what the getter takes."""
         putter = putter or self.putter
-        own, lent = NamedPin(), Pin()
-        own.object_id, own.offset, own.data_size = A, 0, 0
+        own, lent = Pin(), Pin()
         self._pin(self.own, own)
         self._pin(self.lent, lent)
         self.pins = own, lent
         n_posted = putter.outbox.written if n_posted is None else n_posted
         return self.hints.take(
-            HINT.pack(self.request_id, self._board_of(putter), n_posted), own, lent
+            HINT.pack(self.request_id, self._board_of(putter), n_posted), A, own, lent
         )
 
     def slots(self) -> tuple[int, int]:
@@ -127,8 +129,8 @@ def test_what_was_sealed_is_had_before_the_store_reads_of_it(
     taken = scene.take()
     offset = taken[0]
     assert taken[1:3] == (SIZE, 0)
-    word = scene.entry_of(A) + 1 if is_in_table else pin_word(offset)
-    assert scene.slots() == (word, TAKEN | offset)
+    word = scene.entry_of(A) + 1 if is_in_table else pin_word(crc32(A), offset)
+    assert scene.slots() == (word, TAKEN)
     scene.putter.ask(Flush(), Done)
     scene.talk.store.check()
     assert scene.getter.take(scene.request_id, Objects).found[0][0] == offset
@@ -140,19 +142,6 @@ def test_what_was_sealed_is_had_before_the_store_reads_of_it(
     scene.other.ask(Evict(1 << 20), Number)
     assert scene.talk.ids() == set()
     scene.talk.store.check()
-
-
-def test_what_is_pinned_by_its_entry_needs_no_name(scene: Scene) -> None:
-    """By its offset it does: who asks what lies somewhere finds it by its pin."""
-    _created(scene)
-    scene.putter.write_silently(Seal(A))
-    assert scene.take()
-    assert scene.pins[0].offset == 0
-    again = Scene()
-    _claimed(again)
-    again.putter.write_silently(Seal(A))
-    assert again.take()
-    assert again.pins[0].offset == again.offset
 
 
 def _refused(*records: Posted) -> Callable[[Scene], None]:
@@ -230,17 +219,17 @@ def test_who_is_too_late_has_nothing(
     """The store has read of it while he pinned it, or it is not the same any more: the reply will tell."""
     _created(scene)
     scene.putter.write_silently(Seal(A))
-    put_by = Hints._put_by
+    made_by = Unread.made_by
 
-    def read_meanwhile(hints: Hints, *arguments: Any) -> Any:
-        put = put_by(hints, *arguments)
+    def read_meanwhile(unread: Unread, *arguments: Any) -> Any:
+        made = made_by(unread, *arguments)
         table = scene.talk.store._parts.table
         if changed == "wanted":
             scene.putter.ask(Flush(), Done)
         else:
             table.set_state(table.find(A), 3)
-        return put
+        return made
 
-    monkeypatch.setattr(Hints, "_put_by", read_meanwhile)
+    monkeypatch.setattr(Unread, "made_by", read_meanwhile)
     assert scene.take() is None
     assert scene.slots() == (0, 0)

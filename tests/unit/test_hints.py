@@ -7,10 +7,10 @@ from zlib import crc32
 
 import pytest
 
-from shmplasma.claims import pin_word
 from shmplasma.hints import TAKEN, wanted_at, wanted_word
 from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.leases import BUSY_WORD
+from shmplasma.offset_pins import pin_word
 from shmplasma.posted import Claim, Publish, Seal
 from shmplasma.protocol import ONE_WAY
 from shmplasma.replies import ABSENT, Done, Failure, Leased, Number, Objects
@@ -54,7 +54,8 @@ class Getter:
         self.lent = self.request.slots[0]
         self.own = self.peer.free_slots.pop()
         self.request_id = self.peer.post(self.request)
-        self._word_at = wanted_at(crc32(object_id))
+        self._hash32 = crc32(object_id)
+        self._word_at = wanted_at(self._hash32)
 
     @property
     def is_named(self) -> bool:
@@ -64,8 +65,8 @@ class Getter:
 
     def take(self, offset: int) -> bool:
         """Take what lies at an offset, as a client does that was hinted at it; tell whether it is had."""
-        self.talk.write_slot(self.own, pin_word(offset))
-        self.talk.write_slot(self.lent, TAKEN | offset)
+        self.talk.write_slot(self.own, pin_word(self._hash32, offset))
+        self.talk.write_slot(self.lent, TAKEN)
         if self.is_named:
             return True
         self.release()
@@ -195,7 +196,7 @@ def test_what_was_taken_is_pinned_when_the_store_reads_of_it(
     assert getter.take(offset)
     putter.peer.ask(Flush(), Done)
     assert getter.peer.take(getter.request_id, Objects).found == [(offset, SIZE, 0, 3)]
-    assert talk.read_slot(getter.lent) == TAKEN | offset, "the store has written to it"
+    assert talk.read_slot(getter.lent) == TAKEN, "the store has written to it"
     assert words(talk) == {0}
     assert not is_evicted(talk, putter.peer, A)
     getter.release()
@@ -234,13 +235,13 @@ def test_who_takes_it_at_the_last_moment_has_it(talk: Conversation, putter: Putt
     offset = putter.put(A)
 
     def take() -> None:
-        talk.write_slot(getter.own, pin_word(offset))
-        talk.write_slot(getter.lent, TAKEN | offset)
+        talk.write_slot(getter.own, pin_word(crc32(A), offset))
+        talk.write_slot(getter.lent, TAKEN)
 
     talk.memory.at_barrier = take
     putter.peer.ask(Flush(), Done)
     assert not is_evicted(talk, putter.peer, A)
-    assert talk.read_slot(getter.lent) == TAKEN | offset
+    assert talk.read_slot(getter.lent) == TAKEN
     talk.store.check()
 
 
@@ -262,7 +263,7 @@ def test_a_failed_attempt_that_the_store_has_seen_holds_nothing(
     """The reply comes without a pin, and nothing is left of the attempt."""
     getter = Getter(talk)
     offset = putter.put(A)
-    talk.memory.at_barrier = lambda: talk.write_slot(getter.lent, TAKEN | offset)
+    talk.memory.at_barrier = lambda: talk.write_slot(getter.lent, TAKEN)
     putter.peer.ask(Flush(), Done)
     talk.write_slot(getter.lent, 0)
     assert getter.peer.take(getter.request_id, Objects).found == [(offset, SIZE, 0, 3)]
@@ -331,7 +332,7 @@ def test_room_that_was_taken_is_not_given_back_when_its_record_is_refused(
     assert free_bytes(talk) == before + ((SIZE + 63) & -64)
     creator.write(Seal(A))
     assert getter.peer.take(getter.request_id, Objects).found != [ABSENT]
-    assert talk.read_slot(getter.lent) == TAKEN | offset, "he has had an object"
+    assert talk.read_slot(getter.lent) == TAKEN, "he has had an object"
     creator.release(slot)
     talk.store.check()
 
@@ -347,21 +348,6 @@ def test_it_is_given_back_where_nobody_has_taken_it(talk: Conversation, putter: 
     assert free_bytes(talk) == before + ((SIZE + 63) & -64)
     creator.write(Seal(A))
     assert 0 < talk.read_slot(getter.lent) < TAKEN
-    talk.store.check()
-
-
-def test_what_clients_make_up_is_forgotten(talk: Conversation) -> None:
-    """Offsets at which nothing is ever put take no memory for good, and do no harm."""
-    boards = talk.store._parts.boards
-    for number in range(1000):
-        getter = Getter(talk, name(number))
-        talk.write_slot(getter.lent, TAKEN | number * 64)
-        talk.disconnect(getter.peer)
-        getter = Getter(talk, name(number))
-        talk.write_slot(getter.lent, TAKEN | number * 64)
-        getter.peer.ask(Detach(), Done)
-        talk.disconnect(getter.peer)
-    assert len(boards.expected) <= 64
     talk.store.check()
 
 
@@ -449,7 +435,7 @@ def test_what_is_claimed_by_a_client_that_has_left_is_nobody_s(
     putter.set_busy(True)
     putter.peer.ask(Detach(), Done)
     slot = putter.peer.free_slots.pop()
-    talk.write_slot(slot, pin_word(putter.next))
+    talk.write_slot(slot, pin_word(crc32(B), putter.next))
     putter.peer.write_silently(Claim(B, putter.next, SIZE, 0, 3, slot))
     putter.set_busy(False)
     talk.client().ask(Contains(B), Number)

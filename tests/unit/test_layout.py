@@ -21,6 +21,7 @@ from shmplasma.layout import (
     ID_FIELD,
     LAYOUT_VERSION,
     MARK_BYTES,
+    MAX_SEGMENT_BYTES,
     OUTBOX_BYTES,
     STAGE_START,
     STATE_MASK,
@@ -42,7 +43,7 @@ ENDS = [
     HeaderWord.ENTRIES_USED,
 ]
 PAGES = st.sampled_from([4096, 16384, 65536, 2 << 20, 1 << 30])
-CAPACITIES = st.integers(1, 1 << 20) | st.integers(1, 1 << 46)
+CAPACITIES = st.integers(1, 1 << 20) | st.integers(1, MAX_SEGMENT_BYTES)
 FIELD_NAMES = [field.name for field in fields(Layout)]
 
 
@@ -63,7 +64,7 @@ def test_align_up_gives_the_next_multiple(number: int, alignment: int) -> None:
 
 @given(CAPACITIES, PAGES)
 @example(1, 4096)
-@example(1 << 46, 4096)
+@example(MAX_SEGMENT_BYTES, 4096)
 def test_regions_follow_each_other_on_page_boundaries(capacity: int, page_bytes: int) -> None:
     """Each region begins on a page, has the room it needs, and ends before the next one begins."""
     layout = Layout.plan(capacity, page_bytes)

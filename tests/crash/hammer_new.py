@@ -1,0 +1,193 @@
+"""Objects that are got as soon as they are put, before the store has read of them, in a store that is full all the time.
+
+The processes are pairs.  One puts an object and tells the other one by a pipe; that gets it at once, looks whether all its bytes are what they
+must be, and once more when it lets go of it, some objects later.  Now and then it deletes one, and looks for it again.  Others fill the store
+meanwhile, so that whatever nobody holds goes at once and its memory is used anew.  Run it by hand for as long as you like; with ``--kill`` the store
+is killed again and again, and another one takes its place::
+
+    python -m tests.crash.hammer_new --seconds 60
+    python -m tests.crash.hammer_new --seconds 60 --kill
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+import shmplasma
+from shmplasma.objects import ObjectID
+from shmplasma.unread import Unread
+from tests.command import killed, running
+from tests.crash.hammer_hand_over import CAPACITY, keep_full
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from shmplasma.pinning import Located
+    from shmplasma.unread import Places
+
+__all__ = ["run"]
+
+_SIZES: Final = (8, 64, 1000, 5000, 40_000)
+_HELD: Final = 8
+_KILL_EACH_SECONDS: Final = 0.4
+_DELETE_EACH: Final = 5
+
+
+def content_of(pair: int, step: int) -> bytes:
+    """Return what must be in an object."""
+    size = random.Random(f"{pair} {step}").choice(_SIZES)  # the same in each process
+    return np.full(size // 8, pair << 48 | step, np.uint64).tobytes()
+
+
+def tell(path: str, pair: int, stop: Event, said: Connection, pipe: Connection) -> None:
+    """Put objects, each in one of three ways, and say their ids."""
+    with said, pipe, shmplasma.connect(path) as client:
+        said.send("ready")
+        step = 0
+        while not stop.is_set():
+            content = content_of(pair, step)
+            object_id = ObjectID(f"{pair:4}{step:16}".encode())
+            if step % 3 == 0:
+                object_id = client.put_raw_buffer(content)
+            elif step % 3 == 1:
+                client.put_raw_buffer(content, object_id)
+            else:
+                array = np.asarray(client.create(object_id, len(content)))
+                array[:] = np.frombuffer(content, np.uint8)
+                client.seal(object_id)
+                del array
+            pipe.send_bytes(object_id.binary())
+            step += 1
+            pipe.recv_bytes()
+        pipe.send_bytes(b"")
+        said.send(Counter[str]())
+
+
+def hear(path: str, pair: int, said: Connection, pipe: Connection) -> None:
+    """Get each object that the other one says, and tell at the end what was seen."""
+    counts: Counter[str] = Counter()
+    take = Unread.take
+
+    def count(unread: Unread, object_id: bytes, places: Places) -> Located | None:
+        located = take(unread, object_id, places)
+        counts["found by their records"] += located is not None
+        return located
+
+    Unread.take = count  # type: ignore[assignment,method-assign]
+    held: deque[tuple[int, pa.Buffer]] = deque()
+    with said, pipe, shmplasma.connect(path) as client:
+
+        def look(step: int, buffer: pa.Buffer) -> None:
+            counts["wrong"] += buffer.to_pybytes() != content_of(pair, step)
+
+        said.send("ready")
+        step = 0
+        while name := pipe.recv_bytes():
+            object_id = ObjectID(name)
+            (buffer,) = client.get_buffers([object_id], timeout_ms=0)
+            if buffer is None:
+                counts["evicted before that"] += 1
+            else:
+                counts["got"] += 1
+                look(step, buffer)
+                if step % _DELETE_EACH:
+                    held.append((step, buffer))
+                del buffer
+                if not step % _DELETE_EACH:
+                    client.delete([object_id])
+                    counts["deleted and found"] += client.contains(object_id)
+                    (again,) = client.get_buffers([object_id], timeout_ms=0)
+                    counts["deleted and found"] += again is not None
+            if len(held) > _HELD:
+                look(*held.popleft())
+            step += 1
+            pipe.send_bytes(b"next")
+        while held:
+            look(*held.popleft())
+        said.send(counts)
+
+
+def run(seconds: float, n_pairs: int, *, kill: bool = False) -> Counter[str]:
+    """Put and get for so long, and return what was seen."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
+        store = stack.enter_context(ExitStack())
+        store.enter_context((killed if kill else running)("-m", str(CAPACITY), "-s", path))
+        pipes: list[Connection] = []
+        processes: list[tuple[BaseProcess, tuple[Connection, ...]]] = []
+        for pair in range(n_pairs):
+            one, other = context.Pipe()
+            for ours, theirs, target, arguments in (
+                (*context.Pipe(), tell, (path, pair, stop)),
+                (*context.Pipe(), hear, (path, pair)),
+            ):
+                end = one if target is tell else other
+                process = context.Process(target=target, args=(*arguments, theirs, end))
+                processes.append((process, (theirs, end)))
+                pipes.append(ours)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=keep_full, args=(path, stop, theirs))
+        processes.append((process, (theirs,)))
+        pipes.append(ours)
+        for process, ends in processes:
+            process.start()
+            for end in ends:
+                end.close()
+        assert all(pipe.recv() == "ready" for pipe in pipes)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _KILL_EACH_SECONDS) if kill else left)
+            if kill:
+                store.close()
+                store.enter_context(killed("-s", path))
+                counts["stores killed"] += 1
+        if kill:
+            store.close()
+            store.enter_context(running("-s", path))
+        stop.set()
+        for pipe in pipes:
+            counts.update(pipe.recv())
+            pipe.close()
+        for process, _ in processes:
+            process.join()
+            assert process.exitcode == 0, "a process has failed"
+        with shmplasma.connect(path) as client:
+            client.delete(client.list())
+            text = client.debug_string()
+            assert not client.list(), "somebody who has gone holds something"
+            assert f"\nfree bytes: {CAPACITY}\n" in text, f"room has got lost: {text}"
+    return counts
+
+
+def main() -> int:
+    """Run as the command line says; 1 if a byte was wrong, or something that was deleted was there."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
+    parser.add_argument("--pairs", type=int, default=3, help="of processes (default: 3)")
+    parser.add_argument("--kill", action="store_true", help="kill the store every 0.4 s")
+    arguments = parser.parse_args()
+    counts = run(arguments.seconds, arguments.pairs, kill=arguments.kill)
+    for what, count in sorted(counts.items()):
+        sys.stdout.write(f"{what}: {count:,}\n")
+    return 1 if counts["wrong"] or counts["deleted and found"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
