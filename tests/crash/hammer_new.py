@@ -21,7 +21,7 @@ import time
 from collections import Counter, deque
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Final
 
@@ -131,7 +131,7 @@ def run(seconds: float, n_pairs: int, *, kill: bool = False) -> Counter[str]:
         store = stack.enter_context(ExitStack())
         store.enter_context((killed if kill else running)("-m", str(CAPACITY), "-s", path))
         pipes: list[Connection] = []
-        processes: list[tuple[BaseProcess, tuple[Connection, ...]]] = []
+        processes: list[tuple[SpawnProcess, tuple[Connection, ...]]] = []
         for pair in range(n_pairs):
             one, other = context.Pipe()
             for ours, theirs, target, arguments in (
