@@ -991,9 +991,16 @@ class StoreMachine(RuleBasedStateMachine):
         assert reply == Leased(0, 0, 0, 0)
 
     @precondition(lambda self: any(rent.making for rent in self.model.rents.values()))
-    @rule(which=NUMBERS, chosen=st.none() | NUMBERS, is_hinted_at=st.booleans())
-    def publish(self, which: int, chosen: int | None, is_hinted_at: bool) -> None:
-        """Publish what was written: whatever happened meanwhile, it is there; who waits may have it first."""
+    @rule(
+        which=NUMBERS,
+        chosen=st.none() | NUMBERS,
+        is_hinted_at=st.booleans(),
+        found_by=st.none() | NUMBERS,
+    )
+    def publish(
+        self, which: int, chosen: int | None, is_hinted_at: bool, found_by: int | None = None
+    ) -> None:
+        """Publish what was written: whatever happened meanwhile, it is there; who waits, or finds the record, may have it first."""
         making = sorted(n for n, rent in self.model.rents.items() if rent.making)
         peer = self.talk.peers[pick(making, which)]
         rent = self.model.rents[peer.number]
@@ -1009,6 +1016,10 @@ class StoreMachine(RuleBasedStateMachine):
         peer.write_silently(Publish(thing.object_id, thing.offset, thing.data_size, 0, CODEC))
         if wait is not None and thing.size and is_hinted_at:
             self.take(wait, word, thing)
+        if found_by is not None and thing.size:
+            slot = pick(self.active, found_by).free_slots.pop()
+            self.talk.write_slot(slot, pin_word(crc32(thing.object_id), thing.offset))
+            self.model.pins[slot] = thing
         peer.tell(Post())
         self.set_busy(peer, False)
         assert thing.is_sealed
