@@ -17,6 +17,7 @@ from shmplasma.ear import Ear, address_of
 from shmplasma.hints import HINT, TAKEN, wanted_at, wanted_word
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord
 from shmplasma.objects import ObjectID
+from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import Outbox, is_written
 from shmplasma.owned_socket import OwnedSocket
 from shmplasma.pinning import Located, Pin
@@ -174,16 +175,22 @@ class Hints:
             The slot that it has lent.
         """
         request_id, board, n_posted = HINT.unpack(hint)
-        words = self._words
-        made = self._unread.made_by(board, n_posted, object_id)
-        if made is None:
-            return None
-        pin.board.words[pin.word] = made.word
+        words, unread, hash32 = self._words, self._unread, crc32(object_id)
+        published = unread.published(board, n_posted)
+        if published is not None and published[0] == object_id:
+            _, offset, data_size, metadata_size, codec = published
+            word, at, state = pin_word(hash32, offset), -1, 0
+        else:
+            made = unread.made_by(board, n_posted, object_id)
+            if made is None:
+                return None
+            word, at, state, offset, data_size, metadata_size, codec = made
+        pin.board.words[pin.word] = word
         lent.board.words[lent.word] = TAKEN
-        if words[wanted_at(crc32(object_id))] != wanted_word(request_id, self._board) or (
-            made.at >= 0 and words[made.at] != made.state
+        if words[wanted_at(hash32)] != wanted_word(request_id, self._board) or (
+            at >= 0 and words[at] != state
         ):
             pin.clear()
             lent.clear()
             return None
-        return made.offset, made.data_size, made.metadata_size, made.codec, pin
+        return offset, data_size, metadata_size, codec, pin

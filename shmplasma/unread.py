@@ -236,18 +236,10 @@ class Unread:
         if place is None:
             return None
         board, n_posted = place
-        at = self._outboxes + board * OUTBOX_BYTES + (n_posted - 1 & _MASK) * RECORD_BYTES
-        record = _WHOLE.unpack_from(self._map, at)
-        number, kind, length, _, offset, data_size, metadata_size, codec, _ = record
-        size = data_size + metadata_size
-        if (
-            number != n_posted
-            or kind != _PUBLISH
-            or length != PUBLISH.size
-            or not size
-            or not self._data <= offset <= self._end - size
-        ):
+        published = self.published(board, n_posted)
+        if published is None:
             return self._take_created(object_id, board, n_posted)
+        _, offset, data_size, metadata_size, codec = published
         words = self._words
         hash32 = crc32(object_id)
         # Mostly the chain is empty, which is seen at a glance.
@@ -262,10 +254,7 @@ class Unread:
         if pin is None:
             return None
         pin.board.words[pin.word] = pin_word(hash32, offset)
-        if (
-            words[self._counts + board * _LINE_WORDS] >= n_posted
-            or _WHOLE.unpack_from(self._map, at) != record
-        ):
+        if self.published(board, n_posted) != published:
             return None  # and the pin goes
         return offset, data_size, metadata_size, codec, pin
 
@@ -282,11 +271,39 @@ class Unread:
             return None
         return made.offset, made.data_size, made.metadata_size, made.codec, pin
 
-    def made_by(self, board: int, n_posted: int, object_id: bytes) -> Made | None:
-        """Return what the last of so many records makes readable; None if it does not, is read, or that cannot be seen.
+    def published(self, board: int, n_posted: int) -> tuple[bytes, int, int, int, int] | None:
+        """Return what the last of so many records has published; None if it has not, is read, or that cannot be seen.
 
         What has no bytes lies nowhere, and is left to the store.
+
+        Returns
+        -------
+        object_id, offset, data_size, metadata_size, codec
         """
+        if not 0 <= board < self._n_boards or (
+            self._words[self._counts + board * _LINE_WORDS] >= n_posted
+        ):
+            return None
+        at = self._outboxes + board * OUTBOX_BYTES + (n_posted - 1 & _MASK) * RECORD_BYTES
+        number, kind, length, object_id, offset, data_size, metadata_size, codec, _ = (
+            _WHOLE.unpack_from(self._map, at)
+        )
+        size = data_size + metadata_size
+        if (
+            number != n_posted
+            or kind != _PUBLISH
+            or length != PUBLISH.size
+            or not size
+            or not self._data <= offset <= self._end - size
+        ):
+            return None
+        return object_id, offset, data_size, metadata_size, codec
+
+    def made_by(self, board: int, n_posted: int, object_id: bytes) -> Made | None:
+        """Return what the last of so many records makes readable; otherwise as `published`."""
+        published = self.published(board, n_posted)
+        if published is not None:
+            return self._unentered(*published) if published[0] == object_id else None
         if not 0 <= board < self._n_boards:
             return None
         read = self._words[self._counts + board * _LINE_WORDS]
@@ -294,12 +311,7 @@ class Unread:
         if n_posted <= read:
             return None
         record = read_record(self._map, n_posted - 1, outbox)
-        if record is None or record[1][:ID_BYTES] != object_id:
-            return None
-        kind, body = record
-        if kind == _PUBLISH and len(body) == PUBLISH.size:
-            return self._unentered(PUBLISH.unpack(body))
-        if kind != _SEAL:
+        if record is None or record[0] != _SEAL or record[1][:ID_BYTES] != object_id:
             return None
         claimed: Made | None = None
         for number in range(read, n_posted - 1):
@@ -310,15 +322,17 @@ class Unread:
             if kind in _LIVES and body[:ID_BYTES] == object_id:
                 if kind != _CLAIM or len(body) != CLAIM.size or claimed is not None:
                     return None
-                claimed = self._unentered(CLAIM.unpack(body))
+                claimed = self._unentered(*CLAIM.unpack(body)[:5])
+                size = claimed.data_size + claimed.metadata_size
+                if not size or not self._data <= claimed.offset <= self._end - size:
+                    return None
         return self._created_by(board, object_id) if claimed is None else claimed
 
-    def _unentered(self, fields: tuple[bytes, int, int, int, int, int]) -> Made | None:
+    @staticmethod
+    def _unentered(
+        object_id: bytes, offset: int, data_size: int, metadata_size: int, codec: int
+    ) -> Made:
         """Return what a record describes."""
-        object_id, offset, data_size, metadata_size, codec, _ = fields
-        size = data_size + metadata_size
-        if not size or not self._data <= offset <= self._end - size:
-            return None
         word = pin_word(crc32(object_id), offset)
         return Made(word, -1, 0, offset, data_size, metadata_size, codec)
 

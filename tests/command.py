@@ -40,6 +40,12 @@ def running(*arguments: str, **options: object) -> Iterator[tuple[subprocess.Pop
     ) as process:
         try:
             yield process, until_ready(process)
+        except BaseException as error:
+            if process.poll() is not None and process.stderr is not None:
+                error.add_note(
+                    f"the store has ended with {process.returncode}: {process.stderr.read()}"
+                )
+            raise
         finally:
             process.terminate()
 
