@@ -8,7 +8,7 @@ Theory of operation
 ======================================================  ==========================================================
 client that asks                                        store, for a record of an outbox (`shmplasma.outbox`)
 ======================================================  ==========================================================
-A1. for each board b that was ever granted:             R1. a = ACKNOWLEDGED
+A1. for each board b that is granted:                   R1. a = ACKNOWLEDGED
     n = ACKNOWLEDGED of b                               R2. copy record a
     while place n has the number n + 1: n = n + 1       R3. insert the object (`shmplasma.table`)
     ACKNOWLEDGED of b is n at most; else A1 again       R4. ACKNOWLEDGED = a + 1
@@ -23,7 +23,7 @@ that are unread is about the id (`shmplasma.unread`), as then it does not matter
 
 *What was put before is in the table at A2.*  A put is over when its record has its number, and whoever knows of that, by whatever way, sees
 the number: x86-64 keeps the order of stores, and that of loads.  Its writer had its board before, so BOARDS_END, which is raised before a
-board is granted, covers it.  ACKNOWLEDGED only grows while a board has the same client.  The place of record n is written again only when
+board is granted, and falls when all was read that its client had written, covers it.  ACKNOWLEDGED only grows while a board has the same client.  The place of record n is written again only when
 that was read; so if ACKNOWLEDGED is n at most after the last look at a place, record n had not been written at that look, hence none after it, as records are written
 in their order: n were.  When they are read they are in the table, as R3 comes before R4.  Without the second look at ACKNOWLEDGED the ring may have gone round in between, and the number at
 the place be a later one.  If a board has changed hands meanwhile, all that its former client had written was read before, and what the
@@ -97,7 +97,7 @@ class Absence:
 
         Notes
         -----
-        0.2 us for each board that was ever granted, and 0.1 us for each record.
+        0.2 us for each board that is granted, and 0.1 us for each record.
         """
         end = self._words[_BOARDS_END]
         return unread(self._words, self._layout, end) if end <= _MOST_BOARDS else None

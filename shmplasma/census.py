@@ -99,7 +99,7 @@ class Census:
 
         Notes
         -----
-        O(4,096 entries), 5 ns for each, and 0.3 us for each board that was ever granted.
+        O(4,096 entries), 5 ns for each, and 0.3 us for each board that is granted.
         """
         if not start and not self._settling.all_is_read():
             return None

@@ -139,7 +139,7 @@ class HeaderWord(IntEnum):
     ENTRIES_END = 33
     """Above all entries that have memory; for a store that recovers the segment (see `mark_end`)."""
     BOARDS_END = 34
-    """Above all boards that were ever used."""
+    """Above all boards that are granted; clients and successors look no further."""
     WATERMARK = 35
     """Bytes of the data region beyond which there was never any memory (see `shmplasma.commitment`)."""
     POLLED = 36

@@ -224,6 +224,18 @@ class Boards:
             self._clear(board)
             del self._owner[board]
             self._free.append(board)
+        self._lower_end()
+
+    def _lower_end(self) -> None:
+        """Have the lowest board be granted first, and clients look no further than there are any."""
+        free = self._free
+        free.sort(reverse=True)
+        end = self._used_once
+        while free and free[0] == self._used_once - 1:
+            del free[0]
+            self._used_once -= 1
+        if self._used_once != end:
+            mark_end(self._words, HeaderWord.BOARDS_END, self._used_once)
 
     def _clear(self, board: int) -> None:
         """Make a board nobody's: first its pins go, then the line that says whose they were."""
@@ -261,6 +273,7 @@ class Boards:
             else:
                 self._clear(board)
                 self._free.append(board)
+        self._lower_end()
         return clients
 
     def owner(self, board: int) -> int | None:

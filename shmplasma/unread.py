@@ -185,7 +185,7 @@ class Unread:
 
         Notes
         -----
-        0.2 us for each board that was ever granted, and 0.5 us for each record.
+        0.2 us for each board that is granted, and 0.5 us for each record.
         """
         words, raw = self._words, self._map
         n_boards = words[_BOARDS_END]

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from shmplasma.control import Control
 from shmplasma.errors import CommitError
-from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, OUTBOX_BYTES, Layout
+from shmplasma.layout import (
+    BOARD_BYTES,
+    BOARD_WORDS,
+    OUTBOX_BYTES,
+    HeaderWord,
+    Layout,
+    read_end,
+)
 from shmplasma.pins import FIRST_SLOT, Boards, slots_of
 from tests.conversation import RecordedMemory, new_segment
 
@@ -74,6 +81,31 @@ def test_a_board_without_memory_is_not_granted() -> None:
     assert not pinboard.boards.may_lend(ALICE, [FIRST_SLOT])
     pinboard.memory.refuse_from = None
     assert pinboard.boards.grant(ALICE, 4711, 1) == 0
+
+
+def test_clients_look_no_further_than_there_are_boards() -> None:
+    """The end falls with the last boards, and the lowest that is free is granted first."""
+    pinboard = Pinboard()
+    boards, end = pinboard.boards, HeaderWord.BOARDS_END
+    clients = range(10, 16)
+    assert [boards.grant(client, 4711, 1) for client in clients] == [0, 1, 2, 3, 4, 5]
+    for client, ends in ((13, 6), (11, 6), (15, 5), (14, 3)):
+        boards.revoke(client)
+        assert read_end(pinboard.words, end, LAYOUT.n_boards) == ends
+        boards.check()
+    assert [boards.grant(client, 4711, 1) for client in (11, 13)] == [1, 3]
+    assert pinboard.words[end] == 4
+    boards.revoke(13)
+    later = Boards(
+        LAYOUT,
+        pinboard.words,
+        pinboard.raw,
+        Control(LAYOUT, pinboard.words),
+        pinboard.memory.commit,
+    )
+    assert later.recover().keys() == {0, 1, 2}
+    assert later.n_free == LAYOUT.n_boards - 3
+    later.check()
 
 
 def test_there_are_only_so_many_boards() -> None:
