@@ -12,14 +12,9 @@ one takes its place::
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import random
 import sys
-import tempfile
-import time
 from collections import Counter, deque
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Final
@@ -30,19 +25,16 @@ import shmplasma
 from shmplasma.hinting import Hints
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import Located
-from tests.command import killed, running
+from tests.crash.hammer import Member, hammer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["run"]
 
-CAPACITY: Final = 16_000_000
 _SIZES: Final = (8, 64, 1000, 5000, 40_000)
 _HELD: Final = 8
 _PATIENCE_MS: Final = 500
-_FILLING_BYTES: Final = 50_000
-_KILL_EACH_SECONDS: Final = 0.4
 _MEMBERS: Final = 4
 _CREATE_EACH: Final = 3
 """Every so many objects one is created and sealed in two steps."""
@@ -59,7 +51,7 @@ def content_of(ring: int, step: int) -> bytes:
     return np.full(size // 8, ring << 48 | step, np.uint64).tobytes()
 
 
-def relay(path: str, ring: int, member: int, n_members: int, stop: Event, said: Connection) -> None:
+def relay(path: str, stop: Event, said: Connection, ring: int, member: int) -> None:
     """Be one of a ring: wait, look, put the next one; tell at the end what was seen."""
     counts: Counter[str] = Counter()
     take = Hints.take
@@ -106,70 +98,18 @@ def relay(path: str, ring: int, member: int, n_members: int, stop: Event, said: 
                 look(*held.popleft())
             counts["handed over"] += 1
             put(step + 1)
-            step += n_members
+            step += _MEMBERS
         while held:
             look(*held.popleft())
         said.send(counts)
 
 
-def keep_full(path: str, stop: Event, said: Connection) -> None:
-    """Put whatever fits, over and over."""
-    counts: Counter[str] = Counter()
-    with said, shmplasma.connect(path) as client:
-        said.send("ready")
-        while not stop.is_set():
-            client.put_raw_buffer(os.urandom(8) * (_FILLING_BYTES // 8))
-            counts["fillings"] += 1
-        said.send(counts)
-
-
 def run(seconds: float, n_rings: int, *, kill: bool = False) -> Counter[str]:
     """Hand objects over for so long, and return what was seen."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    counts: Counter[str] = Counter()
-    with ExitStack() as stack:
-        path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
-        store = stack.enter_context(ExitStack())
-        store.enter_context((killed if kill else running)("-m", str(CAPACITY), "-s", path))
-        pipes: list[Connection] = []
-        processes = []
-        for ring in range(n_rings):
-            for member in range(_MEMBERS):
-                ours, theirs = context.Pipe()
-                arguments = path, ring, member, _MEMBERS, stop, theirs
-                processes.append((context.Process(target=relay, args=arguments), theirs))
-                pipes.append(ours)
-        ours, theirs = context.Pipe()
-        processes.append((context.Process(target=keep_full, args=(path, stop, theirs)), theirs))
-        pipes.append(ours)
-        for process, theirs in processes:
-            process.start()
-            theirs.close()
-        assert all(pipe.recv() == "ready" for pipe in pipes)
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _KILL_EACH_SECONDS) if kill else left)
-            if kill:
-                store.close()
-                store.enter_context(killed("-s", path))
-                counts["stores killed"] += 1
-        if kill:
-            store.close()
-            store.enter_context(running("-s", path))
-        stop.set()
-        for pipe in pipes:
-            counts.update(pipe.recv())
-            pipe.close()
-        for process, _ in processes:
-            process.join()
-            assert process.exitcode == 0, "a process has failed"
-        with shmplasma.connect(path) as client:
-            client.delete(client.list())
-            text = client.debug_string()
-            assert not client.list(), "somebody who has gone holds something"
-            assert f"\nfree bytes: {CAPACITY}\n" in text, f"room has got lost: {text}"
-    return counts
+    members: list[Member] = [
+        (relay, (ring, member)) for ring in range(n_rings) for member in range(_MEMBERS)
+    ]
+    return hammer(members, seconds, kill=kill)
 
 
 def main() -> int:

@@ -13,15 +13,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import random
 import sys
-import tempfile
-import time
 from collections import Counter, deque
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Final
 
@@ -30,8 +25,7 @@ import numpy as np
 import shmplasma
 from shmplasma.objects import ObjectID
 from shmplasma.unread import Unread
-from tests.command import killed, running
-from tests.crash.hammer_hand_over import CAPACITY, keep_full
+from tests.crash.hammer import Member, hammer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +37,6 @@ __all__ = ["run"]
 
 _SIZES: Final = (8, 64, 1000, 5000, 40_000)
 _HELD: Final = 8
-_KILL_EACH_SECONDS: Final = 0.4
 _DELETE_EACH: Final = 5
 
 
@@ -53,7 +46,7 @@ def content_of(pair: int, step: int) -> bytes:
     return np.full(size // 8, pair << 48 | step, np.uint64).tobytes()
 
 
-def tell(path: str, pair: int, stop: Event, said: Connection, pipe: Connection) -> None:
+def tell(path: str, stop: Event, said: Connection, pair: int, pipe: Connection) -> None:
     """Put objects, each in one of three ways, and say their ids."""
     with said, pipe, shmplasma.connect(path) as client:
         said.send("ready")
@@ -77,7 +70,7 @@ def tell(path: str, pair: int, stop: Event, said: Connection, pipe: Connection) 
         said.send(Counter[str]())
 
 
-def hear(path: str, pair: int, said: Connection, pipe: Connection) -> None:
+def hear(path: str, _: Event, said: Connection, pair: int, pipe: Connection) -> None:
     """Get each object that the other one says, and tell at the end what was seen."""
     counts: Counter[str] = Counter()
     take = Unread.take
@@ -123,57 +116,11 @@ def hear(path: str, pair: int, said: Connection, pipe: Connection) -> None:
 
 def run(seconds: float, n_pairs: int, *, kill: bool = False) -> Counter[str]:
     """Put and get for so long, and return what was seen."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    counts: Counter[str] = Counter()
-    with ExitStack() as stack:
-        path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
-        store = stack.enter_context(ExitStack())
-        store.enter_context((killed if kill else running)("-m", str(CAPACITY), "-s", path))
-        pipes: list[Connection] = []
-        processes: list[tuple[SpawnProcess, tuple[Connection, ...]]] = []
-        for pair in range(n_pairs):
-            one, other = context.Pipe()
-            for ours, theirs, target, arguments in (
-                (*context.Pipe(), tell, (path, pair, stop)),
-                (*context.Pipe(), hear, (path, pair)),
-            ):
-                end = one if target is tell else other
-                process = context.Process(target=target, args=(*arguments, theirs, end))
-                processes.append((process, (theirs, end)))
-                pipes.append(ours)
-        ours, theirs = context.Pipe()
-        process = context.Process(target=keep_full, args=(path, stop, theirs))
-        processes.append((process, (theirs,)))
-        pipes.append(ours)
-        for process, ends in processes:
-            process.start()
-            for end in ends:
-                end.close()
-        assert all(pipe.recv() == "ready" for pipe in pipes)
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, _KILL_EACH_SECONDS) if kill else left)
-            if kill:
-                store.close()
-                store.enter_context(killed("-s", path))
-                counts["stores killed"] += 1
-        if kill:
-            store.close()
-            store.enter_context(running("-s", path))
-        stop.set()
-        for pipe in pipes:
-            counts.update(pipe.recv())
-            pipe.close()
-        for process, _ in processes:
-            process.join()
-            assert process.exitcode == 0, "a process has failed"
-        with shmplasma.connect(path) as client:
-            client.delete(client.list())
-            text = client.debug_string()
-            assert not client.list(), "somebody who has gone holds something"
-            assert f"\nfree bytes: {CAPACITY}\n" in text, f"room has got lost: {text}"
-    return counts
+    members: list[Member] = []
+    for pair in range(n_pairs):
+        one, other = multiprocessing.Pipe()
+        members += (tell, (pair, one)), (hear, (pair, other))
+    return hammer(members, seconds, kill=kill)
 
 
 def main() -> int:
