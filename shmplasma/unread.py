@@ -197,7 +197,7 @@ class Unread:
         for board in range(n_boards):
             number = words[count]
             at = outbox + (number & _MASK) * _RECORD_WORDS
-            while words[at] == number + 1:
+            while words[at] == number + 1 and left >= 0:
                 _, kind, _, object_id = _NAME.unpack_from(raw, at << 3)
                 number += 1
                 if kind in _LIVES:
