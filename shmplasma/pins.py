@@ -316,10 +316,6 @@ class Boards:
                 if self._words[self._first_word + slot] == entry + 1:
                     self._words[self._first_word + slot] = 0
 
-    def pinned_offsets(self) -> set[int]:
-        """Return the offsets that anybody pins, with or without an object there."""
-        return {offset_of(word) for word in self._all_words() if word >= AT_OFFSET}
-
     def held_by(self, client: int) -> set[int]:
         """Return the entries that a client pins; words which name no object in the table are left out."""
         held = words_on(self._raw, self._layout, self._of_client.get(client, ()))

@@ -99,7 +99,7 @@ class Reading(Connected):
 
         Notes
         -----
-        No message for objects that are there, else one round trip; none either, with `timeout_ms=0`, for what is seen not to
+        No message for objects that are there, those included that were put just now; else one round trip; none either, with `timeout_ms=0`, for what is seen not to
         be there (see `contains`).  An object is neither evicted nor changed while its buffer, or anything made of it, lives.  Ctrl-C interrupts a wait at once.
         """
         session = self._session or self._live()
@@ -272,8 +272,8 @@ class Reading(Connected):
 
         Notes
         -----
-        No message if it is.  False is exact: whatever was put before is found.  It takes no request either if the
-        store has read all that clients have put, or does so soon, and no object of this id is being made.
+        No message if it is.  False is exact: whatever was put before is found.  It takes no request either, unless
+        an object of this id is being made, deleted or moved, or clients write more than can be looked through.
         """
         session = self._session or self._live()
         reader, unread, settling = session.reader, session.unread, session.settling

@@ -372,9 +372,8 @@ class Session:
             return
         held = self._lifeline.pinned_words()
         found: set[bytes] = set()
-        if (
-            self.unread is not None
-        ):  # before the table, where an object is when it is not unread any more
+        # Before the table, where an object is when it is not unread any more.
+        if self.unread is not None:
             for object_id, offset, size in self.unread.lying_at(at):
                 if pin_word(crc32(object_id), offset) in held:
                     found.add(object_id)
