@@ -123,16 +123,17 @@ def _measure(
                 if case.once and number > 1:
                     continue
                 print(f"round {number} of {rounds}: {case.name:<14}", end="", flush=True)
-                for name, worker in workers.items():
-                    answer = worker.run(case.name)
-                    if answer.problem:
-                        results.problems[case.name, name] = answer.problem
-                        print(f"\n{worker.title} failed: {answer.problem}", flush=True)
-                    elif answer.samples:
-                        results.samples.setdefault((case.name, name), []).extend(answer.samples)
-                    row = case.rows[0]
-                    cell = results.cell(case.name, row, name)
-                    print(f"  {name} {cell or '-'}", end="", flush=True)
+                for turn in range(1, case.turns + 1):
+                    for name, worker in workers.items():
+                        answer = worker.run(case.name)
+                        if answer.problem:
+                            results.problems[case.name, name] = answer.problem
+                            print(f"\n{worker.title} failed: {answer.problem}", flush=True)
+                        elif answer.samples:
+                            results.samples.setdefault((case.name, name), []).extend(answer.samples)
+                        if turn == case.turns:
+                            cell = results.cell(case.name, case.rows[0], name)
+                            print(f"  {name} {cell or '-'}", end="", flush=True)
                 print(f"  ({case.rows[0].unit})", flush=True)
         return {name: (worker.title, worker.version) for name, worker in workers.items()}
 
