@@ -143,7 +143,7 @@ class Dispatch:
                     raise ProtocolError(f"slot {request.slot} is not its own")
                 self._publishing.claim(client, request, now_ns)
                 if session.detached:  # nobody is going to seal it
-                    self._objects.abort_all(client)
+                    self._objects.unsealed.leave(client)
                 self._outgoing.reply(client, request_id, _DONE)
             case Create():
                 if not self._boards.may_lend_one(client, request.slot):
@@ -361,7 +361,7 @@ class Dispatch:
         for begun in self._failures, self._freed:
             for key in [key for key in begun if key[0] == client]:
                 del begun[key]
-        self._objects.abort_all(client)
+        self._objects.unsealed.leave(client)
         references = self._ledger.references
         if references.is_ahead:
             references.begin_reading()

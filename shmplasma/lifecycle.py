@@ -9,7 +9,7 @@ r"""The life of an object: create, seal, abort, delete, evict.
 
 Invariants
 ----------
-* An unsealed object has exactly one creator, a connected client; only that one may seal or abort it.
+* An unsealed object has exactly one creator (`shmplasma.unsealed`); only that one may seal or abort it.
 * What is deleted or aborted while somebody holds it is left to `shmplasma.releases`, until it goes at the last release.
 * What a lease covers beyond its cursor is used space without an object (see `shmplasma.publishing`).
 """
@@ -33,6 +33,7 @@ from shmplasma.requests import Create
 from shmplasma.room import Room
 from shmplasma.spilling import Spilling
 from shmplasma.table import NO_ENTRY, Table
+from shmplasma.unsealed import Unsealed
 
 __all__ = ["Lifecycle"]
 
@@ -57,6 +58,8 @@ class Lifecycle:
     ----------
     releases : Releases
         What waits for a release.
+    unsealed : Unsealed
+        What is being written.
     spilling : Spilling or None
         Where objects go instead, if there is an external store.
     evictions : int
@@ -83,10 +86,9 @@ class Lifecycle:
         self._memory = memory
         self._gone = gone
         self._leases = leases
-        self._creators: dict[int, int] = {}
-        self._unsealed: dict[int, set[int]] = {}
-        self._recovered: set[int] = set()
         self.releases = Releases(words, table, boards, room, memory, gone)
+        self.unsealed = Unsealed(table, boards, room, self.releases)
+        self._creators = self.unsealed.creators
         # Its sets, which are looked at with each put.
         self._doomed = self.releases.doomed
         self._limbo = self.releases.limbo
@@ -145,7 +147,7 @@ class Lifecycle:
 
     def held_by(self, client: int) -> set[int]:
         """Return the entries that a client pins or has not sealed yet."""
-        return self._boards.held_by(client) | self._unsealed.get(client, set())
+        return self._boards.held_by(client).union(self.unsealed.of(client))
 
     def bytes_of(self, entries: Iterable[int]) -> int:
         """Return the sum of data and metadata sizes; what clients made up does not count."""
@@ -197,7 +199,7 @@ class Lifecycle:
         size = request.data_size + request.metadata_size
         if self.exists(object_id):
             entry = self._table.find(object_id)
-            if not self._is_repeated(client, entry, request):
+            if not self.unsealed.is_repeated(client, entry, request):
                 raise existing(object_id)
             self._boards.pin(request.slot, entry)
             return entry
@@ -211,7 +213,7 @@ class Lifecycle:
             entry = self._insert(request, offset, size, now_ns)
         finally:
             self._memory.unlock()
-        self._note_creator(client, entry)
+        self.unsealed.add(client, entry)
         self._boards.pin(request.slot, entry)
         return entry
 
@@ -237,7 +239,7 @@ class Lifecycle:
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, owner=slot + 1
         )
-        self._note_creator(client, entry)
+        self.unsealed.add(client, entry)
         return True
 
     def reject(self, message: Claim | Publish, now_ns: int) -> None:
@@ -249,13 +251,12 @@ class Lifecycle:
             )
             self._limbo.add(entry)
 
-    def _note_creator(self, client: int, entry: int) -> None:
-        self._creators[entry] = client
-        self._unsealed.setdefault(client, set()).add(entry)
-
     def exists(self, object_id: bytes) -> bool:
         """Tell whether an id is taken, sealed or not."""
         entry = self._table.find(object_id)
+        if entry != NO_ENTRY and self.unsealed.is_left(entry):
+            self.unsealed.abort([entry])
+            return False
         if entry != NO_ENTRY and (self._doomed or self._table.is_marked(entry)):
             # Which let go of it, if it has waited for that.
             self.find_sealed(object_id)
@@ -263,21 +264,12 @@ class Lifecycle:
             entry = self._table.find(object_id)
         return entry != NO_ENTRY
 
-    def _is_repeated(self, client: int, entry: int, request: Create) -> bool:
-        """Tell whether a store that has died had granted this request, and could not say so any more."""
-        if self._creators.get(entry) != client or entry not in self._recovered:
-            return False
-        self._recovered.discard(entry)
-        _, data_size, metadata_size = self._table.location(entry)
-        return self._table.owner(entry) == request.slot and (data_size, metadata_size) == (
-            request.data_size,
-            request.metadata_size,
-        )
-
     def _allocate(self, size_bytes: int) -> int | None:
         """Find an extent, evicting what is needed when what was released meanwhile has gone."""
         if self._doomed or self._limbo:
             self.releases.wake()
+        if self.unsealed.are_left and size_bytes > self._room.largest_bytes:
+            self.unsealed.finish()
         offset, evicted = self._room.allocate(size_bytes, self._room.most_at_once)
         if evicted:
             self.note_evicted(evicted)
@@ -295,6 +287,8 @@ class Lifecycle:
         for _ in range(2):
             try:
                 # What is committed for the objects of leases stays theirs.
+                if not self._table.free_entries:
+                    self.unsealed.finish()
                 if not self._table.prepare(self._leases.objects_left + 1):
                     if self.spilling is not None:
                         break
@@ -341,7 +335,7 @@ class Lifecycle:
             This client is not writing such an object.
         """
         entry = self._own(client, object_id)
-        self._forget_creator(client, entry)
+        self.unsealed.forget(entry)
         self._table.seal(entry, now_ns)
         self._residents.sealed(entry)
         return entry
@@ -354,16 +348,11 @@ class Lifecycle:
         Refused
             This client is not writing such an object.
         """
-        self._abort(client, self._own(client, object_id))
-
-    def abort_all(self, client: int) -> None:
-        """Remove all objects that a client has not sealed."""
-        for entry in list(self._unsealed.get(client, ())):
-            self._abort(client, entry)
+        self.unsealed.abort([self._own(client, object_id)])
 
     def _own(self, client: int, object_id: bytes) -> int:
         entry = self._table.find(object_id)
-        if entry != NO_ENTRY and self._creators.get(entry) == client:
+        if self._creators.get(entry) == client and not self.unsealed.is_left(entry):
             return entry
         sealed = self.find_sealed(object_id)
         if sealed != NO_ENTRY and sealed in self._boards.held_by(client):
@@ -371,23 +360,6 @@ class Lifecycle:
             raise Refused(Failed(Failure.SEALED, text))
         text = f"this client has no unsealed object {object_id.hex()}; create it first"
         raise Refused(Failed(Failure.NOT_FOUND, text))
-
-    def _abort(self, client: int, entry: int) -> None:
-        self._forget_creator(client, entry)
-        self._table.set_state(entry, EntryState.EVICTING)
-        self._table.unlink(entry)
-        if self._boards.is_pinned(entry):
-            self.releases.leave(entry)
-        else:
-            self._room.free(entry)
-
-    def _forget_creator(self, client: int, entry: int) -> None:
-        del self._creators[entry]
-        self._recovered.discard(entry)  # what comes now under its number is another object
-        unsealed = self._unsealed[client]
-        unsealed.remove(entry)
-        if not unsealed:
-            del self._unsealed[client]
 
     # -- drop, evict ---------------------------------------------------------------------------
 
@@ -469,10 +441,7 @@ class Lifecycle:
         for client, (cursor, end) in found.leases.items():
             self._leases.restore(client, client, cursor, end, self._table.free_entries)
         self._table.prepare(self._leases.objects_left)
-        self._creators = found.created
-        for entry, client in found.created.items():
-            self._unsealed.setdefault(client, set()).add(entry)
-        self._recovered = set(found.created)
+        self.unsealed.recover(found.created)
         if self.spilling is not None:
             self.spilling.recover(found.copies, found.spilled)
         self.releases.recover(found.doomed, found.limbo)
@@ -487,12 +456,7 @@ class Lifecycle:
         self._leases.check()
         self._room.check(self._leases.extents())
         assert self._table.free_entries >= self._leases.objects_left, "a lease may find no entry"
-        state = self._table.state
-        unsealed = {entry: client for client, own in self._unsealed.items() for entry in own}
-        assert unsealed == self._creators, "creators and their unsealed objects disagree"
-        for entry in range(self._table.end):
-            created = state(entry) == EntryState.CREATED
-            assert created == (entry in unsealed), f"entry {entry} has no creator or is not CREATED"
+        self.unsealed.check()
         self.releases.check()
         if self.spilling is not None:
             self.spilling.check()

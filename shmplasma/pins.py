@@ -218,6 +218,11 @@ class Boards:
         """How many boards are nobody's."""
         return len(self._free) + self._layout.n_boards - self._used_once
 
+    def clear(self, client: int) -> None:
+        """Clear the client's pins; its boards stay its own."""
+        for board in self._of_client.get(client, ()):
+            self._clear_pins(board)
+
     def revoke(self, client: int) -> None:
         """Clear the client's boards and take them back."""
         for board in self._of_client.pop(client, ()):
@@ -239,11 +244,14 @@ class Boards:
 
     def _clear(self, board: int) -> None:
         """Make a board nobody's: first its pins go, then the line that says whose they were."""
-        start = self._layout.boards + board * BOARD_BYTES
-        self._raw[start : start + BOARD_BYTES] = bytes(BOARD_BYTES)
+        self._clear_pins(board)
         start = self._layout.outboxes + board * OUTBOX_BYTES
         self._raw[start : start + OUTBOX_BYTES] = bytes(OUTBOX_BYTES)
         self._control.clear(board)
+
+    def _clear_pins(self, board: int) -> None:
+        start = self._layout.boards + board * BOARD_BYTES
+        self._raw[start : start + BOARD_BYTES] = bytes(BOARD_BYTES)
 
     def recover(self) -> dict[int, Owner]:
         """Take over the boards of a store that has died.

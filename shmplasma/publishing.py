@@ -101,7 +101,8 @@ class Publishing:
             if room.largest_bytes < smallest:
                 if request.ahead:
                     return none
-                self._objects.releases.wake()  # nothing goes for want of what was released meanwhile
+                self._objects.releases.wake()  # nothing goes for want of what was released meanwhile, or left
+                self._objects.unsealed.finish()
                 smallest = align_up(max(MIN_LEASE_BYTES, needed_bytes), ALIGNMENT)
                 lacks_room = self._is_full or room.largest_bytes < align_up(needed_bytes, ALIGNMENT)
                 if lacks_room and room.free_bytes < _SCATTERED_LEASES * size:

@@ -22,6 +22,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 from shmplasma.layout import EntryState, HeaderWord
 from shmplasma.memory import Memory
@@ -89,9 +90,9 @@ class Releases:
         self.doomed |= entries
         self._await()
 
-    def leave(self, entry: int) -> None:
-        """Have the extent of an aborted object go when its writer lets go; it is EVICTING, and in no chain any more."""
-        self.limbo.add(entry)
+    def leave(self, entries: AbstractSet[int]) -> None:
+        """Have the extents of aborted objects go when their writers let go; they are EVICTING, and in no chain any more."""
+        self.limbo |= entries
         self._await()
 
     def await_room(self, *, wanted: bool) -> None:

@@ -122,9 +122,10 @@ class ObjectStore:
             self._posts.heed_out(session, now_ns)
         del self._greeter.sessions[client]
         self._outgoing.subscribers.discard(client)
-        self._boards.revoke(client)
+        self._boards.clear(client)
         self._dispatch.forget(client, now_ns)
         self._publishing.end(client)
+        self._objects.unsealed.end(client)
         self._note_who_came_back()
         return self.wake()
 
@@ -249,6 +250,7 @@ class ObjectStore:
             or self._trims
             or self._room.mover.is_busy
             or self._publishing.is_to_evict
+            or self._objects.unsealed.are_left
             or self._objects.spilling is not None
             or (self._polling.is_on and self._has_listeners)
         )

@@ -57,11 +57,12 @@ class Upkeep:
 
     @property
     def has_urgent_work(self) -> bool:
-        """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved."""
+        """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved or removed."""
         return (
             self._creations.await_memory
             or self._room.mover.is_busy
             or bool(self._trims)
+            or self._objects.unsealed.are_left
             or self._publishing.is_to_evict
             or self._jobs.await_commit
         )
@@ -79,6 +80,8 @@ class Upkeep:
             self._objects.note_evicted(self._room.advance())
             self._deletions.look_again()
             self._answers.look_again()
+        elif self._objects.unsealed.are_left:
+            self._objects.unsealed.advance()
         elif self._publishing.is_to_evict:
             self._publishing.evict_ahead()
         else:

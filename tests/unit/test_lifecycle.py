@@ -214,12 +214,12 @@ def test_a_client_that_leaves_takes_what_it_has_not_sealed(house: Household) -> 
         house.create(number)
     house.create(4, client=BOB)
     house.objects.seal(ALICE, name(2), 1)
-    house.boards.revoke(ALICE)
-    house.objects.abort_all(ALICE)
+    house.boards.clear(ALICE)
+    house.objects.unsealed.leave(ALICE)
     house.objects.check()
     assert house.sealed() == [2]
     assert [house.table.find(name(n)) != NO_ENTRY for n in (1, 2, 3, 4)] == [0, 1, 0, 1]
-    house.objects.abort_all(ALICE)
+    house.objects.unsealed.leave(ALICE)
     house.objects.check()
 
 
@@ -461,12 +461,12 @@ def test_pins_of_what_is_not_there_are_no_invariant_of_ours(house: Household) ->
 
 def forget_creators(house: Household) -> None:
     """Leave unsealed objects to nobody."""
-    house.objects._creators.clear()
-    house.objects._unsealed.clear()
+    house.objects.unsealed._creators.clear()
+    house.objects.unsealed._of_client.clear()
 
 
 DAMAGES: dict[str, Callable[[Household], object]] = {
-    "creators and their unsealed": lambda h: h.objects._creators.clear(),
+    "creators and their unsealed": lambda h: h.objects.unsealed._creators.clear(),
     "has no creator": forget_creators,
     "being taken for ever": lambda h: h.objects.releases.limbo.clear(),
     "nobody will wake": lambda h: h.words.__setitem__(HeaderWord.WAKE, 0),
