@@ -19,7 +19,17 @@ from shmplasma.object_array import ObjectArray
 from shmplasma.objects import ObjectID
 from shmplasma.reading import ObjectNotAvailable, Reading
 from shmplasma.replies import Done, Listing, Number, Text
-from shmplasma.requests import MAX_NAME_BYTES, Debug, Delete, Evict, Keep, List, SetOptions, Trim
+from shmplasma.requests import (
+    MAX_KEPT_IDS,
+    MAX_NAME_BYTES,
+    Debug,
+    Delete,
+    Evict,
+    Keep,
+    List,
+    SetOptions,
+    Trim,
+)
 from shmplasma.serialization import SerializationContext
 from shmplasma.store_ref import Home, StoreRef, home_of
 from shmplasma.writing import MAX_SIZE, Writing
@@ -123,11 +133,11 @@ class PlasmaClient(Reading, Writing):
         Raises
         ------
         PlasmaObjectNotFound
-            One of them is not there.  Of a request's objects (65,536 go in one) none is changed then.
+            One of them is not there.  Of a request's objects (2,048 go in one) none is changed then.
 
         Notes
         -----
-        One round trip.  Holds until `cache` is called, also across the death of a store.
+        A round trip for each 2,048.  Holds until `cache` is called, also across the death of a store.
         """
         self._say_keep(object_ids, keep=True)
 
@@ -141,8 +151,8 @@ class PlasmaClient(Reading, Writing):
     def _say_keep(self, object_ids: ObjectID | Iterable[ObjectID], *, keep: bool) -> None:
         ids = _id_bytes(object_ids)
         session = self._live()
-        for start in range(0, len(ids), _IDS_A_REQUEST):
-            session.call(Keep(keep, ids[start : start + _IDS_A_REQUEST]), Done)
+        for start in range(0, len(ids), MAX_KEPT_IDS):
+            session.call(Keep(keep, ids[start : start + MAX_KEPT_IDS]), Done)
 
     def evict(self, num_bytes: SupportsIndex) -> int:
         """Evict sealed objects that nobody holds or keeps until `num_bytes` are free that were not.

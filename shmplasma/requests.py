@@ -24,6 +24,7 @@ from shmplasma.posted import (
 from shmplasma.protocol import Frame
 
 __all__ = [
+    "MAX_KEPT_IDS",
     "MAX_NAME_BYTES",
     "AnswerNow",
     "AskLease",
@@ -63,6 +64,8 @@ class Role(IntEnum):
 _HELLO: Final = Struct("<HHI")
 
 
+MAX_KEPT_IDS: Final = 2048
+"""All objects of a `Keep` are looked at in one turn of the loop: 2 us each."""
 MAX_NAME_BYTES: Final = 255
 """Of a client, in UTF-8: it stands in the descriptions that others read."""
 
@@ -372,7 +375,7 @@ class Bequeath:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Say of objects whether they are never to be evicted; all of them have to be there."""
+    """Say of up to `MAX_KEPT_IDS` objects whether they are never to be evicted; all of them have to be there."""
 
     KIND: ClassVar[int] = 20
     keep: bool
@@ -387,6 +390,8 @@ class Keep:
         """Return the message of a body."""
         if body[0] > 1:
             raise ValueError("neither to keep nor not to")
+        if len(body) > 1 + MAX_KEPT_IDS * ID_BYTES:
+            raise ValueError(f"it is to keep more than {MAX_KEPT_IDS} objects")
         return cls(bool(body[0]), _ids(body[1:]))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import shmplasma as plasma
 from shmplasma import ObjectID, PlasmaClient, Store
+from shmplasma.requests import MAX_KEPT_IDS
 from tests.clients import MISSING, figure, new_id
 
 MB = 1_000_000
@@ -78,6 +79,16 @@ def test_what_is_not_there_cannot_be_kept(client: PlasmaClient, client2: PlasmaC
     assert not client.list()[object_id]["keep"]
     with pytest.raises(TypeError):
         client.keep(["text"])  # type: ignore[list-item] # which is the test
+
+
+def test_many_are_kept(client: PlasmaClient) -> None:
+    """They go in several requests, each of which keeps all of its objects or none."""
+    kept = [client.put_raw_buffer(b"kept") for _ in range(MAX_KEPT_IDS + 10)]
+    client.keep(kept)
+    assert sum(info["keep"] for info in client.list().values()) == len(kept)
+    with pytest.raises(plasma.PlasmaObjectNotFound):
+        client.cache([*kept, MISSING])
+    assert sum(info["keep"] for info in client.list().values()) == 10
 
 
 def test_what_is_kept_outlives_the_store(tmp_path: Path) -> None:

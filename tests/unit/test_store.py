@@ -36,6 +36,7 @@ from shmplasma.replies import (
 )
 from shmplasma.reports import notification
 from shmplasma.requests import (
+    MAX_KEPT_IDS,
     AnswerNow,
     AskLease,
     Attach,
@@ -655,6 +656,16 @@ def test_an_eviction_of_a_doomed_object_is_its_end(talk: Conversation) -> None:
     assert watcher.notifications == [(A, 65536, 0), (A, -1, -1), (B, 65536, 0)]
     assert talk.wake_word == 0
     talk.store.check()
+
+
+def test_who_keeps_too_many_at_once_is_dropped(talk: Conversation) -> None:
+    """All of them would be looked at in one turn."""
+    peer = talk.client()
+    ids = [name(number) for number in range(MAX_KEPT_IDS + 1)]
+    assert peer.refused(Keep(True, ids[1:])) is Failure.NOT_FOUND
+    peer.post(Keep(True, ids))
+    assert peer.dropped is not None
+    assert str(MAX_KEPT_IDS) in peer.dropped
 
 
 @pytest.mark.parametrize("request_", [Delete([A, B, A]), Keep(True, [A, B, A])])
