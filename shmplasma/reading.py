@@ -31,7 +31,8 @@ __all__ = ["Encoded", "Mode", "ObjectNotAvailable", "Reading"]
 Mode: TypeAlias = Literal["view", "copy", "cow"]
 """What the arrays of a value are that is got."""
 
-_IDS_A_REQUEST: Final = 1 << 16
+_IDS_A_REQUEST: Final = 1 << 13
+"""The store looks for all ids of a request in one turn of its loop: 1 us each."""
 
 
 class ObjectNotAvailable:
