@@ -31,8 +31,8 @@ __all__ = ["Encoded", "Mode", "ObjectNotAvailable", "Reading"]
 Mode: TypeAlias = Literal["view", "copy", "cow"]
 """What the arrays of a value are that is got."""
 
-_IDS_A_REQUEST: Final = 1 << 13
-"""The store looks for all ids of a request in one turn of its loop: 1 us each."""
+_IDS_A_REQUEST: Final = 1 << 12
+"""The store looks for all ids of a request in one turn of its loop: 1 us each, or 2.5 where it has to answer for them."""
 
 
 class ObjectNotAvailable:
