@@ -71,7 +71,7 @@ class Ledger:
             case Bequeath(ticket):
                 references.bequeath(client, ticket, now_ns)
 
-    def delete_nobodys(self) -> None:
-        """Delete what nobody owns, but while a move hides an object; all outboxes have been read just now."""
+    def delete_nobodys(self, at_most: int | None) -> None:
+        """Delete what nobody owns, so many objects at most, but while a move hides an object; all outboxes have been read just now."""
         if self.references.has_suspects and self._room.mover.hidden == NO_ENTRY:
-            self._deletions.delete(self.references.judge())
+            self._deletions.delete(self.references.judge(at_most))

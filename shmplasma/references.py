@@ -53,7 +53,7 @@ Fork
     tells what handles it has inherited (Hold), with that ticket, under its own connection.
 
 Deaths
-    The holds of a client end with its connection, after its outbox was read.  What a store that dies knew is gone.
+    The holds of a client end with its connection, after its outbox was read; many of them by and by.  What a store that dies knew is gone.
     Its clients tell its successor what they hold when they come back; and all referenced objects begin with one
     ticket for whatever was on its way, which lasts until the last client that lives has come back, and `ticket_ns` longer.
     Outboxes that the dead store has not read are read by the successor: the tickets and holds in them are known, also those of
@@ -81,6 +81,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Final
 
 from shmplasma.errors import ProtocolError
@@ -154,6 +155,7 @@ class References:
         self._ahead: dict[bytes, list[Callable[[], None]]] = {}
         self._overdue: tuple[set[int], set[bytes]] = set(), set()
         self._suspects: set[bytes] = set()
+        self._gone: dict[int, None] = {}
         self._due: list[tuple[int, int]] = []
         self._recovered: _Ticket | None = None
         self._returns: dict[int, _Return] = {}
@@ -347,7 +349,7 @@ class References:
     @property
     def is_awake(self) -> bool:
         """Whether something is to be judged, or has its time."""
-        return bool(self._due or self._suspects or self._early or self._ahead)
+        return bool(self._due) or self.has_suspects
 
     def expire(self, now_ns: int) -> None:
         """Let those tickets end, or protect no more, whose time has come."""
@@ -376,7 +378,7 @@ class References:
     @property
     def has_suspects(self) -> bool:
         """Whether something is to be judged when all outboxes have been read."""
-        return bool(self._suspects or self._early or self._ahead)
+        return bool(self._suspects or self._gone or self._early or self._ahead)
 
     def begin_reading(self) -> None:
         """Take note that all outboxes are about to be read: what is early or ahead now will be explained by that, or by nothing."""
@@ -396,12 +398,13 @@ class References:
         """Whether something waits for the outbox of a creator to be read."""
         return bool(self._ahead)
 
-    def judge(self) -> list[bytes]:
-        """Return the objects that nobody owns, and forget them; all outboxes have been read just now."""
+    def judge(self, at_most: int | None = None) -> list[bytes]:
+        """Return the objects that nobody owns, so many at most, and forget them; all outboxes have been read just now."""
         self.end_reading()
-        suspects, self._suspects = self._suspects, set()
+        self._end_holds(at_most)
         nobodys = []
-        for object_id in suspects:
+        for object_id in tuple(islice(self._suspects, at_most)):
+            self._suspects.remove(object_id)
             owners = self._objects[object_id]
             if not owners.holds and not owners.tickets:
                 nobodys.append(object_id)
@@ -427,17 +430,33 @@ class References:
                 ticket.object_ids.remove(object_id)  # the next object of this id is none of its own
 
     def forget_client(self, client: int, now_ns: int) -> None:
-        """End the holds of a client that has gone; the time of its tickets begins.
+        """Have the holds of a client that has gone end, with `judge`; the time of its tickets begins.
 
         Nothing that it has said is to be ahead: see `is_ahead`.
         """
         self._returns.pop(client, None)
-        for object_id, number in self._holds_of.pop(client, set()).copy():
-            self.release(object_id, client, number)
+        if client in self._holds_of:
+            self._gone[client] = None
         for number in self._minted_by.pop(client, ()):
             ticket = self._tickets[number]
             ticket.sender = None
             self._end_at(number, ticket, now_ns + self._ticket_ns)
+
+    def _end_holds(self, at_most: int | None) -> None:
+        """End holds of clients that have gone, so many at most."""
+        while self._gone:
+            client = next(iter(self._gone))
+            own = self._holds_of[client]
+            for hold in tuple(islice(own, at_most)):
+                own.remove(hold)
+                object_id, number = hold
+                owners = self._objects[object_id]
+                owners.holds.remove((client, number))
+                self._review(object_id, owners)
+            if not own:
+                del self._gone[client], self._holds_of[client]
+            if at_most is not None:
+                return
 
     # -- recovering ----------------------------------------------------------------------------
 

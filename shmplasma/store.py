@@ -24,7 +24,7 @@ a question was asked is always found.  Clients ask where they cannot see by them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shmplasma.denials import NoRoom, Refused
 from shmplasma.dispatch import Unsettled
@@ -189,14 +189,14 @@ class ObjectStore:
             self._publishing.note_idle()
         return unsettled
 
-    def settle(self, unsettled: Iterable[Unsettled]) -> Sequence[Effect]:
+    def settle(self, unsettled: Sequence[Unsettled]) -> Sequence[Effect]:
         """Read all outboxes, and answer requests whose answer had to wait for that.
 
         Some may have to wait once more: see `has_unsettled`.  `settled` is to follow, before anything else.
         """
         self._ledger.references.begin_reading()
         self._posts.heed_all(self._now_ns)
-        self._ledger.delete_nobodys()
+        self._ledger.delete_nobodys(None if unsettled else self._room.most_at_once)
         self._publishing.take_idle()
         for client, request_id, request, now_ns in unsettled:
             session = self._greeter.sessions.get(client)

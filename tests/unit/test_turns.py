@@ -6,8 +6,10 @@ from itertools import pairwise
 
 import pytest
 
+from shmplasma.layout import REFERENCED
+from shmplasma.posted import Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Number
-from shmplasma.requests import Contains, Create, Delete, Evict
+from shmplasma.requests import Contains, Create, Delete, Evict, Flush
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
@@ -170,3 +172,29 @@ def test_whoever_leaves_has_nothing_go_on(street: Street) -> None:
     assert street.left() == left
     assert not street.store._dispatch._freed
     street.store._parts.check()
+
+
+def test_the_end_of_who_owns_many_takes_turns() -> None:
+    """What a client alone has owned goes a few objects a turn, and at once when somebody lacks their room."""
+    talk = Conversation()
+    owner, other = talk.client(), talk.client()
+    for object_id in IDS[:1000]:
+        request = owner.new(object_id, codec=REFERENCED)
+        owner.ask(request, Created)
+        owner.write(Seal(object_id))
+        owner.release(request.slot)
+    talk.store._room.most_at_once = AT_ONCE
+    talk.disconnect(owner)
+    gone = []
+    for _ in range(10):
+        before = talk.store._room.free_bytes
+        talk.settle()
+        other.take(other.post(Flush()), Done)
+        talk.store.check()
+        gone.append((talk.store._room.free_bytes - before) // 64)
+    assert max(gone) == AT_ONCE
+    assert sum(gone) > AT_ONCE
+    assert talk.store.has_unsettled
+    other.ask(other.new(NEW, 65536), Created)
+    assert not talk.store._room.free_bytes
+    talk.store.check()
