@@ -148,11 +148,10 @@ class Dispatch:
             case Create():
                 if not self._boards.may_lend_one(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its to lend")
+                # What is deleted goes before anything is evicted, as does what nobody owns.
                 is_short = self._lacks_room(request)
                 if is_short:
-                    self._heed_all(
-                        now_ns
-                    )  # what is deleted goes before anything is evicted, as does what nobody owns
+                    self._heed_all(now_ns)
                 if (
                     is_short and self._ledger.references.has_suspects
                 ) or not self._creations.create(session, request_id, request, now_ns):

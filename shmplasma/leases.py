@@ -57,7 +57,7 @@ BUSY_WORD: Final = 0
 
 MIN_LEASE_BYTES: Final = 1 << 14
 _MAX_LEASE_BYTES: Final = 1 << 22
-"""A round trip takes as long as filling 20 small objects or copying 1 MB.  A lease for larger objects has room for two or three."""
+"""A round trip takes as long as filling 20 small objects or copying 1 MB.  A lease for larger objects has room for one to three."""
 _SHARE_OF_ONE: Final = 64
 _SHARE_OF_ALL: Final = 8
 _PATIENCE: Final = 1000
@@ -67,15 +67,17 @@ _BYTES_AN_OBJECT: Final = 128
 _MAX_OBJECTS: Final = 8192
 """But not more than this: each of them has an entry of the table set aside, with memory behind it."""
 _OBJECTS: Final = 3
-"""So many objects of the size that is asked for fit into a lease, where its share of the capacity allows.  Two of three are put without
-waiting.  With four, room of 8 MiB each that was deleted soon was written again when caches of 32 MiB had forgotten it: 25 GB/s for 36."""
+"""So many objects of the size that is asked for fit into a lease, where its share of the capacity allows."""
+_CACHED_BYTES: Final = 1 << 23
+"""Of objects that are larger than a third of this not so many: what is deleted soon is to be written again while caches have it.  8 MiB each, with
+one, two, three and four of them in a lease, and caches of 32 MiB, GB/s: 32 to 38, 34 to 38, 28 to 34, 25 to 38, and in the slowest of ten turns
+31, 18, 19, 19.  The next lease is asked for ahead, so that one object to each is put without waiting as well."""
 _FEWEST_OBJECTS: Final = 2
-"""For fewer of them a lease saves nothing."""
 
 
 def largest_object(capacity: int) -> int:
     """Return how large an object may be at most for which a store of this capacity grants a lease."""
-    return capacity // _SHARE_OF_ONE // _FEWEST_OBJECTS & -ALIGNMENT
+    return capacity // _SHARE_OF_ONE & -ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -150,18 +152,20 @@ class Leases:
         """Return how large a lease this client should get next; 0 for none.
 
         It is twice as large as all before together, which were used up, from `MIN_LEASE_BYTES` to 4 MiB; or more, to
-        have room for three objects of the size that is needed now, or for fewer if that is more than its share.
+        have room for three objects of the size that is needed now, or for fewer if they are large.
         """
         capacity, least = self._layout.capacity, self.least_for(needed_bytes)
-        wanted = _OBJECTS * align_up(needed_bytes, ALIGNMENT)
+        each = align_up(max(needed_bytes, 1), ALIGNMENT)
+        wanted = max(1, min(_OBJECTS, _CACHED_BYTES // each)) * each
         size = max(min(2 * self.used_bytes(client), _MAX_LEASE_BYTES), wanted, least)
         size = min(size, capacity // _SHARE_OF_ONE, capacity // _SHARE_OF_ALL - self.held_bytes)
         return size & -ALIGNMENT if size >= least else 0
 
-    @staticmethod
-    def least_for(needed_bytes: int) -> int:
+    def least_for(self, needed_bytes: int) -> int:
         """Return how large a lease for objects of this size is at least, unless room is short."""
-        return max(MIN_LEASE_BYTES, _FEWEST_OBJECTS * align_up(needed_bytes, ALIGNMENT))
+        each = align_up(max(needed_bytes, 1), ALIGNMENT)
+        most = min(_CACHED_BYTES, largest_object(self._layout.capacity))
+        return max(MIN_LEASE_BYTES, max(1, min(_FEWEST_OBJECTS, most // each)) * each)
 
     def used_bytes(self, client: int) -> int:
         """Return how much this client was leased since its leases began small."""

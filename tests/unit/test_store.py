@@ -1774,10 +1774,19 @@ def test_a_new_lease_ends_the_last_one(tenant: Tenant) -> None:
 
 @pytest.mark.parametrize(
     ("size_bytes", "objects"),
-    [(100_000, 3), (100_001, 3), (1 << 18, 3), (349_504, 3), (400_000, 2), (1 << 19, 2)],
+    [
+        (100_000, 3),
+        (100_001, 3),
+        (1 << 18, 3),
+        (349_504, 3),
+        (400_000, 2),
+        (1 << 19, 2),
+        ((1 << 19) + 1, 1),
+        (1 << 20, 1),
+    ],
 )
 def test_a_lease_for_large_objects_has_room_for_some(size_bytes: int, objects: int) -> None:
-    """It is for three of them, for as many as a client's share of the store has room for, but not for one."""
+    """It is for three of them, or for as many as a client's share of the store has room for."""
     share = 1 << 20
     talk = Conversation(64 * share)
     peer = talk.client()
@@ -1791,10 +1800,20 @@ def test_a_lease_for_large_objects_has_room_for_some(size_bytes: int, objects: i
         peer.write(Publish(bytes([number]) * 20, offset, size_bytes, 0, 3))
     assert peer.dropped is None
     assert len(talk.ids()) == objects
-    assert peer.ask(AskLease(share // 2 + 1), Leased).size_bytes == 0, (
-        "it is too large for this store"
-    )
+    assert peer.ask(AskLease(share + 1), Leased).size_bytes == 0, "it is too large for this store"
     talk.store.check()
+
+
+@pytest.mark.parametrize("mib_and_objects", [(2, 3), (3, 2), (4, 2), (5, 1), (8, 1), (16, 1)])
+def test_a_lease_for_objects_of_some_mib_fits_into_caches(mib_and_objects: tuple[int, int]) -> None:
+    """What is deleted soon is written again soon."""
+    mib, objects = mib_and_objects
+    talk = Conversation(1 << 30)
+    lease = talk.client().ask(AskLease(mib << 20), Leased)
+    while not lease.size_bytes:  # its memory comes by steps
+        talk.commit_ahead()
+        lease = talk.client().ask(AskLease(mib << 20), Leased)
+    assert lease.size_bytes == objects * mib << 20
 
 
 def test_a_lease_without_memory_is_none() -> None:
