@@ -9,6 +9,8 @@ Invariants
 * At most one object is hidden (MOVING) between two slices: one that slides onto itself.  Whoever wants it waits
   (`Mover.hidden`), or has the slide carried to its end at once (`Mover.reveal`).
 * A slice copies `SLICE_BYTES`, or less and does other work that takes as long.
+* What was found, or copied, in one slice is moved in a later one only if its state word says that it is the same object still.  One that begins before
+  what is held leaves room there when it goes, and its entry; the next object may have both.
 
 Ways and means
 --------------
@@ -30,7 +32,7 @@ from shmplasma.allocator import Allocator
 from shmplasma.compaction import Range, best_run, best_window, movable_ranges
 from shmplasma.errors import CommitError
 from shmplasma.holding import Holding
-from shmplasma.layout import ALIGNMENT, EntryState, Layout, align_up
+from shmplasma.layout import ALIGNMENT, GENERATION_SHIFT, EntryState, Layout, align_up
 from shmplasma.moves import Moves
 from shmplasma.table import NO_ENTRY, Table
 
@@ -55,10 +57,8 @@ _PLANS: Final = 16
 _WINDOWS: Final = 8
 """How many of them look for a window, where a run would do as well: to slide one moves ten times as much, or more."""
 
-_SEALED: Final = int(EntryState.SEALED)
-
-_Object = tuple[int, int, int]
-"""Offset, size of the extent, and entry."""
+_Object = tuple[int, int, int, int]
+"""Offset, size of the extent, state word and entry."""
 
 
 class Ground(Protocol):
@@ -269,7 +269,7 @@ class Mover:
     def _displace(self, homeless: Iterable[_Object], most: int) -> bool:
         """Evict objects that have no place elsewhere, if they are no more than `most` bytes; tell whether any has gone."""
         there = [each for each in homeless if self._is_there(each)]
-        size_bytes = sum(size for _, size, _ in there)
+        size_bytes = sum(size for _, size, *_ in there)
         evicted = (
             self._ground.displace([entry for *_, entry in there]) if size_bytes <= most else []
         )
@@ -293,7 +293,7 @@ class Mover:
             found = yield from self._objects(low, high, lambda each: -each[1])
             for _ in range(_TRIES):
                 pinned = yield from self._evacuate(found, homeless, most)
-                if not pinned or sum(size for _, size, _ in homeless) > most:
+                if not pinned or sum(size for _, size, *_ in homeless) > most:
                     break
                 found = iter(pinned)
                 yield
@@ -307,10 +307,10 @@ class Mover:
         """Move objects to wherever there is room, and return those that were pinned."""
         batch: list[tuple[_Object, int]] = []
         pinned: list[_Object] = []
-        most -= sum(size for _, size, _ in homeless)
+        most -= sum(size for _, size, *_ in homeless)
         try:
             for each in objects:
-                offset, size, _ = each
+                offset, size, *_ = each
                 if not self._is_there(each):
                     continue
                 target = self._allocator.allocate(size)
@@ -338,7 +338,7 @@ class Mover:
             yield from self._hold(low, high)
             cursor = low
             for each in (yield from self._objects(low, high, lambda each: each[0])):
-                offset, size, entry = each
+                offset, size, _, entry = each
                 for _ in range(_TRIES):
                     if offset == cursor or not self._is_there(each):
                         break
@@ -356,7 +356,7 @@ class Mover:
 
     def _shift(self, each: _Object, target: int) -> Generator[None, None, bool]:
         """Move an object down within what is held; tell whether it has arrived."""
-        offset, size, entry = each
+        offset, size, word, entry = each
         gap = min(offset - target, size)
         if not self.holding.take(target, gap):
             return False  # something without an entry, a lease, has come there before the range was held
@@ -378,11 +378,11 @@ class Mover:
             for piece in self._slide:
                 yield from self._spend(piece)
         yield from self._spend(_OBJECT_COST)
-        return self._is_there((target, size, entry))
+        return self._is_there((target, size, word + (1 << GENERATION_SHIFT), entry))
 
     def _slide_down(self, each: _Object, target: int) -> Iterator[int]:
         """Carry a hidden object to its new place, and note that it has arrived."""
-        offset, size, entry = each
+        offset, size, _, entry = each
         yield from self._moves.slide(entry, target)
         self.hidden = NO_ENTRY
         self.holding.arrived(target)
@@ -412,16 +412,20 @@ class Mover:
             found = list(self._table.sealed_between(low, high, start, start + _SCAN))
             if any(entry == NO_ENTRY for *_, entry in found):
                 return iter(())
-            part = [(offset, align_up(size, ALIGNMENT), entry) for offset, size, entry in found]
+            word = self._table.state_word
+            part = [
+                (offset, align_up(size, ALIGNMENT), word(entry), entry)
+                for offset, size, entry in found
+            ]
             part.sort(key=key)
             parts.append(part)
             yield from self._spend(SLICE_BYTES // 4)
         return merge(*parts, key=key)
 
     def _is_there(self, each: _Object) -> bool:
-        """Tell whether an object that was found is where it was; nothing new can have come there."""
-        offset, _, entry = each
-        return self._table.state(entry) == _SEALED and self._table.location(entry)[0] == offset
+        """Tell whether an object that was found is where it was, SEALED, and no other one has come there."""
+        offset, _, word, entry = each
+        return self._table.state_word(entry) == word and self._table.location(entry)[0] == offset
 
     def _prepare(self, target: int, size: int) -> Generator[None, None, bool]:
         """Have memory behind an extent that was allocated; if there is none, tell so and give it back."""
@@ -451,10 +455,10 @@ class Mover:
     def _switch(self, batch: list[tuple[_Object, int]]) -> list[_Object]:
         """Let objects be where they were copied to; empties the batch and returns those that were pinned."""
         there = [pair for pair in batch if self._is_there(pair[0])]
-        pinned = self._hide([each[2] for each, _ in there]) if there else set()
+        pinned = self._hide([entry for (*_, entry), _ in there]) if there else set()
         left: list[_Object] = []
         for each, target in there:
-            offset, size, entry = each
+            offset, size, _, entry = each
             if entry in pinned:
                 left.append(each)
                 continue

@@ -350,3 +350,23 @@ def test_a_create_is_answered_once(hiding: Rooms) -> None:
         == hiding.store._parts.table.location(hiding.store._parts.table.find(name(9)))[0]
     )
     hiding.store.check()
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_what_has_come_to_the_place_of_what_was_copied_is_not_taken_for_it(lines: int) -> None:
+    """An object that begins before the window leaves room there when it goes, and its entry to whatever comes next."""
+    rooms = Rooms(4, 3, capacity=20 * LINE)
+    table, start = rooms.store._parts.table, rooms.layout.data // LINE
+    entry = table.find(name(0))
+    emptying = rooms.mover._empty((start + 2, start + 6), 1 << 30)
+    while len(rooms.mover.holding.extents()) < 2:  # the copies of both
+        next(emptying)
+    rooms.delete(0)
+    rooms.put(rooms.one, 9, lines)
+    assert (table.find(name(9)), table.location(entry)[0]) == (entry, rooms.layout.data)
+    for _ in emptying:
+        rooms.store.check()
+    rooms.look(9, lines)
+    rooms.look(1, 3)
+    assert table.location(entry)[0] == rooms.layout.data
+    rooms.store.check()
