@@ -80,10 +80,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Final
 
+from shmplasma.deadlines import Deadlines
 from shmplasma.errors import ProtocolError
 
 __all__ = ["LINGER_NS", "MAX_OF_A_CLIENT", "TICKET_NS", "References"]
@@ -93,8 +93,6 @@ TICKET_NS: Final = 600 * 10**9
 LINGER_NS: Final = 5 * 10**9
 """For processes that are sent the same bytes at the same time, on a busy machine."""
 MAX_OF_A_CLIENT: Final = 1 << 20
-_STALE: Final = 1024
-"""So many times of tickets that were used up may be remembered in any case: the others are sorted anew once for as many."""
 
 
 @dataclass(slots=True)
@@ -110,14 +108,12 @@ class _Owners:
 class _Ticket:
     """A reference to some objects that is on its way: to a single one, or to the set of those that are still there.
 
-    `receivers` is 0 where nobody knows; `sender` is None when the sender has gone or does not matter any more; `due_ns` is when
-    something becomes of it, None for when its sender goes.
+    `receivers` is 0 where nobody knows; `sender` is None when the sender has gone or does not matter any more.
     """
 
     object_ids: tuple[bytes] | set[bytes]
     receivers: int
     sender: int | None
-    due_ns: int | None
     protects: bool = True
 
 
@@ -156,7 +152,7 @@ class References:
         self._overdue: tuple[set[int], set[bytes]] = set(), set()
         self._suspects: set[bytes] = set()
         self._gone: dict[int, None] = {}
-        self._due: list[tuple[int, int]] = []
+        self._due = Deadlines()  # of tickets; what has none waits for its sender to go
         self._recovered: _Ticket | None = None
         self._returns: dict[int, _Return] = {}
 
@@ -277,7 +273,8 @@ class References:
         if ticket in self._tickets or not object_ids:
             return
         self._minted_by.setdefault(client, set()).add(ticket)
-        self._add(ticket, _Ticket(object_ids, receivers, client, now_ns + self._ticket_ns))
+        self._add(ticket, _Ticket(object_ids, receivers, client))
+        self._due.set(ticket, now_ns + self._ticket_ns)
         for _ in range(self._early.pop(ticket, 0)):
             if ticket in self._tickets:
                 self._use_up(ticket, now_ns)
@@ -288,7 +285,6 @@ class References:
             owners = self._objects[object_id]
             owners.tickets.add(number)
             self._review(object_id, owners)
-        self._note_due(number, ticket)
 
     def _use_up(self, number: int, now_ns: int) -> None:
         """Count one receiver of a ticket."""
@@ -299,7 +295,7 @@ class References:
             ticket.receivers -= 1
         else:
             self._disown(number, ticket)
-            self._end_at(number, ticket, now_ns + LINGER_NS)
+            self._due.set(number, now_ns + LINGER_NS)
             self._stop_protecting(ticket)
 
     def _disown(self, number: int, ticket: _Ticket) -> None:
@@ -308,22 +304,9 @@ class References:
             self._minted_by[ticket.sender].discard(number)
             ticket.sender = None
 
-    def _end_at(self, number: int, ticket: _Ticket, due_ns: int) -> None:
-        ticket.due_ns = due_ns
-        self._note_due(number, ticket)
-
-    def _note_due(self, number: int, ticket: _Ticket) -> None:
-        if ticket.due_ns is None:
-            return
-        heappush(self._due, (ticket.due_ns, number))
-        if len(self._due) > 2 * len(self._tickets) + _STALE:
-            # Those that were used up do not come to the top while an older one is on its way.
-            due = ((each.due_ns, number) for number, each in self._tickets.items())
-            self._due = [(at_ns, number) for at_ns, number in due if at_ns is not None]
-            heapify(self._due)
-
     def _remove(self, number: int) -> None:
         ticket = self._tickets.pop(number)
+        self._due.forget(number)
         self._disown(number, ticket)
         for object_id in ticket.object_ids:
             owners = self._objects[object_id]
@@ -338,13 +321,7 @@ class References:
     @property
     def next_due_ns(self) -> int | None:
         """When `expire` has something to do; None when nothing waits for its time."""
-        due = self._due
-        while due:
-            ticket = self._tickets.get(due[0][1])
-            if ticket is not None and ticket.due_ns == due[0][0]:
-                return due[0][0]
-            heappop(due)  # it was used up, or lingers now
-        return None
+        return self._due.next_ns
 
     @property
     def is_awake(self) -> bool:
@@ -353,13 +330,11 @@ class References:
 
     def expire(self, now_ns: int) -> None:
         """Let those tickets end, or protect no more, whose time has come."""
-        while (due_ns := self.next_due_ns) is not None and due_ns <= now_ns:
-            number = heappop(self._due)[1]
+        while (number := self._due.take(now_ns)) is not None:
             ticket = self._tickets[number]
             if ticket.sender is None:
                 self._remove(number)
             else:
-                ticket.due_ns = None
                 self._stop_protecting(ticket)
 
     # -- judging -------------------------------------------------------------------------------
@@ -425,6 +400,7 @@ class References:
             ticket = self._tickets[number]
             if len(ticket.object_ids) == 1:
                 del self._tickets[number]
+                self._due.forget(number)
                 self._disown(number, ticket)
             elif isinstance(ticket.object_ids, set):
                 ticket.object_ids.remove(object_id)  # the next object of this id is none of its own
@@ -440,7 +416,7 @@ class References:
         for number in self._minted_by.pop(client, ()):
             ticket = self._tickets[number]
             ticket.sender = None
-            self._end_at(number, ticket, now_ns + self._ticket_ns)
+            self._due.set(number, now_ns + self._ticket_ns)
 
     def _end_holds(self, at_most: int | None) -> None:
         """End holds of clients that have gone, so many at most."""
@@ -465,14 +441,14 @@ class References:
         known = set(object_ids)
         if known:
             self._objects = {object_id: _Owners() for object_id in known}
-            self._recovered = _Ticket(known, 1, None, None)
+            self._recovered = _Ticket(known, 1, None)
             self._add(_RECOVERED, self._recovered)
 
     def all_came_back(self, now_ns: int) -> None:
         """Take note that no client is waited for any more."""
         ticket, self._recovered = self._recovered, None
         if ticket is not None and self._tickets.get(_RECOVERED) is ticket:
-            self._end_at(_RECOVERED, ticket, now_ns + self._ticket_ns)
+            self._due.set(_RECOVERED, now_ns + self._ticket_ns)
 
     # -- proof ---------------------------------------------------------------------------------
 
@@ -495,11 +471,8 @@ class References:
                 for each in ticket.object_ids
             ), "a ticket is lost"
             assert (ticket.sender is None) or number in self._minted_by[ticket.sender]
-        due = set(self._due)
-        assert all(
-            ticket.due_ns is None or (ticket.due_ns, number) in due
-            for number, ticket in self._tickets.items()
-        ), "a ticket's time is not known"
+        self._due.check()
+        assert all(number in self._tickets for number in self._due), "a ticket's time outlives it"
         for client, own in self._minted_by.items():
             assert all(self._tickets[number].sender == client for number in own)
         for object_id, owners in self._objects.items():
