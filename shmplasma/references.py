@@ -472,7 +472,12 @@ class References:
             ), "a ticket is lost"
             assert (ticket.sender is None) or number in self._minted_by[ticket.sender]
         self._due.check()
-        assert all(number in self._tickets for number in self._due), "a ticket's time outlives it"
+        due = set(self._due)
+        assert due <= self._tickets.keys(), "a ticket's time outlives it"
+        assert all(
+            ticket.sender is not None or number in due or ticket is self._recovered
+            for number, ticket in self._tickets.items()
+        ), "a ticket has no end"
         for client, own in self._minted_by.items():
             assert all(self._tickets[number].sender == client for number in own)
         for object_id, owners in self._objects.items():
