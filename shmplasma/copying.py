@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shmplasma.helpers import share
+from shmplasma.layout import align_up
 from shmplasma.pace import MEASURED_BYTES, Pace
 
 __all__ = ["SLICE_BYTES", "Source", "copy_into", "writer_over"]
@@ -38,7 +41,7 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
         Contiguous memory, in C or F order, is copied as it lies.  Anything else is written in C order.
     threads : int
         Upper limit on the threads that copy 4 MiB or more of contiguous memory; there are never more
-        than Arrow's pool has (`pyarrow.cpu_count`), and only one where that is faster.
+        than processors (`pyarrow.cpu_count`), and only one where that is faster.
 
     Raises
     ------
@@ -85,8 +88,12 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
 
 
 def _copy(target: npt.NDArray[np.uint8], flat: npt.NDArray[np.uint8], threads: int) -> None:
-    with writer_over(target, threads) as writer:
-        writer.write(pa.py_buffer(flat.data))
+    if threads < 2 or target.size < _PARALLEL_BYTES:
+        np.copyto(target, flat)
+        return
+    step = align_up(-(-target.size // threads), _BLOCK_BYTES)
+    starts = range(0, target.size, step)
+    share(partial(np.copyto, target[at : at + step], flat[at : at + step]) for at in starts)
 
 
 def writer_over(target: npt.NDArray[np.uint8], threads: int) -> pa.FixedSizeBufferWriter:
@@ -99,5 +106,5 @@ def writer_over(target: npt.NDArray[np.uint8], threads: int) -> pa.FixedSizeBuff
 
 
 def _at_most(threads: int) -> int:
-    """Return how many of so many threads there are; Arrow's pool has one where this process may use one processor."""
+    """Return how many of so many threads may copy: one where this process may use one processor."""
     return max(1, min(threads, pa.cpu_count()))

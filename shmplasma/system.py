@@ -20,6 +20,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -35,6 +36,7 @@ __all__ = [
     "file_system",
     "huge_page_bytes",
     "huge_pages",
+    "keep_away",
     "make_private",
     "membarrier",
     "peer",
@@ -293,6 +295,23 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_away(threads: Iterable[int]) -> bool:
+    """Have threads of this process run elsewhere than the calling one, and tell whether that may use another processor.
+
+    They are given by what the kernel calls them, and are told again whenever it matters: the calling thread may be moved.
+    1 us, and 1 us a thread.  Elsewhere than on Linux, and where a filter refuses, they run where they are put.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return True
+    others = os.sched_getaffinity(0) - {_LIBC.sched_getcpu()}
+    try:
+        for thread in threads if others else ():
+            os.sched_setaffinity(thread, others)
+    except OSError:
+        return True
+    return bool(others)
 
 
 def make_private(mapping: memoryview) -> None:

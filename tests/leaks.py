@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
+from shmplasma.helpers import NAME as HELPER
+
 __all__ = ["Belongings"]
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -44,10 +46,16 @@ class Belongings:
         return {
             *_descriptors(),
             *_processes(),
-            *(f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()),
+            *_threads(),
             *_names_of_shared_memory(),
             *(f"file {path}" for place in self._places for path in _made_by_stores(place)),
         }
+
+
+def _threads() -> Iterator[str]:
+    for thread in threading.enumerate():
+        if thread.name != HELPER:  # these are the process's, once made
+            yield f"thread {thread.name} {thread.ident}"
 
 
 def _descriptors() -> Iterator[str]:

@@ -8,7 +8,7 @@ is what no store in Python can do without:
 * a create locks an id, looks for it, makes a buffer that unpins, copies, leaves two records in shared memory, and unlocks;
 * a hand-over locks an id, looks for it, copies, leaves a record and sends a message; whoever gets that looks at the record, pins what
   lies there, looks again, and makes a buffer that unpins;
-* a large put is a copy, by as many threads as are fastest (`shmplasma.pace`), to memory that this process has touched before.
+* a large put is a copy, by as many threads as are fastest (`shmplasma.copying`), to memory that this process has touched before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.peers.base import Client, Peer, UnsupportedError, use
+from shmplasma.copying import copy_into
 from shmplasma.layout import align_up
-from shmplasma.pace import Pace
 from shmplasma.system import try_lock, unlock
 
 if TYPE_CHECKING:
@@ -163,16 +163,10 @@ class FloorClient(Client[bytes]):
         return self._put_large(pa.py_buffer(array.data))
 
     def _put_large(self, source: pa.Buffer) -> Callable[[], bytes]:
-        size, pace = source.size, Pace()
-        target = pa.py_buffer(self._data[:size].data)
+        target = self._data[: source.size]
 
         def put() -> bytes:
-            threads = pace.threads(size, _THREADS)
-            began = time.perf_counter_ns()
-            writer = pa.FixedSizeBufferWriter(target)
-            writer.set_memcopy_threads(threads)
-            writer.write(source)
-            pace.took(size, threads, time.perf_counter_ns() - began)
+            copy_into(target, source, _THREADS)
             return urandom(20)
 
         return put
