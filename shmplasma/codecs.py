@@ -89,10 +89,23 @@ class WriteChunks(list[Any]):
     """A file that keeps what is written, piece by piece and by reference.
 
     Pickle hands over large `bytes` and Arrow its buffers as they are: their bytes are not copied here.
+
+    Attributes
+    ----------
+    n_bytes : int
+        How many were written; those of a `bytearray` may be more or less by now.
     """
 
-    write = list.append
     closed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = 0
+
+    def write(self, chunk: Any) -> None:
+        """Keep a piece: bytes of some kind, or a buffer of Arrow's."""
+        self.append(chunk)
+        self.n_bytes += len(chunk)
 
 
 class Payload:
@@ -227,7 +240,7 @@ def ndarray_head(
     if dtype.hasobject or not dtype.itemsize:
         raise TypeError(f"the elements of an array with the dtype {dtype} are not plain bytes")
     # A dtype string leaves out fields, user metadata, and all of a dtype that is not NumPy's own.
-    if dtype.metadata is None and (dtype.isbuiltin == 1 or np.dtype(dtype.str) == dtype):
+    if dtype.metadata is None and (dtype.isbuiltin == 1 or _is_told_by_its_string(dtype)):
         description = dtype.str.encode("ascii")
     else:
         description = pickle.dumps(dtype, 5)
@@ -238,14 +251,17 @@ def ndarray_head(
     return prefix + _SHAPES[ndim].pack(*shape) + description + bytes(start - end)
 
 
+def _is_told_by_its_string(dtype: np.dtype[Any]) -> bool:
+    told = np.dtype(dtype.str)
+    return dtype.names is None and told == dtype and told.type is dtype.type
+
+
 def _encode_ndarray(array: npt.NDArray[Any]) -> Payload | None:
     dtype = array.dtype
     if dtype.hasobject or not dtype.itemsize:
         return None
     flags = array.flags
     fortran = flags.fnc
-    if not flags.forc:  # near to how it lies, so that the copy walks both in order
-        fortran = abs(array.strides[0]) < abs(array.strides[-1])
     size = array.nbytes
     head = ndarray_head(dtype, array.shape, size, fortran)
     start = len(head)
@@ -343,10 +359,14 @@ def _spread(metadata: bytearray, body: list[pa.Buffer]) -> tuple[int, list[int]]
     return end, places
 
 
-def _encode_stream(codec: Codec, table: pa.Table | pa.RecordBatch) -> Payload:
+def _encode_stream(codec: Codec, table: pa.Table | pa.RecordBatch) -> Payload | None:
+    schema = table.schema
+    # What Arrow's format cannot hold: dictionaries of dictionaries, and extension types that nobody has registered.
+    if not pa.ipc.read_schema(schema.serialize()).equals(schema):
+        return None
     chunks = WriteChunks()
     sink = pa.PythonFile(chunks, "w")  # type: ignore[arg-type]  # it needs no more of a file
-    with pa.ipc.new_stream(sink, table.schema, options=_OPTIONS) as writer:
+    with pa.ipc.new_stream(sink, schema, options=_OPTIONS) as writer:
         writer.write(table)
     messages: list[tuple[bytearray, list[pa.Buffer]]] = []
     for chunk in chunks:
@@ -381,11 +401,11 @@ def _encode_stream(codec: Codec, table: pa.Table | pa.RecordBatch) -> Payload:
     return Payload(codec, position, parts)
 
 
-def _encode_array(array: pa.Array[Any]) -> Payload:
+def _encode_array(array: pa.Array[Any]) -> Payload | None:
     return _encode_stream(Codec.ARRAY, pa.RecordBatch.from_arrays([array], [""]))
 
 
-def _encode_chunked(array: pa.ChunkedArray[Any]) -> Payload:
+def _encode_chunked(array: pa.ChunkedArray[Any]) -> Payload | None:
     return _encode_stream(Codec.CHUNKED_ARRAY, pa.Table.from_arrays([array], [""]))
 
 

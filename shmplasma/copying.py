@@ -28,6 +28,10 @@ SLICE_BYTES: Final = 1 << 20
 _BLOCK_BYTES: Final = 4096
 """Threads divide a copy at pages, so that no two of them wait for the same page fault."""
 _PACE: Final = Pace()
+_OBJECTS: Final = (
+    "its elements are Python objects, whose addresses mean nothing to other processes; "
+    "put stores the objects themselves"
+)
 
 
 def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -> None:
@@ -48,7 +52,7 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
     ValueError
         The sizes differ.
     TypeError
-        `source` has no bytes to copy.
+        `source` has no bytes to copy, or they are the addresses of Python objects.
 
     Examples
     --------
@@ -62,9 +66,13 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
         return
     if not isinstance(source, np.ndarray):
         source = memoryview(source)
+        if "O" in source.format:
+            raise TypeError(_OBJECTS)
         if source.contiguous:  # Arrow takes it as it lies, NumPy would not take every format
             source = memoryview(pa.py_buffer(source)).cast("B")
     array = np.asarray(source)
+    if array.dtype.hasobject:
+        raise TypeError(_OBJECTS)
     if array.nbytes != target.size:
         raise ValueError(f"{array.nbytes} bytes do not fit a target of {target.size} exactly")
     if not array.nbytes:

@@ -5,10 +5,12 @@ any depth, in the formats of `shmplasma.codecs`, and the buffers that other type
 there is nothing of the kind, the object is a plain pickle.  `load` puts it together again, over the
 object's buffer.
 
-What plain pickle refuses (lambdas, local classes), and all that mentions ``__main__``, goes to cloudpickle,
-which stores code by value.  Pickle would store a class of the program's main module as the name
-``__main__.Class``; but in another process that name means that process's main module, so the reader would
+What plain pickle refuses (lambdas, local classes), and all that mentions ``__main__``, or ``__mp_main__`` as spawned
+workers call it, goes to cloudpickle, which stores code by value.  Pickle would store a class of the program's main module as the
+name ``__main__.Class``; but in another process that name means that process's main module, so the reader would
 fail, or worse, find another class of the same name.
+
+References that a value holds are lent when it is written (`shmplasma.lending`).
 
 Layout of PICKLE_PARTS: `_HEAD` (magic, number of parts, bytes of pickle), offset and size of each part in
 8-byte words, the pickle, the parts, each aligned.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import copyreg
 import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from operator import methodcaller
@@ -29,6 +32,7 @@ from types import FunctionType
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma.codecs import (
@@ -41,6 +45,7 @@ from shmplasma.codecs import (
 )
 from shmplasma.copying import Source
 from shmplasma.layout import align_up, alignment_of
+from shmplasma.lending import Loans, deferred
 
 __all__ = [
     "BUILT_IN",
@@ -76,6 +81,7 @@ _FRAME_BYTES: Final = 256 << 10
 """Pickle ends a frame after 64 KiB and one small value (measured: 131,078 bytes at most); larger chunks
 are single values of the user's and name no classes."""
 
+_MAINS: Final = b"__main__", b"__mp_main__"
 _plain_reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
 _reading: ContextVar[Deserializers] = ContextVar("_reading", default={})  # noqa: B039  # never changed
 """What the current thread reads by: unpickling can pass nothing to the functions that it calls."""
@@ -86,8 +92,8 @@ _private: ContextVar[bool] = ContextVar("_private", default=False)
 # --- reducers -----------------------------------------------------------------------------------------
 
 
-class _Placeholder(bytes):
-    """Stands for a payload where the pickler wants a buffer to leave out."""
+class _Placeholder(bytearray):
+    """Stands for a payload where the pickler wants a buffer to leave out; writable, as a private copy of the value is."""
 
     payload: Payload
 
@@ -122,14 +128,34 @@ def _arrow_reducer(cls: type) -> Reducer:
 
     def reduce(value: Any) -> Any:
         # Arrow's own way takes a tenth of the time, but it stores whole buffers, of a slice too.
-        if value.get_total_buffer_size() - value.nbytes < _INBAND_BYTES:
+        spare_bytes = value.get_total_buffer_size() - value.nbytes
+        if spare_bytes < _INBAND_BYTES and not _is_lost_on_arrow(value):
             return value.__reduce_ex__(PROTOCOL)
         return embed(value)
 
     return reduce
 
 
+def _is_lost_on_arrow(value: Any) -> bool:
+    """Tell whether Arrow's own pickle would forget something: how many rows are in no columns, and that maps are sorted."""
+    if isinstance(value, (pa.Table, pa.RecordBatch)):
+        return not value.num_columns or any(map(_has_sorted_map, value.schema.types))
+    return _has_sorted_map(value.type)
+
+
+def _has_sorted_map(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.MapType) and kind.keys_sorted:
+        return True
+    if isinstance(kind, pa.DictionaryType):
+        return _has_sorted_map(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_sorted_map(kind.storage_type)
+    return any(_has_sorted_map(kind.field(number).type) for number in range(kind.num_fields))
+
+
 def _reduce_subclass(array: np.ndarray[Any, Any]) -> Any:
+    if array.dtype.hasobject:  # it may contain itself, which only pickle sees
+        return array.__reduce_ex__(PROTOCOL)
     return _as_subclass, (type(array), array.view(np.ndarray))
 
 
@@ -146,12 +172,14 @@ def native_reducer(cls: type, base: type) -> Reducer | None:
     Returns
     -------
     callable or None
-        None for a subclass of ndarray that pickles itself in its own way.
+        None for a subclass of ndarray that is pickled in a way of its own.
     """
     if base is not np.ndarray:
         return _arrow_reducer(base)
     if base is cls:
         return _reduce_ndarray
+    if cls in copyreg.dispatch_table:
+        return None
     inherited = ("__reduce__", "__reduce_ex__", "__setstate__")
     if all(getattr(cls, name) is getattr(np.ndarray, name) for name in inherited):
         return _reduce_subclass
@@ -213,14 +241,36 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
     Exception
         Whatever cloudpickle, a class in `value` or a reducer raises.
     """
-    try:
-        chunks, parts = _dump(value, find, by_value=False)
-        by_value = any(len(chunk) < _FRAME_BYTES and b"__main__" in chunk for chunk in chunks)
-    except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
-        chunks, parts, by_value = WriteChunks(), [], True
-    if by_value:
-        chunks, parts = _dump(value, find, by_value=True)
-    return _join(chunks, parts)
+    with deferred() as loans:
+        try:
+            chunks, parts = _dump(value, find, by_value=False)
+            by_value = any(
+                len(chunk) < _FRAME_BYTES and any(main in chunk for main in _MAINS)
+                for chunk in chunks
+            )
+        except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
+            chunks, parts, by_value = WriteChunks(), [], True
+        if by_value:
+            loans.clear()
+            chunks, parts = _dump(value, find, by_value=True)
+    payload = _join(chunks, parts)
+    return _LendingPayload(payload, loans) if loans else payload
+
+
+class _LendingPayload(Payload):
+    """A pickle that holds references, which are lent when it is written: there is room for it then."""
+
+    __slots__ = ("_loans", "_payload")
+
+    def __init__(self, payload: Payload, loans: Loans) -> None:
+        super().__init__(payload.codec, payload.size_bytes, ())
+        self._payload = payload
+        self._loans = loans
+
+    def write(self, target: npt.NDArray[np.uint8], threads: int = 1) -> None:
+        self._payload.write(target, threads)
+        for lend in self._loans:
+            lend()
 
 
 def _dump(
@@ -241,7 +291,13 @@ def _dump(
         return False
 
     if by_value:
-        from cloudpickle import CloudPickler  # noqa: PLC0415  # takes 20 ms, and few values need it
+        # It takes 20 ms, and few values need it.
+        from cloudpickle import CloudPickler, register_pickle_by_value  # noqa: PLC0415
+
+        main = sys.modules.get("__mp_main__")
+        # Else it is another name of `__main__`, which cloudpickle knows.
+        if main is not None and main.__name__ == "__mp_main__":
+            register_pickle_by_value(main)
 
         class ByValue(CloudPickler):  # type: ignore[misc]  # cloudpickle has no types
             # CloudPickler has a table of its own, and the base looks for one only in its __init__.
@@ -256,6 +312,8 @@ def _dump(
 
 
 def _join(chunks: WriteChunks, parts: list[Payload | memoryview]) -> Payload:
+    if sum(map(len, chunks)) != chunks.n_bytes:
+        raise BufferError("a bytearray in it changed its size meanwhile; put a copy of it")
     places: list[tuple[int, int, Source | Payload]] = []
     table: list[int] = []
     end = _HEAD.size + 16 * len(parts) if parts else 0
@@ -295,7 +353,9 @@ def split(buffer: pa.Buffer) -> tuple[memoryview, list[pa.Buffer]]:
     for offset, size in _PLACE.iter_unpack(view[_HEAD.size : start]):
         if offset + size > len(view):
             raise ValueError(f"a part ends at {offset + size} of {len(view)} bytes")
-        parts.append(buffer.slice(offset, size))
+        # A slice of a buffer cannot be written to, whatever the buffer is.
+        part = view[offset : offset + size]
+        parts.append(pa.py_buffer(part) if buffer.is_mutable else buffer.slice(offset, size))
     return view[start : start + pickle_bytes], parts
 
 
@@ -336,11 +396,6 @@ def load(
 
 
 def _embedded(codec: int, data: pa.Buffer) -> object:
-    parent = data.parent
-    if parent is not None and parent.is_mutable:
-        # The value is to be a private one; a slice of a buffer cannot be written to, whatever the buffer is.
-        start = data.address - parent.address
-        data = pa.py_buffer(memoryview(parent)[start : start + data.size])
     return DECODERS[codec](data)
 
 

@@ -21,6 +21,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from typing import Any, Final, Self
 
@@ -30,6 +31,7 @@ from shmplasma.arrow_errors import PlasmaObjectNotFound
 from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
+from shmplasma.lending import lend
 from shmplasma.link import HOLDS_A_REQUEST
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
@@ -165,11 +167,9 @@ class Home(Reading, Writing):
             session.post_soon(Release.KIND, Release(*hold).encode())
         return True
 
-    def lend(self, object_id: ObjectID, receivers: int) -> int:
-        """Announce that a handle is to leave this process; return its ticket."""
-        ticket = _new_ticket()
+    def lend(self, object_id: ObjectID, ticket: int, receivers: int) -> None:
+        """Announce that a handle is to leave this process, with a new ticket."""
         self._live().post(Lend.KIND, Lend(object_id.id_bytes, ticket, receivers).encode())
-        return ticket
 
     def receive(self, object_id: ObjectID, ticket: int) -> StoreRef:
         """Return a handle that has come with a ticket."""
@@ -313,9 +313,12 @@ class StoreRef:
     def reduce(self, receivers: int) -> tuple[Any, ...]:
         """Return what a pickle for so many receivers holds, 0 if nobody knows; it has to leave this process."""
         self._check()
-        home, object_id = self._home, self.object_id
-        ticket = home.lend(object_id, receivers)
-        return _receive, (home.store_socket_name, object_id.binary(), ticket)
+        ticket = _new_ticket()
+        lend(partial(self._lend, ticket, receivers))
+        return _receive, (self._home.store_socket_name, self.object_id.binary(), ticket)
+
+    def _lend(self, ticket: int, receivers: int) -> None:
+        self._home.lend(self.object_id, ticket, receivers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.reduce(0)

@@ -23,6 +23,7 @@ from shmplasma import (
     PlasmaClient,
     PlasmaObjectNotFound,
     PlasmaStoreFull,
+    SerializationError,
     Store,
     connect,
     system,
@@ -115,6 +116,25 @@ def test_a_released_reference(client: PlasmaClient) -> None:
     with pytest.raises(ValueError, match="was released"):
         pickle.dumps(ref)
     gone(client, ref.object_id)
+
+
+@pytest.mark.parametrize("how", ["twice", "never", "no room"])
+def test_a_pickle_that_does_not_leave(client: PlasmaClient, how: str) -> None:
+    """It has lent nothing: one that is begun anew, one that fails, and one that finds no room."""
+    ref = client.put_ref(np.zeros(1000))
+    object_id = ref.object_id
+    if how == "twice":  # pickle refuses the lambda, cloudpickle takes it
+        client.put([ref, lambda: 1])
+    elif how == "never":
+        with pytest.raises(SerializationError):
+            client.put([ref, threading.Lock()])
+    else:
+        with pytest.raises(PlasmaStoreFull):
+            client.put([ref, bytes(client.store_capacity())])
+    assert figure(client, "references on their way") == (how == "twice")
+    if how != "twice":
+        del ref
+        gone(client, object_id)
 
 
 def test_a_deleted_object(client: PlasmaClient) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from shmplasma import PlasmaClient
+from shmplasma import ObjectID, PlasmaClient
 from shmplasma.reading import Mode
 from tests.processes import run_python
 
@@ -79,14 +81,42 @@ def test_an_executor_that_draws_a_bar() -> None:
     assert said == "ZeroDivisionError NoneType NoneType\n"
 
 
+class Buffers:
+    """Offers its memory to protocol 5, as a user's class may."""
+
+    def __init__(self, size: int, data: object = None) -> None:
+        self.array: Any = np.zeros(size) if data is None else np.frombuffer(data)  # type: ignore[call-overload]
+
+    def __reduce_ex__(self, _: object) -> Any:
+        return type(self), (self.array.size, pickle.PickleBuffer(self.array.data))
+
+
+@pytest.mark.parametrize("mode", ["copy", "cow"])
+def test_arrays_made_in_the_store_can_be_written_to(client: PlasmaClient, mode: Mode) -> None:
+    """What `create_array` gave is put by its buffer."""
+    with client.create_array(ObjectID.from_random(), (1000,)) as array:
+        array[:] = 1
+    mine = client.get(client.put([array]), mode=mode)[0]
+    mine[:] = 2
+    assert array.sum() == 1000
+
+
 @pytest.mark.parametrize("mode", ["copy", "cow"])
 def test_values_that_can_be_written_to(client: PlasmaClient, mode: Mode) -> None:
     """A change of a private copy, or of a private mapping, reaches nobody else."""
-    value = {"a": np.arange(10_000), "b": np.ones(3), "c": "text"}
+    value = {
+        "a": np.arange(10_000),
+        "b": np.ones(3),
+        "c": "text",
+        "d": Buffers(1000),
+        "e": Buffers(9),
+    }
     object_id = client.put(value)
     mine = client.get(object_id, mode=mode)
     mine["a"][5000:] = -1
     mine["b"][0] = 7
+    mine["d"].array[:] = mine["e"].array[:] = 7
+    assert not client.get(object_id)["d"].array.any()
     assert mine["a"].sum() == 5000 * 4999 // 2 - 5000
     for other in (client.get(object_id), client.get([object_id], mode=mode)[0]):
         assert np.array_equal(other["a"], np.arange(10_000))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -297,6 +298,49 @@ def test_interactive_functions_reach_other_processes(
     """
     out = run_python(code, store.store_socket_name, object_id.binary().hex())
     assert out == f"{3 * 499_500} False\n"
+
+
+SPAWNED = """
+    import multiprocessing, sys
+    import shmplasma as plasma
+
+    class Model:
+        name = "the writer's"
+
+    def put(path, conn):
+        with plasma.connect(path) as client:
+            conn.send(client.put(Model()).binary())
+
+    if __name__ == "__main__":
+        ours, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=put, args=(sys.argv[1], theirs))
+        process.start()
+        print(ours.recv().hex())
+        process.join()
+"""
+
+
+def test_classes_of_a_spawned_workers_main_program(
+    store: plasma.Store, client: plasma.PlasmaClient, tmp_path: Path
+) -> None:
+    """They are not looked for in the main program of whoever reads them, by whatever name it goes."""
+    program = tmp_path / "program.py"
+    program.write_text(dedent(SPAWNED))
+    command = [sys.executable, str(program), store.store_socket_name]
+    name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    code = """
+        import multiprocessing, sys
+        import shmplasma as plasma
+
+        class Model:
+            name = "the reader's"
+
+        with plasma.connect(sys.argv[1]) as client:
+            print(client.get(plasma.ObjectID(bytes.fromhex(sys.argv[2]))).name)
+    """
+    assert run_python(code, store.store_socket_name, name) == "the writer's\n"
+    assert client.get(plasma.ObjectID(bytes.fromhex(name))).name == "the writer's"
 
 
 REGISTERED = """

@@ -48,6 +48,7 @@ Bytes = npt.NDArray[np.uint8]
 make_table: Any = pa.table  # the stubs do not know NumPy arrays here
 make_column: Any = pd.array  # nor dtypes of Arrow's
 make_chunked: Any = pa.chunked_array  # nor chunks of any type
+make_map: Any = pa.map_  # nor what this argument is called
 GUARD = 64
 
 
@@ -224,10 +225,37 @@ def test_order_is_kept(name: str) -> None:
             assert result.flags.f_contiguous == array.flags.f_contiguous
 
 
-def test_strided_arrays_are_stored_in_the_order_in_which_they_lie() -> None:
-    """The copy of a strided array walks its memory as it lies."""
-    assert round_trip(np.ones((8, 8))[::2, ::2]).flags.c_contiguous
-    assert round_trip(np.ones((8, 8)).T[::2, ::2]).flags.f_contiguous
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(64.0).reshape(8, 8)[::2, ::2],
+        np.arange(64.0).reshape(8, 8).T[::2, ::2],
+        np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1),
+        np.broadcast_to(np.arange(3.0)[:, None], (3, 4)),
+        np.arange(5000.0)[::-1],
+    ],
+)
+def test_arrays_that_are_not_contiguous_become_so(array: npt.NDArray[Any]) -> None:
+    """In C order, as pickle and Plasma leave them: by what lies there, they can be viewed as bytes."""
+    for result in (round_trip(array), round_trip([array])[0]):
+        assert result.flags.c_contiguous
+        assert pa.py_buffer(result).to_pybytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.dtype(("i4", [("a", "i2"), ("b", "i2")])),
+        np.dtype((np.record, 8)),
+        np.dtype((np.record, [("a", "i4")])),
+    ],
+)
+def test_dtypes_that_look_like_others(dtype: np.dtype[Any]) -> None:
+    """Fields over a scalar, and a type of one's own, are in no dtype string."""
+    for result in (round_trip(np.zeros(300, dtype)), round_trip([np.zeros(300, dtype)])[0]):
+        assert result.dtype == dtype
+        assert result.dtype.fields == dtype.fields
+        assert result.dtype.type is dtype.type
 
 
 def test_dtypes_keep_what_their_string_leaves_out() -> None:
@@ -1116,3 +1144,154 @@ def test_payloads_say_what_they_need() -> None:
     payload = serialize(np.arange(8.0))
     assert isinstance(payload, Payload)
     assert (payload.codec, payload.size_bytes) == (Codec.NDARRAY, 64 + 64)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        np.array([object(), 1]),
+        np.array([object(), 1, 2, 3])[::2],
+        np.array([object(), 1]).data,
+        np.array([object(), 1, 2, 3]).data[::2],
+        np.array(["a", "b"], np.dtypes.StringDType()),
+        np.array(["a", "b", "c", "d"], np.dtypes.StringDType())[::2],
+    ],
+    ids=["array", "strided", "memoryview", "strided memoryview", "strings", "strided strings"],
+)
+def test_copy_into_refuses_addresses(source: Any) -> None:
+    """What lies in an array of objects is of no use elsewhere, and NumPy would let go of what lay in the target."""
+    target = np.full(16, 0x41, np.uint8)
+    with pytest.raises(TypeError, match=r"elements are Python objects.* put stores"):
+        copy_into(target, source)
+    assert (target == 0x41).all()
+
+
+class Registered(np.ndarray[Any, Any]):
+    """An array with something to it that only its own reducer knows."""
+
+    info: str
+
+
+def make_registered(info: str, array: npt.NDArray[Any]) -> Registered:
+    """Make one."""
+    result = array.view(Registered)
+    result.info = info
+    return result
+
+
+def test_a_reducer_of_copyreg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked before an array's own is."""
+
+    def reduce(array: Registered) -> Any:
+        return make_registered, (array.info, np.asarray(array))
+
+    monkeypatch.setitem(copyreg.dispatch_table, Registered, reduce)
+    result = round_trip(make_registered("hello", np.arange(5000.0)))
+    assert type(result) is Registered
+    assert result.info == "hello"
+
+
+def test_an_array_that_contains_itself() -> None:
+    """A subclass of ndarray as well as ndarray."""
+    array = np.empty(1, object).view(Registered)
+    array[0] = array
+    result = round_trip(array)
+    assert type(result) is Registered
+    assert result[0] is result
+
+
+class Unregistered(pa.ExtensionType):
+    """An extension type of which Arrow knows nothing where a stream is read."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.int64(), "shmplasma.tests.unregistered")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: object, serialized: bytes) -> Unregistered:
+        return cls()
+
+
+def unstreamable() -> Iterator[Any]:
+    """Yield Arrow values whose types Arrow's format cannot hold."""
+    words = pa.array(["x", "y"]).dictionary_encode()
+    nested: Any = pa.DictionaryArray.from_arrays(pa.array([0, 1, None] * 1000), words)
+    extended = pa.ExtensionArray.from_storage(Unregistered(), pa.array(range(5000)))
+    for array in (nested, extended):
+        yield array
+        yield array[:0]
+        yield array[7:400]
+        yield make_chunked([array[:200], array[300:]])
+        yield make_chunked([], array.type)
+        table = make_table({"a": array})
+        yield table
+        yield table[:0]
+        yield table.to_batches()[0]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("value", list(unstreamable()))
+def test_types_that_a_stream_cannot_hold(value: Any, nested: bool) -> None:
+    """Dictionaries of dictionaries, and extension types that are not registered, come back as they were."""
+    result = round_trip([value])[0] if nested else round_trip(value)
+    if isinstance(value, (pa.Table, pa.RecordBatch)):
+        assert result.schema == value.schema
+        result, value = result.column(0), value.column(0)
+    result.validate(full=True)
+    assert result.type == value.type
+    assert result.to_pylist() == value.to_pylist()
+
+
+def sorted_maps() -> pa.Array[Any]:
+    """Return maps whose type says that their keys are sorted."""
+    kind: pa.DataType = make_map(pa.string(), pa.int8(), keys_sorted=True)
+    values: Any = [[("a", 1)]] * 5000
+    return pa.array(values, kind)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        sorted_maps(),
+        sorted_maps()[:10],
+        make_chunked([sorted_maps(), sorted_maps()[:10]]),
+        make_table({"a": sorted_maps()}),
+        pa.ListArray.from_arrays(list(range(5001)), sorted_maps()),
+    ],
+)
+def test_sorted_maps_in_other_values(value: Any) -> None:
+    """Arrow's own pickle would forget that they are sorted."""
+    for result in (round_trip(value), round_trip([value])[0]):
+        assert getattr(result, "type", None) == getattr(value, "type", None)
+        assert str(getattr(result, "schema", "")) == str(getattr(value, "schema", ""))
+        assert result.equals(value)
+
+
+def test_rows_of_no_columns_in_other_values() -> None:
+    """Arrow's own pickle would forget how many there are."""
+    table = make_table({"a": [1, 2, 3]}).select([])
+    assert round_trip(table).num_rows == 3
+    assert round_trip([table])[0].num_rows == 3
+    assert round_trip([table.to_batches()[0] if table.to_batches() else table])[0].num_rows == 3
+
+
+class Changer:
+    """Changes the size of a bytearray while it is pickled."""
+
+    def __init__(self, data: bytearray, change: Callable[[bytearray], object]) -> None:
+        self.data = data
+        self.change = change
+
+    def __reduce__(self) -> Any:
+        self.change(self.data)
+        return int, ()
+
+
+@pytest.mark.parametrize("change", [bytearray.clear, lambda data: data.extend(b"more")])
+def test_a_bytearray_that_changes_its_size(change: Callable[[bytearray], object]) -> None:
+    """It is refused: the pickle says that it had another size."""
+    data = bytearray(200_000)
+    with pytest.raises(SerializationError, match=r"bytearray in it changed its size.* put a copy"):
+        serialize([data, Changer(data, change)])
