@@ -61,7 +61,7 @@ class PlasmaStoreFull(ShmPlasmaError, ArrowException):  # noqa: N818 - Plasma's 
 
     def __init__(
         self,
-        text: str,
+        text: str = "the store is full",
         requested_bytes: int = 0,
         free_bytes: int = 0,
         largest_bytes: int = 0,

@@ -6,11 +6,10 @@ import builtins
 import os
 import socket
 from collections.abc import AsyncGenerator, Iterable
-from operator import index
 from typing import Final, NoReturn, SupportsIndex
 
 from shmplasma.arrow_errors import NotConnectedError
-from shmplasma.connected import DEFAULT_RETRIES, checked, program_name
+from shmplasma.connected import DEFAULT_RETRIES, checked, program_name, whole_bytes
 from shmplasma.endpoint import default_socket_path
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.listings import ObjectInfo, described
@@ -107,9 +106,9 @@ class PlasmaClient(Reading, Writing):
     # -- the store -----------------------------------------------------------------------------
 
     def delete(self, object_ids: ObjectID | Iterable[ObjectID]) -> None:
-        """Delete sealed objects; what is in use goes at its last release, what is missing is ignored.
+        """Delete sealed objects; what is in use goes at its last release, what is missing or not sealed is left alone.
 
-        Until then it can be found and got, and its id is taken.
+        Until then it can be found and got, and its id is taken.  Objects that are not sealed are aborted by their writer (`abort`).
 
         Notes
         -----
@@ -154,7 +153,7 @@ class PlasmaClient(Reading, Writing):
         for start in range(0, len(ids), MAX_KEPT_IDS):
             session.call(Keep(keep, ids[start : start + MAX_KEPT_IDS]), Done)
 
-    def evict(self, num_bytes: SupportsIndex) -> int:
+    def evict(self, num_bytes: SupportsIndex | float) -> int:
         """Evict sealed objects that nobody holds or keeps until `num_bytes` are free that were not.
 
         None goes that the others make up for, but an object without bytes goes in its turn.
@@ -164,7 +163,7 @@ class PlasmaClient(Reading, Writing):
         int
             Data plus metadata of what went, in bytes; less than asked for when no more could go.
         """
-        wanted = max(0, min(index(num_bytes), MAX_SIZE))
+        wanted = max(0, min(whole_bytes(num_bytes), MAX_SIZE))
         return self._live().call(Evict(wanted), Number).value
 
     def trim(self) -> int:
@@ -208,7 +207,9 @@ class PlasmaClient(Reading, Writing):
         """Return the number of bytes that users can fill."""
         return self._capacity
 
-    def set_client_options(self, client_name: str, limit_output_memory: SupportsIndex) -> None:
+    def set_client_options(
+        self, client_name: str, limit_output_memory: SupportsIndex | float
+    ) -> None:
         """Name this client, and limit what it may hold.
 
         Parameters
@@ -224,7 +225,7 @@ class PlasmaClient(Reading, Writing):
         ValueError
             The limit is negative or beyond 2**62, or the name is longer than 255 bytes.
         """
-        limit = index(limit_output_memory)
+        limit = whole_bytes(limit_output_memory)
         if not 0 <= limit <= MAX_SIZE:
             raise ValueError(f"a limit of {limit} bytes makes no sense; 0 is the default")
         if not isinstance(client_name, str):

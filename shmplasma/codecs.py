@@ -37,6 +37,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pyarrow.lib import ArrowSerializationError
 
 from shmplasma.copying import SLICE_BYTES, Source, copy_into, writer_over
 from shmplasma.errors import ShmPlasmaError
@@ -55,11 +56,11 @@ __all__ = [
 ]
 
 
-class SerializationError(ShmPlasmaError, TypeError):
+class SerializationError(ShmPlasmaError, TypeError, ArrowSerializationError):
     """A value cannot be turned into bytes; nothing has been written."""
 
 
-class DeserializationError(ShmPlasmaError, ValueError):
+class DeserializationError(ShmPlasmaError, ValueError, ArrowSerializationError):
     """An object's bytes cannot be turned into a value by this process."""
 
 

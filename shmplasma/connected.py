@@ -6,8 +6,9 @@ import os
 import sys
 import threading
 import weakref
-from math import isnan
-from typing import Final, Self
+from math import isfinite, isnan
+from operator import index
+from typing import Final, Self, SupportsIndex
 
 import numpy as np
 
@@ -125,19 +126,40 @@ class Connected:
             self._subscription = None
 
 
-def wait_seconds(timeout_ms: float) -> float | None:
+def wait_seconds(timeout_ms: float | None) -> float | None:
     """Return how long to wait, in seconds; None without an end.
+
+    None and -1 are without an end.  Other negative numbers are what is left of a time that is over.
 
     Raises
     ------
     TypeError, ValueError
         It is no number.
     """
+    if timeout_ms is None:
+        return None
     if not isinstance(timeout_ms, (int, float, np.number)):
-        raise TypeError(f"timeout_ms is a number, not {type(timeout_ms).__name__}")
+        raise TypeError(f"timeout_ms is a number or None, not {type(timeout_ms).__name__}")
     if isnan(timeout_ms):
         raise ValueError("timeout_ms is not a number")
-    return None if timeout_ms < 0 or timeout_ms > _LONGEST_MS else float(timeout_ms / 1000)
+    if timeout_ms == -1 or timeout_ms > _LONGEST_MS:
+        return None
+    return max(0.0, float(timeout_ms / 1000))
+
+
+def whole_bytes(size: SupportsIndex | float) -> int:
+    """Return a number of bytes; of a float what is before the point, as Plasma takes it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no number, or not a finite one.
+    """
+    if not isinstance(size, (float, np.floating)):
+        return index(size)
+    if not isfinite(size):
+        raise ValueError(f"there are no {size} bytes")
+    return int(size)
 
 
 def checked(object_id: ObjectID) -> ObjectID:

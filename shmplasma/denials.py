@@ -57,5 +57,8 @@ class NoRoom(Exception):  # noqa: N818 - as `Refused`
 
 def existing(object_id: bytes) -> Refused:
     """Return the refusal of an id that is taken."""
-    text = f"object {object_id.hex()} exists already; use another id or delete it first"
+    text = (
+        f"object {object_id.hex()} exists already; use another id, or delete it first (if it was never "
+        "sealed, its writer can abort it)"
+    )
     return Refused(Failed(Failure.EXISTS, text))

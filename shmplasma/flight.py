@@ -35,6 +35,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from shmplasma.arrow_errors import PlasmaObjectExists, PlasmaObjectNotFound, PlasmaStoreFull
+from shmplasma.connected import wait_seconds
 from shmplasma.copying import copy_into
 from shmplasma.layout import ID_BYTES, REFERENCED
 from shmplasma.objects import ObjectID
@@ -308,7 +309,7 @@ def fetch(
     client: PlasmaClient,
     remote: flight.FlightClient | str,
     object_ids: ObjectID | Iterable[ObjectID],
-    timeout_ms: float = -1,
+    timeout_ms: float | None = -1,
 ) -> Any:
     """Bring objects of another host's store to the local one, those that are not there yet.
 
@@ -321,7 +322,7 @@ def fetch(
     object_ids : iterable of ObjectID, or one ObjectID
         Which; they have the same names here.
     timeout_ms : float, optional
-        How long each object may take, in milliseconds; without limit if negative.
+        How long each object may take, in milliseconds; None and -1 are without limit.
 
     Returns
     -------
@@ -398,7 +399,7 @@ def send(
     client: PlasmaClient,
     remote: flight.FlightClient | str,
     object_ids: ObjectID | Iterable[ObjectID],
-    timeout_ms: float = -1,
+    timeout_ms: float | None = -1,
 ) -> None:
     """Put objects of the local store into another host's store, under the same ids.
 
@@ -437,8 +438,8 @@ def _connected(remote: flight.FlightClient | str) -> Iterator[flight.FlightClien
             yield flights
 
 
-def _options(timeout_ms: float) -> flight.FlightCallOptions:
-    return flight.FlightCallOptions(timeout=None if timeout_ms < 0 else timeout_ms / 1000)
+def _options(timeout_ms: float | None) -> flight.FlightCallOptions:
+    return flight.FlightCallOptions(timeout=wait_seconds(timeout_ms))
 
 
 @contextmanager

@@ -358,7 +358,8 @@ class Lifecycle:
         if sealed != NO_ENTRY and sealed in self._boards.held_by(client):
             text = f"object {object_id.hex()} is sealed already"
             raise Refused(Failed(Failure.SEALED, text))
-        text = f"this client has no unsealed object {object_id.hex()}; create it first"
+        why = "create it first" if sealed == NO_ENTRY else "it is sealed already"
+        text = f"this client has no unsealed object {object_id.hex()}; {why}"
         raise Refused(Failed(Failure.NOT_FOUND, text))
 
     # -- drop, evict ---------------------------------------------------------------------------

@@ -153,6 +153,16 @@ def _has_sorted_map(kind: pa.DataType) -> bool:
     return any(_has_sorted_map(kind.field(number).type) for number in range(kind.num_fields))
 
 
+def _reduce_sparse(matrix: Any) -> Any:
+    return _sparse, (type(matrix).__name__, matrix.to_numpy(), matrix.shape, matrix.dim_names)
+
+
+_SPARSE: Final[frozenset[type]] = frozenset(
+    {pa.SparseCOOTensor, pa.SparseCSRMatrix, pa.SparseCSCMatrix}
+)
+"""Those of Arrow's sparse tensors that tell all of what they are; CSF keeps the order of its axes to itself."""
+
+
 def _reduce_subclass(array: np.ndarray[Any, Any]) -> Any:
     if array.dtype.hasobject:  # it may contain itself, which only pickle sees
         return array.__reduce_ex__(PROTOCOL)
@@ -218,6 +228,8 @@ class _Reducers(dict[type, Reducer]):
 
     def __missing__(self, cls: type) -> Reducer:
         reducer = self._find(cls) or self._fallback.get(cls)
+        if reducer is None and cls in _SPARSE:
+            reducer = _reduce_sparse
         if reducer is None:
             if issubclass(cls, type):  # its instances are classes, which the pickler stores by name
                 raise KeyError(cls)
@@ -397,6 +409,10 @@ def load(
 
 def _embedded(codec: int, data: pa.Buffer) -> object:
     return DECODERS[codec](data)
+
+
+def _sparse(name: str, parts: Sequence[Any], shape: tuple[int, ...], dim_names: Any) -> object:
+    return getattr(pa, name).from_numpy(*parts, shape, dim_names)
 
 
 def _small_array(

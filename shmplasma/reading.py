@@ -22,7 +22,7 @@ from shmplasma.objects import ObjectID
 from shmplasma.pinning import Located
 from shmplasma.replies import Number
 from shmplasma.requests import Contains
-from shmplasma.serialization import SerializationContext, deserialize
+from shmplasma.serialization import SerializationContext, checked_context, deserialize
 from shmplasma.session import Session
 from shmplasma.unread import Places
 
@@ -60,18 +60,18 @@ class Reading(Connected):
 
     @overload
     def get_buffers(
-        self, object_ids: ObjectID, timeout_ms: float = -1, with_meta: bool = False
+        self, object_ids: ObjectID, timeout_ms: float | None = -1, with_meta: bool = False
     ) -> Any: ...
 
     @overload
     def get_buffers(
-        self, object_ids: Iterable[ObjectID], timeout_ms: float = -1, with_meta: bool = False
+        self, object_ids: Iterable[ObjectID], timeout_ms: float | None = -1, with_meta: bool = False
     ) -> list[Any]: ...
 
     def get_buffers(
         self,
         object_ids: ObjectID | Iterable[ObjectID],
-        timeout_ms: float = -1,
+        timeout_ms: float | None = -1,
         with_meta: bool = False,
     ) -> Any:
         """Return the data of sealed objects, without copying it.
@@ -81,8 +81,8 @@ class Reading(Connected):
         object_ids : iterable of ObjectID, or one ObjectID
             Which objects; the same one may be named more than once.
         timeout_ms : float, optional
-            How long to wait for those that are not sealed yet, in milliseconds; 0 not at all, a negative
-            number (the default) without limit.
+            How long to wait for those that are not sealed yet, in milliseconds; 0 not at all, None or -1
+            (the default) without limit.
         with_meta : bool, optional
             Whether to return the metadata too.
 
@@ -103,6 +103,8 @@ class Reading(Connected):
         No message for objects that are there, those included that were put just now; else one round trip; none either, with `timeout_ms=0`, for what is seen not to
         be there (see `contains`).  An object is neither evicted nor changed while its buffer, or anything made of it, lives.  Ctrl-C interrupts a wait at once.
         """
+        if type(timeout_ms) is not int:
+            wait_seconds(timeout_ms)  # refuses what is no number, also where nobody is to wait
         session = self._session or self._live()
         reader = session.reader
         # One object is what most ask for, and a list of one what Plasma's users have to ask for.
@@ -142,15 +144,17 @@ class Reading(Connected):
         return items[0] if isinstance(object_ids, ObjectID) else items
 
     @overload
-    def get_metadata(self, object_ids: ObjectID, timeout_ms: float = -1) -> pa.Buffer | None: ...
+    def get_metadata(
+        self, object_ids: ObjectID, timeout_ms: float | None = -1
+    ) -> pa.Buffer | None: ...
 
     @overload
     def get_metadata(
-        self, object_ids: Iterable[ObjectID], timeout_ms: float = -1
+        self, object_ids: Iterable[ObjectID], timeout_ms: float | None = -1
     ) -> list[pa.Buffer | None]: ...
 
     def get_metadata(
-        self, object_ids: ObjectID | Iterable[ObjectID], timeout_ms: float = -1
+        self, object_ids: ObjectID | Iterable[ObjectID], timeout_ms: float | None = -1
     ) -> pa.Buffer | list[pa.Buffer | None] | None:
         """Return the metadata of sealed objects, without copying it.
 
@@ -163,7 +167,7 @@ class Reading(Connected):
         ]
         return items[0] if isinstance(object_ids, ObjectID) else items
 
-    def get_encoded(self, object_id: ObjectID, timeout_ms: float = -1) -> Encoded | None:
+    def get_encoded(self, object_id: ObjectID, timeout_ms: float | None = -1) -> Encoded | None:
         """Return an object as it lies in the store, without copying it, whatever it is.
 
         Parameters are those of `get_buffers`; None if it is not there in time.
@@ -178,7 +182,7 @@ class Reading(Connected):
     def get(
         self,
         object_ids: ObjectID | Sequence[ObjectID],
-        timeout_ms: float = -1,
+        timeout_ms: float | None = -1,
         serialization_context: SerializationContext | None = None,
         *,
         mode: Mode = "view",
@@ -214,6 +218,10 @@ class Reading(Connected):
         ValueError
             There is no such mode.
         """
+        if type(timeout_ms) is not int:
+            wait_seconds(timeout_ms)
+        if serialization_context is not None:
+            checked_context(serialization_context)
         session = self._session or self._live()
         value = _value if mode == "view" else _writable_value(mode)
         if isinstance(object_ids, ObjectID):
@@ -229,7 +237,7 @@ class Reading(Connected):
     async def get_async(
         self,
         object_ids: ObjectID | Sequence[ObjectID],
-        timeout_ms: float = -1,
+        timeout_ms: float | None = -1,
         serialization_context: SerializationContext | None = None,
     ) -> Any:
         """Return the values of objects, without holding up the event loop.
@@ -315,7 +323,7 @@ class Reading(Connected):
         return object_hash(memoryview(session.data(got)), memoryview(session.metadata(got)))
 
     def _locate(
-        self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
+        self, session: Session, ids: Sequence[ObjectID], timeout_ms: float | None
     ) -> list[Located | None]:
         """Find and pin objects, those that are there without a message."""
         items, misses = self._find(session, ids)
@@ -340,7 +348,7 @@ class Reading(Connected):
         return items, [at for at, got in enumerate(items) if got is None]
 
     def _find_new(
-        self, session: Session, ids: Sequence[ObjectID], timeout_ms: float
+        self, session: Session, ids: Sequence[ObjectID], timeout_ms: float | None
     ) -> Located | None:
         """Find and pin one object that was not found in the table: mostly it was put just now, or is waited for."""
         unread = session.unread
@@ -357,7 +365,7 @@ class Reading(Connected):
         self,
         session: Session,
         ids: Sequence[ObjectID],
-        timeout_ms: float,
+        timeout_ms: float | None,
         places: Places | None,
     ) -> list[Located | None]:
         """Find and pin objects that are not in the table: unread ones by themselves, others by asking the store."""
@@ -410,10 +418,10 @@ def _sequence(object_ids: Sequence[ObjectID]) -> Sequence[ObjectID]:
     return object_ids
 
 
-def _deadline(timeout_ms: float) -> tuple[float | None, bool]:
+def _deadline(timeout_ms: float | None) -> tuple[float | None, bool]:
     """Return the time of `time.monotonic` to stop waiting at, None for never, and whether to wait at all."""
     seconds = wait_seconds(timeout_ms)
-    return None if seconds is None else time.monotonic() + seconds, bool(timeout_ms != 0)
+    return None if seconds is None else time.monotonic() + seconds, seconds != 0
 
 
 def _refuse(object_ids: Iterable[ObjectID]) -> NoReturn:

@@ -103,7 +103,7 @@ class Refusals:
                 "the store is full: {requested_bytes} bytes were asked for; {free_bytes} are free, but the "
                 "largest extent has {largest_bytes}, and what lies between the extents cannot be moved or "
                 "evicted: {pinned_bytes} bytes are pinned by clients, {unsealed_bytes} are not sealed yet, "
-                "{leased_bytes} are leased; wait with timeout_ms, release buffers, seal what is being "
+                "{leased_bytes} are leased; wait with timeout_ms, release buffers, seal or abort what is being "
                 "written, or start the store with a larger -m"
             ).format(**figures)
         waiting = f", {len(self._waiting)} requests wait for room" if self._waiting else ""
@@ -115,7 +115,8 @@ class Refusals:
             "{free_bytes} are free (the largest extent has {largest_bytes}), {pinned_bytes} are pinned "
             "by clients, {unsealed_bytes} are not sealed yet, {leased_bytes} are leased, {kept_bytes} "
             "are kept ({spillable_bytes} of them not in use){waiting}; wait with timeout_ms, release "
-            "buffers, delete or cache objects, or start the store with a larger -m"
+            "buffers, seal or abort what is being written, delete or cache objects, or start the store with a larger "
+            "-m"
         ).format(capacity=self._capacity, waiting=waiting, **figures)
 
     def _holders(self, now_ns: int) -> list[Holder]:

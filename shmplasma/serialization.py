@@ -50,6 +50,7 @@ __all__ = [
     "Payload",
     "SerializationContext",
     "SerializationError",
+    "checked_context",
     "default_context",
     "deserialize",
     "register_serializer",
@@ -62,6 +63,8 @@ _PICKLE_PARTS: Final = Codec.PICKLE_PARTS
 
 _ATOMS: Final = frozenset({int, float, str, bool, complex, type(None)})
 """Types that can contain nothing and need no class: a plain pickle does."""
+_TEACH: Final = "shmplasma.register_serializer can teach how to store a type"
+_FLATTEN: Final = "it is nested too deeply, or without an end: flatten it, or raise the limit by sys.setrecursionlimit"
 
 
 class _Registration(NamedTuple):
@@ -121,7 +124,7 @@ class SerializationContext:
         ----------
         type_ : type
             The type.  Numbers, `str`, `bytes`, functions and the built-in containers themselves cannot be
-            registered, subclasses of them can.
+            registered, unless to be pickled, as they are; subclasses of them can.
         type_id : hashable, picklable
             Its name in the store, the same at the writer and the reader.
         pickle : bool
@@ -137,7 +140,10 @@ class SerializationContext:
         ValueError
             `type_` cannot be registered, or both `pickle` and a serializer or deserializer are given.
         """
-        if type_ in BUILT_IN:
+        is_native = type_ in BUILT_IN or type_ in _ATOMS
+        if is_native and pickle and not (custom_serializer or custom_deserializer):
+            return  # it is pickled anyway
+        if is_native:
             raise ValueError(
                 f"{type_.__name__} is stored natively and cannot be registered; register a subclass"
             )
@@ -178,6 +184,15 @@ class SerializationContext:
 
 default_context: Final = SerializationContext()
 """The context of this process, used where none is given."""
+
+
+def checked_context(context: SerializationContext | None) -> SerializationContext | None:
+    """Return a context that is one, or None; raise TypeError for anything else."""
+    if context is not None and not isinstance(context, SerializationContext):
+        raise TypeError(
+            f"serialization_context is a shmplasma.SerializationContext, not {type(context).__name__}"
+        )
+    return context
 
 
 def register_serializer(
@@ -250,10 +265,18 @@ def serialize(value: object, context: SerializationContext | None = None) -> Pay
     except MemoryError:
         raise
     except Exception as error:  # reducers and serializers of users raise whatever they like
+        why = _text(error)
+        remedy = _FLATTEN if "recursion" in why else _TEACH
         raise SerializationError(
-            f"a value of type {cls.__module__}.{cls.__qualname__} cannot be serialized: {error}; "
-            "shmplasma.register_serializer can teach how to store a type"
+            f"a value of type {cls.__module__}.{cls.__qualname__} cannot be serialized: {why}; {remedy}"
         ) from error
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # which is a user's as well
+        return type(error).__name__
 
 
 def deserialize(buffer: pa.Buffer, codec: int, context: SerializationContext | None = None) -> Any:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import BytesPayload, Codec, Payload, ndarray_head
-from shmplasma.connected import Connected, checked, wait_seconds
+from shmplasma.connected import Connected, checked, wait_seconds, whole_bytes
 from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
 from shmplasma.leasing import LARGE_BYTES
@@ -23,7 +23,7 @@ from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Abort, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush
-from shmplasma.serialization import SerializationContext, serialize
+from shmplasma.serialization import SerializationContext, checked_context, serialize
 from shmplasma.session import Session
 
 __all__ = ["MAX_SIZE", "Writing"]
@@ -42,7 +42,7 @@ class Writing(Connected):
     def create(
         self,
         object_id: ObjectID,
-        data_size: SupportsIndex,
+        data_size: SupportsIndex | float,
         metadata: bytes | bytearray = b"",
         *,
         timeout_ms: float | None = 0,
@@ -59,8 +59,8 @@ class Writing(Connected):
         metadata : bytes or bytearray, optional
             Kept beside the data; takes room as well.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
-            negative number without limit.
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
+            without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -95,7 +95,8 @@ class Writing(Connected):
             and isinstance(data_size, int)
             and data_size > 0
             and timeout_ms == 0
-            and metadata == b""
+            and type(metadata) is bytes
+            and not metadata
             and not keep
         ):
             claimed = claims.create(object_id, data_size, 0, _RAW)
@@ -118,7 +119,7 @@ class Writing(Connected):
     def create_encoded(
         self,
         object_id: ObjectID,
-        data_size: SupportsIndex,
+        data_size: SupportsIndex | float,
         metadata: bytes | bytearray,
         codec: int,
         *,
@@ -159,8 +160,8 @@ class Writing(Connected):
         dtype : data-type, optional
             Of the elements; not one with Python objects.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
-            negative number without limit.
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
+            without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -220,8 +221,8 @@ class Writing(Connected):
         metadata : bytes or bytearray, optional
             Kept beside it.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
-            negative number without limit.
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
+            without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -255,8 +256,8 @@ class Writing(Connected):
         memcopy_threads : int, optional
             Upper limit on the threads that copy a large value; there are never more than processors.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
-            negative number without limit.
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
+            without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -307,8 +308,8 @@ class Writing(Connected):
         serialization_context : SerializationContext, optional
             Serializers for types of one's own; the process's default context if not given.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or a
-            negative number without limit.
+            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
+            without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -329,7 +330,7 @@ class Writing(Connected):
         A value of up to 256 KiB, or of up to 16 MiB if its client puts many such, takes a record and no waiting, anything
         else a round trip.  Each byte of a large part is copied once.
         """
-        payload = serialize(value, serialization_context)
+        payload = serialize(value, checked_context(serialization_context))
         return self._put(payload, object_id, b"", memcopy_threads, timeout_ms=timeout_ms, keep=keep)
 
     def _put(
@@ -346,6 +347,7 @@ class Writing(Connected):
     ) -> ObjectID:
         """Store a payload: in the lease if that has room for it, else in room that a round trip gets."""
         codec = payload.codec | flags
+        threads = index(threads)
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
         leasing = session.leasing
@@ -428,7 +430,7 @@ class Writing(Connected):
         self,
         session: Session,
         object_id: ObjectID,
-        data_size: SupportsIndex,
+        data_size: SupportsIndex | float,
         metadata: bytes | bytearray,
         codec: int,
         *,
@@ -439,13 +441,13 @@ class Writing(Connected):
     ) -> npt.NDArray[np.uint8]:
         """Create an object, fill in its metadata, have `complete` fill and seal it if it is to, and return its data."""
         _checked_metadata(metadata)
-        size = index(data_size)
+        size = whole_bytes(data_size)
         if size < 0:
             raise ValueError(f"an object cannot have {size} bytes")
         if size > MAX_SIZE:
             raise PlasmaStoreFull(f"no store has room for {size} bytes", size)
         id_bytes = checked(object_id).id_bytes
-        seconds = None if timeout_ms is None else wait_seconds(timeout_ms)
+        seconds = wait_seconds(timeout_ms)
 
         def fill(target: npt.NDArray[np.uint8]) -> None:
             if metadata:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
-from pyarrow.lib import ArrowException, ArrowTypeError
+from pyarrow.lib import ArrowException, ArrowSerializationError, ArrowTypeError
 
 import shmplasma as plasma
 from tests.clients import MISSING, figure, new_id
@@ -1033,7 +1033,7 @@ WRONG: dict[str, Callable[[Any], object]] = {
     "create: bytes": lambda client: client.create(20 * b"a", 10),
     "create: None": lambda client: client.create(None, 10),
     "create: size": lambda client: client.create(new_id(), "10"),
-    "create: float": lambda client: client.create(new_id(), 10.0),
+    "create: metadata array": lambda client: client.create(new_id(), 10, np.zeros(3, np.uint8)),
     "create: metadata": lambda client: client.create(new_id(), 10, "text"),
     "create: no metadata": lambda client: client.create(new_id(), 10, None),
     "create_and_seal: id": lambda client: client.create_and_seal("a", b"1"),
@@ -1047,7 +1047,16 @@ WRONG: dict[str, Callable[[Any], object]] = {
     "get_buffers: None": lambda client: client.get_buffers(None),
     "get_buffers: text": lambda client: client.get_buffers("text", 0),
     "get_buffers: timeout": lambda client: client.get_buffers([MISSING], "5"),
-    "get_buffers: timeout None": lambda client: client.get_buffers([MISSING], None),
+    "get_buffers: timeout of one that is there": lambda client: there(client, "get_buffers", "5"),
+    "get: timeout of one that is there": lambda client: there(client, "get", "5"),
+    "get: context": lambda client: there(client, "get", -1, 5),
+    "put: threads": lambda client: client.put(1, None, "x"),
+    "put: context": lambda client: client.put(1, None, 6, 5),
+    "put_raw_buffer: threads": lambda client: client.put_raw_buffer(b"1", None, b"", "x"),
+    "put_raw_buffer: addresses": lambda client: client.put_raw_buffer(np.array([object()])),
+    "put_raw_buffer: strided addresses": lambda client: client.put_raw_buffer(
+        np.array([{}, 1])[::2]
+    ),
     "get_buffers: meta": lambda client: client.get_buffers([5], with_meta=True),
     "get_metadata": lambda client: client.get_metadata([None], 0),
     "put_raw_buffer: int": lambda client: client.put_raw_buffer(5),
@@ -1078,6 +1087,89 @@ def test_wrong_types(client: plasma.PlasmaClient, use: Callable[[Any], object]) 
         use(client)
     assert not client.list()
     assert client.get(client.put("works on")) == "works on"
+
+
+@pytest.mark.parametrize("size", [10.0, np.ceil(9.5), np.float32(10.9), np.int64(10)])
+def test_sizes_that_are_floats(client: plasma.PlasmaClient, size: Any) -> None:
+    """What is behind the point does not count; a number that is none is refused."""
+    object_id = new_id()
+    assert client.create(object_id, size).size == 10
+    client.seal(object_id)
+    assert client.evict(size) == 10
+    client.set_client_options("name", size)
+    for wrong in (float("nan"), float("inf")):
+        for use in (lambda n: client.create(new_id(), n), client.evict):
+            with pytest.raises(ValueError, match=r"no (nan|inf) bytes"):
+                use(wrong)
+    assert not client.list()
+
+
+def test_errors_are_made_as_plasmas(client: plasma.PlasmaClient) -> None:
+    """By hand, without an argument; and what fails to be pickled is one of Arrow's errors of that kind, too."""
+    for cls in (plasma.PlasmaStoreFull, plasma.PlasmaObjectExists, plasma.PlasmaObjectNotFound):
+        with pytest.raises(cls):
+            raise cls
+    with pytest.raises(ArrowSerializationError):
+        client.put(threading.Lock())
+    context = plasma.SerializationContext()
+    context.register_type(Path, "Path", custom_serializer=str, custom_deserializer=Path)
+    object_id = client.put(Path("x"), serialization_context=context)
+    with pytest.raises(ArrowSerializationError):
+        client.get(object_id)
+
+
+@pytest.mark.parametrize("type_", [type(lambda: 0), type, int, dict, list, str, type(None)])
+def test_types_that_are_pickled_anyway(type_: type) -> None:
+    """They can be registered to be pickled, as Plasma's users did, and in no other way."""
+    context = plasma.SerializationContext()
+    context.register_type(type_, "name", pickle=True)
+    with pytest.raises(ValueError, match="stored natively"):
+        context.register_type(type_, "name", custom_serializer=str)
+
+
+@pytest.mark.parametrize("name", ["SparseCOOTensor", "SparseCSRMatrix", "SparseCSCMatrix"])
+def test_sparse_tensors(client: plasma.PlasmaClient, name: str) -> None:
+    """Arrow's own, alone and in a value, with the names of their dimensions; their numbers lie in the store."""
+    dense = np.zeros((40, 50))
+    dense[::3, ::2] = np.arange(14 * 25).reshape(14, 25)
+    sparse: Any = getattr(pa, name).from_dense_numpy(dense, dim_names=["a", "b"])
+    object_id, inside = client.put(sparse), client.put({"x": sparse})
+    for got in (client.get(object_id), client.get(inside)["x"]):
+        assert type(got) is type(sparse)
+        assert got.equals(sparse)
+        assert got.dim_names == sparse.dim_names
+        assert np.array_equal(got.to_tensor().to_numpy(), dense)
+    assert client.list()[object_id]["ref_count"] == 0
+    kept = client.get(object_id)
+    assert client.list()[object_id]["ref_count"] == 1
+    del kept
+
+
+def test_what_was_never_sealed(client: plasma.PlasmaClient) -> None:
+    """Errors say that it is to be sealed or aborted; whoever seals again is not told to create it."""
+    object_id = new_id()
+    client.create(object_id, 100)
+    client.delete([object_id])
+    with pytest.raises(plasma.PlasmaObjectExists, match="never sealed, its writer can abort it"):
+        client.create(object_id, 100)
+    rest = client.create(new_id(), client.store_capacity() - 10_000)
+    with pytest.raises(plasma.PlasmaStoreFull, match="seal or abort what is being written"):
+        client.create(new_id(), 100_000)
+    del rest
+    client.abort(object_id)
+    client.create(object_id, 100)
+    client.seal(object_id)
+    with pytest.raises(plasma.PlasmaObjectNotFound, match="it is sealed already"):
+        client.seal(object_id)
+
+
+def there(client: Any, method: str, *arguments: object) -> None:
+    """Call a method for an object that is there, and delete that."""
+    object_id = client.put(1)
+    try:
+        getattr(client, method)([object_id], *arguments)
+    finally:
+        client.delete([object_id])
 
 
 def test_wrong_ids_after_right_ones(client: plasma.PlasmaClient) -> None:

@@ -757,9 +757,14 @@ def test_one_id_or_a_list(client: plasma.PlasmaClient) -> None:
     assert not client.contains(object_id)
 
 
-@pytest.mark.parametrize("timeout", [0, 1, 0.5, np.int32(2), np.float64(0.0), 1e-9])
+@pytest.mark.parametrize(
+    "timeout", [0, 1, 0.5, np.int32(2), np.float64(0.0), 1e-9, -2, -1000, -0.5, -1.5, np.int64(-5)]
+)
 def test_timeouts(client: plasma.PlasmaClient, timeout: float) -> None:
-    """Whatever number a timeout is, what is absent is said to be so, and what is there comes along."""
+    """Whatever number a timeout is, what is absent is said to be so, and what is there comes along.
+
+    A negative one, other than -1, is what is left of a time that is over.
+    """
     there = client.put("there")
     assert client.get([there, MISSING], timeout) == ["there", plasma.ObjectNotAvailable]
     first, absent = client.get_buffers([there, MISSING], timeout_ms=timeout)
@@ -771,9 +776,9 @@ def test_timeouts(client: plasma.PlasmaClient, timeout: float) -> None:
     ]
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.5, float("inf"), 1e12])
-def test_timeouts_without_an_end(client: plasma.PlasmaClient, timeout: float) -> None:
-    """A negative timeout has no end, and an enormous one practically none."""
+@pytest.mark.parametrize("timeout", [-1, -1.0, np.int64(-1), None, float("inf"), 1e12])
+def test_timeouts_without_an_end(client: plasma.PlasmaClient, timeout: float | None) -> None:
+    """-1 and None have no end, and an enormous one practically none."""
     object_id = new_id()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.get, object_id, timeout)
