@@ -221,14 +221,16 @@ class Room:
         return 0 < missing <= self._evictable_bytes()
 
     def _place(self, size_bytes: int) -> int | None:
-        """Take the lowest free extent: for what is large, the lowest in which it can begin on a page, if there is one."""
+        """Take the lowest free extent; what is large begins on a page, unless one less of its size would fit then."""
         alignment = alignment_of(size_bytes)
         if alignment > ALIGNMENT:
             found = self._allocator.next_free(self._start, size_bytes + alignment - ALIGNMENT)
             if found is not None:
-                offset = align_up(found[0], alignment)
-                self._allocator.reserve(offset, size_bytes)
-                return offset
+                start, free = found
+                offset, needed = align_up(start, alignment), align_up(size_bytes, ALIGNMENT)
+                if (free - (offset - start)) // needed == free // needed:
+                    self._allocator.reserve(offset, size_bytes)
+                    return offset
         return self._allocator.allocate(size_bytes)
 
     def _clear_stretch(self, wanted: int) -> list[bytes]:

@@ -135,6 +135,16 @@ def test_what_is_large_takes_the_last_line_as_well() -> None:
     storeroom.check()
 
 
+@pytest.mark.parametrize(("count", "size"), [(3, 20_000_000), (5, 20_000_000), (4, 25_000_000)])
+def test_large_objects_fill_the_store(count: int, size: int) -> None:
+    """As many have room as their sizes say, though not all of them begin on a page then."""
+    storeroom = Storeroom(count * size)
+    for number in range(count):
+        storeroom.put(size)
+        assert storeroom.room.free_bytes == (count - number - 1) * size
+    storeroom.check()
+
+
 def test_room_is_made_in_order_of_age() -> None:
     """The oldest objects that were not read go first, and no more of them than are needed."""
     storeroom = Storeroom(640)
