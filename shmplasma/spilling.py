@@ -17,6 +17,12 @@ were written, and one that was read since gets another chance.  Where there are 
 cleared that loses least, of what is free, clean or, once it has been written, dirty; where objects are too many and too small to
 be chosen so, or none may go, some are moved.
 
+A full external store
+---------------------
+Where it may hold so much only, the last of it, room for one object as large as any that was written, is left to objects that
+come back: those that have to make way for them may have no copy.  So what is put cannot make unreadable what
+was put before; who gets one object after the other finds all of them.
+
 Half-dead containers
 --------------------
 A container is deleted when no entry names it; one of many small objects may so outlive most of them.  When less than half of it
@@ -139,6 +145,8 @@ class Spilling:
     _demand: int = 0
     _stretched_for: int = 0
     _scattered: int = 0
+    _lacking: int = 0
+    _largest: int = 0
 
     def __post_init__(self) -> None:
         self.returns = Returns(self.table, self.room, self.jobs)
@@ -249,7 +257,7 @@ class Spilling:
 
     def advance(self) -> None:
         """Begin to read what is wanted back, and to write what that demands, or others, or what is due ahead of need."""
-        lacking = self.returns.advance()
+        lacking = self._lacking = self.returns.advance()
         if not self._has_failed:
             self._demand = max(self._demand, lacking)
         self._write_ahead()
@@ -302,11 +310,11 @@ class Spilling:
         held = self.boards.pinned()
         batch: list[Part] = []
         batch_bytes = 0
-        left = (
-            self.limits.max_bytes - self._containers.total_bytes - self._being_stored
-            if self.limits.max_bytes
-            else None
-        )
+        left = None
+        if self.limits.max_bytes:
+            left = self.limits.max_bytes - self._containers.total_bytes - self._being_stored
+            if not self._lacking:
+                left -= self._largest
         for entry in candidates:
             if self._writes >= _MAX_WRITES or size_bytes <= 0:
                 break
@@ -318,9 +326,11 @@ class Spilling:
             if left is not None:
                 if HEADER_BYTES + size > left:
                     self.failure = (
-                        f"the external store may hold {self.limits.max_bytes} bytes, which it does"
+                        f"the external store may hold {self.limits.max_bytes} bytes, which it does, but for what others "
+                        "need to come back; delete objects, or start the store with a larger --max-spill-bytes"
                     )
                     continue
+                self._largest = max(self._largest, HEADER_BYTES + size)
                 left -= HEADER_BYTES + size
             object_id, codec = self.table.id_and_codec(entry)
             batch.append(Part(entry, object_id, codec, *self.table.location(entry)))
@@ -417,6 +427,7 @@ class Spilling:
         for entry, number in copies.items():
             size = align_up(self.table.size(entry), ALIGNMENT)
             self._containers.recover(number, entry, HEADER_BYTES + size)
+            self._largest = max(self._largest, HEADER_BYTES + size)
             if entry in alone:
                 self.spilled_bytes += self.table.size(entry)
             else:

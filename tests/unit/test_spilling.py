@@ -283,6 +283,13 @@ def test_a_limit_of_the_external_store() -> None:
         peer.release(talk.store._parts.table.owner(talk.store._parts.table.find(name(number))))
     assert refused is not None
     assert "may hold 20000 bytes" in refused.text
+    assert "--max-spill-bytes" in refused.text
+    for each in 2 * list(range(number)):  # one after the other all can be got
+        wanted = peer.wanted([name(each)])
+        coming = peer.post(wanted)
+        talk.settle_outside()
+        assert peer.take(coming, Objects).found[0][1] == SIZE
+        peer.release(wanted.slots[0])
     assert sum(map(len, talk.containers.values())) <= 20_000 + 64 * len(talk.containers)
 
 
@@ -493,7 +500,7 @@ def test_no_more_is_written_than_somebody_waits_for() -> None:
 
 def test_where_nothing_can_be_written_objects_are_moved() -> None:
     """A full external store makes no room; what lies scattered is brought together all the same, whatever is read meanwhile."""
-    talk = Conversation(external=ExternalLimits(max_bytes=3_000))
+    talk = Conversation(external=ExternalLimits(max_bytes=4_200))
     peer = talk.client()
     for number in range(60):
         put(talk, peer, number)
