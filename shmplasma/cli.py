@@ -42,6 +42,7 @@ from shmplasma.segment_name import SegmentName
 from shmplasma.server import Server
 from shmplasma.spilling import ExternalLimits
 from shmplasma.succession import replace
+from shmplasma.whereabouts import check_place, note_place
 
 if TYPE_CHECKING:
     import argparse
@@ -124,6 +125,7 @@ def _serve(options: argparse.Namespace) -> None:
             # What could not be recovered this time stays, for another attempt.
             on_failure.enter_context(closing(segment) if is_recovered else segment)
             spiller = _open_spiller(segment, options)
+            note_place(segment, options.external_store)
             server = Server(
                 endpoint.listener,
                 segment,
@@ -273,6 +275,11 @@ def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment | None
     wanted = None if options.directory is None else os.path.abspath(options.directory)
     capacity = segment.layout.capacity
     if wanted == directory and options.memory in (None, capacity):
+        try:
+            check_place(segment, options.external_store)
+        except BaseException:
+            segment.close()
+            raise
         return segment
     segment.close()
     place = "" if directory is None else f" -d {directory}"

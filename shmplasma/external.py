@@ -31,7 +31,7 @@ from shmplasma.errors import ExternalStoreError
 from shmplasma.layout import ALIGNMENT
 from shmplasma.spilling import HEADER_BYTES
 
-__all__ = ["ExternalStore", "Item", "open_external"]
+__all__ = ["ExternalStore", "Item", "has_containers", "open_external"]
 
 _MAGIC: Final = b"SHMSPILL"
 _VERSION: Final = 1
@@ -306,6 +306,11 @@ def open_external(uri: str, token: bytes, note: bytes) -> ExternalStore:
     store = ExternalStore(_place(uri), _without_secrets(uri), token)
     store.claim(note)
     return store
+
+
+def has_containers(uri: str, token: bytes) -> bool:
+    """Tell whether there are containers of a segment at a URI; errors as `open_external`."""
+    return bool(ExternalStore(_place(uri), _without_secrets(uri), token).containers())
 
 
 class ExternalStore:

@@ -158,6 +158,8 @@ class HeaderWord(IntEnum):
     """How far it has got, with a checksum of its own."""
     MOVE_CHECK = 44
     """Checksum of words 40 to 42."""
+    EXTERNAL = 45
+    """Stands for the external store, 0 for none; for a store that recovers the segment (`shmplasma.whereabouts`)."""
     INSERTIONS = 56
     """Twice how many objects were ever inserted, and one more while chains are written anew; on a cache line of its own, as
     it changes often (see `shmplasma.claims`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,6 +175,45 @@ def test_files_of_a_dead_store_are_swept(path: str, tmp_path: Path) -> None:
     with running(*arguments(path, tmp_path, "--fresh")), plasma.connect(path) as client:
         assert not old.exists()
         assert client.contains(client.put("new", new_id()))
+
+
+def test_another_external_store(path: str, tmp_path: Path) -> None:
+    """Where objects are in one alone, a successor does not start with another, or none; it does where they were moved to."""
+    there = tmp_path / "external"
+    contents = {}
+    with running(*arguments(path, tmp_path)) as (first, _), plasma.connect(path) as client:
+        for number in range(60):
+            data = random.Random(number).randbytes(400_000)
+            contents[client.put_raw_buffer(data)] = data
+        client.flush()
+        first.kill()
+        first.wait()
+
+    def refusal(*more: str) -> str:
+        program = [sys.executable, "-m", "shmplasma.cli", "-s", path, "-m", str(CAPACITY), *more]
+        done = subprocess.run(program, check=False, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert not os.path.exists(path)
+        return done.stderr
+
+    other = f"file://{tmp_path / 'other'}"
+    for more in ((), ("-e", "memory://x"), ("-e", other)):
+        assert "objects in an external store" in (said := refusal(*more))
+        assert ("not named now" in said) == (not more)
+    with running(*arguments(path, tmp_path)) as (second, _), plasma.connect(path) as client:
+        for object_id, data in contents.items():
+            assert bytes(client.get_buffers(object_id)) == data
+        program = [sys.executable, "-m", "shmplasma.cli", "-s", path, "--replace", "-e", other]
+        done = subprocess.run(program, check=False, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "start with its -e" in done.stderr
+        assert bytes(client.get_buffers(object_id)) == data  # it serves on
+        second.kill()
+        second.wait()
+    shutil.move(there, tmp_path / "moved")
+    with running("-s", path, "-e", f"file://{tmp_path / 'moved'}/"), plasma.connect(path) as client:
+        for object_id, data in contents.items():
+            assert bytes(client.get_buffers(object_id)) == data
 
 
 SLOW = """

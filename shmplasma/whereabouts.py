@@ -1,0 +1,80 @@
+"""Whether a store that takes over a segment has the external store of the one before it.
+
+What is there alone can be had from there only.  With another place, or none, it could not be read; and what would then be
+written to the other place could not be read by whoever came back to the first one.  So the header has a word that stands for the
+place, and a store that is started with another one does not start, as with another capacity.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+from shmplasma.errors import EndpointError
+from shmplasma.layout import ENTRY_WORDS, STATE_MASK, EntryState, EntryWord, HeaderWord
+from shmplasma.segment import Segment
+
+__all__ = ["check_place", "note_place"]
+
+_SOME = 1 << 32
+"""Tells a place from none."""
+
+
+def note_place(segment: Segment, uri: str | None) -> None:
+    """Write down with which external store a segment is served."""
+    segment.words[HeaderWord.EXTERNAL] = _word(uri)
+
+
+def check_place(segment: Segment, uri: str | None) -> None:
+    """See whether the objects of a segment that are in the external store alone can be had.
+
+    Parameters
+    ----------
+    segment : Segment
+        What another store has left.
+    uri : str or None
+        The external store that there is to be now.
+
+    Raises
+    ------
+    EndpointError
+        They are at another place.
+    ExternalStoreError
+        The place cannot be looked at.
+    """
+    if segment.words[HeaderWord.EXTERNAL] == _word(uri):
+        return
+    count = _count_spilled(segment)
+    if not count:
+        return
+    if uri is not None:
+        from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
+
+        if has_containers(uri, segment.token):  # somebody has moved them
+            return
+    raise EndpointError(
+        f"the store that was here left {count} objects in an external store, and it is not "
+        f"{'named now' if uri is None else 'this one'}; start with its -e to have them back, or with --fresh to give all "
+        f"objects up (if you have moved it, its files are to be in shmplasma-{segment.token.hex()} at the new place)"
+    )
+
+
+def _word(uri: str | None) -> int:
+    """Return what stands for a place: its URI without user, password and options."""
+    if uri is None:
+        return 0
+    from urllib.parse import urlsplit  # noqa: PLC0415 - takes 4 ms, and most stores need none
+
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return _SOME  # it is none, which is said when it is opened
+    place = parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+    return _SOME | crc32("\0".join(place).encode(errors="surrogateescape"))
+
+
+def _count_spilled(segment: Segment) -> int:
+    layout, words = segment.layout, segment.words
+    first = layout.entry(0) // 8 + EntryWord.STATE
+    end = first + words[HeaderWord.ENTRIES_USED] * ENTRY_WORDS
+    states = words[first:end:ENTRY_WORDS].tolist()
+    return sum(state & STATE_MASK == EntryState.SPILLED for state in states)
