@@ -184,7 +184,7 @@ class Server:
         self._commit_ahead = True
         self._stopping = False
         self._spin = Spin()
-        self._told_until = 0.0
+        self._told_until = self._look_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -273,7 +273,7 @@ class Server:
                         key.data()
                 if switchboard.backlog:
                     switchboard.process_backlog()
-                idle = events is None
+                idle = events is None or self._is_to_look_again
                 if idle or switchboard.awaited or self._spiller or not self._store.is_quiet:
                     self._finish_turn(idle=idle)
         except BaseException as error:
@@ -402,10 +402,20 @@ class Server:
             return True
         return not store.is_quiet and (store.has_unsettled or self._upkeep.has_urgent_work)
 
+    @property
+    def _looks_again(self) -> bool:
+        """Whether nobody tells of what is waited for: a descriptor for a new connection, or a release."""
+        return not self._switchboard.reception.is_open or self._store.may_miss_a_release
+
+    @property
+    def _is_to_look_again(self) -> bool:
+        """Whether it is time to do that, though clients keep the loop awake."""
+        return self._looks_again and time.monotonic() >= self._look_at
+
     def _timeout(self) -> float:
         store = self._store
         timeouts = [_LONGEST_SLEEP_SECONDS]
-        if not self._switchboard.reception.is_open or store.may_miss_a_release:
+        if self._looks_again:
             timeouts.append(_LOOK_AGAIN_SECONDS)
         if self._switchboard.awaited:
             timeouts.append(LOOK_AT_AWAITED_SECONDS)
@@ -443,6 +453,7 @@ class Server:
                 _LOG.info("no memory is committed ahead of need: %s", error)
                 self._commit_ahead = False
         if idle:
+            self._look_at = time.monotonic() + _LOOK_AGAIN_SECONDS
             upkeep.trim(time.monotonic_ns())
             self._segment.check_size()
             self._switchboard.reception.open()

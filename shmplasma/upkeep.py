@@ -82,10 +82,10 @@ class Upkeep:
             self._answers.look_again()
         elif self._objects.unsealed.are_left:
             self._objects.unsealed.advance()
-        elif self._publishing.is_to_evict:
-            self._publishing.evict_ahead()
-        else:
+        elif self._trims:
             self._trims.advance()
+        else:
+            self._publishing.evict_ahead()
         return self._outgoing.take()
 
     # -- idle ----------------------------------------------------------------------------------

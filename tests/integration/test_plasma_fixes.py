@@ -426,6 +426,28 @@ def store_program(
         drain.join()
 
 
+def test_descriptors_that_are_there_again(tmp_path: Path) -> None:
+    """Whoever waits to be accepted is, though another client goes on talking."""
+    path = str(tmp_path / "s")
+    with store_program("-m", "1MB", "-s", path) as process, plasma.connect(path) as client:
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        used = len(os.listdir(f"/proc/{process.pid}/fd"))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used, hard))
+        with Attacker(path) as late:
+            late.post(late.hello())
+            for _ in range(20):
+                assert serves(client)
+            assert not select.select([late.sock], [], [], 0)[0]
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+            def is_served() -> bool:
+                client.flush()
+                return bool(select.select([late.sock], [], [], 0)[0])
+
+            until(is_served, "it is served")
+            late.reply(Welcome)
+
+
 def test_no_descriptors_left(tmp_path: Path) -> None:
     """Who is connected is served although nobody else can be accepted; the others come in later."""
     path = str(tmp_path / "s")

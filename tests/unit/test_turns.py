@@ -9,7 +9,7 @@ import pytest
 from shmplasma.layout import REFERENCED
 from shmplasma.posted import Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Number
-from shmplasma.requests import Contains, Create, Delete, Evict, Flush
+from shmplasma.requests import Contains, Create, Delete, Evict, Flush, Trim
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
@@ -66,6 +66,19 @@ def test_a_long_delete_takes_turns(street: Street) -> None:
     street.one.take(request_id, Done)
     assert not street.store.has_unsettled
     street.one.ask(Delete([]), Done)
+
+
+def test_a_trim_is_not_put_off_by_what_nobody_waits_for_yet(street: Street) -> None:
+    """Objects are evicted ahead of the next lease after it, as long as others go on putting."""
+    request_id = street.one.post(Trim())
+    turns = 0
+    while request_id not in street.one.replies:
+        street.store._parts.publishing._ahead = 1 << 40
+        assert street.store.upkeep.has_urgent_work
+        street.talk.carry_out(street.store.upkeep.advance(street.talk.now_ns))
+        turns += 1
+        assert turns < 100
+    street.one.take(request_id, Number)
 
 
 def test_a_long_eviction_takes_turns(street: Street) -> None:
