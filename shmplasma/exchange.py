@@ -89,6 +89,8 @@ class Exchange:
                 self._sock, decoder.missing_bytes, _DESCRIPTORS
             )
             self._descriptors += descriptors
+            for fd in descriptors:  # a program that this one becomes, or starts, is to have none
+                os.set_inheritable(fd, False)
             if not data:
                 raise ConnectionResetError("the store closed the connection")
             for frame in decoder.feed(data):

@@ -176,6 +176,7 @@ class _Pool:
 
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
+        self.thread = threading.current_thread()
         self.arguments = _Arguments(settings.path, settings.min_bytes)
         self.workers = ProcessPoolExecutor(
             settings.n_workers,
@@ -216,11 +217,21 @@ def _pool(wanted: _Settings) -> _Pool:
     if pool is not None:
         if pool.settings == wanted and pool.is_usable:
             return pool
-        pool.end(kill=False)
-        _pools.remove(pool)
+        _end(pool)
+    for other in tuple(_pools):
+        if not other.thread.is_alive():
+            _end(other)
     pool = _state.pool = _Pool(wanted)
     _pools.append(pool)
     return pool
+
+
+def _end(pool: _Pool) -> None:
+    try:
+        _pools.remove(pool)
+    except ValueError:  # `shutdown` has ended it, in another thread
+        return
+    pool.end(kill=False)
 
 
 def _store_path(socket: str | None, memory: int | str | None) -> str:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import multiprocessing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from multiprocessing.context import BaseContext
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # it is there
@@ -36,7 +36,7 @@ from typing import Any, Final, Self
 import numpy as np
 import pyarrow as pa
 
-from shmplasma.arrow_errors import PlasmaStoreFull
+from shmplasma.arrow_errors import PlasmaObjectNotFound, PlasmaStoreFull
 from shmplasma.client import PlasmaClient
 from shmplasma.objects import ObjectID
 from shmplasma.store_ref import Home, StoreRef, home_of
@@ -178,7 +178,7 @@ class Sharing:
     def _store(self, value: Any, is_same: Callable[[Any, StoreRef], bool]) -> StoreRef | None:
         """Return a reference to a copy of a value in the store; None if there is no room."""
         known = self._stored.get(id(value))
-        if known is not None and known[0]() is value and is_same(value, known[1]):
+        if known is not None and known[0]() is value and self._serves(known[1], value, is_same):
             return known[1]
         ref = self._put(value)
         if ref is not None:
@@ -191,6 +191,12 @@ class Sharing:
 
             stored[key] = weakref.ref(value, forget), ref
         return ref
+
+    def _serves(self, ref: StoreRef, value: Any, is_same: Callable[[Any, StoreRef], bool]) -> bool:
+        """Tell whether a reference still stands for a value: its object is there, and is the same."""
+        with suppress(PlasmaObjectNotFound):  # it may go meanwhile
+            return self._home.contains(ref.object_id) and is_same(value, ref)
+        return False
 
     def _put(self, value: Any) -> StoreRef | None:
         try:

@@ -135,7 +135,7 @@ class Home(Reading, Writing):
         for object_id, offset, data_size in session.pinned_at(address):
             ref = self._refs.get(object_id)
             start = address - session.address - offset
-            if ref is not None and start + size_bytes <= data_size:
+            if ref is not None and ref.is_held and start + size_bytes <= data_size:
                 return ref, start
         return None
 
@@ -306,8 +306,13 @@ class StoreRef:
         self._home.end(self.object_id, self._number)
         self._number = -1
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this handle was not released."""
+        return self._number >= 0
+
     def _check(self) -> None:
-        if self._number < 0:
+        if not self.is_held:
             raise ValueError("this reference was released; put the value again, or keep it longer")
 
     def reduce(self, receivers: int) -> tuple[Any, ...]:

@@ -221,6 +221,38 @@ def test_threads_have_workers_of_their_own(store: Store) -> None:
     assert sums == [N] * 6
 
 
+def test_workers_of_threads_that_have_ended(store: Store) -> None:
+    """They end when the next ones are started; `shutdown` ends those of all threads, which may call again."""
+
+    def call() -> None:
+        backend = shmplasma.joblib.StoreBackend(socket=store.store_socket_name, nesting_level=0)
+        with joblib.parallel_config(backend=backend, n_jobs=2):
+            assert joblib.Parallel()(joblib.delayed(abs)(i) for i in range(3)) == [0, 1, 2]
+
+    def call_twice() -> None:
+        call()
+        called.set()
+        shut_down.wait(60)
+        call()
+        done.append(1)
+
+    called, shut_down = threading.Event(), threading.Event()
+    done: list[int] = []
+    with using(store):
+        for _ in range(3):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        assert len(shmplasma.joblib._pools) == 1
+        thread = threading.Thread(target=call_twice)
+        thread.start()
+        called.wait(60)
+        shmplasma.joblib.shutdown()
+        shut_down.set()
+        thread.join()
+    assert done
+
+
 def test_a_generator_of_results(store: Store) -> None:
     """Comes as they come, and the workers are there for the next."""
     with using(store):

@@ -3,13 +3,15 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from shmplasma import ObjectID, PlasmaClient
+from shmplasma import ObjectID, PlasmaClient, share
 from shmplasma.reading import Mode
 from tests.processes import run_python
 
@@ -125,6 +127,25 @@ def test_values_that_can_be_written_to(client: PlasmaClient, mode: Mode) -> None
         array = ref.get(mode=mode)
         array += 1
         assert ref.get().sum() == 0
+
+
+def test_what_was_sent_and_has_gone_is_sent_anew(client: PlasmaClient) -> None:
+    """Arrays and tables alike, whoever has deleted what was stored of them."""
+    array, table = np.arange(100_000), pa.table({"x": list(range(100_000))})
+    with share(client):
+        for _ in range(2):
+            assert np.array_equal(ForkingPickler.loads(ForkingPickler.dumps(array)), array)
+            assert ForkingPickler.loads(ForkingPickler.dumps(table)).equals(table)
+            client.delete(list(client.list()))
+            client.flush()
+
+
+def test_a_view_of_a_reference_that_was_released(client: PlasmaClient) -> None:
+    """It is stored once more, as nobody can be given what it was a view of."""
+    with client.put_ref(np.arange(100_000)) as ref:
+        view = ref.get()
+    with share(client):
+        assert np.array_equal(ForkingPickler.loads(ForkingPickler.dumps(view)), view)
 
 
 def test_what_a_mode_pins(client: PlasmaClient) -> None:

@@ -812,6 +812,28 @@ def test_a_disconnected_client_in_a_cycle(store: plasma.Store) -> None:
     gc.collect()
 
 
+def test_nothing_is_inherited_by_a_program_that_is_started(store: plasma.Store) -> None:
+    """The descriptors that a client gets from its store end with an exec, as all of Python's do."""
+    code = """
+        import os, sys
+        import shmplasma as plasma
+
+        def inheritable():
+            for fd in map(int, os.listdir("/proc/self/fd")):
+                try:
+                    if os.get_inheritable(fd):
+                        yield fd
+                except OSError:  # what has listed the directory
+                    pass
+
+        before = set(inheritable())
+        with plasma.connect(sys.argv[1]) as client:
+            client.put_raw_buffer(b"1")
+            print(set(inheritable()) - before)
+    """
+    assert run_python(code, store.store_socket_name) == "set()\n"
+
+
 def test_a_client_that_is_just_dropped(store: plasma.Store, client: plasma.PlasmaClient) -> None:
     """A client that nobody disconnects leaves when it is collected."""
     dropped = store.connect()
