@@ -29,7 +29,7 @@ class Exits:
     selector : selectors.BaseSelector
         The loop's.
     gone : callable
-        ``gone(client)`` is called in the loop when that client's process has ended.
+        ``gone(client)`` is called in the loop when that client's process has ended, once for each `watch`, and not after `forget`.
     """
 
     def __init__(self, selector: selectors.BaseSelector, gone: Callable[[int], None]) -> None:
@@ -48,8 +48,9 @@ class Exits:
             return
 
         def ended() -> None:
-            self.forget(client)
-            self._gone(client)
+            if self._watched.get(client) == exited:  # else an earlier event of this turn has forgotten it
+                self.forget(client)
+                self._gone(client)
 
         try:
             self._selector.register(exited, selectors.EVENT_READ, ended)

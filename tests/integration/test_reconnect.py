@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from textwrap import dedent
 
@@ -11,7 +13,7 @@ import pytest
 import shmplasma as plasma
 from tests.clients import figure
 from tests.command import killed, running
-from tests.processes import INTERRUPTER, Child, run_python
+from tests.processes import INTERRUPTER, Child, run_python, until
 
 INTERRUPTED = """
     import shmplasma as plasma
@@ -65,6 +67,50 @@ def test_interrupts_while_connecting_again(tmp_path: Path) -> None:
         assert "1 objects" in said
     assert points[1] > 50, points
     assert points[-1] > points[1], points
+
+
+CLAIMS = """
+    import shmplasma as plasma
+    from shmplasma import handshake
+    from shmplasma.protocol import encode_frame
+    from shmplasma.requests import Flush, Role
+
+    def introduce(reclaim):
+        exchange, welcome = handshake.greet(sys.argv[1], 0, Role.CLIENT, "", reclaim)
+        return exchange.detach(), welcome
+
+    connection, welcome = introduce(0)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    connection, welcome = introduce(welcome.board + 1)
+    print(welcome.reclaimed, flush=True)
+    sys.stdin.readline()
+    connection.sendall(encode_frame(Flush.KIND, 1, b""))
+    print("sent", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_client_that_goes_on_and_ends_at_once(tmp_path: Path) -> None:
+    """A store that reads its message when its process has ended already takes leave of it once, and goes on."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        child = Child("import sys\n" + dedent(CLAIMS), path)
+        assert child.hear() == "ready"
+    with child, running("-s", path) as (process, said), plasma.connect(path) as other:
+        assert "1 living clients" in said
+        child.say()
+        assert child.hear() == "True"
+        process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        child.say()
+        assert child.hear() == "sent"
+        child.kill()
+        process.send_signal(signal.SIGCONT)
+        gone = f"(pid {child.process.pid})"
+        until(lambda: gone not in other.debug_string(), "the client has gone")
+        assert process.poll() is None
 
 
 DROPPED = """
