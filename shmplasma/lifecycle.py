@@ -379,6 +379,7 @@ class Lifecycle:
         Refused
             One of them is not there; nothing is changed.
         """
+        # To look for one may let go of others; nothing takes their entries meanwhile.
         entries: list[int] = []
         for object_id in dict.fromkeys(object_ids):
             entry = self.find_sealed(object_id)
@@ -389,6 +390,8 @@ class Lifecycle:
                     raise Refused(Failed(Failure.NOT_FOUND, text))
             entries.append(entry)
         for entry in entries:
+            if not self._table.holds(entry):
+                continue  # it was deleted, and its last release came while others of these were looked for
             if entry in self._creators or self._table.state(entry) == EntryState.SPILLED:
                 self._table.set_keep(entry, keep)
             else:

@@ -340,6 +340,21 @@ def test_a_release_at_the_barrier_is_not_missed(house: Household) -> None:
     assert (house.sealed(), house.gone, house.wake_word) == ([], [name(1)], 0)
 
 
+def test_what_goes_while_it_is_kept(house: Household) -> None:
+    """Of several that are to be kept, one that was deleted may go as another one is looked for; the rest is kept."""
+    for number in (1, 2, 3):
+        house.put(number)
+    slots = [house.pin(1), house.pin(2)]
+    house.deletions.delete([name(1)])
+    entry = house.table.find(name(2))
+    house.words[house.layout.marks // 8 + entry] = house.table.state_word(entry)
+    house.memory.at_barrier = lambda: house.release(slots[0])  # when it is found that the second one is deleted
+    house.objects.keep(ALICE, [name(1), name(2), name(3)], keep=True)
+    assert house.gone == [name(1)]
+    assert house.objects.kept_bytes == 128
+    house.objects.check()
+
+
 def test_a_doomed_object_that_was_released_can_be_evicted(house: Household) -> None:
     """Between the release and the wake-up the room may be needed; the id is told of once, then."""
     house.put(1)
