@@ -31,7 +31,8 @@ class Session:
 
     One that was recovered is *awaited* until its client goes on over another connection, and *resumed* from then
     on.  That connection *claims* the awaited client with its `Hello`, and is it from its next message on: whoever
-    gives up in between, as one does that is interrupted, is still awaited.
+    gives up in between, as one does that is interrupted, is still awaited.  One that is *detached* has left, or is dropped: it is
+    answered nothing, hence is claimed by nobody; as long as it is not known to have ended it is awaited for what it may hold.
     """
 
     client: int
@@ -52,6 +53,11 @@ class Session:
     claims: int | None = None
     lent: set[int] = field(default_factory=set)
     """Slots of its gets that wait: each waits with slots of its own, so there is an end to their number."""
+
+    @property
+    def may_come_back(self) -> bool:
+        """Whether a connection may go on as this client."""
+        return self.awaited and not self.detached
 
 
 class Greeter:
@@ -121,7 +127,7 @@ class Greeter:
             raise ProtocolError(f"it speaks protocol version {hello.version}")
         if hello.reclaim:
             awaited = self.sessions.get(hello.reclaim - 1)
-            if awaited is not None and awaited.awaited and same_process(awaited, session):
+            if awaited is not None and awaited.may_come_back and same_process(awaited, session):
                 session.claims, session.name = awaited.client, hello.name
                 welcome = self._welcome(awaited, reclaimed=True)
                 self._outgoing.reply(client, request_id, welcome, Descriptor.WAKE)
@@ -167,8 +173,8 @@ class Greeter:
         """
         assert session.claims is not None
         awaited = self.sessions.get(session.claims)
-        if awaited is None or not awaited.awaited:
-            raise ProtocolError("what it claims went on over another connection")
+        if awaited is None or not awaited.may_come_back:
+            raise ProtocolError("what it claims went on over another connection, or was dropped")
         del self.sessions[session.client]
         awaited.awaited, awaited.resumed, awaited.name = False, True, session.name
         awaited.command = session.command

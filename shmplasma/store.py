@@ -158,7 +158,7 @@ class ObjectStore:
                     self._posts.heed_all(now_ns)  # it is told of nothing that is deleted
                 self._greeter.hello(session, frame.request_id, request)
                 if session.claims is not None:
-                    self._posts.heed(self._greeter.sessions[session.claims], now_ns)
+                    self._heed_claimed(self._greeter.sessions[session.claims], now_ns)
                     self._ledger.references.come_back(session.claims)
             elif session.claims is not None:
                 number = self._greeter.resume(session)
@@ -181,6 +181,14 @@ class ObjectStore:
         except ProtocolError as error:
             self._outgoing.effects.append(Drop(client, str(error)))
         return self._outgoing.take()
+
+    def _heed_claimed(self, awaited: Session, now_ns: int) -> None:
+        """Read what a client has posted that comes back; for what it may not post it does not, however often it tries."""
+        try:
+            self._posts.heed(awaited, now_ns)
+        except ProtocolError:
+            awaited.detached = True
+            raise
 
     def take_unsettled(self) -> list[Unsettled]:
         """Return the requests that wait until all outboxes are read, for `settle`."""
@@ -420,15 +428,16 @@ class ObjectStore:
         self._posts.acknowledge_published()
         self._objects.releases.settle()
         self._ledger.references.recover(found.referenced)
-        n_posted = 0
+        n_posted, dropped = 0, ""
         self._polling.succeed()
         # The locks of those that have ended are gone, and what others have claimed since is theirs (`shmplasma.claims`).
         sessions = self._greeter.sessions.values()
         for session in sorted(sessions, key=lambda each: not is_alive(each.pid, each.start_time)):
             try:
                 n_posted += self._posts.heed(session, now_ns)
-            except ProtocolError:
-                session.detached = True  # it is not waited for, and keeps what it holds
+            except ProtocolError as error:
+                session.detached = True  # it does not come back, and keeps what it holds until it ends
+                dropped += f"; dropped client {session.client} (pid {session.pid}): {error}"
         for session in tuple(self._greeter.sessions.values()):
             if not is_alive(session.pid, session.start_time):
                 self.disconnect(session.client, now_ns)
@@ -437,7 +446,7 @@ class ObjectStore:
         summary = (
             f"{len(found.cached) + len(found.kept)} objects, {len(found.created)} unsealed, {n_posted} announced "
             f"since, {len(pids)} living clients; {found.dropped} unsealed, torn or damaged entries "
-            "dropped"
+            f"dropped{dropped}"
         )
         return pids, summary
 

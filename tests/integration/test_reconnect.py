@@ -165,6 +165,19 @@ def test_who_was_dropped_hears_why(store: plasma.Store, use: str, beside: int) -
     run_python(DROPPED, store.store_socket_name, use, str(beside))
 
 
+def test_who_has_posted_what_is_no_record_hears_so(tmp_path: Path) -> None:
+    """A client whose store has died is not taken back for it, and not kept waiting; the log says why."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+    client._session._link._outbox.append(99, b"no record")
+    with running("-s", path) as (_, said):
+        assert f"dropped client 0 (pid {os.getpid()}): " in said
+        with pytest.raises(plasma.NotConnectedError, match="its log says why"):
+            client.evict(1)
+        client.disconnect()
+
+
 def test_a_subscriber_of_a_store_that_comes_back(tmp_path: Path) -> None:
     """It hears of all that is sealed, and on of what comes, and a warning says that something may be missing."""
     path = str(tmp_path / "s")

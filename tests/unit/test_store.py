@@ -1998,7 +1998,7 @@ def test_a_connection_is_the_client_that_it_claims_from_its_next_message_on(
     second.tell(Post())
     assert second.number == board
     first.tell(Post())
-    assert first.dropped == "what it claims went on over another connection"
+    assert first.dropped == "what it claims went on over another connection, or was dropped"
     _, reclaimed = claim(later, board)
     assert not reclaimed
     assert talk.read_slot(slot) == 1
@@ -2015,3 +2015,40 @@ def test_a_connection_that_claims_a_client_introduces_itself_once(talk: Conversa
     peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, "", 1))
     assert peer.dropped == "a second Hello"
     assert claim(later, 0)[1]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_who_has_posted_what_is_no_record_does_not_come_back(
+    talk: Conversation, is_late: bool
+) -> None:
+    """It is told so when it asks, instead of being answered nothing; what it holds stays its own until it has ended."""
+    peer = talk.client()
+    peer.put(A, 1000)
+    (slot,) = peer.get(A)[1]
+    if not is_late:
+        peer.outbox.append(99, b"no record")
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    if is_late:
+        peer.outbox.append(99, b"no record")
+        assert claim(later, 0)[0].dropped is not None
+    other, reclaimed = claim(later, 0)
+    assert not reclaimed
+    other.ask(Delete([A]), Done)
+    assert flags(other, A) == [1]
+    assert talk.read_slot(slot) == 1
+    later.carry_out(later.store.disconnect(0, later.now_ns))
+    assert flags(other, A) == [0]
+    later.store.check()
+
+
+def test_a_claim_ends_where_its_client_is_dropped(talk: Conversation) -> None:
+    """Of two connections that claim a client, the one that finds what is no record ends the other's claim as well."""
+    peer = talk.client()
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    first, reclaimed = claim(later, 0)
+    assert reclaimed
+    peer.outbox.append(99, b"no record")
+    assert claim(later, 0)[0].dropped is not None
+    first.tell(Post())
+    assert first.dropped == "what it claims went on over another connection, or was dropped"
+    later.store.check()
