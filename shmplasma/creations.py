@@ -4,6 +4,9 @@ A creation that finds no room waits for it (`shmplasma.waiters`): if it may, unt
 the store makes some by itself, by evicting many objects, moving them, or writing them to the external store.  One that has room may still
 wait for memory.  All of this goes in steps between requests, so that nobody waits for another one's gigabytes.
 
+An object that waits for memory is its creator's: it goes with its wait alone.  Who leaves, or is answered no more, waits for nothing
+(`Creations.forget`, `Creations.abandon`) before anything of his goes.
+
 While anybody waits for room
 
 * whoever lets go of a pin wakes the store (`shmplasma.releases` has the WAKE word);
@@ -351,7 +354,7 @@ class Creations:
         failed = self._refusals.answer(NoRoom(size, creator.text), now_ns)
         self._outgoing.reply(creator.client, creator.request_id, failed)
 
-    def withdraw(self, client: int) -> list[Creator]:
+    def _withdraw(self, client: int) -> list[Creator]:
         """Take out of the queue whatever a client waits for room with, and return it."""
         withdrawn = self._queue.forget(client)
         for creator in withdrawn:
@@ -359,7 +362,20 @@ class Creations:
             self._note_who_left()
         return withdrawn
 
+    def abandon(self, client: int) -> None:
+        """End all that a client waits for, because it is answered no more: of what waits for memory it will never be told."""
+        self._withdraw(client)
+        for entry, (creator, _, _) in list(self._waiting.items()):
+            if creator == client:
+                self._take_away(client, entry)
+
     # -- waiting for memory --------------------------------------------------------------------
+
+    def _take_away(self, client: int, entry: int) -> None:
+        """Remove an object of whose place its creator was not told."""
+        del self._waiting[entry]
+        self._boards.unpin_all(client, entry)
+        self._objects.abort(client, self._table.object_id(entry))
 
     def take_back(self, client: int, entry: int) -> None:
         """Answer a creation that waits for memory, if this is one, because it is not wanted any more."""
@@ -372,7 +388,7 @@ class Creations:
 
     def forget(self, client: int) -> None:
         """End all that a client waits for, because it leaves."""
-        for waiting in self.withdraw(client):
+        for waiting in self._withdraw(client):
             failed = Failed(Failure.NOT_FOUND, "its client has left before there was room")
             self._outgoing.reply(client, waiting.request_id, failed)
         for entry, (creator, _, _) in list(self._waiting.items()):
@@ -388,12 +404,12 @@ class Creations:
                 del self._waiting[entry]
                 self._outgoing.reply(client, request_id, Created(offset))
         except CommitError as error:
-            del self._waiting[entry]
-            self._boards.unpin_all(client, entry)
-            self._objects.abort(client, self._table.object_id(entry))
+            self._take_away(client, entry)
             no_room = NoRoom(data_size + metadata_size, str(error))
             self._outgoing.reply(client, request_id, self._refusals.answer(no_room, now_ns))
 
     def check(self) -> None:
-        """Prove that the queue is in order."""
+        """Prove that the queue is in order, and that who waits for memory still has an object to wait with."""
         self._queue.check()
+        for entry, (client, _, _) in self._waiting.items():
+            assert self._objects.creator(entry) == client, f"entry {entry} waits for nobody's memory"

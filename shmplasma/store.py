@@ -141,7 +141,7 @@ class ObjectStore:
         session.detached = True
         self._outgoing.subscribers.discard(client)
         self._answers.forget(client)
-        self._creations.withdraw(client)
+        self._creations.abandon(client)
         return session.role is Role.CLIENT
 
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from zlib import crc32
 
 import pytest
 
@@ -17,6 +18,7 @@ from shmplasma.layout import (
     HeaderWord,
 )
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
+from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import ANNOUNCED_AT, RECORDS
 from shmplasma.pins import slots_of
 from shmplasma.posted import Abort, Claim, Publish, Seal
@@ -1160,7 +1162,7 @@ def test_a_dropped_client_is_answered_no_more(
     peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, ""))
     assert peer.dropped is not None
     replies = dict(peer.replies)
-    if flags(other, B) == [0] and state is not waits_for_memory:
+    if flags(other, B) == [0]:
         other.put(B)
     talk.turn()
     talk.wake()
@@ -1171,6 +1173,28 @@ def test_a_dropped_client_is_answered_no_more(
     assert not talk.store.upkeep.has_urgent_work
     assert talk.wake_word == 0
     other.put(C, 65536)
+    talk.store.check()
+
+
+def test_a_dropped_client_waits_for_no_memory() -> None:
+    """What it was not told the place of goes at once, and what it claims after that takes nothing from what the store is at."""
+    talk = Conversation(4 * COMMIT_STEP)
+    peer, other = talk.client(), talk.client()
+    lease = peer.ask(AskLease(1000), Leased)
+    request = peer.new(A, 2 * COMMIT_STEP)
+    peer.post(request)
+    talk.advance()
+    peer.post(Hello(PROTOCOL_VERSION, Role.CLIENT, ""))
+    assert peer.dropped is not None
+    assert not talk.store.upkeep.has_urgent_work
+    assert talk.read_slot(request.slot) == 0
+    talk.store.check()
+    talk.memory.refuse_from = talk.layout.data + 2 * COMMIT_STEP
+    slot = peer.free_slots.pop()
+    talk.write_slot(slot, pin_word(crc32(B), lease.offset))
+    peer.write_silently(Claim(B, lease.offset, 100, 0, 0, slot))
+    assert other.refused(other.new(C, 3 * COMMIT_STEP)) is Failure.FULL
+    assert flags(other, A, B) == [0, 0]
     talk.store.check()
 
 
