@@ -78,12 +78,12 @@ class Unsealed:
         """Tell whether a store that has died had granted this request, and could not say so any more."""
         if self._creators.get(entry) != client or entry not in self._recovered:
             return False
-        self._recovered.discard(entry)
         _, data_size, metadata_size = self._table.location(entry)
-        return self._table.owner(entry) == request.slot and (data_size, metadata_size) == (
-            request.data_size,
-            request.metadata_size,
-        )
+        sizes = request.data_size, request.metadata_size
+        if self._table.owner(entry) != request.slot or (data_size, metadata_size) != sizes:
+            return False  # another thread's, which may come before the one that was granted
+        self._recovered.discard(entry)
+        return True
 
     def recover(self, creators: Mapping[int, int]) -> None:
         """Take over what clients of a store that has died were writing."""

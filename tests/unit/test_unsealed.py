@@ -7,10 +7,11 @@ from typing import TypeVar
 
 import pytest
 
+from shmplasma.layout import BOARD_WORDS
 from shmplasma.pins import slots_of
 from shmplasma.posted import Publish, Seal
 from shmplasma.protocol import PROTOCOL_VERSION
-from shmplasma.replies import Created, Done, Leased, Reply, Welcome
+from shmplasma.replies import Created, Done, Failure, Leased, Reply, Welcome
 from shmplasma.requests import AskLease, Create, Detach, Flush, Hello, Request, Role
 from shmplasma.store import ObjectStore
 from shmplasma.table import NO_ENTRY
@@ -194,4 +195,27 @@ def test_a_successor_gives_what_is_left_to_nobody(scene: Scene, n_turns: int) ->
     )  # whose process it sees no more
     later.turn()
     assert set(unsealed.creators.values()) == {board}
+    later.store.check()
+
+
+@pytest.mark.parametrize("granted_comes_first", [True, False])
+def test_a_successor_knows_the_creation_that_was_granted(granted_comes_first: bool) -> None:
+    """Of two threads that create one id the one has it that had it, whichever repeats its request first; and only once."""
+    talk = Conversation(CAPACITY)
+    client = talk.client()
+    granted, late = client.new(name(1), SIZE_BYTES), client.new(name(1), SIZE_BYTES)
+    client.ask(granted, Created)
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    again = later.connect()
+    board = granted.slot // BOARD_WORDS
+    hello = Hello(PROTOCOL_VERSION, Role.CLIENT, "", reclaim=board + 1)
+    assert again.ask(hello, Welcome).reclaimed
+    later.write_slot(granted.slot, 0)  # as a client does before it repeats a creation
+    if not granted_comes_first:
+        assert again.refused(late) is Failure.EXISTS
+    again.ask(granted, Created)
+    assert later.read_slot(granted.slot)
+    assert again.refused(late) is Failure.EXISTS
+    later.write_slot(granted.slot, 0)
+    assert again.refused(granted) is Failure.EXISTS
     later.store.check()
