@@ -31,8 +31,10 @@ later, so G3 is visible when the boards are read.  The word tells the entry by i
 
 *A record that is refused*, as its id is taken, leaves its room in limbo, whose boards are read after S2 (`Publishing.note_refused`).
 
-*A board that has changed hands.*  Its outbox is cleared before its ACKNOWLEDGED is 0 again.  So if G4 finds that of the next client, it finds no record
-there, or one of that client.  If this one is the same, byte for byte, it was not read before G3 either: the pin was there before it was.
+*A board that has changed hands.*  Its outbox is cleared before its ACKNOWLEDGED is 0 again.  So if G1 finds that of the next client, it finds no record
+there, or one of that client: `places` tells of ids and numbers, and a number begins anew with each client.  Therefore the record says whose it is, and one of
+another id makes nothing readable; one of this id is as good as the one that was meant.  If G4 finds that of the next client, and his record is the one of
+G1, byte for byte, it was not read before G3 either: the pin was there before it was.
 
 *What was deleted is not found.*  To delete an object is to find it in the table.  As long as record n is unread what it has made does not leave the table.  So who finds the
 id in no chain at G2, and record n unread at G4, looked before S1, hence before anybody could delete the object.
@@ -239,6 +241,8 @@ class Unread:
         published = self.published(board, n_posted)
         if published is None:
             return self._take_created(object_id, board, n_posted)
+        if published[0] != object_id:
+            return None
         _, offset, data_size, metadata_size, codec = published
         words = self._words
         hash32 = crc32(object_id)

@@ -320,6 +320,34 @@ def test_a_board_that_has_changed_hands_says_nothing(scene: Scene) -> None:
     assert scene.unread.take(A, places) is None
 
 
+@pytest.mark.parametrize("put", [_published, _claimed])
+@pytest.mark.parametrize("object_id", [A, B], ids=["its id", "another id"])
+def test_a_board_that_has_changed_hands_tells_of_the_next_client(
+    scene: Scene, put: Callable[[Scene], None], object_id: bytes
+) -> None:
+    """His record has the number of the one that was meant; it is for whoever looks for its id, and for nobody else."""
+    put(scene)
+    places = scene.unread.places()
+    assert places
+    _, n_posted = places[A]
+    scene.talk.disconnect(scene.putter)
+    scene.other.ask(Delete([A]), Done)
+    scene.putter = scene.talk.client()
+    offset = scene.putter.ask(AskLease(SIZE), Leased).offset
+    for _ in range(1, n_posted):
+        scene.write(Seal(name(99)))
+    scene.write(Publish(object_id, offset, SIZE, 0, CODEC))
+    assert (scene.unread.places() or {})[object_id] == places[A]
+    assert scene.unread.has(A, places) == (object_id == A)
+    taken = scene.unread.take(A, places)
+    if object_id == A:
+        assert taken is not None
+        assert taken[0] == offset
+    else:
+        assert taken is None
+        assert scene.pinned == set()
+
+
 def test_without_a_free_slot_the_store_is_asked(scene: Scene) -> None:
     """It grants another board."""
     _published(scene)
