@@ -6,7 +6,7 @@ can take them, so that none of the steps is interrupted half-way.
 
 A store that fails once it serves leaves everything to a successor, as one does that is killed.
 
-Exit codes: 0 after SIGTERM or SIGINT, 1 if the store cannot be had (the path is served, there is
+Exit codes: 0 after SIGTERM, SIGINT or SIGHUP, 1 if the store cannot be had (the path is served, there is
 not enough room) or has failed, 2 for an error of usage.
 """
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from shmplasma import system
 from shmplasma.backing import default_capacity
 from shmplasma.commitment import FLOOR_BYTES
+from shmplasma.endings import hold_back, is_told_to_end
 from shmplasma.endpoint import Endpoint, default_socket_path
 from shmplasma.errors import (
     AttachError,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Notes
     -----
-    To be called on the main thread, as it handles signals.
+    To be called on the main thread, as it handles signals.  Ends the process when it is told to while the external store
+    is being opened.
     """
     options = parse(argv)
     logging.basicConfig(
@@ -84,9 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if options.verbose else logging.INFO,
     )
     logging.raiseExceptions = False  # a full disk under the log is no reason to stop serving
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    ending = hold_back()
     try:
-        _serve(options)
+        _serve(options, ending)
+    except _EndedEarly:
+        # The external store is still being opened, and Arrow would wait for that.
+        logging.shutdown()
+        os._exit(0)
     except (AttachError, CommitError, EndpointError, ExternalStoreError, LayoutError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -105,14 +110,18 @@ def _fail(text: str) -> int:
     return 1
 
 
-def _serve(options: argparse.Namespace) -> None:
+class _EndedEarly(Exception):  # noqa: N818 - no error
+    """The store was told to end while its external store was being opened."""
+
+
+def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> None:
     _raise_file_limit()
     with ExitStack() as stack:
         if options.scratch:
             stack.callback(_remove_directory, os.path.dirname(options.socket))
         path = default_socket_path() if options.socket is None else options.socket
         if options.replace:
-            replace(path, lambda left: _check_left(left, options), _is_told_to_end)
+            replace(path, lambda left: _check_left(left, options), is_told_to_end)
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
         segment, is_recovered = _segment(endpoint, options)
         stack.callback(_leave_to_successor, endpoint, segment.name)
@@ -140,18 +149,18 @@ def _serve(options: argparse.Namespace) -> None:
                 spiller=spiller,
             )
             if options.prefault:
-                prefault(server.commit_all(), capacity, sys.stderr, _is_told_to_end)
+                prefault(server.commit_all(), capacity, sys.stderr, is_told_to_end)
             endpoint.write_note(segment.name.encode())
             _wake_by_signals(server, stack)
             on_failure.pop_all()
         stack.callback(_end_segment, segment, server)
 
         def end(*_: object) -> None:
-            for number in _ENDING:  # once is enough, and the rest is not to be interrupted
+            for number in ending:  # once is enough, and the rest is not to be interrupted
                 signal.signal(number, signal.SIG_IGN)
             server.stop()
 
-        for number in _ENDING:
+        for number in ending:
             signal.signal(number, end)
         if options.owner is None:
             stack.callback(notify, "STOPPING=1")
@@ -167,7 +176,7 @@ def _serve(options: argparse.Namespace) -> None:
             if options.directory is None
             else f"pages of {segment.layout.page_bytes} bytes",
         )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
         server.run()
         if server.is_handed_over:
             segment.close()
@@ -176,20 +185,17 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _open_spiller(segment: Segment, options: argparse.Namespace) -> Spiller | None:
-    if options.external_store is None:
+    if not options.external_store:
         return None
     from shmplasma.spiller import open_spiller  # noqa: PLC0415 - Arrow takes its time to import
 
     limits = ExternalLimits(options.max_spill_bytes or 0, options.spill_above)
-    spiller = open_spiller(options.external_store, segment.token, segment.name, limits)
-    for name in spiller.sweep():
-        _LOG.info("removed %s, which a dead store has left in the external store", name)
+    spiller = open_spiller(
+        options.external_store, segment.token, segment.name, limits, is_told_to_end
+    )
+    if spiller is None:
+        raise _EndedEarly
     return spiller
-
-
-def _is_told_to_end() -> bool:
-    """Tell whether a signal that ends the store waits until the server can take it."""
-    return bool(signal.sigpending() & _ENDING)
 
 
 def _wake_by_signals(server: Server, stack: ExitStack) -> None:

@@ -31,7 +31,7 @@ from shmplasma.errors import ExternalStoreError
 from shmplasma.layout import ALIGNMENT
 from shmplasma.spilling import HEADER_BYTES
 
-__all__ = ["ExternalStore", "Item", "has_containers", "open_external"]
+__all__ = ["ExternalStore", "Item", "has_containers", "open_external", "without_secrets"]
 
 _MAGIC: Final = b"SHMSPILL"
 _VERSION: Final = 1
@@ -262,11 +262,27 @@ def _place(uri: str) -> _Place:
         return _memories.setdefault(uri.partition("://")[2], _Memory())
     try:
         system, root = fs.FileSystem.from_uri(uri)
-    except (ArrowException, OSError, ValueError) as error:
+    except OSError as error:
         raise ExternalStoreError(
-            f"{_without_secrets(uri)!r} names no external store ({error}); {_REMEDY}"
+            f"the external store {without_secrets(uri)} cannot be reached ({error}); see whether it exists, and "
+            "whether this machine can reach its host"
         ) from error
-    return _Directory(root) if system.type_name == "local" else _Arrow(system, root)
+    except (ArrowException, ValueError) as error:
+        raise ExternalStoreError(
+            f"{without_secrets(uri)!r} names no external store ({error}); {_REMEDY}"
+        ) from error
+    if system.type_name != "local":
+        return _Arrow(system, root)
+    # The directory itself may be new.  More than one that is missing is most likely a slip.
+    parent = os.path.dirname(os.path.normpath(root))
+    try:
+        os.stat(parent)
+    except OSError as error:
+        raise ExternalStoreError(
+            f"the external store {uri} cannot be made: {parent}: {error.strerror}; make that directory, or name "
+            "another place with -e"
+        ) from error
+    return _Directory(root)
 
 
 def _parts(uri: str) -> SplitResult:
@@ -279,7 +295,7 @@ def _parts(uri: str) -> SplitResult:
         ) from None
 
 
-def _without_secrets(uri: str) -> str:
+def without_secrets(uri: str) -> str:
     """Return a URI without user, password and options, for messages."""
     parts = _parts(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
@@ -303,14 +319,14 @@ def open_external(uri: str, token: bytes, note: bytes) -> ExternalStore:
     ExternalStoreError
         There is no such place, or it cannot be written to.
     """
-    store = ExternalStore(_place(uri), _without_secrets(uri), token)
+    store = ExternalStore(_place(uri), without_secrets(uri), token)
     store.claim(note)
     return store
 
 
 def has_containers(uri: str, token: bytes) -> bool:
     """Tell whether there are containers of a segment at a URI; errors as `open_external`."""
-    return bool(ExternalStore(_place(uri), _without_secrets(uri), token).containers())
+    return bool(ExternalStore(_place(uri), without_secrets(uri), token).containers())
 
 
 class ExternalStore:

@@ -5,24 +5,29 @@ This module imports Arrow, hence the server imports it only when there is an ext
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Final
 
 from shmplasma import system
 from shmplasma.errors import ExternalStoreError
-from shmplasma.external import ExternalStore, Item, open_external
+from shmplasma.external import ExternalStore, Item, open_external, without_secrets
 from shmplasma.segment_name import SegmentName
 from shmplasma.spilling import ExternalLimits
 from shmplasma.transfers import Job, Part, Read, Write
 
 __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
+_LOG: Final = logging.getLogger(__name__)
 _THREADS: Final = 4
+_LOOK_SECONDS: Final = 0.1
+"""How often to see whether we are to end ourselves."""
 _SEPARATOR: Final = b"\n"
 _PROCESS: Final = re.compile(rb"[0-9]+ [0-9]+")
 
@@ -30,15 +35,53 @@ Done = tuple[Job, list[int], str]
 """A job that has ended, what it has returned, and, where it has failed, why."""
 
 
-def open_spiller(uri: str, token: bytes, name: SegmentName, limits: ExternalLimits) -> Spiller:
-    """Return what serves a segment with the external store at a URI.
+def open_spiller(
+    uri: str,
+    token: bytes,
+    name: SegmentName,
+    limits: ExternalLimits,
+    is_ending: Callable[[], bool],
+) -> Spiller | None:
+    """Return what serves a segment with the external store at a URI, rid of what dead stores have left there.
+
+    Parameters
+    ----------
+    uri, token
+        As for `shmplasma.external.open_external`.
+    name : SegmentName
+        The segment's.
+    limits : ExternalLimits
+        How it is used.
+    is_ending : callable
+        Whether this store is to end, so that it waits no longer: a host that does not answer takes minutes to give up.
+
+    Returns
+    -------
+    Spiller or None
+        None if this store is to end; the thread that opens goes on then.
 
     Raises
     ------
     ExternalStoreError
         There is no such place, or it cannot be written to.
     """
-    return Spiller(open_external(uri, token, note_of(name)), limits)
+    _LOG.info("opening the external store %s", without_secrets(uri))
+    opened: Future[Spiller] = Future()
+
+    def open_it() -> None:
+        try:
+            spiller = Spiller(open_external(uri, token, note_of(name)), limits)
+            for left in spiller.sweep():
+                _LOG.info("removed %s, which a dead store has left in the external store", left)
+            opened.set_result(spiller)
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            opened.set_exception(error)
+
+    threading.Thread(target=open_it, name="open", daemon=True).start()
+    while not wait([opened], _LOOK_SECONDS).done:
+        if is_ending():
+            return None
+    return opened.result()
 
 
 def note_of(name: SegmentName) -> bytes:

@@ -85,7 +85,7 @@ def test_the_server_needs_no_arrow() -> None:
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("directory", [False, True])
 def test_ends_on_a_signal(
     tmp_path: Path, path: str, number: signal.Signals, directory: bool
@@ -101,6 +101,40 @@ def test_ends_on_a_signal(
             process.send_signal(number)
             assert process.wait() == 0
     assert not Path(segment).exists() if directory else not exists(segment)
+    assert not os.listdir(Path(path).parent)
+
+
+def test_a_store_that_outlives_its_terminal(path: str) -> None:
+    """Who starts a store with ``nohup`` has it serve on when the terminal is closed."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a child inherits
+    try:
+        with running("-m", "10MB", "-s", path) as (process, _):
+            process.send_signal(signal.SIGHUP)
+            with connect(path) as client:
+                assert client.get(client.put("there")) == "there"
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert process.returncode == 0
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_while_the_external_store_does_not_answer(path: str, number: signal.Signals) -> None:
+    """A store that is told to end while its external store is being opened ends with 0, and leaves nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"127.0.0.1:{silent.getsockname()[1]}"
+        uri = (
+            f"s3://key:secret@bucket/prefix?endpoint_override={place}&scheme=http&region=us-east-1"
+        )
+        with subprocess.Popen(
+            [*PROGRAM, "-m", "10MB", "-s", path, "-e", uri], stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            assert "opening the external store s3://bucket/prefix" in process.stderr.readline()
+            with silent.accept()[0]:
+                process.send_signal(number)
+                assert process.wait() == 0
+            assert process.stderr.read() == ""
     assert not os.listdir(Path(path).parent)
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from shmplasma import external
 from shmplasma.errors import ExternalStoreError
 from shmplasma.external import ExternalStore, Item, open_external
 
@@ -89,6 +91,32 @@ def test_places_that_are_none(tmp_path: Path) -> None:
         assert "secret" not in str(caught.value)
     with pytest.raises(ExternalStoreError, match="cannot be written to"):
         open_external(f"file://{file}", TOKEN, b"mine")
+
+
+def test_a_place_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that does not answer makes no wrong URI, and the error does not say so."""
+
+    def from_uri(_: str) -> None:
+        raise OSError("Could not resolve hostname")
+
+    system = SimpleNamespace(FileSystem=SimpleNamespace(from_uri=from_uri))
+    monkeypatch.setattr(external, "fs", system)
+    with pytest.raises(
+        ExternalStoreError, match=r"s3://bucket cannot be reached \(Could not resolve"
+    ) as caught:
+        open_external("s3://me:secret@bucket", TOKEN, b"mine")
+    assert "names no external store" not in str(caught.value)
+
+
+def test_only_the_last_directory_is_made(tmp_path: Path) -> None:
+    """A directory that is not there is made, but not one below another that is not there."""
+    with pytest.raises(
+        ExternalStoreError, match=f"{tmp_path}/a: No such file.*make that directory"
+    ):
+        open_external(f"file://{tmp_path}/a/b/", TOKEN, b"mine")
+    assert not list(tmp_path.iterdir())
+    open_external(f"file://{tmp_path}/a/", TOKEN, b"mine").remove()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_plasmas_name_for_memory() -> None:
