@@ -3,36 +3,27 @@
 Who reaches the server reaches the store, which else only its own user does: therefore it wants a token, or to be told that
 there is to be none.  The token is read from a file, as the arguments of a process are for all to see.
 
-Exit codes: 0 after SIGTERM or SIGINT, 1 if it cannot serve, 2 for an error of usage.
+NumPy and Arrow start threads when they are imported, and a thread that does not hold a signal back takes it.  Therefore what
+needs them is in `shmplasma.gateway`, and imported late.
+
+Exit codes: 0 after SIGTERM, SIGINT or SIGHUP, 1 if it cannot serve, 2 for an error of usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import pyarrow as pa
-
 from shmplasma import __version__
-from shmplasma.arrow_errors import NotConnectedError
-from shmplasma.client import connect
-from shmplasma.flight_server import StoreFlightServer
-from shmplasma.readiness import notify
+from shmplasma.endings import hold_back
 
 __all__ = ["main"]
 
 _PROGRAM: Final = "shmplasma-flight"
-_ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
-_LOG: Final = logging.getLogger(__name__)
-_GRACE_SECONDS: Final = 5.0
-"""How long transfers may go on after the end was asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,57 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (options.tls_cert is None) != (options.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
     logging.basicConfig(format=f"%(asctime)s {_PROGRAM}: %(message)s", level=logging.INFO)
-    # Also for Flight's threads, which inherit it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    ending = hold_back()
+    from shmplasma.gateway import CannotServeError, serve  # noqa: PLC0415 - see above
+
     try:
-        token = None if options.no_token else _token(options.token_file)
-        certificates = None
-        if options.tls_cert is not None:
-            certificates = [(options.tls_cert.read_text(), options.tls_key.read_text())]
-        with connect(options.socket) as client:
-            scheme = "grpc" if certificates is None else "grpc+tls"
-            server = StoreFlightServer(
-                client,
-                f"{scheme}://{options.listen}",
-                token=token,
-                tls_certificates=certificates,
-                read_only=options.read_only,
-            )
-            host = options.listen.rpartition(":")[0]
-            location = f"{scheme}://{host}:{server.port}"
-            _LOG.info("ready: location %s, store %s", location, client.store_socket_name)
-            notify("READY=1")
-            signal.sigwait(_ENDING)
-            notify("STOPPING=1")
-            _shut_down(server)
-    except NotConnectedError as error:
-        return _fail(str(error))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        return _fail(f"cannot serve at {options.listen}: {error}")
+        serve(options, ending)
+    except CannotServeError as error:
+        sys.stderr.write(f"{_PROGRAM}: error: {error}\n")
+        return 1
     return 0
-
-
-def _fail(text: str) -> int:
-    sys.stderr.write(f"{_PROGRAM}: error: {text}\n")
-    return 1
-
-
-def _shut_down(server: StoreFlightServer) -> None:
-    """Let transfers end; end the process with those that do not, as Flight has no other means."""
-    ending = threading.Thread(target=server.shutdown, daemon=True)
-    ending.start()
-    ending.join(_GRACE_SECONDS)
-    if ending.is_alive():
-        _LOG.warning("transfers were cut off, as they went on for %g s more", _GRACE_SECONDS)
-        logging.shutdown()
-        os._exit(0)
-
-
-def _token(path: Path) -> str:
-    token = path.read_text().strip()
-    if not token:
-        raise ValueError(f"there is no token in {path}")
-    return token
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,9 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _address(text: str) -> str:
     host, _, port = text.rpartition(":")
-    if host and port.isdecimal() and int(port) < 1 << 16:
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no address; write HOST:PORT")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; write HOST:PORT")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise argparse.ArgumentTypeError(f"an address of IPv6 has brackets; write [{host}]:{port}")
+    return text
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -95,6 +96,11 @@ def serving(
         flight.connect(f"grpc://127.0.0.1:{server.port}") as flights,
     ):
         yield server, flights
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run([*PROGRAM, *arguments], check=False, capture_output=True, text=True)
 
 
 @contextmanager
@@ -570,21 +576,61 @@ def test_it_ends_with_a_transfer_that_does_not(store: Store, client: PlasmaClien
         (["--no-token", "--token-file", "x"], 2, "not allowed with"),
         (["--no-token", "--tls-cert", "x"], 2, "go together"),
         (["--no-token", "--listen", "8815"], 2, "HOST:PORT"),
+        (["--no-token", "--listen", "::1:8815"], 2, "write [::1]:8815"),
         (["--token-file", "/nowhere"], 1, "/nowhere"),
         (["--token-file", "/dev/null"], 1, "no token in /dev/null"),
-        (["--no-token", "--listen", "192.0.2.1:0"], 1, "cannot serve at 192.0.2.1:0"),
+        (
+            ["--no-token", "--listen", "192.0.2.1:0"],
+            1,
+            "cannot serve at 192.0.2.1:0: Cannot assign requested address; name another",
+        ),
     ],
 )
 def test_usage(store: Store, arguments: list[str], code: int, said: str) -> None:
     """What cannot be served is refused with a message and an exit code."""
-    done = subprocess.run(
-        [*PROGRAM, "-s", store.store_socket_name, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("-s", store.store_socket_name, *arguments)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("token", ["sécret", "two\nlines"])
+def test_a_token_that_nobody_can_show(store: Store, tmp_path: Path, token: str) -> None:
+    """It is refused at the start."""
+    file = tmp_path / "token"
+    file.write_text(token)
+    done = run("-s", store.store_socket_name, "--token-file", str(file))
+    assert done.returncode == 1
+    assert f"no caller can show the token in {file}" in done.stderr
+
+
+def test_an_address_in_use(store: Store) -> None:
+    """Whoever listens there already, the message says that somebody does."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        done = run("-s", store.store_socket_name, "--no-token", "--listen", address)
+    assert done.returncode == 1
+    assert f"cannot serve at {address}: Address already in use; name another" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows which signals are blocked")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_it_ends_while_it_waits_for_a_store(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal ends it with 0, and without a word, also where there is no store yet."""
+    with subprocess.Popen(
+        [*PROGRAM, "-s", str(tmp_path / "s"), "--no-token"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(lambda: is_held_back(process.pid, number), "it holds the signal back")
+        process.send_signal(number)
+        assert process.wait() == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def is_held_back(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a process blocks a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> number - 1 & 1)
 
 
 # --- somebody dies ---------------------------------------------------------------------------------
