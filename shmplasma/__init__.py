@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     )
     from shmplasma.codecs import DeserializationError, SerializationError
     from shmplasma.embedded import Store, start_plasma_store
-    from shmplasma.errors import ExternalStoreError, Holder, ShmPlasmaError
+    from shmplasma.errors import (
+        ExternalStoreError,
+        Holder,
+        ShmPlasmaError,
+        StoreNotStartedError,
+    )
     from shmplasma.executor import StoreExecutor
     from shmplasma.objects import ObjectID
     from shmplasma.serialization import SerializationContext, register_serializer
@@ -60,6 +65,7 @@ __all__ = [
     "ShmPlasmaError",
     "Store",
     "StoreExecutor",
+    "StoreNotStartedError",
     "StoreRef",
     "connect",
     "get_context",
@@ -85,7 +91,12 @@ _HOMES: Final = {
     ),
     "shmplasma.codecs": ("DeserializationError", "SerializationError"),
     "shmplasma.embedded": ("Store", "start_plasma_store"),
-    "shmplasma.errors": ("ExternalStoreError", "Holder", "ShmPlasmaError"),
+    "shmplasma.errors": (
+        "ExternalStoreError",
+        "Holder",
+        "ShmPlasmaError",
+        "StoreNotStartedError",
+    ),
     "shmplasma.executor": ("StoreExecutor",),
     "shmplasma.objects": ("ObjectID",),
     "shmplasma.serialization": ("SerializationContext", "register_serializer"),

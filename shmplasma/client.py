@@ -339,12 +339,14 @@ def _id_bytes(object_ids: ObjectID | Iterable[ObjectID]) -> list[bytes]:
     return [checked(object_id).id_bytes for object_id in object_ids]
 
 
-def connect(store_socket_name: str | None = None, num_retries: int = -1) -> PlasmaClient:
+def connect(
+    store_socket_name: str | os.PathLike[str] | None = None, num_retries: int = -1
+) -> PlasmaClient:
     """Connect to a store.
 
     Parameters
     ----------
-    store_socket_name : str, optional
+    store_socket_name : str or os.PathLike, optional
         Path of the store's socket; where `shmplasma-store` serves by default if not given.
     num_retries : int, optional
         How often to try again, 0.1 s apart, while no store answers; by default for 8 s.

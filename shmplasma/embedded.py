@@ -8,6 +8,7 @@ its socket, its segment and the private directory of the socket with it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket as sockets
@@ -19,9 +20,11 @@ from operator import index
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Self
 
+from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.client import PlasmaClient, connect
 from shmplasma.endpoint import Endpoint
-from shmplasma.errors import EndpointError, ShmPlasmaError
+from shmplasma.errors import EndpointError, StoreNotStartedError
+from shmplasma.options import PROGRAM, check_seconds
 from shmplasma.segment_name import SegmentName
 from shmplasma.sizes import parse_size
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Store", "start_plasma_store"]
 
 _READY: Final = b"R"
+_USAGE: Final = 2
+"""The server's exit code for an error of usage."""
 
 
 class Store:
@@ -40,14 +45,14 @@ class Store:
     ----------
     memory : int or str
         Capacity in bytes, or as a text: ``"2GB"``, ``"512MiB"``.
-    socket : str, optional
+    socket : str or os.PathLike, optional
         Path of its socket; one in a private temporary directory if not given.
-    directory : str, optional
+    directory : str or os.PathLike, optional
         Directory of the file that holds the objects; POSIX shared memory if not given.
     huge_pages : bool, optional
         Use huge pages; `directory` is then a hugetlbfs.
     client_limit : int or str, optional
-        What a client may hold or have unsealed that sets no limit of its own, as bytes or as a text; no limit if not
+        What a client may hold or have unsealed that sets no limit of its own, as bytes or as a text; no limit if 0 or not
         given.
     ticket_seconds : float, optional
         How long a reference that nobody has received outlives its sender, and keeps its object from being
@@ -55,7 +60,7 @@ class Store:
     external_store : str, optional
         URI of the external store to which objects go instead of being evicted: as with ``-e`` of the command.
     max_spill_bytes : int or str, optional
-        How much it may hold, as bytes or as a text; any amount if not given.
+        How much the external store may hold, as bytes or as a text; any amount if not given.
 
     Attributes
     ----------
@@ -66,10 +71,11 @@ class Store:
 
     Raises
     ------
-    ShmPlasmaError
+    StoreNotStartedError
         The server did not start; the message is what it said.
     ValueError
-        `memory` is no size.
+        A size is none, or less than a byte; `ticket_seconds` is no number of seconds; or `max_spill_bytes` is given without
+        an external store.
 
     Notes
     -----
@@ -81,33 +87,37 @@ class Store:
         self,
         memory: int | str,
         *,
-        socket: str | None = None,
-        directory: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
+        directory: str | os.PathLike[str] | None = None,
         huge_pages: bool = False,
         client_limit: int | str | None = None,
         ticket_seconds: float = 600,
         external_store: str | None = None,
         max_spill_bytes: int | str | None = None,
     ) -> None:
-        size = parse_size(memory) if isinstance(memory, str) else index(memory)
-        arguments = ["-m", str(size), "--ticket-seconds", str(ticket_seconds)]
+        seconds = check_seconds(ticket_seconds)
+        arguments = ["-m", str(_size(memory)), "--ticket-seconds", str(seconds)]
+        if client_limit not in (None, 0, "0"):
+            arguments += ["--client-limit", str(_size(client_limit))]
+        if external_store:
+            arguments += ["-e", external_store]
+        if max_spill_bytes is not None:
+            if not external_store:
+                raise ValueError("max_spill_bytes is about an external store; name external_store")
+            arguments += ["--max-spill-bytes", str(_size(max_spill_bytes))]
+        if directory:
+            arguments += ["-d", os.fspath(directory)]
+        if huge_pages:
+            arguments.append("-h")
         scratch = None
         if socket is None:
             scratch = Path(tempfile.mkdtemp(prefix="shmplasma-"))
-            socket = str(scratch / "store.sock")
+            socket = scratch / "store.sock"
             arguments.append("--scratch")
-        if directory is not None:
-            arguments += ["-d", directory]
-        if huge_pages:
-            arguments.append("-h")
-        if client_limit is not None:
-            arguments += ["--client-limit", str(client_limit)]
-        if external_store is not None:
-            arguments += ["-e", external_store]
-        if max_spill_bytes is not None:
-            arguments += ["--max-spill-bytes", str(max_spill_bytes)]
+        socket = os.fspath(socket)
         self.store_socket_name = socket
         self._scratch = scratch
+        self._closed = False
         self._owner_pid = os.getpid()
         try:
             self._start([*arguments, "-s", socket])
@@ -122,7 +132,12 @@ class Store:
         # then.
         with tempfile.TemporaryFile() as said:
             with theirs:
-                self.process = _spawn(arguments, theirs.fileno(), said)
+                # The lowest are the server's standard streams, also where this process has none.
+                inherited = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3)
+            try:
+                self.process = _spawn(arguments, inherited, said)
+            finally:
+                os.close(inherited)
             try:
                 ready = self._alive.recv(len(_READY)) == _READY
             except BaseException:
@@ -133,15 +148,28 @@ class Store:
                 code = self.process.wait()
                 said.seek(0)
                 text = said.read().decode(errors="replace").strip()
-                raise ShmPlasmaError(f"the store did not start (exit code {code}): {text}")
+                if code == _USAGE:
+                    text = text.rpartition(f"{PROGRAM}: error: ")[
+                        2
+                    ]  # how to call it is no help here
+                raise StoreNotStartedError(f"the store did not start (exit code {code}): {text}")
 
     def connect(self) -> PlasmaClient:
-        """Return a new client of this store."""
+        """Return a new client of this store.
+
+        Raises
+        ------
+        NotConnectedError
+            The store was closed, or does not answer.
+        """
+        if self._closed:
+            raise NotConnectedError("this store was closed; shmplasma.Store starts a new one")
         return connect(self.store_socket_name)
 
     def close(self) -> None:
         """End the server, and wait for its end.  A second call does nothing."""
         if self._owner_pid == os.getpid():
+            self._closed = True
             self._end()
 
     def _end(self) -> None:
@@ -167,6 +195,11 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _size(value: int | str) -> int:
+    """Return a size in bytes; raise ValueError if it is none."""
+    return parse_size(value if isinstance(value, str) else str(index(value)))
 
 
 def _spawn(arguments: list[str], owner: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -198,7 +231,7 @@ def start_plasma_store(
     use_valgrind, use_profiler : bool, optional
         Refused: these examined Plasma's C++.
     plasma_directory : str, optional
-        Directory of the file that holds the objects; POSIX shared memory if not given.
+        Directory of the file that holds the objects; POSIX shared memory if not given, or empty.
     use_hugepages : bool, optional
         Use huge pages; `plasma_directory` is then a hugetlbfs.
     external_store : str, optional
@@ -211,8 +244,8 @@ def start_plasma_store(
 
     Raises
     ------
-    ShmPlasmaError
-        The server did not start; the message is what it said.
+    StoreNotStartedError
+        The server did not start; the message is what it said.  A RuntimeError.
     ValueError
         Something that is refused was asked for.
     """

@@ -18,6 +18,7 @@ __all__ = [
     "LayoutError",
     "ProtocolError",
     "ShmPlasmaError",
+    "StoreNotStartedError",
 ]
 
 
@@ -39,6 +40,10 @@ class AttachError(ShmPlasmaError, OSError):
 
 class EndpointError(ShmPlasmaError, OSError):
     """A socket path cannot be served: it is in use, is not ours, or is no socket."""
+
+
+class StoreNotStartedError(ShmPlasmaError, RuntimeError):
+    """The server of an embedded store did not start; a RuntimeError, as with Plasma."""
 
 
 class ExternalStoreError(ShmPlasmaError):

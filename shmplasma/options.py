@@ -15,9 +15,11 @@ from shmplasma.sizes import parse_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PROGRAM", "parse"]
+__all__ = ["PROGRAM", "check_seconds", "parse"]
 
 PROGRAM: Final = "shmplasma-store"
+
+_SPILL_ABOVE: Final = 0.8
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,7 +39,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "-h: huge pages need a hugetlbfs; mount one (mount -t hugetlbfs none /mnt/hugepages) "
             "and name it: -d /mnt/hugepages -h"
         )
+    if not options.external_store:
+        for name in ("max_spill_bytes", "spill_above"):
+            if getattr(options, name) is not None:
+                parser.error(
+                    f"--{name.replace('_', '-')} is about an external store; name one with -e URI"
+                )
+    if options.spill_above is None:
+        options.spill_above = _SPILL_ABOVE
     return options
+
+
+def check_seconds(seconds: float) -> float:
+    """Return how long a reference may wait for its receiver; raise ValueError if it is no such number."""
+    if not 0 <= seconds < 1e9:
+        raise ValueError(f"{seconds} is no number of seconds; write 600 or 0.5")
+    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--trim-floor",
-        type=_floor,
+        type=_size_or_0,
         metavar="BYTES",
         help="memory that is not used and stays committed (default: 64MiB; with --prefault: all)",
     )
@@ -101,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--spill-above",
         type=_share,
-        default=0.8,
         metavar="SHARE",
-        help="the share of the capacity from which on objects are written ahead of need (default: 0.8)",
+        help="the share of the capacity from which on objects are written ahead of need "
+        f"(default: {_SPILL_ABOVE})",
     )
     add(
         "--mode",
@@ -116,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--client-limit",
         metavar="BYTES",
-        type=_size,
-        help="what a client may hold or have unsealed that sets no limit of its own (default: no limit)",
+        type=_size_or_0,
+        help="what a client may hold or have unsealed that sets no limit of its own (default: 0, no limit)",
     )
     add(
         "--fresh",
@@ -169,16 +186,17 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _floor(text: str) -> int:
+def _size_or_0(text: str) -> int:
     return 0 if text == "0" else _size(text)
 
 
 def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        seconds = float(text)
-        if 0 <= seconds < 1e9:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write 600 or 0.5")
+    try:
+        return check_seconds(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds; write 600 or 0.5"
+        ) from error
 
 
 def _directory(text: str) -> str:

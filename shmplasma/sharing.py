@@ -31,7 +31,8 @@ from functools import cache
 from multiprocessing.context import BaseContext
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # it is there
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Final, Self
+from operator import index
+from typing import Any, Final, Self, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -64,14 +65,21 @@ class Sharing:
     min_bytes : int
         Smaller values pass as ever.
 
+    Raises
+    ------
+    TypeError
+        `min_bytes` is no whole number.
+
     Notes
     -----
     Thread-safe.  Can be pickled; it remembers nothing then.
     """
 
     def __init__(self, path: str, min_bytes: int) -> None:
+        if not isinstance(min_bytes, SupportsIndex):
+            raise TypeError(f"min_bytes is a number of bytes, not {type(min_bytes).__name__}")
+        self._min_bytes = index(min_bytes)
         self._home: Home = home_of(path)
-        self._min_bytes = min_bytes
         self._types = self.reducers.keys() - {StoreRef}
         self._stored: dict[int, tuple[weakref.ref[Any], StoreRef]] = {}
 
@@ -311,11 +319,22 @@ def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> AbstractC
         Within it, all that `multiprocessing` and `concurrent.futures` pickle in this process passes so, and in the
         children that are started within it all that they send, for as long as they live.
 
+    Raises
+    ------
+    TypeError
+        `client` is no client, or `min_bytes` no whole number.
+
     Notes
     -----
     The receiver gets read-only views.  What is written to an array after it was sent does not reach the receiver.
     """
-    return _sharing(Sharing(client.store_socket_name, min_bytes))
+    return _sharing(_shared_by(client, min_bytes))
+
+
+def _shared_by(client: PlasmaClient, min_bytes: int) -> Sharing:
+    if not isinstance(client, PlasmaClient):
+        raise TypeError(f"share takes a client of a store, not {type(client).__name__}")
+    return Sharing(client.store_socket_name, min_bytes)
 
 
 def get_context(
@@ -338,12 +357,14 @@ def get_context(
 
     Raises
     ------
+    TypeError
+        As for `share`.
     ValueError
         There is no such method on this platform.
     """
     known = multiprocessing.get_context(method or multiprocessing.get_start_method())
     context = type(known)()
-    sharing = Sharing(client.store_socket_name, min_bytes)
+    sharing = _shared_by(client, min_bytes)
     _enter(sharing)
     weakref.finalize(context, _leave, sharing)
     return context

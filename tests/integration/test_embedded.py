@@ -9,13 +9,13 @@ import textwrap
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import shmplasma
 from shmplasma.embedded import Store, start_plasma_store
-from shmplasma.errors import ShmPlasmaError
+from shmplasma.errors import ShmPlasmaError, StoreNotStartedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,15 +80,76 @@ def test_a_private_directory_with_a_file_in_it(temporary: Path) -> None:
 
 
 def test_a_store_that_cannot_start() -> None:
-    """What the server said and its exit code are in the error."""
-    with pytest.raises(ShmPlasmaError, match=r"exit code 1\).*-d DIRECTORY"):
+    """What the server said and its exit code are in the error, and not how to call it."""
+    with pytest.raises(StoreNotStartedError, match=r"exit code 1\).*-d DIRECTORY"):
         Store("1000TB")
-    with pytest.raises(ShmPlasmaError, match=r"(?s)exit code 2\).*no directory /nowhere"):
+    with pytest.raises(StoreNotStartedError, match=r"exit code 2\): .*no directory /nowhere"):
         Store("10MB", directory="/nowhere")
-    with pytest.raises(ShmPlasmaError, match=r"(?s)exit code 2\).*huge pages need"):
+    with pytest.raises(StoreNotStartedError, match=r"exit code 2\): .*huge pages need"):
         Store("10MB", huge_pages=True)
-    with pytest.raises(ShmPlasmaError, match=r"(?s)exit code 2\).*not a size"):
-        Store(-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"memory": 0}, "less than a byte"),
+        ({"memory": -1}, "not a size"),
+        ({"client_limit": "lots"}, "not a size"),
+        ({"client_limit": -1}, "not a size"),
+        ({"external_store": "memory://a", "max_spill_bytes": "x"}, "not a size"),
+        ({"external_store": "memory://a", "max_spill_bytes": 0}, "less than a byte"),
+        ({"max_spill_bytes": "1GB"}, "name external_store"),
+        ({"external_store": "", "max_spill_bytes": "1GB"}, "name external_store"),
+        ({"ticket_seconds": float("nan")}, "no number of seconds"),
+        ({"ticket_seconds": -1}, "no number of seconds"),
+    ],
+)
+def test_values_that_are_none(arguments: dict[str, Any], says: str) -> None:
+    """They are refused before anything starts."""
+    with pytest.raises(ValueError, match=says):
+        Store(**{"memory": "10MB", **arguments})
+
+
+def test_no_limit_and_no_places() -> None:
+    """A limit of 0 is none, as in `set_client_options`; an empty name is none either."""
+    with (
+        Store("10MB", client_limit=0, directory="", external_store="") as store,
+        store.connect() as client,
+    ):
+        client.put(bytes(8_000_000))
+        assert "spilled bytes" not in client.debug_string()
+
+
+def test_a_store_that_was_closed() -> None:
+    """Nobody waits for it: the error comes at once, and says that it was closed."""
+    store = Store("10MB")
+    store.close()
+    with pytest.raises(shmplasma.NotConnectedError, match="this store was closed"):
+        store.connect()
+
+
+def test_paths(tmp_path: Path) -> None:
+    """Socket and directory may be paths, and so may what `connect` is given."""
+    with (
+        Store("10MB", socket=tmp_path / "s", directory=tmp_path) as store,
+        shmplasma.connect(tmp_path / "s") as client,
+    ):
+        assert store.store_socket_name == client.store_socket_name == str(tmp_path / "s")
+        assert list(tmp_path.glob("shmplasma-*"))
+
+
+def test_an_owner_without_standard_streams(tmp_path: Path) -> None:
+    """A daemon, which has closed them, can have a store as well."""
+    code = """if True:
+        import sys, shmplasma
+        with shmplasma.Store("10MB") as store, store.connect() as client:
+            assert client.get(client.put("there")) == "there"
+        open(sys.argv[1], "w").close()
+    """
+    done = tmp_path / "done"
+    command = [sys.executable, "-c", code, str(done)]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=False)
+    assert done.exists()
 
 
 def test_a_store_on_a_live_socket() -> None:
@@ -236,6 +297,17 @@ def test_start_plasma_store_in_a_directory(tmp_path: Path) -> None:
     with start_plasma_store(10**7, plasma_directory=str(tmp_path)):
         assert list(tmp_path.glob("shmplasma-*"))
     assert not list(tmp_path.glob("shmplasma-*"))
+
+
+def test_start_plasma_store_in_no_directory() -> None:
+    """An empty name is none, as with Plasma; one that is not there is a RuntimeError, as with Plasma."""
+    with start_plasma_store(10**7, plasma_directory="", external_store="") as (name, _):
+        shmplasma.connect(name).disconnect()
+    with (
+        pytest.raises(RuntimeError, match="no directory /nowhere"),
+        start_plasma_store(10**7, plasma_directory="/nowhere"),
+    ):
+        raise AssertionError
 
 
 def test_an_external_store() -> None:

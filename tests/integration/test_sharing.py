@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shmplasma import ObjectID, PlasmaClient, share
+from shmplasma import ObjectID, PlasmaClient, get_context, share
 from shmplasma.reading import Mode
 from tests.processes import run_python
 
@@ -32,6 +32,16 @@ def test_all_that_multiprocessing_has(method: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
+
+
+def test_what_cannot_be_shared_by(client: PlasmaClient) -> None:
+    """A threshold that is no number of bytes, and what is no client, are refused here and not in some child."""
+    with pytest.raises(TypeError, match="min_bytes is a number of bytes, not str"):
+        share(client, "64KB")  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(TypeError, match="a client of a store, not str"):
+        share("x")  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match="a client of a store, not str"):
+        get_context("spawn", "x")  # type: ignore[arg-type]  # likewise
 
 
 def test_an_executor() -> None:
