@@ -4,7 +4,8 @@ Processes put NumPy arrays, Arrow tables, data frames and any other values into 
 get them back without copying.  ``import shmplasma as plasma`` runs code that was written for
 ``pyarrow.plasma``.
 
-The names below are imported at their first use, so that the server starts without Arrow and NumPy.
+The names below are imported at their first use, so that the server starts without Arrow and NumPy.  `StoreExecutor`
+is not in ``__all__``: it needs the extra ``[loky]``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
         ShmPlasmaError,
         StoreNotStartedError,
     )
-    from shmplasma.executor import StoreExecutor
+    from shmplasma.executor import StoreExecutor as StoreExecutor
     from shmplasma.objects import ObjectID
     from shmplasma.serialization import SerializationContext, register_serializer
     from shmplasma.sharing import get_context, share
@@ -64,7 +65,6 @@ __all__ = [
     "SerializationError",
     "ShmPlasmaError",
     "Store",
-    "StoreExecutor",
     "StoreNotStartedError",
     "StoreRef",
     "connect",
@@ -106,16 +106,16 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "PlasmaBuffer":
         # Buffers are Arrow's own, which cannot be subclassed in Python.
         globals()[name] = import_module("pyarrow").Buffer
+        return globals()[name]
     for home, names in _HOMES.items():
         if name in names:
             module = import_module(home)
             globals().update({each: getattr(module, each) for each in names})
-    return globals()[name]
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -36,12 +36,15 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Final
 
 import cloudpickle
-from distributed import Worker, WorkerPlugin
-from distributed.protocol.serialize import register_serialization_family
-from distributed.sizeof import safe_sizeof
 
 from shmplasma.endpoint import default_socket_path
+from shmplasma.extras import needed_by
 from shmplasma.sharing import DEFAULT_MIN_BYTES, Sharing
+
+with needed_by("shmplasma.dask", "dask"):
+    from distributed import Worker, WorkerPlugin
+    from distributed.protocol.serialize import register_serialization_family
+    from distributed.sizeof import safe_sizeof
 
 __all__ = ["StoreMapping", "StorePlugin"]
 

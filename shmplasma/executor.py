@@ -13,11 +13,13 @@ from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import ParamSpec, TypeVar
 
-from loky.process_executor import ProcessPoolExecutor
-
 from shmplasma.client import PlasmaClient
 from shmplasma.embedded import Store
+from shmplasma.extras import needed_by
 from shmplasma.sharing import DEFAULT_MIN_BYTES, Sharing
+
+with needed_by("StoreExecutor", "loky"):
+    from loky.process_executor import ProcessPoolExecutor
 
 __all__ = ["StoreExecutor"]
 

@@ -34,24 +34,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-import joblib
 import numpy as np
-from joblib.externals.loky.process_executor import ProcessPoolExecutor
-from joblib.parallel import (
-    AutoBatchingMixin,
-    FallbackToBackend,
-    LokyBackend,
-    ParallelBackendBase,
-    SequentialBackend,
-)
 
 from shmplasma.backing import default_capacity
 from shmplasma.client import connect
 from shmplasma.embedded import Store
 from shmplasma.errors import ShmPlasmaError
+from shmplasma.extras import needed_by
 from shmplasma.objects import ObjectID
 from shmplasma.sharing import Sharing
 from shmplasma.store_ref import StoreRef
+
+with needed_by("shmplasma.joblib", "joblib"):
+    import joblib
+    from joblib.externals.loky.process_executor import ProcessPoolExecutor
+    from joblib.parallel import (
+        AutoBatchingMixin,
+        FallbackToBackend,
+        LokyBackend,
+        ParallelBackendBase,
+        SequentialBackend,
+    )
 
 __all__ = ["StoreBackend", "shutdown"]
 

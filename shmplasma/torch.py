@@ -27,13 +27,16 @@ from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-from torch.utils.data import Dataset
 
 from shmplasma.client import PlasmaClient
+from shmplasma.extras import needed_by
 from shmplasma.layout import ALIGNMENT, align_up
 from shmplasma.serialization import SerializationContext, default_context, deserialize, serialize
 from shmplasma.store_ref import StoreRef
+
+with needed_by("shmplasma.torch", "torch"):
+    import torch
+    from torch.utils.data import Dataset
 
 __all__ = ["StoreDataset", "register"]
 
