@@ -43,22 +43,22 @@ class PlasmaClient(Reading, Writing):
 
     Notes
     -----
-    Thread-safe: threads may share a client, and one that waits holds up no other.  A forked child connects
-    anew at its first use.  A pickled client connects where it is unpickled.  A context manager: leaving it
-    disconnects.
+    Thread-safe: threads may share a client, and one that waits holds up no other.  A forked child connects anew at its
+    first call.  A pickled client connects where it is unpickled.  A context manager: leaving it disconnects.
 
-    Buffers and values that were got stay valid after `disconnect` and after the client has gone.
+    Buffers and values that `get` and the like have returned stay valid after `disconnect` and after the client has
+    gone.
 
     A signal handler, or a finalizer that the collector runs, may come in the middle of another call of the same thread.
-    `disconnect` may be called there; what is not sealed goes when the connection ends.  Any other call that would
-    have to wait for the interrupted one is a RuntimeError.
+    `disconnect` may be called there; objects that are not sealed are removed when the connection ends.  Any other call
+    that would have to wait for the interrupted one raises a RuntimeError.
     """
 
     _home: Home | None = None
     """Kept once it was used: the next reference needs no new connection."""
 
     def disconnect(self) -> None:
-        """Leave the store: what is not sealed goes; buffers and references stay valid.
+        """Leave the store: unsealed objects are removed; buffers and references stay valid.
 
         May be called again.
         """
@@ -85,8 +85,8 @@ class PlasmaClient(Reading, Writing):
         Returns
         -------
         StoreRef
-            The object is deleted when this handle and all that came of it by pickling are gone, and not evicted
-            before.
+            The object is deleted when this handle and all handles that came of it by pickling are gone; it is not
+            evicted before.
 
         Raises
         ------
@@ -106,14 +106,15 @@ class PlasmaClient(Reading, Writing):
     # -- the store -----------------------------------------------------------------------------
 
     def delete(self, object_ids: ObjectID | Iterable[ObjectID]) -> None:
-        """Delete sealed objects; what is in use goes at its last release, what is missing or not sealed is left alone.
+        """Delete sealed objects; one in use goes at its last release, one that is missing or not sealed is left alone.
 
-        Until then it can be found and got, and its id is taken.  Objects that are not sealed are aborted by their writer (`abort`).
+        Until its last release an object can be found and got, and its id is taken.  An object that is not sealed is aborted by
+        its writer (`abort`).
 
         Notes
         -----
-        Up to 24 objects that are there go without waiting for the store, in some 10 us each.  For more, or where one of them is not seen to be
-        there or not, one round trip for each 65,536.
+        Up to 24 objects are deleted without waiting for the store, in some 10 us each.  For more objects than that, or
+        if the client cannot see whether one of them is there, it takes a round trip for each 65,536 objects.
         """
         ids = _id_bytes(object_ids)
         session = self._live()
@@ -122,7 +123,7 @@ class PlasmaClient(Reading, Writing):
             session.call(Delete(rest[start : start + _IDS_A_REQUEST]), Done)
 
     def keep(self, object_ids: ObjectID | Iterable[ObjectID]) -> None:
-        """Have objects never be evicted; only `delete` removes them.
+        """Keep objects from being evicted; only `delete` removes them.
 
         Parameters
         ----------
@@ -132,16 +133,16 @@ class PlasmaClient(Reading, Writing):
         Raises
         ------
         PlasmaObjectNotFound
-            One of them is not there.  Of a request's objects (2,048 go in one) none is changed then.
+            One of them is not there.  None of the objects of the same request, which has up to 2,048, is changed then.
 
         Notes
         -----
-        A round trip for each 2,048.  Holds until `cache` is called, also across the death of a store.
+        A round trip for each 2,048 objects.  Holds until `cache` is called, even across the death of a store.
         """
         self._say_keep(object_ids, keep=True)
 
     def cache(self, object_ids: ObjectID | Iterable[ObjectID]) -> None:
-        """Let objects be evicted when room is needed, as is the default; undoes `keep`.
+        """Let objects be evicted when room is needed, which is the default; undoes `keep`.
 
         Parameters, errors and costs are those of `keep`.
         """
@@ -154,14 +155,15 @@ class PlasmaClient(Reading, Writing):
             session.call(Keep(keep, ids[start : start + MAX_KEPT_IDS]), Done)
 
     def evict(self, num_bytes: SupportsIndex | float) -> int:
-        """Evict sealed objects that nobody holds or keeps until `num_bytes` are free that were not.
+        """Evict sealed objects that nobody holds or keeps, until `num_bytes` more are free.
 
-        None goes that the others make up for, but an object without bytes goes in its turn.
+        As many as needed; an object that turns out not to be needed for the room stays.  One without bytes goes in its
+        turn.
 
         Returns
         -------
         int
-            Data plus metadata of what went, in bytes; less than asked for when no more could go.
+            Data plus metadata of the objects that went, in bytes; less than asked for if no more could go.
         """
         wanted = max(0, min(whole_bytes(num_bytes), MAX_SIZE))
         return self._live().call(Evict(wanted), Number).value
@@ -172,23 +174,23 @@ class PlasmaClient(Reading, Writing):
         Returns
         -------
         int
-            Bytes that were given back; 0 where the system takes none (not Linux).
+            Bytes that were given back; 0 where the system takes none back (other systems than Linux).
 
         Notes
         -----
-        0.12 s a GiB, during which the store serves others.  The capacity stays what it is: memory is committed
-        again when it is needed, and if there is none by then, a `create` is a `PlasmaStoreFull`.  An idle
-        store does the same by itself within a minute.
+        0.12 s per GiB, during which the store serves others.  The capacity stays the same: memory is committed again
+        when it is needed, and if there is none by then, a `create` raises `PlasmaStoreFull`.  An idle store does the
+        same by itself within a minute.
         """
         return self._live().call(Trim(), Number).value
 
     def list(self) -> dict[ObjectID, ObjectInfo]:
-        """Return what there is in the store, sealed or not.
+        """Return all objects in the store, sealed or not.
 
         Notes
         -----
-        O(objects); no message is sent as long as nothing is deleted in use, moved or in an external store.  Objects that come and
-        go meanwhile may be missing.
+        O(objects); no message is sent as long as no object is deleted while in use, being moved, or in an external
+        store.  Objects that come or go meanwhile may be missing.
         """
         session = self._live()
         census = session.census
@@ -217,8 +219,8 @@ class PlasmaClient(Reading, Writing):
         client_name : str
             What the store calls this client.
         limit_output_memory : int
-            Bytes that it may hold or have unsealed; a `create` beyond that is a `PlasmaStoreFull`.
-            0 is the store's default (`--client-limit`), which is no limit if it was not given.
+            Bytes that it may hold or have unsealed; a `create` beyond that raises `PlasmaStoreFull`.  0 means the
+            store's default (`--client-limit`), or no limit if that was not given.
 
         Raises
         ------
@@ -237,7 +239,7 @@ class PlasmaClient(Reading, Writing):
         self._options = options
 
     def debug_string(self) -> str:
-        """Return the store's figures as text, one a line."""
+        """Return the store's figures as text, one per line."""
         return self._live().call(Debug(), Text).text
 
     def to_capsule(self) -> NoReturn:
@@ -255,9 +257,9 @@ class PlasmaClient(Reading, Writing):
     # -- notifications -------------------------------------------------------------------------
 
     def subscribe(self) -> None:
-        """Begin to receive notifications of sealed and vanished objects.
+        """Begin to receive notifications of objects that are sealed, deleted or evicted.
 
-        All objects that are sealed come first.  A second call begins anew.
+        All objects that are sealed already come first.  A second call begins anew.
         """
         if self._subscription is not None:
             self._subscription.close()
@@ -270,19 +272,19 @@ class PlasmaClient(Reading, Writing):
         Returns
         -------
         object_id : ObjectID
-            Of which object.
+            The object.
         data_size, metadata_size : int
             Its sizes in bytes; -1 and -1 when it was deleted or evicted.
 
         Raises
         ------
         OSError
-            `subscribe` was not called, or the store has gone, or has dropped who did not keep up.
+            `subscribe` was not called, or the store has gone, or has dropped this subscriber as it did not keep up.
 
         Warns
         -----
         RuntimeWarning
-            The store has died and come back: all that is sealed comes again, and what went meanwhile is not told.
+            The store has died and come back: all sealed objects come again, and deletions meanwhile are not reported.
         """
         if self._subscription is None:
             raise NotConnectedError("this client has no subscription; call subscribe() first")
@@ -291,13 +293,14 @@ class PlasmaClient(Reading, Writing):
     def notifications(self) -> AsyncGenerator[tuple[ObjectID, int, int], None]:
         """Return an asynchronous iterator over notifications, with a subscription of its own.
 
-        It gives what `get_next_notification` returns; all objects that are sealed come first.  It subscribes at its
-        first step, and its subscription ends with it; `contextlib.aclosing` tells when.
+        It gives what `get_next_notification` returns; all objects that are sealed already come first.  It subscribes at
+        its first step, and the subscription ends with the iterator: with `contextlib.aclosing`, at the end of the
+        block.
 
         Raises
         ------
         NotConnectedError
-            While iterating: no store answers, or it has gone, or has dropped who did not keep up.
+            While iterating: no store answers, or it has gone, or has dropped this subscriber as it did not keep up.
 
         Warns
         -----
@@ -314,8 +317,8 @@ class PlasmaClient(Reading, Writing):
     def get_notification_socket(self) -> socket.socket:
         """Return the socket that carries notifications, to wait for several things at once.
 
-        Each is an 8-byte little-endian length and so many bytes for `decode_notifications`.  It ends with its store;
-        `subscribe` makes another one.
+        Each notification is an 8-byte little-endian length and that many bytes for `decode_notifications`.  The socket
+        ends with its store; `subscribe` makes another one.
 
         Raises
         ------
