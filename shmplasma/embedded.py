@@ -1,4 +1,4 @@
-"""A store of one's own: a server process that is started here and ends with its owner.
+"""An embedded store: a server process that is started here and ends with its owner.
 
 The owner and the server hold the ends of a socket pair.  The server says on it that it is ready,
 and ends when the owner's end closes; as a child that the owner has forked may hold a copy of that
@@ -52,15 +52,15 @@ class Store:
     huge_pages : bool, optional
         Use huge pages; `directory` is then a hugetlbfs.
     client_limit : int or str, optional
-        What a client may hold or have unsealed that sets no limit of its own, as bytes or as a text; no limit if 0 or not
+        How much a client may hold or have unsealed, if it sets no limit itself, in bytes or as a text; no limit if 0 or not
         given.
     ticket_seconds : float, optional
         How long a reference that nobody has received outlives its sender, and keeps its object from being
         evicted.
     external_store : str, optional
-        URI of the external store to which objects go instead of being evicted: as with ``-e`` of the command.
+        URI of the external store to which objects go instead of being evicted, as for the command's ``-e``.
     max_spill_bytes : int or str, optional
-        How much the external store may hold, as bytes or as a text; any amount if not given.
+        How much the external store may hold, in bytes or as a text; any amount if not given.
 
     Attributes
     ----------
@@ -229,7 +229,7 @@ def start_plasma_store(
     plasma_store_memory : int
         Capacity in bytes.
     use_valgrind, use_profiler : bool, optional
-        Refused: these examined Plasma's C++.
+        Refused: they were for examining Plasma's C++ code.
     plasma_directory : str, optional
         Directory of the file that holds the objects; POSIX shared memory if not given, or empty.
     use_hugepages : bool, optional
@@ -247,7 +247,7 @@ def start_plasma_store(
     StoreNotStartedError
         The server did not start; the message is what it said.  A RuntimeError.
     ValueError
-        Something that is refused was asked for.
+        An option that is refused was given.
     """
     if use_valgrind or use_profiler:
         raise ValueError(
