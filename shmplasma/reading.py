@@ -81,17 +81,16 @@ class Reading(Connected):
         object_ids : iterable of ObjectID, or one ObjectID
             Which objects; the same one may be named more than once.
         timeout_ms : float, optional
-            How long to wait for those that are not sealed yet, in milliseconds; 0 not at all, None or -1
-            (the default) without limit.
+            How long to wait for objects that are not sealed yet, in milliseconds: 0 not at all, None or -1 (the default)
+            without limit.
         with_meta : bool, optional
             Whether to return the metadata too.
 
         Returns
         -------
         list of pyarrow.Buffer or None
-            Read-only and 64-byte aligned; None for an object that is not there in time.  With
-            `with_meta` pairs of metadata (bytes) and buffer, or (None, None).  For one id, its item
-            alone.
+            Read-only and 64-byte aligned; None for an object that is not there in time.  With `with_meta`, pairs of
+            metadata (bytes) and buffer, or (None, None).  For a single id, its item instead of a list.
 
         Raises
         ------
@@ -100,8 +99,10 @@ class Reading(Connected):
 
         Notes
         -----
-        No message for objects that are there, those included that were put just now; else one round trip; none either, with `timeout_ms=0`, for what is seen not to
-        be there (see `contains`).  An object is neither evicted nor changed while its buffer, or anything made of it, lives.  Ctrl-C interrupts a wait at once.
+        No message for objects that are there, including those that were put just now; else one round trip.  With
+        `timeout_ms=0` there is no message either for objects that are seen not to be there (see `contains`).  An object
+        is neither evicted nor changed while its buffer, or anything made of it, lives.  Ctrl-C interrupts a wait at
+        once.
         """
         if type(timeout_ms) is not int:
             wait_seconds(timeout_ms)  # refuses what is no number, also where nobody is to wait
@@ -168,7 +169,7 @@ class Reading(Connected):
         return items[0] if isinstance(object_ids, ObjectID) else items
 
     def get_encoded(self, object_id: ObjectID, timeout_ms: float | None = -1) -> Encoded | None:
-        """Return an object as it lies in the store, without copying it, whatever it is.
+        """Return an object of any kind as it lies in the store, without copying it.
 
         Parameters are those of `get_buffers`; None if it is not there in time.
         """
@@ -198,16 +199,16 @@ class Reading(Connected):
         serialization_context : SerializationContext, optional
             As for `put`.
         mode : {"view", "copy", "cow"}, optional
-            What arrays are: read-only views of the store; private copies that can be written to; or private
-            mappings that can be written to and take memory only for the pages that are.  The last keep
-            the object in the store, as views do.
+            What arrays are: read-only views of the store; private copies that can be written to; or private mappings
+            that can be written to and take memory only for the pages that are written.  Mappings keep the object in the
+            store, as views do.
 
         Returns
         -------
         object, or list of objects
-            The value, or the list of values for a sequence.  Arrays in them are read-only and lie in the
-            store, unless `mode` says otherwise; they keep it from giving the memory away.  `ObjectNotAvailable` stands for what is not
-            there in time.  An object that was not stored by `put` comes as its buffer.
+            The value, or the list of values for a sequence.  Arrays in them are read-only and lie in the store, unless
+            `mode` says otherwise; they keep the store from giving the memory away.  `ObjectNotAvailable` stands for an
+            object that is not there in time.  An object that was not stored by `put` comes as its buffer.
 
         Raises
         ------
@@ -246,9 +247,9 @@ class Reading(Connected):
 
         Notes
         -----
-        What is there is returned at once, without leaving the event loop.  Waiting takes no thread, however many
-        tasks wait.  A task that is cancelled takes its request back.  Tasks of several event loops and threads may
-        use one client.
+        Objects that are there are returned at once, without leaving the event loop.  Waiting takes no thread, however
+        many tasks wait.  A task that is cancelled withdraws its request.  Tasks of several event loops, and threads,
+        may use one client.
         """
         session = self._session
         if session is None:
@@ -277,12 +278,12 @@ class Reading(Connected):
         return values[0] if isinstance(object_ids, ObjectID) else values
 
     def contains(self, object_id: ObjectID) -> bool:
-        """Tell whether a sealed object of this id is in the store.
+        """Tell whether a sealed object with this id is in the store.
 
         Notes
         -----
-        No message if it is.  False is exact: whatever was put before is found.  It takes no request either, unless
-        an object of this id is being made, deleted or moved, or clients write more than can be looked through.
+        No message if it is.  False is exact: whatever was put before is found.  It takes no request either, unless an
+        object with this id is being made, deleted or moved, or clients write more than can be looked through.
         """
         session = self._session or self._live()
         reader, unread, settling = session.reader, session.unread, session.settling
