@@ -196,9 +196,9 @@ class Home(Reading, Writing):
 class StoreRef:
     """A handle that owns an object of a store; made by `PlasmaClient.put_ref`.
 
-    The object stays as long as anybody has a handle of it, in whatever process; it is neither evicted nor deleted before, and is
-    deleted when the last is gone.  A handle can be pickled, and so be sent to any process of the machine by whatever
-    takes pickles; one that is on its way counts.
+    The object stays as long as there is a handle of it, in whatever process: until then it is not evicted, and is
+    deleted only by an explicit `delete`.  It goes with the last handle.  A handle can be pickled, and so can be sent to
+    any process of the machine by whatever takes pickles; one that is on its way counts.
 
     Attributes
     ----------
@@ -209,8 +209,8 @@ class StoreRef:
     -----
     Thread-safe, and safe to fork.  A context manager: leaving it releases the handle.
 
-    What is on its way and never received counts until 600 seconds (``--ticket-seconds`` of the store) after the process
-    that sent it has gone; from 600 seconds after it was sent it does not keep the object from being evicted.
+    A handle that was sent and is never received counts until 600 seconds (``--ticket-seconds`` of the store) after the
+    process that sent it has gone; from 600 seconds after it was sent, it no longer keeps the object from being evicted.
     """
 
     __slots__ = ("__weakref__", "_home", "_number", "object_id")
@@ -281,15 +281,15 @@ class StoreRef:
         )
 
     def lend(self, receivers: int) -> Loan:
-        """Return what is to be sent in place of the handle if it is pickled once and unpickled so many times.
+        """Return what is to be sent instead of the handle if it is pickled once and unpickled `receivers` times.
 
-        A handle itself may be unpickled more than once as well; but then the object stays only while somebody
+        The pickle of a handle itself may be unpickled more than once too; but then the object stays only while somebody
         has a handle, and for 5 seconds after each unpickling.
 
         Parameters
         ----------
         receivers : int
-            How often the pickle will be unpickled; each time it becomes a handle.
+            How often the pickle will be unpickled; each time gives a handle.
 
         Raises
         ------
@@ -302,7 +302,7 @@ class StoreRef:
         return Loan(self, receivers)
 
     def release(self) -> None:
-        """Let go of the object, as the end of the handle does; may be called again."""
+        """Let go of the object, as the end of the handle does; may be called more than once."""
         self._home.end(self.object_id, self._number)
         self._number = -1
 
