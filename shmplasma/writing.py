@@ -57,7 +57,7 @@ class Writing(Connected):
         data_size : int
             Bytes of data, 0 or more.
         metadata : bytes or bytearray, optional
-            Kept beside the data; takes room as well.
+            Kept beside the data; takes up room too.
         timeout_ms : float or None, optional
             How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
             without limit.
@@ -80,10 +80,10 @@ class Writing(Connected):
 
         Notes
         -----
-        What has up to 256 KiB, or up to 16 MiB if its client creates many such objects, takes a record and no
-        waiting, anything else a round trip (see `shmplasma.claims`).  Until it is sealed the object belongs to this client and is removed when the
-        client leaves or dies.  Who waits for room is served in order (see `shmplasma.waiters`); other threads
-        may use the client meanwhile, and Ctrl-C interrupts the wait.
+        An object of up to 256 KiB, or up to 16 MiB if its client creates many such objects, takes a record and no
+        waiting; any other takes a round trip (see `shmplasma.claims`).  Until it is sealed the object belongs to this
+        client, and is removed when the client leaves or dies.  Requests for room are served in order (see
+        `shmplasma.waiters`); other threads may use the client meanwhile, and Ctrl-C interrupts the wait.
         """
         session = self._session or self._live()
         claims = session.claims
@@ -126,10 +126,10 @@ class Writing(Connected):
         timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> pa.Buffer:
-        """Make a new object to be filled with what `get_encoded` has returned, elsewhere perhaps.
+        """Make a new object to be filled with what `get_encoded` has returned, perhaps elsewhere.
 
-        Otherwise as `create`, but for a ValueError too where no object has such a codec.  Whether the bytes are what
-        the codec says is found out by who gets the object.
+        Otherwise as `create`, except that an unknown codec raises a ValueError too.  Whether the bytes are what the
+        codec says is found out by whoever gets the object.
         """
         codec = index(codec)
         if not 0 <= codec < REFERENCED:
@@ -158,7 +158,7 @@ class Writing(Connected):
         shape : int or sequence of int
             The array's shape; elements lie in C order.
         dtype : data-type, optional
-            Of the elements; not one with Python objects.
+            The type of the elements; none with Python objects.
         timeout_ms : float or None, optional
             How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
             without limit.
@@ -168,8 +168,8 @@ class Writing(Connected):
         Returns
         -------
         ObjectArray
-            Uninitialized.  As a context manager it seals on success and aborts on an exception;
-            otherwise call `seal`.  `get` then returns the array.
+            Uninitialized.  As a context manager it seals on success and aborts on an exception; otherwise call the
+            client's ``seal(object_id)``.  `get` then returns the array.
 
         Raises
         ------
@@ -210,7 +210,7 @@ class Writing(Connected):
         timeout_ms: float | None = 0,
         keep: bool = False,
     ) -> None:
-        """Store bytes under an id of one's own.
+        """Store bytes under a chosen id.
 
         Parameters
         ----------
@@ -248,7 +248,7 @@ class Writing(Connected):
         Parameters
         ----------
         value : bytes-like
-            What to store: anything with the buffer protocol, of any shape; all its bytes.
+            What to store: all bytes of anything with the buffer protocol, of any shape.
         object_id : ObjectID, optional
             A name that no object has; a random one if not given.
         metadata : bytes or bytearray, optional
@@ -271,7 +271,7 @@ class Writing(Connected):
         PlasmaObjectExists, PlasmaStoreFull
             As `create`.
         TypeError
-            `value` has no bytes, or `metadata` is something else than bytes.
+            `value` has no bytes, or `metadata` is something other than bytes.
         """
         if type(metadata) is not bytes:
             _checked_metadata(metadata)
@@ -306,7 +306,7 @@ class Writing(Connected):
         memcopy_threads : int, optional
             Upper limit on the threads that copy large parts; there are never more than processors.
         serialization_context : SerializationContext, optional
-            Serializers for types of one's own; the process's default context if not given.
+            Serializers for your own types; the process's default context if not given.
         timeout_ms : float or None, optional
             How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
             without limit.
@@ -327,8 +327,8 @@ class Writing(Connected):
 
         Notes
         -----
-        A value of up to 256 KiB, or of up to 16 MiB if its client puts many such, takes a record and no waiting, anything
-        else a round trip.  Each byte of a large part is copied once.
+        A value of up to 256 KiB, or of up to 16 MiB if its client puts many such values, takes a record and no waiting;
+        any other takes a round trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, checked_context(serialization_context))
         return self._put(payload, object_id, b"", memcopy_threads, timeout_ms=timeout_ms, keep=keep)
@@ -388,7 +388,7 @@ class Writing(Connected):
 
         Notes
         -----
-        One round trip.  Seldom needed: whoever asks the store finds what was put before.
+        One round trip.  Seldom needed: whoever asks the store finds all that was put before.
         """
         self._live().call(Flush(), Done)
 
