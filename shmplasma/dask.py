@@ -57,14 +57,15 @@ _sharings: Final[dict[str, Sharing]] = {}
 
 
 class StoreMapping(MutableMapping[Any, Any]):
-    """What a worker keeps, the large part of it in a store.
+    """What a worker keeps: the large values in a store, the others as before.
 
     Parameters
     ----------
     socket : str, optional
         Path of the store's socket; where `shmplasma-store` serves by default if not given.
     inner : mutable mapping, optional
-        Keeps what is small or finds no room in the store; a dict if not given.  Dask's `SpillBuffer` spills it.
+        Keeps values that are small or find no room in the store; a dict if not given.  Dask's `SpillBuffer` spills
+        them.
     min_bytes : int, optional
         Smaller arrays are not put into the store.
 
@@ -75,7 +76,8 @@ class StoreMapping(MutableMapping[Any, Any]):
 
     Notes
     -----
-    Not thread-safe, as Dask's own: a worker uses it in its event loop.  Arrays in what it returns are read-only.
+    Not thread-safe, nor is Dask's own: a worker uses it in its event loop.  Arrays in the values that it returns are
+    read-only.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class StoreMapping(MutableMapping[Any, Any]):
 
     @property
     def fast(self) -> Any:
-        """What there is to evict, for Dask's memory monitor: empty when there is nothing."""
+        """What can be evicted, for Dask's memory monitor; empty if there is nothing."""
         return self._resident or self._inner_fast
 
     @property
@@ -172,13 +174,15 @@ class StorePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed has no typ
     Parameters
     ----------
     socket : str, optional
-        Path of the store's socket, on each host that of its own store; where `shmplasma-store` serves by default if not given.
+        Path of the store's socket, the same on each host for the host's own store; where `shmplasma-store` serves by
+        default if not given.
     min_bytes : int, optional
         Smaller arrays go the usual way.
 
     Notes
     -----
-    ``client.register_plugin(StorePlugin(path))``.  Where no store answers at that path, it cannot be set up.
+    ``client.register_plugin(StorePlugin(path))``.  On a host where no store answers at that path, the plugin cannot be
+    set up.
     """
 
     name = _FAMILY
@@ -201,7 +205,7 @@ class StorePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed has no typ
         worker.handlers["get_data"] = _offering_references(worker, identity)
 
     def teardown(self, worker: Worker) -> None:
-        """Exchange bytes again; what is in the store stays there as long as the worker keeps it."""
+        """Exchange bytes again; results that are in the store stay there as long as the worker keeps them."""
         arguments = worker.rpc.connection_args
         overrides = arguments.get("handshake_overrides") or {}
         arguments["handshake_overrides"] = {
