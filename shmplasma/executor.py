@@ -60,9 +60,9 @@ class StoreExecutor(Executor):
     max_workers : int, optional
         How many workers; one for each processor if not given.
     memory : int or str
-        Capacity of its store, as for `Store`: room for the arguments and results that exist at a time.
+        Capacity of its store, as for `Store`: room for the arguments and results that exist at the same time.
     min_bytes : int, optional
-        Smaller arrays pass as ever.
+        Smaller arrays are pickled as usual.
     progress : bool or callable, optional
         True draws a bar on standard error; a callable is called as ``progress(done, submitted)`` whenever a task is
         done, in a thread of the executor.
@@ -72,13 +72,12 @@ class StoreExecutor(Executor):
     store : Store
         Its store.
     client : PlasmaClient
-        A client of it: ``client.put_ref(array).get()`` is an array of which any part passes without a copy.
+        A client of that store: any part of the array ``client.put_ref(array).get()`` passes without a copy.
 
     Notes
     -----
     Thread-safe.  A context manager; leaving it waits for the tasks, and ends workers and store.  Results are read-only
-    views that stay valid after that.
-    An array that is given to many tasks is stored once (see `shmplasma.sharing`).
+    views that stay valid after that.  An array that is given to many tasks is stored once (see `shmplasma.sharing`).
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class StoreExecutor(Executor):
         Returns
         -------
         Future
-            Of its result.
+            The future of its result.
 
         Raises
         ------
@@ -147,9 +146,9 @@ class StoreExecutor(Executor):
         Parameters
         ----------
         wait : bool, optional
-            Wait for the tasks; without that they are killed.
+            Whether to wait for the tasks; else they are killed.
         cancel_futures : bool, optional
-            Kill the tasks that are not done.
+            Whether to kill the tasks that are not done.
         """
         self._workers.shutdown(wait=True, kill_workers=cancel_futures or not wait)
         if self._bar is not None:
