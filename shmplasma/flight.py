@@ -4,8 +4,8 @@
 
 Forms
 -----
-*Encoded*: any object, byte by byte.  One column ``data`` of binaries, whose values in a row are the object's data;
-the schema's metadata has what else there is:
+*Encoded*: any object, byte by byte.  One column ``data`` of binaries, whose values in a row are the object's data; the
+schema's metadata has the rest:
 
     ============================  ==========================================================
     ``shmplasma.codec``           how the data is to be read (`shmplasma.codecs.Codec`), decimal
@@ -13,15 +13,15 @@ the schema's metadata has what else there is:
     ``shmplasma.data_size``       bytes of data, decimal; may be missing from what is put
     ============================  ==========================================================
 
-*Arrow*: a table, record batch or array as itself, for clients that know nothing of all this.
+*Arrow*: a table, record batch or array as such, for clients that know nothing of all this.
 
-Both are sent in pieces of `PIECE_BYTES`, out of the segment; what is encoded is copied once, into the segment of who
-receives it.
+Both are sent in pieces of `PIECE_BYTES`, out of the segment; the encoded form is copied once, into the receiver's
+segment.
 
 Names
 -----
 A ticket, the command of a descriptor, or the only part of its path: an id as 20 bytes or as 40 hexadecimal digits.  It
-stands for the Arrow form where there is one; after ``encoded:`` it stands for the other.
+stands for the Arrow form where there is one; after ``encoded:`` it stands for the encoded form.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Name(NamedTuple):
     object_id : ObjectID
         The object.
     is_encoded : bool
-        Whether the encoded form is meant, also where there is another.
+        Whether the encoded form is meant, even where there is another.
 
     Examples
     --------
@@ -137,7 +137,7 @@ class Head(NamedTuple):
     metadata : bytes
         The object's metadata.
     data_size : int or None
-        Bytes of data, None if the stream does not know beforehand.
+        Bytes of data; None if this is not known beforehand.
     """
 
     codec: int
@@ -198,12 +198,12 @@ def receive(
     head: Head,
     reader: Iterable[flight.FlightStreamChunk],
 ) -> pa.Buffer:
-    """Store an object that comes in the encoded form, and return its data, which keeps it.
+    """Store an object that comes in the encoded form, and return its data, which keeps the object.
 
     Parameters
     ----------
     client : PlasmaClient
-        Of the store that is to have it.
+        A client of the store that is to have it.
     object_id : ObjectID
         Its name there.
     head : Head
@@ -216,7 +216,7 @@ def receive(
     PlasmaObjectExists, PlasmaStoreFull
         Before anything is read, if the size is known.
     ValueError
-        The stream has not the bytes that were announced; nothing stays in the store.
+        The stream does not have the bytes that were announced; nothing stays in the store.
     """
     chunks = _chunks(reader)
     size = head.data_size
@@ -297,7 +297,7 @@ def connect(
     token : str, optional
         What `shmplasma-flight` was started with.
     tls_root_certs : str, optional
-        Certificates (PEM) that the server's is to be signed with; those of the system if not given.
+        Certificates (PEM), one of which must have signed the server's; those of the system if not given.
     """
     middleware: list[flight.ClientMiddlewareFactory] = []
     if token is not None:
@@ -311,16 +311,16 @@ def fetch(
     object_ids: ObjectID | Iterable[ObjectID],
     timeout_ms: float | None = -1,
 ) -> Any:
-    """Bring objects of another host's store to the local one, those that are not there yet.
+    """Bring objects from another host's store to the local one, unless they are there already.
 
     Parameters
     ----------
     client : PlasmaClient
-        Of the local store.
+        A client of the local store.
     remote : FlightClient or str
         The other host's `shmplasma-flight`, by `connect`; or its location, if it needs no token.
     object_ids : iterable of ObjectID, or one ObjectID
-        Which; they have the same names here.
+        Which objects; they have the same ids here.
     timeout_ms : float, optional
         How long each object may take, in milliseconds; None and -1 are without limit.
 
@@ -333,7 +333,7 @@ def fetch(
     Raises
     ------
     PlasmaObjectNotFound
-        There is none of this id on the other host, or it is not sealed.  Others may have been fetched.
+        There is no object with this id on the other host, or it is not sealed.  Other objects may have been fetched.
     PlasmaStoreFull
         The local store has no room.
     pyarrow.flight.FlightError
@@ -341,9 +341,9 @@ def fetch(
 
     Notes
     -----
-    Who of a host asks first for an object transfers it, by all its processes; the others wait for that.  If it gives up or dies, one
-    of them takes over.  What was fetched is read by the local store's clients as if it had been put here: fetch only
-    from hosts whose pickles you would load.
+    Of all processes of a host, the first that asks for an object transfers it; the others wait for that.  If it gives
+    up or dies, one of them takes over.  What was fetched is read by the local store's clients as if it had been put
+    here: fetch only from hosts whose pickles you would load.
     """
     single = isinstance(object_ids, ObjectID)
     ids = [object_ids] if isinstance(object_ids, ObjectID) else list(object_ids)
@@ -410,7 +410,7 @@ def send(
     PlasmaObjectNotFound
         There is no such sealed object here.
     PlasmaObjectExists, PlasmaStoreFull
-        As on the other host.
+        The other host's store raised it.
     pyarrow.flight.FlightError
         The other host does not answer, or refuses; nothing stays of what came half.
     """
