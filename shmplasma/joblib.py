@@ -1,4 +1,4 @@
-"""joblib: a backend that passes large arrays by a store.
+"""joblib: a backend that passes large arrays through a store.
 
 Importing this module registers it::
 
@@ -70,7 +70,7 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
     Parameters
     ----------
     socket : str, optional
-        Path of the socket of a store that is to be used; one is started if not given.
+        Path of the socket of the store to use; a store is started if not given.
     memory : int or str, optional
         Capacity of the store that is started, in bytes or as "4GB"; 30 % of the free shared memory if not given.  Only the
         first call starts one.
@@ -79,9 +79,9 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
 
     Notes
     -----
-    Of what `joblib.Parallel` is told about memmapping, this applies: ``max_nbytes``, from which size on arrays and Arrow data
-    pass by the store (None: none do); and ``mmap_mode``, which is "r", as workers get read-only arrays, or None, which is
-    the same as ``max_nbytes=None``.  There is no temporary folder.
+    Of the arguments of `joblib.Parallel` about memmapping, these apply: ``max_nbytes``, the size from which on arrays
+    and Arrow data pass through the store (None: none do); and ``mmap_mode``, which is "r", as workers get read-only
+    arrays, or None, which is the same as ``max_nbytes=None``.  There is no temporary folder.
     """
 
     supports_retrieve_callback = True
@@ -252,7 +252,7 @@ def _store_path(socket: str | None, memory: int | str | None) -> str:
 
 
 def shutdown() -> None:
-    """End the workers and the store that were kept for the next call; it starts them anew."""
+    """End the workers and the store that were kept for the next call, which starts new ones."""
     global _store  # noqa: PLW0603  # one a process
     while _pools:
         _pools.pop().end(kill=False)
