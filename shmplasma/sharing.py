@@ -304,20 +304,20 @@ _active: list[Sharing] = []
 
 
 def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> AbstractContextManager[None]:
-    """Let large arrays and Arrow data pass between processes by a store.
+    """Let large arrays and Arrow data pass between processes through a store.
 
     Parameters
     ----------
     client : PlasmaClient
         Of the store.
     min_bytes : int, optional
-        Smaller values pass as ever, by themselves.
+        Values that are smaller by themselves are pickled as usual.
 
     Returns
     -------
     context manager
-        Within it, all that `multiprocessing` and `concurrent.futures` pickle in this process passes so, and in the
-        children that are started within it all that they send, for as long as they live.
+        Within it, this holds for all that `multiprocessing` and `concurrent.futures` pickle in this process; and for
+        all that children that are started within it send, for as long as they live.
 
     Raises
     ------
@@ -340,7 +340,7 @@ def _shared_by(client: PlasmaClient, min_bytes: int) -> Sharing:
 def get_context(
     method: str | None, client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES
 ) -> BaseContext:
-    """Return a context of `multiprocessing` whose processes share by a store.
+    """Return a context of `multiprocessing` whose processes share through a store.
 
     Parameters
     ----------
@@ -352,8 +352,8 @@ def get_context(
     Returns
     -------
     multiprocessing.context.BaseContext
-        Of its own.  `share` is in force in this process while it lives: `multiprocessing` has one table of reducers for
-        all contexts.
+        A new context.  `share` is in force in this process while it lives: `multiprocessing` has one table of reducers
+        for all contexts.
 
     Raises
     ------
