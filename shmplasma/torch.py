@@ -1,7 +1,7 @@
 """PyTorch: tensors in a store, and data sets whose samples live there.
 
 Importing this module teaches the process's default serialization context to store tensors; `register` teaches another
-one.  Who reads tensors has to import it as well.
+one.  Processes that read tensors have to import it as well.
 
 A tensor on the CPU is stored as its elements, and comes back over the memory of the store.  PyTorch has no read-only
 tensors: it would warn of such memory once, whoever the first to get a tensor was, and then treat it as any other.  So a
@@ -56,13 +56,13 @@ def register(context: SerializationContext) -> None:
     Parameters
     ----------
     context : SerializationContext
-        What `PlasmaClient.put` and `PlasmaClient.get` are to be given.
+        The context that `PlasmaClient.put` and `PlasmaClient.get` are given.
 
     Notes
     -----
-    Strided tensors on the CPU are stored without a detour, and read without a copy; of a tensor that is part of a graph, only the
-    elements and whether it requires a gradient.  All others (sparse, quantized, on a device, subclasses) are pickled in
-    PyTorch's own way.
+    Strided tensors on the CPU are stored directly, and read without a copy; of a tensor that is part of a graph, only
+    its elements are stored, and whether it requires a gradient.  All others (sparse, quantized, on a device,
+    subclasses) are pickled in PyTorch's own way.
     """
     context.register_type(
         torch.Tensor,
@@ -358,27 +358,28 @@ class StoreDataset(Dataset):  # type: ignore[misc]  # a class of PyTorch, which 
     Parameters
     ----------
     client : PlasmaClient
-        Of the store; needed only now.
+        A client of the store; needed only now.
     samples : iterable
-        What to store: a map-style data set, or anything to iterate over, which is done once.  A sample may be any value
-        that can be put.
+        What to store: a map-style data set, or anything that can be iterated over, which is done once.  A sample may be
+        any value that can be put.
     block_bytes : int, optional
         Size from which on a block is complete; building takes about three times as much memory.
 
     Raises
     ------
     PlasmaStoreFull
-        There is no room; nothing of the data set stays.
+        There is no room; no part of the data set stays in the store.
     SerializationError
         A sample cannot be serialized.
 
     Notes
     -----
-    Pickling it, for a worker that is spawned, pickles references.  A process needs one connection for it, however many samples
-    and data sets there are.  The samples stay in the store until the last process has let go of the data set.
+    Pickling a data set, for a worker that is spawned, pickles references.  A process needs only one connection, however
+    many samples and data sets there are.  The samples stay in the store until the last process has let go of the data
+    set.
 
-    A sample is a new copy each time, made of one or a few pieces of memory.  A `DataLoader` that makes batches gets those of a
-    batch at once.
+    A sample is a new copy each time, in one or a few pieces of memory.  A `DataLoader` that makes batches gets all
+    samples of a batch at once.
 
     Examples
     --------
