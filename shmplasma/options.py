@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="memory",
         metavar="BYTES",
         type=_size,
-        help="capacity, also as 4GB or 512MiB (default: 30%% of what can be had)",
+        help="capacity, also as 4GB or 512MiB (default: 30%% of what is available)",
     )
     add(
         "-s",
@@ -100,26 +100,26 @@ def _parser() -> argparse.ArgumentParser:
         "--trim-floor",
         type=_size_or_0,
         metavar="BYTES",
-        help="memory that is not used and stays committed (default: 64MiB; with --prefault: all)",
+        help="how much unused memory stays committed (default: 64MiB; with --prefault: all)",
     )
     add(
         "-e",
         dest="external_store",
         metavar="URI",
-        help="where objects go that no longer fit, and come back from when they are asked for: "
+        help="where objects that no longer fit go, and from where they come back when they are asked for: "
         "file:///directory, s3://bucket/prefix, memory://",
     )
     add(
         "--max-spill-bytes",
         type=_size,
         metavar="BYTES",
-        help="how much may be there (default: no limit)",
+        help="how much the external store may hold (default: no limit)",
     )
     add(
         "--spill-above",
         type=_share,
         metavar="SHARE",
-        help="the share of the capacity from which on objects are written ahead of need "
+        help="the share of the capacity above which objects are written ahead of need "
         f"(default: {_SPILL_ABOVE})",
     )
     add(
@@ -134,12 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         "--client-limit",
         metavar="BYTES",
         type=_size_or_0,
-        help="what a client may hold or have unsealed that sets no limit of its own (default: 0, no limit)",
+        help="how much a client may hold or have unsealed, if it sets no limit itself (default: 0, no limit)",
     )
     add(
         "--fresh",
         action="store_true",
-        help="start empty, also where a store that has died has left objects",
+        help="start empty, even where a store that has died has left objects",
     )
     add(
         "--replace",
