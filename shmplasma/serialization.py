@@ -77,26 +77,25 @@ class SerializationContext:
 
     Notes
     -----
-    A context is not stored with an object: writer and reader each register the type.  Registrations are
-    to be made before other threads use the context.
+    A context is not stored with an object: writer and reader each register the type.  Make all registrations before
+    other threads use the context.
 
     Examples
     --------
-    >>> import pyarrow as pa
+    >>> import shmplasma as plasma
     >>> class Point:
     ...     def __init__(self, x, y):
     ...         self.x, self.y = x, y
-    >>> context = SerializationContext()
+    >>> context = plasma.SerializationContext()
     >>> context.register_type(
     ...     Point,
     ...     "Point",
     ...     custom_serializer=lambda point: (point.x, point.y),
     ...     custom_deserializer=lambda form: Point(*form),
     ... )
-    >>> payload = serialize([Point(1, 2)], context)
-    >>> target = np.empty(payload.size_bytes, np.uint8)
-    >>> payload.write(target)
-    >>> [point] = deserialize(pa.py_buffer(target), payload.codec, context)
+    >>> with plasma.Store(memory="1MB") as store, store.connect() as client:
+    ...     object_id = client.put([Point(1, 2)], serialization_context=context)
+    ...     [point] = client.get(object_id, serialization_context=context)
     >>> point.y
     2
     """
@@ -117,21 +116,21 @@ class SerializationContext:
     ) -> None:
         """Say how values of a type are stored, at any depth of the values that are put.
 
-        A value is stored by the registration of its own type, or else of the first base in its method
-        resolution order that has one.  Registering a type again replaces what was said before.
+        A value is stored by the registration of its own type, or else by that of the first base in its method
+        resolution order that has one.  Registering a type again replaces the former registration.
 
         Parameters
         ----------
         type_ : type
-            The type.  Numbers, `str`, `bytes`, functions and the built-in containers themselves cannot be
-            registered, unless to be pickled, as they are; subclasses of them can.
+            The type.  Numbers, `str`, `bytes`, functions and the built-in containers themselves cannot be registered,
+            unless to be pickled, as they are; subclasses of them can.
         type_id : hashable, picklable
             Its name in the store, the same at the writer and the reader.
         pickle : bool
-            Pickle values of this type, whatever is registered for its bases.
+            Whether to pickle values of this type, whatever is registered for its bases.
         custom_serializer : callable, optional
-            Takes a value and returns the form to store: anything that can itself be stored.  Arrays in
-            it come back without a copy.  Without one the type is pickled.
+            Takes a value and returns the form to store: anything that can itself be stored.  Arrays in it come back
+            without a copy.  If there is no serializer, the type is pickled.
         custom_deserializer : callable, optional
             Takes that form and returns the value.  Only readers need it.
 
@@ -200,8 +199,8 @@ def register_serializer(
 ) -> None:
     """Register how values of a class are stored, in the default context of this process.
 
-    The class is known to readers by its module and name, where the main module is just ``main``: it is
-    ``__main__`` in a program and ``__mp_main__`` in the workers that it spawns.
+    Readers know the class by its module and name.  The main module counts as ``main``, as it is ``__main__`` in a
+    program and ``__mp_main__`` in the workers that the program spawns.
 
     Parameters
     ----------
