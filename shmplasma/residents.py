@@ -6,6 +6,7 @@ Invariants
 ----------
 * Each sealed object in memory is either in the eviction queue or kept, as its KEEP word says.
 * What is protected is one or the other, and stays while it is; what is busy is read by the store itself.
+* The bytes of what is evictable, kept and protected are counted as it comes and goes: nothing is summed over objects whenever room is looked for.
 
 What has a copy in an external store is not lost when it goes; then what has none may not go at all, and what is kept may.
 """
@@ -90,6 +91,7 @@ class Residents:
         self._kept_bytes = 0
         self._kept: set[int] = set()
         self._protected: set[int] = set()
+        self._protected_bytes = 0
         self.busy: set[int] = set()
         self.external: External | None = None
 
@@ -115,7 +117,8 @@ class Residents:
 
     def forget(self, entry: int, extent_bytes: int) -> None:
         """Undo `sealed`."""
-        self._protected.discard(entry)
+        if entry in self._protected:
+            self.protect(entry, False)
         if entry in self._kept:
             self._kept.remove(entry)
             self._kept_bytes -= self._table.size(entry)
@@ -127,11 +130,11 @@ class Residents:
         """Say of a sealed object whether it is never to be evicted; one that may be is taken for new."""
         if keep != (entry in self._kept):
             is_protected = entry in self._protected
-            self.forget(entry, self._extent_bytes(entry))
+            self.forget(entry, self.extent_bytes(entry))
             self._table.set_keep(entry, keep)
             self.sealed(entry)
             if is_protected:
-                self._protected.add(entry)
+                self.protect(entry, True)
 
     @property
     def kept(self) -> AbstractSet[int]:
@@ -149,13 +152,18 @@ class Residents:
         Where there is an external store nothing has to be said: there it is not lost.  Nor of what an earlier store has
         spilled, which is not in memory.
         """
-        if self.external is not None:
+        if self.external is not None or protect == (entry in self._protected):
+            return
+        is_cached = entry in self._queue
+        if not (is_cached or entry in self._kept):
             return
         if protect:
-            if entry in self._queue or entry in self._kept:
-                self._protected.add(entry)
+            self._protected.add(entry)
         else:
-            self._protected.discard(entry)
+            self._protected.remove(entry)
+        if is_cached:
+            size = self.extent_bytes(entry)
+            self._protected_bytes += size if protect else -size
 
     @property
     def protected(self) -> AbstractSet[int]:
@@ -179,8 +187,10 @@ class Residents:
         return self._queue.sweep()
 
     def victims(self) -> Iterator[int]:
-        """Yield the objects that may go, in the order in which they should; some may be pinned, protected or busy."""
-        return self._queue.sweep() if self.external is None else self.external.victims()
+        """Yield the objects that may go, in the order in which they should; some may be pinned or busy."""
+        if self.external is not None:
+            return self.external.victims()
+        return (entry for entry in self._queue.sweep() if entry not in self._protected)
 
     def may_go(self, entry: int) -> bool:
         """Tell whether an object may go, if nobody pins it."""
@@ -189,14 +199,17 @@ class Residents:
         return may_go and entry not in self._protected
 
     def evictable_bytes(self, pinned: AbstractSet[int]) -> int:
-        """Bytes of the extents of all that may go, but for what is pinned."""
-        held, external = pinned | self._protected, self.external
+        """Bytes of the extents of all that may go, but for what is pinned; O(pinned), however much is protected."""
+        external = self.external
         if external is not None:
             return external.clean_bytes - sum(
-                self._extent_bytes(entry) for entry in held if external.is_clean(entry)
+                self.extent_bytes(entry) for entry in pinned if external.is_clean(entry)
             )
-        return self._cached_bytes - sum(
-            self._extent_bytes(entry) for entry in held if entry in self._queue
+        held = pinned - self._protected
+        return (
+            self._cached_bytes
+            - self._protected_bytes
+            - sum(self.extent_bytes(entry) for entry in held if entry in self._queue)
         )
 
     def situation(self) -> object:
@@ -227,7 +240,7 @@ class Residents:
         candidates = chain(self._queue, self._kept) if dirty else iter(copies)
         goods = []
         for entry in islice(candidates, most):
-            size = self._extent_bytes(entry)
+            size = self.extent_bytes(entry)
             if not size or entry in held or table.state(entry) != EntryState.SEALED:
                 continue
             if entry in self.busy and not dirty:
@@ -240,7 +253,8 @@ class Residents:
             goods.append((table.location(entry)[0], size, entry, price))
         return goods
 
-    def _extent_bytes(self, entry: int) -> int:
+    def extent_bytes(self, entry: int) -> int:
+        """Return how many bytes an object takes up."""
         return (self._table.size(entry) + ALIGNMENT - 1) & -ALIGNMENT  # a call less
 
     # -- recovering ----------------------------------------------------------------------------
@@ -282,6 +296,8 @@ class Residents:
                 n_cached += 1
         queue.check()
         assert all(entry in queue or entry in self._kept for entry in self._protected)
+        protected_bytes = sum(self.extent_bytes(each) for each in self._protected if each in queue)
+        assert protected_bytes == self._protected_bytes, "the sum of protected bytes is wrong"
         assert n_cached == len(queue), "the queue holds what is not there"
         assert n_kept == len(self._kept), "something is kept that is not there"
         assert cached_bytes == self._cached_bytes, "the sum of evictable bytes is wrong"

@@ -347,7 +347,9 @@ class Room:
             size = (data_size + metadata_size + ALIGNMENT - 1) & -ALIGNMENT
             residents.forget(entry, size)
             if spill:
-                self._put_out(entry)
+                assert residents.external is not None, "nothing has a copy"
+                table.set_state(entry, EntryState.SPILLED)
+                residents.external.went(entry)
             else:
                 if residents.external is not None:
                     residents.external.forget(entry)
@@ -357,12 +359,6 @@ class Room:
             taken.append(entry)
         self._give_back_all(extents)
         return taken
-
-    def _put_out(self, entry: int) -> None:
-        """Leave the entry of a taken object that has a copy."""
-        assert self.residents.external is not None
-        self._table.set_state(entry, EntryState.SPILLED)
-        self.residents.external.went(entry)
 
     def _give_back_all(self, extents: list[tuple[int, int]]) -> None:
         """Free many extents; what was sealed in a row often lies in a row, and goes as one."""
@@ -393,7 +389,7 @@ class Room:
 
     def make_room(self, size_bytes: int, at_most: int | None = None) -> list[bytes]:
         """Evict objects whose extents make up so many bytes, if `at_most` do; return their ids."""
-        return self._evict(self._extent_bytes, size_bytes, at_most=at_most)[1]
+        return self._evict(self.residents.extent_bytes, size_bytes, at_most=at_most)[1]
 
     def _evict(
         self,
@@ -410,7 +406,7 @@ class Room:
         batch: dict[int, int] = {}
         batch_bytes = 0
         residents = self.residents
-        held = self._boards.pinned() | residents.protected | residents.busy | {self.mover.hidden}
+        held = self._boards.pinned() | residents.busy | {self.mover.hidden}
         spill = residents.external is not None
 
         def spare() -> dict[int, int]:
@@ -457,9 +453,6 @@ class Room:
             return []
         taken = self.take(entries, spill=self.residents.external is not None)
         return [self._table.object_id(entry) for entry in taken]
-
-    def _extent_bytes(self, entry: int) -> int:
-        return (self._table.size(entry) + ALIGNMENT - 1) & -ALIGNMENT  # a call less
 
     def pinned(self, entries: Sequence[int]) -> AbstractSet[int]:
         """Return those of these entries, and maybe others, that somebody pins or the store itself reads."""

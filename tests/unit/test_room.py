@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -217,6 +217,52 @@ def test_no_more_objects_go_than_lines_are_needed(size_bytes: int) -> None:
     assert storeroom.gone() == [0]
 
 
+class Untouched(set[int]):
+    """A set that is asked for single members alone."""
+
+    def __iter__(self) -> Iterator[int]:
+        pytest.fail("each member was looked at")
+
+    __or__ = __ror__ = lambda *_: pytest.fail("each member was looked at")  # type: ignore[assignment]
+
+
+def test_what_is_protected_is_not_looked_at_to_find_room() -> None:
+    """However many objects references own: the bytes of all of them are known, and those that go are asked for one by one."""
+    storeroom = Storeroom(1024)
+    entries, residents = storeroom.fill(64), storeroom.room.residents
+    for entry in entries[:8]:
+        residents.protect(entry, True)
+    storeroom.boards.pin(1, entries[7])
+    storeroom.boards.pin(2, entries[8])
+    residents._protected = Untouched(residents._protected)
+    assert storeroom.room.attainable_bytes == 7 * 64
+    assert storeroom.room.may_make(7 * 64)
+    assert not storeroom.room.may_make(8 * 64)
+    assert storeroom.room.make_room(7 * 64) == [name(number) for number in range(9, 16)]
+
+
+def test_the_bytes_of_what_is_protected_are_known() -> None:
+    """Whatever becomes of it: it is kept or cached, it is protected twice or no more, or goes."""
+    storeroom = Storeroom(1024)
+    first, second, third = (storeroom.put(size) for size in (64, 100, 200))
+    room, residents = storeroom.room, storeroom.room.residents
+    for entry in (first, first, second, third):
+        residents.protect(entry, True)
+        storeroom.check()
+    assert room.attainable_bytes == 1024 - 64 - 128 - 256
+    residents.keep(second, True)
+    storeroom.check()
+    residents.protect(second, False)
+    residents.protect(second, True)
+    residents.keep(second, False)
+    storeroom.check()
+    assert room.attainable_bytes == 1024 - 64 - 128 - 256
+    assert room.take([third]) == [third]
+    residents.protect(second, False)
+    storeroom.check()
+    assert room.attainable_bytes == 1024 - 64
+
+
 # -- taking ----------------------------------------------------------------------------------------
 
 
@@ -306,6 +352,7 @@ DAMAGES: dict[str, Callable[[Storeroom], object]] = {
     "the queue disagree": lambda s: s.table.set_state(0, EntryState.CREATED),
     "what is not there": lambda s: s.room.residents._queue.insert(9),
     "sum of evictable bytes": lambda s: setattr(s.room.residents, "_cached_bytes", 1),
+    "sum of protected bytes": lambda s: setattr(s.room.residents, "_protected_bytes", 1),
     "sum of kept bytes": lambda s: setattr(s.room.residents, "_kept_bytes", 1),
     "a gap or an overlap": lambda s: s.room.give_back(s.layout.data, 64),
 }
