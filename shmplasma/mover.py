@@ -9,7 +9,7 @@ Invariants
 * At most one object is hidden (MOVING) between two slices: one that slides onto itself.  Whoever wants it waits
   (`Mover.hidden`), or has the slide carried to its end at once (`Mover.reveal`).
 * A slice copies `SLICE_BYTES`, or less and does other work that takes as long.
-* What was found, or copied, in one slice is moved in a later one only if its state word says that it is the same object still.  One that begins before
+* What was found, or copied, in one slice is copied on, or moved, in a later one only if its state word says that it is the same object still.  One that begins before
   what is held leaves room there when it goes, and its entry; the next object may have both.
 
 Ways and means
@@ -310,7 +310,7 @@ class Mover:
         most -= sum(size for _, size, *_ in homeless)
         try:
             for each in objects:
-                offset, size, *_ = each
+                size = each[1]
                 if not self._is_there(each):
                     continue
                 target = self._allocator.allocate(size)
@@ -321,8 +321,7 @@ class Mover:
                         break
                     continue
                 batch.append((each, target))
-                for piece in self._moves.copy(offset, target, size):
-                    yield from self._spend(piece)
+                yield from self._copy(each, target)
                 if len(batch) == _BATCH:
                     pinned += self._switch(batch)
                 yield from self._spend(_OBJECT_COST)
@@ -365,8 +364,7 @@ class Mover:
         if gap == size:
             batch = [(each, target)]
             try:
-                for piece in self._moves.copy(offset, target, size):
-                    yield from self._spend(piece)
+                yield from self._copy(each, target)
                 self._switch(batch)
             finally:
                 self._give_up(batch)
@@ -379,6 +377,13 @@ class Mover:
                 yield from self._spend(piece)
         yield from self._spend(_OBJECT_COST)
         return self._is_there((target, size, word + (1 << GENERATION_SHIFT), entry))
+
+    def _copy(self, each: _Object, target: int) -> Iterator[None]:
+        """Copy an object as long as it is there: where it was there may be no memory any more when it has gone."""
+        offset, size, *_ = each
+        pieces = self._moves.copy(offset, target, size)
+        while self._is_there(each) and (piece := next(pieces, 0)):
+            yield from self._spend(piece)
 
     def _slide_down(self, each: _Object, target: int) -> Iterator[int]:
         """Carry a hidden object to its new place, and note that it has arrived."""

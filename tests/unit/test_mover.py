@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from shmplasma.layout import EntryState
@@ -369,4 +371,29 @@ def test_what_has_come_to_the_place_of_what_was_copied_is_not_taken_for_it(lines
     rooms.look(9, lines)
     rooms.look(1, 3)
     assert table.location(entry)[0] == rooms.layout.data
+    rooms.store.check()
+
+
+@pytest.mark.parametrize("n_copied", [1, 7, 39])
+def test_what_is_deleted_is_not_copied_on(n_copied: int) -> None:
+    """Not one piece more is read where there may be no memory any more; its new place is given back."""
+    rooms = Rooms(40, capacity=100 * LINE)
+    moves, start = rooms.store._parts.moves, rooms.layout.data // LINE
+    copied: list[int] = []
+    copy = moves.copy
+
+    def counted(source: int, target: int, size_bytes: int) -> Iterator[int]:
+        for piece in copy(source, target, size_bytes):
+            copied.append(piece)
+            yield piece
+
+    moves.copy = counted  # type: ignore[method-assign]
+    emptying = rooms.mover._empty((start, start + 40), 1 << 30)
+    while len(copied) < n_copied:
+        next(emptying)
+    rooms.delete(0)
+    for _ in emptying:
+        rooms.store.check()
+    assert copied == [LINE] * n_copied
+    assert rooms.store._room.free_bytes == 100 * LINE
     rooms.store.check()
