@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
-from shmplasma.layout import HeaderWord, Layout, mark_end, read_end
+from shmplasma.layout import HeaderWord, Layout, mark_end, recover_end
 
 __all__ = ["COMMIT_STEP", "FLOOR_BYTES", "Commitment", "Pages"]
 
@@ -299,7 +299,7 @@ class Commitment:
     def recover(self) -> None:
         """Take over the region of a store that has died: nothing is ready, and much may be backed."""
         limit = self._end - self._start
-        ever = read_end(self._words, HeaderWord.WATERMARK, limit)
+        ever = recover_end(self._words, HeaderWord.WATERMARK, limit)
         last = -(-ever // self._granule)
         self._ever = min(last * self._granule, limit)
         mark_end(self._words, HeaderWord.WATERMARK, self._ever)

@@ -69,6 +69,7 @@ __all__ = [
     "alignment_of",
     "mark_end",
     "read_end",
+    "recover_end",
 ]
 
 LAYOUT_VERSION: Final = 11
@@ -137,7 +138,7 @@ class HeaderWord(IntEnum):
     WAKE = 32
     """Not zero while somebody waits for a release: who clears a pin then wakes the store, once for each number."""
     ENTRIES_END = 33
-    """Above all entries that have memory; for a store that recovers the segment (see `mark_end`)."""
+    """Above all entries that have memory; for a store that recovers the segment (see `recover_end`)."""
     BOARDS_END = 34
     """Above all boards that are granted; clients and successors look no further."""
     WATERMARK = 35
@@ -243,9 +244,18 @@ def mark_end(words: memoryview, word: HeaderWord, end: int) -> None:
 
 
 def read_end(words: memoryview, word: HeaderWord, limit: int) -> int:
-    """Return how far a region was ever used: `limit` where damage, or a death in between, makes that unsure."""
+    """Return how far a region was ever used: `limit` where damage, or a store that is just writing it down, makes that unsure."""
     end = int(words[word])
     return end if words[word + _COMPLEMENT] == end ^ _ALL_ONES and end <= limit else limit
+
+
+def recover_end(words: memoryview, word: HeaderWord, limit: int) -> int:
+    """Return what a region was never used above, for the successor of a store that has died: no more than `limit`.
+
+    A death between the two words leaves the end of before in one of them, that of after in the other; where one is damaged, the other says how it was.
+    So the greater one is never less than how far the region was used.
+    """
+    return min(max(words[word], words[word + _COMPLEMENT] ^ _ALL_ONES), limit)
 
 
 ID_FIELD: Final = Struct("@20sI")

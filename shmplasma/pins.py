@@ -84,7 +84,7 @@ from shmplasma.layout import (
     HeaderWord,
     Layout,
     mark_end,
-    read_end,
+    recover_end,
 )
 from shmplasma.offset_pins import AT_OFFSET, OffsetPins, offset_of
 
@@ -261,7 +261,7 @@ class Boards:
         dict
             Its clients, dead ones too, by their first board, which is their number from now on.
         """
-        end = read_end(self._words, HeaderWord.BOARDS_END, self._layout.n_boards)
+        end = recover_end(self._words, HeaderWord.BOARDS_END, self._layout.n_boards)
         if end:
             self._commit(self._layout.boards, end * BOARD_BYTES)
             self._commit(self._layout.outboxes, end * OUTBOX_BYTES)

@@ -47,7 +47,7 @@ from shmplasma.layout import (
     HeaderWord,
     Layout,
     mark_end,
-    read_end,
+    recover_end,
 )
 from shmplasma.remains import DeadTable
 
@@ -460,7 +460,7 @@ class Table:
             Its memory cannot be had.
         """
         layout = self._layout
-        end = read_end(self._words, HeaderWord.ENTRIES_END, layout.n_entries)
+        end = recover_end(self._words, HeaderWord.ENTRIES_END, layout.n_entries)
         if end:
             self._commit_entries(0, end)
         mark_end(self._words, HeaderWord.ENTRIES_END, end)

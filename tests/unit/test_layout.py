@@ -33,6 +33,7 @@ from shmplasma.layout import (
     align_up,
     mark_end,
     read_end,
+    recover_end,
 )
 
 TOKEN = bytes(range(100, 116))
@@ -223,7 +224,8 @@ def test_garbage_is_a_layout_or_a_layout_error(
 @pytest.mark.parametrize("word", ENDS)
 def test_a_new_segment_was_used_nowhere(word: HeaderWord) -> None:
     """A header begins with ends that are known, and 0."""
-    assert read_end(header_of(Layout.plan(1, 4096)), word, 100) == 0
+    words = header_of(Layout.plan(1, 4096))
+    assert read_end(words, word, 100) == recover_end(words, word, 100) == 0
 
 
 @given(st.sampled_from(ENDS), st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1))
@@ -234,28 +236,30 @@ def test_an_end_is_what_was_marked_or_the_limit(word: HeaderWord, end: int, limi
     """An end comes back as it was; one above the limit is none."""
     words = header_of(Layout.plan(1, 4096))
     mark_end(words, word, end)
-    assert read_end(words, word, limit) == min(end, limit)
+    assert read_end(words, word, limit) == recover_end(words, word, limit) == min(end, limit)
     assert all(read_end(words, other, limit) == 0 for other in ENDS if other != word)
     assert Layout.read(words) == (Layout.plan(1, 4096), TOKEN)
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_a_death_between_the_words_of_an_end(before: int, after: int) -> None:
-    """With one of the two words written an end is unsure, hence the limit, unless nothing has changed."""
+    """With one of the two words written an end is unsure; a successor takes the greater one, as nothing was used above that."""
     words, whole = header_of(Layout.plan(1, 4096)), header_of(Layout.plan(1, 4096))
     mark_end(words, HeaderWord.BOARDS_END, before)
     mark_end(whole, HeaderWord.BOARDS_END, after)
     words[HeaderWord.BOARDS_END] = whole[HeaderWord.BOARDS_END]
     assert read_end(words, HeaderWord.BOARDS_END, 5000) == (after if after == before else 5000)
+    assert recover_end(words, HeaderWord.BOARDS_END, 5000) == max(before, after)
 
 
 @given(st.integers(0, 1000), st.integers(0, 63), st.booleans())
 def test_a_damaged_end_is_the_limit(end: int, bit: int, of_the_complement: bool) -> None:
-    """Any bit of an end that is flipped makes it unsure."""
+    """Any bit of an end that is flipped makes it unsure; no successor takes less for it than it was, nor more than there can be."""
     words = header_of(Layout.plan(1, 4096))
     mark_end(words, HeaderWord.ENTRIES_END, end)
     words[HeaderWord.ENTRIES_END + 16 * of_the_complement] ^= 1 << bit
     assert read_end(words, HeaderWord.ENTRIES_END, 5000) == 5000
+    assert recover_end(words, HeaderWord.ENTRIES_END, 5000) == min(max(end, end ^ 1 << bit), 5000)
 
 
 @pytest.mark.parametrize("path", [b"", b"/tmp/s", 107 * b"p"])

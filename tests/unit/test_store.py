@@ -2031,6 +2031,22 @@ def test_a_connection_is_the_client_that_it_claims_from_its_next_message_on(
     later.store.check()
 
 
+@pytest.mark.parametrize("word", [HeaderWord.ENTRIES_END, HeaderWord.BOARDS_END])
+def test_a_store_that_dies_while_it_grows_leaves_no_more_than_that(
+    talk: Conversation, word: HeaderWord
+) -> None:
+    """Its successor has memory behind what was used, and what was about to be, not behind all that could ever be."""
+    peer = talk.client()
+    peer.put(A)
+    talk.words[word] += 1  # and not its complement
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    assert flags(claim(later, 0)[0], A) == [1]
+    assert later.store._parts.table.end == talk.words[HeaderWord.ENTRIES_END] < 50
+    assert talk.words[HeaderWord.BOARDS_END] == 1
+    assert sum(size for _, size in later.memory.commits) < 100_000
+    later.store.check()
+
+
 def test_a_connection_that_claims_a_client_introduces_itself_once(talk: Conversation) -> None:
     """A second Hello costs it the connection, and the client is awaited still."""
     talk.client()
