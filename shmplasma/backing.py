@@ -4,14 +4,14 @@ Invariants
 ----------
 * What is said to be free is the least of all that limits it: the file system, the memory, the
   control group, the pool of huge pages.
-* An error about room names the remedy that fits the place.
+* An error about room names the limit that was met, and the remedy that fits it.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from typing import Final
+from typing import Final, NamedTuple
 
 from shmplasma import system
 from shmplasma.errors import AttachError, CommitError
@@ -19,9 +19,10 @@ from shmplasma.layout import MAX_SEGMENT_BYTES, OUTBOX_BYTES, Layout
 
 __all__ = [
     "SHM_DIRECTORY",
+    "Room",
     "check_room",
     "default_capacity",
-    "free_bytes",
+    "least_room",
     "remedy",
     "segment_page_bytes",
 ]
@@ -29,13 +30,33 @@ __all__ = [
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked how full it is
 """Where Linux keeps POSIX shared memory; elsewhere it has no directory."""
 
+_FILE_SYSTEM: Final = "the file system of the segment"
+_MEMORY: Final = "the memory of this machine, or of the control group of this process,"
+_HUGE_PAGES: Final = "the pool of huge pages"
+_SEGMENT: Final = "a segment"
+
 _DEFAULT_SHARE: Final = 0.3
 """Ray gives its Plasma store the same: the values that users compute need the greater part."""
 
 
+class Room(NamedTuple):
+    """What one of the limits of a segment leaves.
+
+    Attributes
+    ----------
+    free_bytes : int
+        How much it can still give.
+    limit : str
+        What it is.
+    """
+
+    free_bytes: int
+    limit: str
+
+
 def default_capacity(directory: str | None = None) -> int:
     """Return the capacity in bytes of a store whose operator names none: 30 % of what is free."""
-    return max(1, int(free_bytes(directory) * _DEFAULT_SHARE))
+    return max(1, int(least_room(directory).free_bytes * _DEFAULT_SHARE))
 
 
 def check_room(layout: Layout, directory: str | None) -> None:
@@ -65,9 +86,11 @@ def check_room(layout: Layout, directory: str | None) -> None:
         # Entries, visited, marks, a board and its outbox.
         needed += 4 * layout.page_bytes + OUTBOX_BYTES
     # Beyond what a pin by offset can name there is no room, whatever the file system has.
-    free = min(free_bytes(directory), MAX_SEGMENT_BYTES - layout.segment_bytes + needed)
+    largest = Room(MAX_SEGMENT_BYTES - layout.segment_bytes + needed, _SEGMENT)
+    room = min(least_room(directory), largest)
+    free = room.free_bytes
     if free < needed:
-        raise CommitError(needed, free, remedy(needed - free, directory))
+        raise CommitError(needed, free, remedy(needed - free, directory, room), room.limit)
 
 
 def segment_page_bytes(directory: str | None, *, huge_pages: bool) -> int:
@@ -87,24 +110,32 @@ def segment_page_bytes(directory: str | None, *, huge_pages: bool) -> int:
     return huge or mmap.PAGESIZE
 
 
-def free_bytes(directory: str | None) -> int:
-    """Return what the file system of a segment, and the memory behind it, can still give."""
+def least_room(directory: str | None) -> Room:
+    """Return what the file system of a segment, and the memory behind it, can still give: the least of it."""
     place = directory or SHM_DIRECTORY
     if directory is None and not os.path.isdir(place):
-        return system.available_memory()
+        return Room(system.available_memory(), _MEMORY)
     status = os.statvfs(place)
     # A file system without a limit of its own has no blocks at all.
-    limits = [status.f_bavail * status.f_frsize] if status.f_blocks else []
+    rooms = [Room(status.f_bavail * status.f_frsize, _FILE_SYSTEM)] if status.f_blocks else []
     kind = system.file_system(place)
     if kind == "hugetlbfs":
-        limits.append(system.huge_pages(status.f_bsize).available * status.f_bsize)
-    elif kind == "tmpfs" or not limits:
-        limits.append(system.available_memory())
-    return min(limits)
+        free = system.huge_pages(status.f_bsize).available * status.f_bsize
+        rooms.append(Room(free, _HUGE_PAGES))
+    elif kind == "tmpfs" or not rooms:
+        rooms.append(Room(system.available_memory(), _MEMORY))
+    return min(rooms)
 
 
-def remedy(missing_bytes: int, directory: str | None) -> str:
-    """Return what an operator can do about missing bytes."""
+def remedy(missing_bytes: int, directory: str | None, room: Room) -> str:
+    """Return what an operator can do about bytes that are missing where there is so much room."""
+    if room.limit == _SEGMENT:
+        return "start the store with a smaller -m"
+    if room.limit == _MEMORY:
+        return (
+            "free some, raise the limit of the control group (memory.max) if it is the lesser, or start the store with "
+            "a smaller -m, or with -d DIRECTORY on a disk"
+        )
     if directory is None:
         return (
             "start the store with a smaller -m, with -d DIRECTORY on a file system that has the "

@@ -51,26 +51,34 @@ class ExternalStoreError(ShmPlasmaError):
 
 
 class CommitError(ShmPlasmaError):
-    """The file system behind the segment cannot give the pages that are needed.
+    """What is behind the segment cannot give the pages that are needed.
 
     Attributes
     ----------
     needed_bytes : int
         Bytes that were asked for.
     free_bytes : int
-        Bytes which the file system reported free at that moment.
+        Bytes which were free at that moment, by the least of all limits.
     remedy : str
         What the operator can do about it.
+    limit : str
+        What has no more: the file system, the memory.
     """
 
-    def __init__(self, needed_bytes: int, free_bytes: int, remedy: str) -> None:
+    def __init__(
+        self,
+        needed_bytes: int,
+        free_bytes: int,
+        remedy: str,
+        limit: str = "the file system of the segment",
+    ) -> None:
         super().__init__(
-            f"the file system of the segment cannot give {needed_bytes} more bytes "
-            f"({free_bytes} are free); {remedy}"
+            f"{limit} cannot give {needed_bytes} more bytes ({free_bytes} are free); {remedy}"
         )
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
         self.remedy = remedy
+        self.limit = limit
 
 
 class Holder(NamedTuple):

@@ -55,7 +55,7 @@ def prefault(
                 said = now
                 _say(done, capacity, now - began, stream if is_live else None)
     except CommitError as error:
-        raise CommitError(capacity - done, error.free_bytes, error.remedy) from error
+        raise CommitError(capacity - done, error.free_bytes, error.remedy, error.limit) from error
     finally:
         if is_live and said > began:
             stream.write("\r\x1b[K")  # the line has had its time

@@ -21,7 +21,7 @@ from typing import Final, Self
 import posix_ipc
 
 from shmplasma import system
-from shmplasma.backing import check_room, free_bytes, remedy, segment_page_bytes
+from shmplasma.backing import check_room, least_room, remedy, segment_page_bytes
 from shmplasma.errors import AttachError, CommitError
 from shmplasma.layout import HEADER_BYTES, TOKEN_BYTES, Layout, align_up
 from shmplasma.segment_name import SegmentName, map_segment, open_segment, refusal
@@ -115,7 +115,8 @@ class Segment:
             check_room(layout, directory)
             self = cls(name, token, layout, open_segment(name, create=True), directory)
         except (OSError, posix_ipc.Error) as error:
-            raise refusal("create", name, error) from error
+            elsewhere = "" if directory is None else "; name another directory with -d"
+            raise refusal("create", name, error, elsewhere) from error
         try:
             if scratch:
                 # By a description of its own: the other one is passed to clients, and a lock with it.
@@ -210,7 +211,7 @@ class Segment:
         Raises
         ------
         CommitError
-            The file system has not enough room.
+            The file system, or the memory behind it, has not enough room.
         """
         assert 0 <= offset < offset + size <= self.layout.segment_bytes
         start = offset & -self.layout.page_bytes
@@ -218,11 +219,11 @@ class Segment:
         try:
             system.commit(self.fd, start, needed)
         except OSError as error:
-            free = free_bytes(self._directory)
-            advice = remedy(needed, self._directory)
+            room = least_room(self._directory)
+            advice = remedy(needed, self._directory, room)
             if error.errno not in _OUT_OF_ROOM:
                 advice = f"it says: {error.strerror}; see the kernel's log (dmesg)"
-            raise CommitError(needed, free, advice) from error
+            raise CommitError(needed, room.free_bytes, advice, room.limit) from error
 
     def punch(self, offset: int, size: int) -> bool:
         """Give the memory behind a range back to the system; what is stored there is lost.

@@ -134,8 +134,8 @@ def map_segment(fd: int, offset: int, size: int, *, writable: bool) -> mmap.mmap
     return mmap.mmap(fd, size, mmap.MAP_SHARED | system.MAP_NORESERVE, protection, offset=offset)
 
 
-def refusal(verb: str, name: SegmentName, error: Exception) -> AttachError:
-    """Return the error that says what could not be done with a segment, and why."""
+def refusal(verb: str, name: SegmentName, error: Exception, remedy: str = "") -> AttachError:
+    """Return the error that says what could not be done with a segment, why, and what helps if that is known."""
     if isinstance(error, AttachError):
         return error
-    return AttachError(f"cannot {verb} the segment {name.path}: {error}")
+    return AttachError(f"cannot {verb} the segment {name.path}: {error}{remedy}")

@@ -426,10 +426,10 @@ def test_too_small_a_file_system(path: str, small_tmpfs: str) -> None:
 
 @linux
 def test_more_than_there_is(path: str) -> None:
-    """A capacity beyond shared memory exits with 1 and names both remedies."""
+    """A capacity beyond shared memory exits with 1 and names the remedies."""
     done = run("-m", "1000TB", "-s", path)
     assert done.returncode == 1
-    assert "--shm-size" in done.stderr
+    assert "a smaller -m" in done.stderr
     assert "-d DIRECTORY" in done.stderr
     assert not os.listdir(Path(path).parent)
 

@@ -15,7 +15,7 @@ import pytest
 from shmplasma import layout as layouts
 from shmplasma import system
 from shmplasma.attachment import Attachment
-from shmplasma.backing import check_room, default_capacity
+from shmplasma.backing import Room, check_room, default_capacity
 from shmplasma.errors import AttachError, CommitError, LayoutError
 from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, MAX_SEGMENT_BYTES, Layout
 from shmplasma.segment import Segment
@@ -323,13 +323,42 @@ def test_no_capacity() -> None:
 def test_more_than_shared_memory_has() -> None:
     """A capacity that cannot be had is refused before anything is made, and the remedy is named."""
     before = {path.name for path in SHM.iterdir()}
-    with pytest.raises(CommitError, match="--shm-size") as caught:
+    with pytest.raises(CommitError, match=r"smaller -m, .*with -d DIRECTORY") as caught:
         Segment.create(1 << 60)
     assert caught.value.needed_bytes >= 1 << 60
     assert 0 < caught.value.free_bytes < 1 << 60
     with pytest.raises(CommitError):
         Segment.create(1 << 90)
     assert {path.name for path in SHM.iterdir()} <= before
+
+
+@needs_linux
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_short_is_named(
+    small_tmpfs: str, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the memory has less room than the file system, it is said to be short, and so the other way round."""
+    directory = small_tmpfs if inside else None
+    monkeypatch.setattr(system, "available_memory", lambda: 2 * MIB)
+    with pytest.raises(
+        CommitError, match=r"memory of this machine, .*memory\.max.* on a disk"
+    ) as caught:
+        Segment.create(6 * MIB, directory=directory)
+    assert caught.value.free_bytes == 2 * MIB
+    assert "make room" not in str(caught.value)
+    assert "--shm-size" not in str(caught.value)
+    monkeypatch.setattr(system, "available_memory", lambda: 1 << 61)
+    with pytest.raises(
+        CommitError, match=r"the file system of the segment .*(make room in|--shm-size)"
+    ):
+        Segment.create(1 << 60, directory=directory)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_a_directory_that_takes_no_files() -> None:
+    """The remedy is another directory."""
+    with pytest.raises(AttachError, match=r"No such file.*; name another directory with -d"):
+        Segment.create(MIB, directory="/proc")
 
 
 def test_a_small_file_system(small_tmpfs: str) -> None:
@@ -367,11 +396,11 @@ def test_a_file_system_that_fills_up(small_tmpfs: str) -> None:
 
 def test_a_segment_is_no_larger_than_pins_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much the file system has."""
-    monkeypatch.setattr("shmplasma.backing.free_bytes", lambda _: 1 << 60)
+    monkeypatch.setattr("shmplasma.backing.least_room", lambda _: Room(1 << 60, "all"))
     largest = Layout.plan(MAX_SEGMENT_BYTES - (1 << 40), mmap.PAGESIZE)
     assert largest.segment_bytes <= MAX_SEGMENT_BYTES
     check_room(largest, None)
-    with pytest.raises(CommitError, match="smaller -m"):
+    with pytest.raises(CommitError, match=r"a segment cannot give .* a smaller -m$"):
         check_room(Layout.plan(MAX_SEGMENT_BYTES, mmap.PAGESIZE), None)
 
 
