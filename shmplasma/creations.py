@@ -412,4 +412,4 @@ class Creations:
         """Prove that the queue is in order, and that who waits for memory still has an object to wait with."""
         self._queue.check()
         for entry, (client, _, _) in self._waiting.items():
-            assert self._objects.creator(entry) == client, f"entry {entry} waits for nobody's memory"
+            assert self._objects.creator(entry) == client, f"entry {entry} is nobody's"

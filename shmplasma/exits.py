@@ -48,7 +48,8 @@ class Exits:
             return
 
         def ended() -> None:
-            if self._watched.get(client) == exited:  # else an earlier event of this turn has forgotten it
+            # An earlier event of this turn may have forgotten it.
+            if self._watched.get(client) == exited:
                 self.forget(client)
                 self._gone(client)
 

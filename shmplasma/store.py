@@ -436,7 +436,8 @@ class ObjectStore:
             try:
                 n_posted += self._posts.heed(session, now_ns)
             except ProtocolError as error:
-                session.detached = True  # it does not come back, and keeps what it holds until it ends
+                # It does not come back, and keeps what it holds until it ends.
+                session.detached = True
                 dropped += f"; dropped client {session.client} (pid {session.pid}): {error}"
         for session in tuple(self._greeter.sessions.values()):
             if not is_alive(session.pid, session.start_time):

@@ -170,7 +170,9 @@ def test_who_has_posted_what_is_no_record_hears_so(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with killed("-m", "1MB", "-s", path):
         client = plasma.connect(path)
-    client._session._link._outbox.append(99, b"no record")
+    session = client._session
+    assert session is not None
+    session._link._outbox.append(99, b"no record")
     with running("-s", path) as (_, said):
         assert f"dropped client 0 (pid {os.getpid()}): " in said
         with pytest.raises(plasma.NotConnectedError, match="its log says why"):

@@ -348,7 +348,8 @@ def test_what_goes_while_it_is_kept(house: Household) -> None:
     house.deletions.delete([name(1)])
     entry = house.table.find(name(2))
     house.words[house.layout.marks // 8 + entry] = house.table.state_word(entry)
-    house.memory.at_barrier = lambda: house.release(slots[0])  # when it is found that the second one is deleted
+    # When it is found that the second one is deleted.
+    house.memory.at_barrier = lambda: house.release(slots[0])
     house.objects.keep(ALICE, [name(1), name(2), name(3)], keep=True)
     assert house.gone == [name(1)]
     assert house.objects.kept_bytes == 128

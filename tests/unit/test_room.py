@@ -223,7 +223,7 @@ class Untouched(set[int]):
     def __iter__(self) -> Iterator[int]:
         pytest.fail("each member was looked at")
 
-    __or__ = __ror__ = lambda *_: pytest.fail("each member was looked at")  # type: ignore[assignment]
+    __or__ = __ror__ = lambda *_: pytest.fail("each member was looked at")
 
 
 def test_what_is_protected_is_not_looked_at_to_find_room() -> None:
