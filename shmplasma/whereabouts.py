@@ -32,7 +32,7 @@ def check_place(segment: Segment, uri: str | None) -> None:
     segment : Segment
         What another store has left.
     uri : str or None
-        The external store that there is to be now.
+        The external store that there is to be now; none if it is empty, too.
 
     Raises
     ------
@@ -46,21 +46,21 @@ def check_place(segment: Segment, uri: str | None) -> None:
     count = _count_spilled(segment)
     if not count:
         return
-    if uri is not None:
+    if uri:
         from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
 
         if has_containers(uri, segment.token):  # somebody has moved them
             return
     raise EndpointError(
         f"the store that was here left {count} objects in an external store, and it is not "
-        f"{'named now' if uri is None else 'this one'}; start with its -e to have them back, or with --fresh to give all "
+        f"{'this one' if uri else 'named now'}; start with its -e to have them back, or with --fresh to give all "
         f"objects up (if you have moved it, its files are to be in shmplasma-{segment.token.hex()} at the new place)"
     )
 
 
 def _word(uri: str | None) -> int:
     """Return what stands for a place: its URI without user, password and options."""
-    if uri is None:
+    if not uri:
         return 0
     from urllib.parse import urlsplit  # noqa: PLC0415 - takes 4 ms, and most stores need none
 
