@@ -17,7 +17,7 @@ the store by way of it, and what is done to it in place is forgotten in the next
 
 from __future__ import annotations
 
-import pickle
+import copyreg
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
@@ -42,6 +42,8 @@ __all__ = ["StoreDataset", "register"]
 
 _Array: TypeAlias = npt.NDArray[Any]
 _Rows: TypeAlias = npt.NDArray[np.int64]
+_Layout: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
+"""Shape and strides, in elements."""
 
 _BLOCK_BYTES: Final = 64 << 20
 """A block is read by one `get` a process, and a shuffled batch takes a few calls for each block that it meets."""
@@ -60,9 +62,10 @@ def register(context: SerializationContext) -> None:
 
     Notes
     -----
-    Strided tensors on the CPU are stored directly, and read without a copy; of a tensor that is part of a graph, only
-    its elements are stored, and whether it requires a gradient.  All others (sparse, quantized, on a device,
-    subclasses) are pickled in PyTorch's own way.
+    Strided tensors on the CPU are stored directly, and read without a copy, with their attributes and strides; gaps
+    between elements are left out.  Of a tensor that is part of a graph, only its elements are stored, and whether it
+    requires a gradient.  All others (sparse, nested, quantized, on a device, subclasses) are pickled in PyTorch's own
+    way.
     """
     context.register_type(
         torch.Tensor,
@@ -78,28 +81,56 @@ def register(context: SerializationContext) -> None:
     )
 
 
+class _Own:
+    """Stands for a tensor in a form, and is pickled and read as PyTorch pickles that."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        reduce = copyreg.dispatch_table.get(type(self._tensor))
+        return reduce(self._tensor) if reduce else self._tensor.__reduce_ex__(protocol)
+
+
 def _tensor_form(tensor: torch.Tensor) -> object:
     if type(tensor) is not torch.Tensor or not _is_plain(tensor):
-        return pickle.dumps(tensor, 5)
-    return _elements(tensor.detach()), str(tensor.dtype), tensor.requires_grad
+        return _Own(tensor)
+    layout = _layout(tensor)
+    elements = _elements(tensor.detach(), layout)
+    return elements, layout, str(tensor.dtype), tensor.requires_grad, tensor.__dict__
 
 
 def _tensor_of(form: Any) -> torch.Tensor:
-    if isinstance(form, bytes):
-        return pickle.loads(form)
-    array, dtype, requires_grad = form
+    if not isinstance(form, tuple):
+        return form  # by way of `_Own`
+    array, layout, dtype, requires_grad, attributes = form
     tensor = _tensor(_as_if_writable(array), dtype)
-    return tensor.requires_grad_() if requires_grad else tensor
+    if layout is not None:
+        tensor = tensor.as_strided(*layout)
+    if requires_grad:
+        tensor.requires_grad_()
+    tensor.__dict__.update(attributes)
+    return tensor
 
 
 def _parameter_form(parameter: torch.nn.Parameter) -> object:
-    if type(parameter) is not torch.nn.Parameter:
-        return pickle.dumps(parameter, 5)
-    return parameter.data, parameter.requires_grad
+    cls = type(parameter)
+    # A class that inherits PyTorch's own way would come back as a Parameter.
+    if cls.__reduce_ex__ is not torch.nn.Parameter.__reduce_ex__ or cls in copyreg.dispatch_table:
+        return _Own(parameter)
+    return cls, parameter.data, parameter.requires_grad, parameter.__dict__
 
 
 def _parameter_of(form: Any) -> torch.nn.Parameter:
-    return pickle.loads(form) if isinstance(form, bytes) else torch.nn.Parameter(*form)
+    if not isinstance(form, tuple):
+        return form  # by way of `_Own`
+    cls, data, requires_grad, attributes = form
+    # What the constructor of Parameter calls, which those of subclasses need not do.
+    parameter = torch.Tensor._make_subclass(cls, data, requires_grad)  # noqa: SLF001
+    parameter.__dict__.update(attributes)
+    return parameter
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -107,12 +138,24 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
 
 
-def _elements(tensor: torch.Tensor) -> _Array:
-    """Return the elements without a copy; those of a dtype that NumPy lacks as integers."""
+def _layout(tensor: torch.Tensor) -> _Layout | None:
+    """Return shape and strides of a tensor without gaps; None if it has gaps, or its shape says it all."""
+    shape = tuple(tensor.shape)
+    if tensor.is_contiguous() and 1 not in shape:  # of which the stride may be any
+        return None
+    strides = tensor.stride()
+    order = sorted(range(len(shape)), key=strides.__getitem__, reverse=True)
+    return (shape, strides) if tensor.permute(order).is_contiguous() else None
+
+
+def _elements(tensor: torch.Tensor, layout: _Layout | None) -> _Array:
+    """Return the elements without a copy, as they lie in memory if there is a layout; as integers if NumPy lacks the dtype."""
+    if layout is not None:
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
     array: _Array = tensor.view(_carrier(tensor.dtype)).numpy()
     return array
 
@@ -127,7 +170,7 @@ def _tensor(array: _Array, dtype: str) -> torch.Tensor:
 def _carrier(dtype: torch.dtype) -> torch.dtype:
     """Return a dtype of NumPy's in whose place elements can be stored: itself, or integers of their size."""
     try:
-        torch.empty(0, dtype=dtype).numpy()
+        torch.empty(0, dtype=dtype, device="cpu").numpy()
     except TypeError:
         integers: torch.dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
         return integers
@@ -191,9 +234,9 @@ def _split(value: Any, leaves: list[Any]) -> _Form:
     """Return the form of a sample; append its leaves to `leaves`, tensors as arrays."""
     cls = type(value)
     if cls is torch.Tensor:
-        if not _is_plain(value) or value.requires_grad:
+        if not _is_plain(value) or value.requires_grad or value.__dict__:
             raise _Irregular
-        leaves.append(_elements(value))
+        leaves.append(_elements(value, None))
         return _Leaf("tensor", str(value.dtype), tuple(value.shape))
     if cls is np.ndarray:
         if value.dtype.hasobject or not value.ndim:

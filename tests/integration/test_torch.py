@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
-from shmplasma import PlasmaClient, PlasmaStoreFull, SerializationContext, Store
+from shmplasma import ObjectID, PlasmaClient, PlasmaStoreFull, SerializationContext, Store
 from tests.clients import figure
 from tests.processes import in_forked_child, run_python, until
 
@@ -159,6 +160,154 @@ def test_other_tensors_are_pickled(client: PlasmaClient) -> None:
     assert torch.equal(client.get(client.put(buffer)), buffer)
 
 
+def test_what_is_set_on_a_tensor_comes_with_it(client: PlasmaClient) -> None:
+    """On parameters and buffers as well, and without a copy of the elements."""
+    buffer = torch.nn.Buffer(torch.ones(5000), persistent=False)
+    for each in (torch.ones(5000), torch.nn.Parameter(torch.ones(5000)), buffer):
+        each.tag = {"of": np.arange(3)}
+        object_id = client.put(each)
+        got = client.get(object_id)
+        assert type(got) is type(each)
+        assert got.__dict__.keys() == each.__dict__.keys()
+        assert list(got.tag["of"]) == [0, 1, 2]
+        assert got.data_ptr() == client.get(object_id).data_ptr()
+    got = client.get(client.put(buffer))
+    assert isinstance(got, torch.nn.Buffer)
+    assert not got.persistent
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.rand(2, 3, 40, 40).to(memory_format=torch.channels_last),
+        torch.rand(2, 1, 40, 40).to(memory_format=torch.channels_last),
+        torch.rand(9, 3, 4, 5).to(torch.bfloat16).to(memory_format=torch.channels_last)[4:],
+        torch.rand(2, 3, 4, 5, 6).permute(3, 1, 0, 2, 4),
+        torch.rand(70, 40).T,
+        torch.rand(2, 2, 3).permute(2, 0, 1),
+        torch.empty(0, 1, 3),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)}-{tensor.stride()}",
+)
+def test_what_has_no_gaps_lies_as_it_lay(client: PlasmaClient, tensor: Any) -> None:
+    """In whatever order of dimensions, and without a copy of large ones."""
+    object_id = client.put(tensor)
+    got = client.get(object_id)
+    (nested,) = client.get(client.put([tensor]))
+    own = client.get(object_id, mode="copy")
+    for each in (got, nested, own):
+        assert each.stride() == tensor.stride()
+        assert torch.equal(each, tensor)
+    if tensor.nbytes >= 1024:
+        assert got.data_ptr() == client.get(object_id).data_ptr()
+    own += 1
+    assert torch.equal(client.get(object_id), tensor)
+
+
+def test_a_model_of_channels_last_can_be_trained_further(store: Store) -> None:
+    """Its parameters are leaves that lie as they lay, and those that were one are one."""
+    # In a program of its own: autograd starts threads, which a fork would harm.
+    run_python(
+        """
+        import sys, torch, shmplasma, shmplasma.torch
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), torch.nn.Conv2d(3, 3, 3))
+        model.to(memory_format=torch.channels_last)
+        model[1].weight = model[0].weight
+        with shmplasma.connect(sys.argv[1]) as client:
+            got = client.get(client.put(model), mode="copy")
+        assert got[0].weight is got[1].weight
+        assert got[0].weight.is_contiguous(memory_format=torch.channels_last)
+        got(torch.rand(1, 3, 8, 8)).sum().backward()
+        torch.optim.SGD(got.parameters(), lr=0.1).step()
+        assert not torch.equal(got[0].weight, model[0].weight)
+        """,
+        store.store_socket_name,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_come_back(client: PlasmaClient) -> None:
+    """They say that they are strided, and are not."""
+    parts = [torch.ones(3), torch.ones(5)]
+    got = client.get(client.put(torch.nested.nested_tensor(parts)))
+    assert got.is_nested
+    assert all(map(torch.equal, got.unbind(), parts))
+
+
+class Scale(torch.nn.Parameter):  # type: ignore[misc]  # a class of PyTorch, which is not always installed
+    """A subclass that is made of more than its elements."""
+
+    def __new__(cls, data: Any, unit: str) -> Self:
+        """Make one that requires no gradient."""
+        scale: Self = super().__new__(cls, data, requires_grad=False)
+        scale.unit = unit
+        return scale
+
+
+def test_a_subclass_of_parameter_comes_back(client: PlasmaClient) -> None:
+    """As what it was, where PyTorch's own pickle would make it a Parameter; as a leaf."""
+    for trained in (False, True):
+        scale = Scale(torch.ones(5000), "m").requires_grad_(trained)
+        got = client.get(client.put({"scale": scale}))["scale"]
+        assert type(got) is Scale
+        assert got.unit == "m"
+        assert got.is_leaf
+        assert got.requires_grad is trained
+        assert torch.equal(got, scale)
+
+
+def test_subclasses_that_cannot_be_imported_come_back(store: Store, client: PlasmaClient) -> None:
+    """Of a function, of the main program; with large attributes, which are not copied."""
+
+    class Local(torch.Tensor):  # type: ignore[misc]  # a class of PyTorch, which is not always installed
+        pass
+
+    local = torch.ones(3).as_subclass(Local)
+    local.table = np.arange(5000)
+    got = client.get(client.put(local))
+    assert type(got).__name__ == "Local"
+    assert torch.equal(got.as_subclass(torch.Tensor), torch.ones(3))
+    assert not got.table.flags.writeable
+    name = run_python(
+        """
+        import sys, torch, shmplasma, shmplasma.torch
+        class Mine(torch.Tensor):
+            def third(self): return self[2].item()
+        class Weight(torch.nn.Parameter):
+            def third(self): return self[2].item()
+        value = [torch.arange(90_000.0).as_subclass(Mine), Weight(torch.arange(9.0))]
+        with shmplasma.connect(sys.argv[1]) as client:
+            print(client.put(value).binary().hex(), end="")
+        """,
+        store.store_socket_name,
+    )
+    assert [each.third() for each in client.get(ObjectID(bytes.fromhex(name)))] == [2, 2]
+
+
+@pytest.mark.parametrize("cls", [Marked, Scale])
+def test_what_copyreg_says_of_a_class_counts(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch, cls: Any
+) -> None:
+    """As it does for pickle."""
+    monkeypatch.setitem(copyreg.dispatch_table, cls, lambda tensor: (str, (tensor.sum().item(),)))
+    assert client.get(client.put([torch.ones(4).as_subclass(cls)])) == ["4.0"]
+
+
+def test_the_default_device_is_of_no_account(store: Store) -> None:
+    """What is stored is what was put, wherever new tensors are to be made."""
+    run_python(
+        """
+        import sys, torch, shmplasma, shmplasma.torch
+        torch.set_default_device("meta")
+        with shmplasma.connect(sys.argv[1]) as client:
+            given = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu")
+            got = client.get(client.put(given))
+            assert got.device.type == "cpu" and got.tolist() == [1, 2]
+        """,
+        store.store_socket_name,
+    )
+
+
 def test_a_context_can_be_taught(client: PlasmaClient) -> None:
     """`register` does for any context what the import does for the default one."""
     context = SerializationContext()
@@ -175,6 +324,8 @@ def same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
+        if one.__dict__ != other.__dict__:
+            return False
         return one.dtype is other.dtype and torch.equal(one, other)
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and bool((one == other).all())
@@ -205,6 +356,7 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "strings": lambda number: np.array([str(number)]),
     "objects": lambda number: np.array([number, None]),
     "requires a gradient": lambda number: torch.ones(number + 1, requires_grad=True),
+    "buffers": lambda number: torch.nn.Buffer(torch.full((2,), number + 1)),
 }
 
 
