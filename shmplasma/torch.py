@@ -248,14 +248,15 @@ def _split(value: Any, leaves: list[Any]) -> _Form:
             raise _Irregular
         leaves.append(_SCALARS[cls](value))
         return _Leaf(cls.__name__, None, ())
-    if not value:  # of which no row would tell how many there are
+    # Of an empty one, no row would tell how many there are.
+    if cls not in (tuple, list, dict) or not value:
         raise _Irregular
-    if cls is tuple or cls is list:
+    if cls is not dict:
         return _Branch(cls.__name__, (), tuple(_split(item, leaves) for item in value))
-    if cls is dict:
-        forms = tuple(_split(item, leaves) for item in value.values())
-        return _Branch("dict", tuple(value), forms)
-    raise _Irregular
+    # Keys of other types may be equal and differ, as True does from 1.
+    if not {str, int}.issuperset(map(type, value)):
+        raise _Irregular
+    return _Branch("dict", tuple(value), tuple(_split(item, leaves) for item in value.values()))
 
 
 def _join(form: _Form, columns: Iterator[_Array]) -> Sequence[Any]:
@@ -376,7 +377,13 @@ def _stack(samples: list[Any]) -> _Stacked:
         form = own
         rows.append(leaves)
     assert form is not None
-    return _Stacked(form, [np.stack(column) for column in zip(*rows, strict=True)])
+    return _Stacked(form, list(map(_column, zip(*rows, strict=True))))
+
+
+def _column(leaves: Sequence[Any]) -> _Array:
+    """Return an array whose rows are arrays or scalars, of exactly their dtype: NumPy would choose native and packed ones."""
+    first = leaves[0]
+    return np.stack(leaves, out=np.empty((len(leaves), *first.shape), first.dtype))
 
 
 def _pack(samples: list[Any]) -> _Packed:

@@ -330,7 +330,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and bool((one == other).all())
     if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+        return same(list(one), list(other)) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
@@ -345,6 +345,7 @@ def regular(number: int) -> Any:
     }
 
 
+GAPS = np.dtype({"names": ["a", "b"], "formats": ["i1", "<i4"], "offsets": [0, 8], "itemsize": 32})
 SAMPLES: dict[str, Callable[[int], Any]] = {
     "of one form": regular,
     "texts": lambda number: ("x" * number, number),
@@ -356,7 +357,14 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "strings": lambda number: np.array([str(number)]),
     "objects": lambda number: np.array([number, None]),
     "requires a gradient": lambda number: torch.ones(number + 1, requires_grad=True),
-    "buffers": lambda number: torch.nn.Buffer(torch.full((2,), number + 1)),
+    "parameters": lambda number: torch.nn.Parameter(torch.full((2,), float(number))),
+    "buffers": lambda number: torch.nn.Buffer(torch.full((2,), number), persistent=number == 1),
+    "masked": lambda number: np.ma.array([number, 1], mask=[False, True]),
+    "big-endian": lambda number: (np.arange(number, number + 4, dtype=">i4"), number),
+    "dates": lambda number: np.array([number, 0], ">M8[s]"),
+    "fields with gaps": lambda number: np.array([(number % 100, number)], GAPS),
+    "keys that are equal": lambda number: {(1, True)[number % 2]: number},
+    "channels last": lambda number: torch.full((5, 4, 3), number).permute(2, 0, 1),
 }
 
 
