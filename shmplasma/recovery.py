@@ -27,6 +27,11 @@ FREE                otherwise   free: nobody was told that there is something
 An entry that goes is given up by the take protocol (EVICTING, membarrier, boards; `shmplasma.pins`), as a
 reader may just have found it.
 
+*What goes stays gone.*  A store that dies while it recovers leaves to its successor what it has done so far, and what somebody
+held: an entry that is EVICTING, which is an object if it is complete.  So the checksum of an entry that goes is taken away
+first (`Table.spoil`).  What is SPILLED has no extent, and another object may lie where it lay; no reader knows the state.  So it is FREE at
+once, and was never EVICTING.  What is kept for who holds it has no copy: the external store has none that only such an entry names.
+
 *Taken but not given away.*  A take frees the extents of a batch one by one, and hands out none of them before
 it has changed the state of each to FREE.  So whatever is still EVICTING lies where it lay.
 
@@ -164,12 +169,18 @@ def examine(
             findings.created.pop(entry, None)
     if going:
         findings.dropped = len(going)
+        for entry in going:
+            if remains.states[entry] == _SPILLED:
+                dead.renew(entry)
+        going = [entry for entry in going if remains.states[entry] != _SPILLED]
         pinned = _give_up(table, boards, barrier, going)
         for entry in going:
             offset, size = remains.offsets[entry], remains.extents[entry]
             is_held = entry in pinned and size and _is_plausible(limits, offset, size)
             if is_held and used.add(offset, offset + size):
                 findings.limbo.add(entry)
+                if entry in remains.containers:
+                    table.set_copy(entry, 0, 0)
             else:
                 dead.renew(entry)
     states, created = remains.states, findings.created
@@ -290,6 +301,7 @@ def _give_up(
 ) -> set[int]:
     """Hide the entries that go from readers, and return those that somebody pins."""
     for entry in going:
+        table.spoil(entry)
         table.set_state(entry, EntryState.EVICTING)
     barrier()
     return boards.pinned_among(going)

@@ -2031,6 +2031,28 @@ def test_a_connection_is_the_client_that_it_claims_from_its_next_message_on(
     later.store.check()
 
 
+def test_what_cannot_be_does_not_come_back(talk: Conversation) -> None:
+    """Of two objects under one id one goes; held, it lies where it lay, and the next store takes it for nothing more either."""
+    peer = talk.client()
+    peer.put(A)
+    peer.put(B)
+    peer.get(B)
+    table = talk.store._parts.table
+    entry = table.find(B)
+    start = talk.layout.entry(entry) + 8
+    talk.raw[start : start + len(A)] = A
+    table.seal(entry, 1)
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    other, _ = claim(later, 0)
+    assert later.store._objects.releases.limbo == {entry}
+    other.ask(Delete([A]), Done)
+    assert flags(other, A, B) == [0, 0]
+    last = Reopened(talk.layout, talk.words, talk.raw)
+    assert last.store._objects.releases.limbo == {entry}
+    assert flags(claim(last, 0)[0], A, B) == [0, 0]
+    last.store.check()
+
+
 @pytest.mark.parametrize("word", [HeaderWord.ENTRIES_END, HeaderWord.BOARDS_END])
 def test_a_store_that_dies_while_it_grows_leaves_no_more_than_that(
     talk: Conversation, word: HeaderWord
