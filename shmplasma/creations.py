@@ -1,7 +1,8 @@
 """Creations: objects whose writers are told where they lie once there is room, and memory behind it.  Pure.
 
-A creation that finds no room waits for it (`shmplasma.waiters`): if it may, until others let go of some; else only as long as
-the store makes some by itself, by evicting many objects, moving them, or writing them to the external store.  One that has room may still
+A creation that finds no room waits for it (`shmplasma.waiters`): if it may, until others let go of some; else *briefly*: only as long as
+the store makes some by itself, by evicting many objects, moving them, or writing them to the external store, or until leases are back that
+were recalled.  For one that waits briefly objects are moved only so often in vain (`shmplasma.attempts`).  One that has room may still
 wait for memory.  All of this goes in steps between requests, so that nobody waits for another one's gigabytes.
 
 An object that waits for memory is its creator's: it goes with its wait alone.  Who leaves, or is answered no more, waits for nothing
@@ -50,6 +51,8 @@ class Creator(Waiter):
     """Why there was no room when it was last tried, if that is another reason than that the store is full."""
     failures: int = field(default=0, kw_only=True)
     """How often a write to the external store had failed when it joined."""
+    met_pins: int = field(default=0, kw_only=True)
+    """How many compactions had been in vain because of pins when it joined."""
 
 
 class Creations:
@@ -83,7 +86,7 @@ class Creations:
         self._outgoing = outgoing
         self._queue = queue
         self._waiting: dict[int, tuple[int, int, int]] = {}
-        self._evicts = False
+        self._evicts = self._awaits_leases = False
 
     @property
     def await_memory(self) -> bool:
@@ -97,8 +100,8 @@ class Creations:
 
     @property
     def makes_room(self) -> bool:
-        """Whether objects go for one of these by and by, so that `offer` is due in each turn."""
-        return self._evicts and self.await_room
+        """Whether objects go for one of these by and by, or leases come back, so that `offer` is due in each turn."""
+        return (self._evicts or self._awaits_leases) and self.await_room
 
     @property
     def n_waiting(self) -> int:
@@ -247,6 +250,7 @@ class Creations:
             text=text,
             is_brief=is_brief,
             failures=self._failures,
+            met_pins=self._room.attempts.met_pins,
         )
         self._queue.join(creator)
         session.lent.add(request.slot)
@@ -267,12 +271,18 @@ class Creations:
             The time, in nanoseconds since 1970.
         """
         attainable = self._room.attainable_bytes
-        self._evicts = False
+        self._evicts = self._awaits_leases = False
         for each in self._queue:  # not all may be reached
             each.is_served = False
 
+        def was_tried(creator: Creator) -> bool:
+            return creator.is_brief and self._room.attempts.are_enough(creator.met_pins)
+
         def wait(creator: Creator) -> Offer:
-            comes = self._makes_room(creator.request, creator.failures)
+            if creator.is_brief and self._publishing.recall():
+                self._awaits_leases = True
+                return Offer.NOT_ENOUGH
+            comes = not was_tried(creator) and self._makes_room(creator.request, creator.failures)
             if comes or not creator.is_brief:
                 return Offer.NOT_ENOUGH
             self._refuse(creator, now_ns)
@@ -288,7 +298,7 @@ class Creations:
                     return wait(creator)
                 is_under_way = self._room.mover.is_busy or self._evicts
                 if is_under_way and size > self._room.largest_bytes:
-                    return Offer.NOT_ENOUGH
+                    return wait(creator) if was_tried(creator) else Offer.NOT_ENOUGH
             try:
                 entry = self._create(creator.session, request, now_ns)
             except Claimed:

@@ -29,6 +29,7 @@ class _Return:
     entry: int
     state_word: int
     size_bytes: int
+    met_pins: int
     offset: int | None = None
     job: Read | None = None
     awaits_commit: bool = False
@@ -74,7 +75,7 @@ class Returns:
         if entry in self:
             return False
         key = entry, self._table.state_word(entry)
-        self._coming[key] = _Return(*key, self._table.size(entry))
+        self._coming[key] = _Return(*key, self._table.size(entry), self._room.attempts.met_pins)
         return True
 
     def advance(self) -> int:
@@ -132,7 +133,18 @@ class Returns:
 
     def first_without_room(self) -> int | None:
         """Return the first that has no room; those behind it were not tried yet."""
-        return next((each.entry for each in self._coming.values() if each.offset is None), None)
+        first = self._first_without_room
+        return None if first is None else first.entry
+
+    @property
+    def were_moved_for(self) -> bool:
+        """Whether objects were moved often enough in vain for the first that has no room."""
+        first = self._first_without_room
+        return first is not None and self._room.attempts.are_enough(first.met_pins)
+
+    @property
+    def _first_without_room(self) -> _Return | None:
+        return next((each for each in self._coming.values() if each.offset is None), None)
 
     def give_up(self, entry: int) -> None:
         """Let an object stay in the external store that nobody waits for any more, or that finds no room."""

@@ -30,6 +30,7 @@ from itertools import islice
 from typing import Final
 
 from shmplasma.allocator import Allocator
+from shmplasma.attempts import Attempts
 from shmplasma.clearing import cheapest_stretch
 from shmplasma.commitment import FLOOR_BYTES, Commitment
 from shmplasma.errors import CommitError
@@ -89,6 +90,8 @@ class Room:
         Which parts of the region are committed.
     mover : Mover
         Compacts the region.
+    attempts : Attempts
+        Which compactions are worth another one.
     finish_move : callable
         Carries on with the move of a store that has died; to be called once the table is taken over.
     most_at_once : int
@@ -122,10 +125,9 @@ class Room:
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
         self.finish_move = moves.finish
         self.mover = Mover(layout, table, self._allocator, moves, self, memory.barrier)
+        self.attempts = Attempts()
         self._holding = self.mover.holding
         self.fixed: Callable[[], list[tuple[int, int]]] = list
-        self._wanted = 0
-        self._in_vain: tuple[object, int] | None = None
 
     @property
     def free_bytes(self) -> int:
@@ -265,32 +267,35 @@ class Room:
         return self.largest_bytes < wanted <= self.free_bytes
 
     def compact(self, size_bytes: int) -> bool:
-        """Have objects moved for an extent; tell whether that is under way, for whomever.
-
-        It is not begun anew as long as all that was in the way is.
-        """
+        """Have objects moved for an extent, unless that would be in vain; tell whether that is under way, for whomever."""
         if self.mover.is_busy:
             return True
         if not self.is_fragmented(size_bytes):
             return False
-        situation, least = self._in_vain or (None, 0)
-        if size_bytes >= least and situation == self._situation():
+        self._look()
+        if not self.attempts.is_promising(size_bytes, self._situation()):
             return False
-        self._wanted = size_bytes
+        self.attempts.begin(size_bytes, self._pins_met)
         spare_bytes = size_bytes + (self._end - self._start) // _SPARE - self.free_bytes
-        self.mover.begin(size_bytes, self.fixed, max(0, spare_bytes))
+        self.mover.begin(size_bytes, self._look, max(0, spare_bytes))
         return True
 
     def advance(self) -> list[bytes]:
         """Move some objects; return the ids of those that had to be evicted."""
         done = self.mover.advance()
         if done is not None:
-            self._in_vain = None if done else (self._situation(), self._wanted)
+            self.attempts.end(self._situation(), self._pins_met, done=done)
         return self.mover.take_evicted()
 
+    @property
+    def _pins_met(self) -> int:
+        return self.mover.pins_met + self.takes_that_met_a_pin
+
+    def _look(self) -> list[tuple[int, int]]:
+        return self.attempts.look(self.fixed())
+
     def _situation(self) -> object:
-        """Return all that tells whether another compaction can do what the last one could not."""
-        return self.free_bytes, self.residents.situation(), sorted(self.fixed())
+        return self.free_bytes, self.residents.situation()
 
     def prepare(self, offset: int, size_bytes: int) -> bool:
         """Commit one step of an extent that an object is to be moved to; tell whether all of it is ready.

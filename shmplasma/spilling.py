@@ -265,7 +265,8 @@ class Spilling:
             self._demand = 0
         elif self._demand != self._stretched_for and self._demand <= self.room.attainable_bytes:
             self._write_stretch()
-        if lacking and (not self.is_under_way or self._is_to_be_moved_for(lacking)):
+        is_left_to_move = not self.is_under_way or self._is_to_be_moved_for(lacking)
+        if lacking and is_left_to_move and not self.returns.were_moved_for:
             self.room.compact(lacking)
         self._empty_one()
 
@@ -383,10 +384,17 @@ class Spilling:
 
     def stuck(self) -> int | None:
         """Return the first object that finds no room, if none is being made; those behind it were not tried yet."""
-        if (self.is_under_way or self.room.mover.is_busy) and not self._has_failed:
+        is_moved_for = self.room.mover.is_busy and not self.returns.were_moved_for
+        if (self.is_under_way or is_moved_for) and not self._has_failed:
             return None
+        entry = self.returns.first_without_room()
+        self._has_failed &= entry is not None
+        return entry
+
+    def give_up(self, entry: int) -> None:
+        """Let an object stay in the external store that is `stuck`."""
         self._has_failed = False
-        return self.returns.first_without_room()
+        self.returns.give_up(entry)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield the extents that no entry names yet."""

@@ -437,3 +437,50 @@ def test_an_interrupt_is_not_lost_while_a_creation_is_kept_back() -> None:
     talk.turn()
     assert "store is full" in peer.take(request_id, Failed).text
     talk.store.check()
+
+
+class Parted(Conversation):
+    """A full store in the middle of which lies a lease, whose client is in the midst of a put; few objects go at once.
+
+    Attributes
+    ----------
+    size_bytes : int
+        How large the object is for which all others go.
+    busy : int
+        The word that says what the lease's client does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        peer, other = self.client(), self.client()
+        for number in range(16):
+            peer.put(name(number), 16384)
+        self.busy = busy_in_a_lease(self, other)
+        number = 16
+        while self.store._room.free_bytes:
+            peer.put(name(number), min(16384, self.store._room.free_bytes))
+            number += 1
+        self.store._room.most_at_once = 4
+        self.size_bytes = self.store._room.attainable_bytes
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_creation_for_which_many_objects_go_waits_for_leases(comes_back: bool) -> None:
+    """It is not refused for want of what is about to come back; when its client does not stir any more, it is."""
+    talk = Parted()
+    one = talk.client()
+    asked = one.post(one.new(name(100), talk.size_bytes))
+    for _ in range(100):
+        assert talk.store.has_unsettled, "the store does not look any more"
+        talk.settle()
+        talk.carry_out(talk.store.offer_room(0, talk.now_ns))
+        assert asked not in one.replies
+    assert talk.ids() == set(), "all has gone that could"
+    if comes_back:
+        talk.words[talk.busy] = 0
+    talk.turn()
+    if comes_back:
+        one.take(asked, Created)
+    else:
+        assert one.take(asked, Failed).leased_bytes == 16384
+    talk.store.check()

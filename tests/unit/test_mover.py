@@ -7,8 +7,9 @@ import pytest
 from shmplasma.layout import EntryState
 from shmplasma.posted import Seal
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Leased, Number, Objects, Text
-from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get
+from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get, Keep
 from shmplasma.table import NO_ENTRY
+from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
 
 LINE = 64
@@ -397,3 +398,89 @@ def test_what_is_deleted_is_not_copied_on(n_copied: int) -> None:
     assert copied == [LINE] * n_copied
     assert rooms.store._room.free_bytes == 100 * LINE
     rooms.store.check()
+
+
+class Glimpses(Rooms):
+    """A store of which 3 lines are free at each end, and an object between them at which somebody looks whenever it is to be moved."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2, 3)
+        self.one.ask(Keep(True, [name(1)]), Done)
+        self.delete(0, 2)
+        self.slot = self.other.free_slots.pop()
+        self.are_over = False
+        self.mover._barrier = self.look_at_it
+
+    def look_at_it(self) -> None:
+        """Pin the object just when the store takes it."""
+        self.memory.barrier()
+        if not self.are_over:
+            self.write_slot(self.slot, self.store._parts.table.find(name(1)) + 1)
+
+    def ask(self, number: int, timeout_ns: int = 0) -> int:
+        """Ask for what has room only if the object is moved."""
+        request = self.one.new(name(number), 5 * LINE)
+        request_id = self.one.post(request._replace(timeout_ns=timeout_ns))
+        if self.store.has_waiters:
+            self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
+        return request_id
+
+    def go_on(self) -> None:
+        """Do one step, after which nobody holds the object."""
+        self.advance()
+        self.write_slot(self.slot, 0)
+        self.store.check()
+
+
+def test_what_was_pinned_in_passing_is_moved_when_it_is_not() -> None:
+    """Who waits is served then, though nothing has changed that the store would have been told of."""
+    rooms = Glimpses()
+    waiting = rooms.ask(9, FOR_EVER)
+    while rooms.mover.compactions < 12:
+        assert rooms.store.upkeep.has_urgent_work, "it is not tried any more"
+        rooms.go_on()
+    rooms.are_over = True
+    rooms.turn()
+    rooms.one.take(waiting, Created)
+    rooms.look(1, 2)
+
+
+@pytest.mark.parametrize("others_wait", [False, True])
+def test_who_does_not_wait_is_refused_when_an_object_is_pinned_again_and_again(
+    others_wait: bool,
+) -> None:
+    """Eight times objects are moved for it in vain, no matter for whom they are moved besides."""
+    rooms = Glimpses()
+    waiting = rooms.ask(8, FOR_EVER) if others_wait else None
+    brief = rooms.ask(9)
+    rooms.settle()
+    while brief not in rooms.one.replies:
+        rooms.go_on()
+        assert rooms.mover.compactions <= 9
+    assert rooms.one.take(brief, Failed).failure is Failure.FULL
+    assert rooms.mover.compactions == 8 + others_wait
+    assert waiting not in rooms.one.replies
+    rooms.are_over = True
+    granted = rooms.ask(10) if waiting is None else waiting
+    rooms.turn()
+    rooms.one.take(granted, Created)
+
+
+def test_what_is_let_go_of_at_the_moment_of_the_last_look_is_moved() -> None:
+    """Nobody is told of that who has looked just before; the next one looks again."""
+    rooms = Glimpses()
+    rooms.are_over = True
+    room, slot = rooms.store._room, rooms.slot
+    fixed = room.fixed
+
+    def look() -> list[tuple[int, int]]:
+        found = fixed()
+        if rooms.mover.is_busy:
+            rooms.write_slot(slot, 0)
+        return found
+
+    room.fixed = look
+    waiting = rooms.ask(9, FOR_EVER)
+    rooms.write_slot(slot, rooms.store._parts.table.find(name(1)) + 1)
+    rooms.turn()
+    rooms.one.take(waiting, Created)
