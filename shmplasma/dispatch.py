@@ -180,7 +180,8 @@ class Dispatch:
                     self.unsettled.append((client, request_id, request, now_ns))
             case AskLease():
                 # What a client with a limit stores is counted object by object; and who waits for room is first.
-                if session.limit_bytes or self._creations.await_room:
+                awaited = self._creations.await_room or self._publishing.are_awaited
+                if session.limit_bytes or awaited:
                     self._publishing.end(client)
                     lease = Leased(0, 0, 0, 0)
                 else:

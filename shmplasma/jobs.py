@@ -11,6 +11,7 @@ from shmplasma.answers import Answers
 from shmplasma.denials import NoRoom
 from shmplasma.gets import PendingGet
 from shmplasma.lifecycle import Lifecycle
+from shmplasma.publishing import Publishing
 from shmplasma.refusals import Refusals
 from shmplasma.replies import Failed, Failure
 from shmplasma.table import Table
@@ -24,7 +25,7 @@ class Jobs:
 
     Parameters
     ----------
-    table, objects, answers, refusals
+    table, objects, publishing, answers, refusals
         The parts of the store that it joins.
     answer_later : callable
         Has gets answered that wait no more.
@@ -34,24 +35,35 @@ class Jobs:
         self,
         table: Table,
         objects: Lifecycle,
+        publishing: Publishing,
         answers: Answers,
         refusals: Refusals,
         answer_later: Callable[[Iterable[PendingGet]], None],
     ) -> None:
         self._table = table
         self._objects = objects
+        self._publishing = publishing
         self._answers = answers
         self._refusals = refusals
         self._answer_later = answer_later
 
     def take(self, now_ns: int) -> Sequence[Job]:
-        """Begin what is due and return what is to be done; refuse those for whom there is no room."""
+        """Begin what is due and return what is to be done; refuse those for whom there is no room, and none to come from leases."""
         spilling = self._objects.spilling
         if spilling is None:
             return ()
         spilling.advance()
-        while (entry := spilling.stuck()) is not None:
-            spilling.returns.give_up(entry)
+        if (
+            spilling.stuck() is not None
+        ):  # nobody is refused for want of what was released meanwhile, or left, or is leased
+            self._objects.releases.wake()
+            self._objects.unsealed.finish()
+            spilling.advance()
+            self._publishing.are_awaited = (
+                spilling.stuck() is not None and self._publishing.recall()
+            )
+        while not self._publishing.are_awaited and (entry := spilling.stuck()) is not None:
+            spilling.give_up(entry)
             self._fail(entry, "", now_ns)
             spilling.advance()
         jobs = tuple(spilling.jobs)

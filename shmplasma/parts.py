@@ -172,7 +172,12 @@ class Parts:
             self.dispatch.request,
         )
         self.jobs = Jobs(
-            self.table, self.objects, self.answers, self.refusals, self.dispatch.answer_later
+            self.table,
+            self.objects,
+            self.publishing,
+            self.answers,
+            self.refusals,
+            self.dispatch.answer_later,
         )
         self.upkeep = Upkeep(
             self.room,

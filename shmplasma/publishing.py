@@ -63,6 +63,11 @@ class Publishing:
         The parts of the store that it joins.
     memory : Memory
         Issues barriers.
+
+    Attributes
+    ----------
+    are_awaited : bool
+        Whether an object that comes back waits until leases were taken back: none is granted meanwhile.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Publishing:
         self._leases = leases
         self._objects = objects
         self._memory = memory
+        self.are_awaited = False
         self._ahead = 0
         self._evictions = 0
 
@@ -250,7 +256,8 @@ class Publishing:
         self._leases.note_idle()
 
     def take_idle(self) -> None:
-        """Take back the recalled leases that were at rest when all outboxes were read."""
+        """Take back the recalled leases that were at rest when all outboxes were read; who awaits them looks again after this."""
+        self.are_awaited = False
         for start, size in self._leases.take_idle():
             self._room.give_back(start, size)
 

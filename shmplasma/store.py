@@ -193,7 +193,7 @@ class ObjectStore:
     def take_unsettled(self) -> list[Unsettled]:
         """Return the requests that wait until all outboxes are read, for `settle`."""
         unsettled, self._dispatch.unsettled = self._dispatch.unsettled, []
-        if unsettled:
+        if unsettled or self._publishing.are_awaited:
             self._publishing.note_idle()
         return unsettled
 
@@ -244,6 +244,7 @@ class ObjectStore:
             bool(self._dispatch.unsettled)
             or self._ledger.references.has_suspects
             or self._creations.makes_room
+            or self._publishing.are_awaited
         )
 
     @property

@@ -5,10 +5,21 @@ from collections.abc import Sequence
 import pytest
 
 from shmplasma.layout import REFERENCED, EntryState
+from shmplasma.leases import BUSY_WORD
 from shmplasma.posted import Release, Seal
 from shmplasma.references import TICKET_NS
-from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Listing, Number, Objects
-from shmplasma.requests import AnswerNow, Contains, Delete, Evict, Keep, List
+from shmplasma.replies import (
+    ABSENT,
+    Created,
+    Done,
+    Failed,
+    Failure,
+    Leased,
+    Listing,
+    Number,
+    Objects,
+)
+from shmplasma.requests import AnswerNow, AskLease, Contains, Delete, Detach, Evict, Keep, List
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.transfers import Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
@@ -535,6 +546,130 @@ def test_where_copies_cannot_go_objects_are_moved() -> None:
     put(talk, peer, 500, 20_000)
     assert talk.store._room.mover.compactions
     get(talk, peer, [500])
+
+
+@pytest.mark.parametrize(("n_in_vain", "comes"), [(1, True), (7, True), (8, False)])
+def test_what_comes_back_has_objects_moved_that_are_pinned_in_passing(
+    n_in_vain: int, comes: bool
+) -> None:
+    """They are moved when nobody looks at them any more; who waits is told when somebody does again and again."""
+    talk = Conversation(external=ExternalLimits(max_bytes=20_500, high_water=1.0))
+    peer, reader = talk.client(), talk.client()
+    put(talk, peer, 0, 20_000)
+    asked = peer.post(Evict(20_000))
+    talk.settle_outside()
+    peer.take(asked, Number)
+    for number, size in ((1, 16_000), (2, 65536 - 32_000), (3, 16_000)):
+        put(talk, peer, number, size)
+    peer.ask(Delete([name(1), name(3)]), Done)
+    mover, slot = talk.store._room.mover, reader.free_slots.pop()
+
+    def look_at_it() -> None:
+        talk.memory.barrier()
+        if mover.compactions <= n_in_vain:
+            talk.write_slot(slot, talk.store._parts.table.find(name(2)) + 1)
+
+    mover._barrier = look_at_it
+    for number in range(2 - comes):
+        wanted = peer.post(peer.wanted([name(0)]))
+        while not (jobs := talk.take_jobs()) and wanted not in peer.replies:
+            talk.advance()
+            talk.write_slot(slot, 0)
+        assert mover.compactions == n_in_vain + comes + number
+        if not comes and number == 0:
+            assert peer.take(wanted, Failed).failure is Failure.FULL
+    for job in jobs:
+        talk.do(job)
+    talk.settle_outside()
+    peer.take(wanted, Objects)
+    get(talk, peer, [0, 2])
+
+
+class Wanted(Conversation):
+    """A store in which nothing may go, where there is a little less room than an object needs that is to come back.
+
+    Attributes
+    ----------
+    writer, peer : Peer
+        Who is writing something, as large as all that is left, and who has put object 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20, external=ExternalLimits(high_water=1.0))
+        self.writer, self.peer = self.client(), self.client()
+        put(self, self.peer, 0, 10_000)
+        asked = self.peer.post(Evict(10_000))
+        self.settle_outside()
+        self.peer.take(asked, Number)
+
+    def fill(self) -> None:
+        """Have the rest of the store written."""
+        self.writer.create(name(100), self.store._room.largest_bytes - 5_000)
+
+    def ask(self) -> int:
+        """Ask for the object."""
+        asked = self.peer.post(self.peer.wanted([name(0)]))
+        self.settle()
+        return asked
+
+    def take(self, asked: int) -> None:
+        """See that it comes."""
+        self.settle_outside()
+        (found,) = self.peer.take(asked, Objects).found
+        assert bytes(self.raw[found[0] : found[0] + 10_000]) == content(0, 10_000)
+        self.store.check()
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_what_comes_back_waits_for_leases(comes_back: bool) -> None:
+    """They are recalled, and none is granted meanwhile; it is refused only when a client keeps its own."""
+    talk = Wanted()
+    lessee = talk.client()
+    lease = lessee.ask(AskLease(100), Leased)
+    busy = talk.layout.boards // 8 + lessee.free_slots[-1] // 512 * 512 + BUSY_WORD
+    talk.words[busy] = 1
+    talk.fill()
+    asked, turns = talk.ask(), 0
+    while not talk.take_jobs() and asked not in talk.peer.replies:
+        assert talk.store.has_unsettled, "the store does not look any more"
+        talk.settle()
+        turns += 1
+        assert turns < 2000
+        if turns == 5:
+            assert talk.writer.ask(AskLease(100), Leased).size_bytes == 0
+        if turns == 10 and comes_back:
+            talk.words[busy] = 0
+    if comes_back:
+        assert turns == 11
+    else:
+        assert talk.peer.take(asked, Failed).leased_bytes == lease.size_bytes
+        assert not talk.store.has_unsettled
+    talk.store.check()
+
+
+@pytest.mark.parametrize("how", ["released", "left"])
+def test_what_comes_back_has_room_that_nobody_has_any_more(how: str) -> None:
+    """What is deleted has been let go of since, or a client has left much that it was writing, which goes by and by."""
+    talk = Wanted()
+    leaver = talk.client()
+    slots = [leaver.create(name(number), 6_000) for number in (1, 2, 3)]
+    if how == "released":
+        for number in (1, 2, 3):
+            leaver.write(Seal(name(number)))
+        leaver.ask(Delete([name(number) for number in (1, 2, 3)]), Done)
+    talk.fill()
+    if how == "released":
+        for slot in slots:
+            leaver.release(slot)
+    else:
+        talk.store._room.most_at_once = 1
+        leaver.post(Detach())
+        for slot in slots:
+            leaver.release(slot)
+    asked = talk.ask()
+    for job in talk.take_jobs():
+        talk.do(job)
+    talk.take(asked)
 
 
 def test_who_may_not_pass_waits_for_what_is_being_written(talk: Conversation) -> None:
