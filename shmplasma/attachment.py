@@ -170,19 +170,32 @@ class Attachment:
         """Return the outbox that belongs to a board, writable; otherwise as `board`."""
         return self._own_part(self.layout.outboxes, index, OUTBOX_BYTES)
 
+    def map_board(self, index: int) -> memoryview:
+        """Map a board anew, until the last view of it ends; `isolate` leaves that shared.  Otherwise as `board`."""
+        offset = self._offset_of(self.layout.boards, index, BOARD_BYTES)
+        page, whole = self._map_around(offset, BOARD_BYTES)
+        return whole[offset - page : offset - page + BOARD_BYTES].cast("Q")
+
     def _own_part(self, region: int, index: int, size: int) -> memoryview:
+        offset = self._offset_of(region, index, size)
+        page = offset & -self.layout.page_bytes
+        if page not in self._own:
+            page, self._own[page] = self._map_around(offset, size)
+        start = offset - page
+        return self._own[page][start : start + size].cast("Q")
+
+    def _offset_of(self, region: int, index: int, size: int) -> int:
         if not 0 <= index < self.layout.n_boards:
             raise IndexError(
                 f"the segment has {self.layout.n_boards} boards, and no number {index}"
             )
-        offset = region + index * size
+        return region + index * size
+
+    def _map_around(self, offset: int, size: int) -> tuple[int, memoryview]:
+        """Map the whole pages around a part; return where they begin, too."""
         page = offset & -self.layout.page_bytes
-        if page not in self._own:
-            end = align_up(offset + size, self.layout.page_bytes)
-            whole = self._map_writable(page, end - page)
-            self._own[page] = memoryview(whole)
-        start = offset - page
-        return self._own[page][start : start + size].cast("Q")
+        end = align_up(offset + size, self.layout.page_bytes)
+        return page, memoryview(self._map_writable(page, end - page))
 
     def private(self, offset: int, size_bytes: int) -> memoryview:
         """Map a part of the segment privately: what is written there stays here, and takes memory by the page."""

@@ -4,8 +4,8 @@ A child has its parent's mappings, hence its boards, and the buffers that the pa
 happen: that the child lets go of what its parent holds, and that the parent lets go (or ends) while the child
 still looks at a buffer.  So the child gets boards of its own with the same pins::
 
-    before the fork, in the parent    connect once more, and copy all words of our boards to the boards of that
-                                      connection: an *inheritance*
+    before the fork, in the parent    connect once more, and ask for as many boards as we have: an *inheritance*;
+                                      when there are all of them, copy all words of our boards to its boards
     after it, in the parent           close our copy of that connection
     after it, in the child            put private memory in the place of the parent's boards; connect as
                                       ourselves, copy the inheritance to the boards of that, and close it; let
@@ -21,15 +21,25 @@ Why this holds
     *A parent that is killed* at any of these points closes its copy of the connection and nothing else.  A
     child that is killed closes both, and the store takes its boards back.
 
-    *Pins of other threads* that are made after the copy and before the fork are adopted by the child: it
-    copies the parent's word, passes a barrier, and looks whether that still stands.
+    *Each board has its copy.*  Other threads may ask for boards at any time until the fork.  So an inheritance
+    says which boards it has copied, in the order of its own, and the child goes by that.  What the child finds
+    beyond them has come since, as has everything where the parent held nothing when it was looked at; it gets
+    boards on which nothing stands.
 
-    *A slot that is free in the child* is cleared on its boards; a copied word that names nothing harms nobody.
+    *Pins of other threads* that are made after the copy and before the fork are adopted by the child: where
+    nothing stands in a slot that is held, it copies the parent's word, passes a barrier, and looks whether that
+    still stands.  This finds nothing where the parent has let go by then, and does not look at a slot that held
+    something else at the copy.  Hence the copy is the last step before the fork, when the store has been asked
+    for everything, and takes no turn of another thread: what is left are microseconds, and buffers of threads
+    that the child does not have.
+
+    *A slot that is free in the child* is cleared on its boards, also when its pin has died meanwhile; a copied
+    word that names nothing harms nobody.
 
 A process that holds nothing pays nothing; one that does pays two connections for a fork.  Without a store
 nobody takes anything, and the memory of one that was ended is nobody else's for as long as it is mapped.  Only
-where a store has died and may come back are the child's buffers in danger, as it would not know of them; a
-warning says so.
+where a store has died and may come back, or has no boards left, are the child's buffers in danger, as it would
+not know of them; a warning says so.
 """
 
 from __future__ import annotations
@@ -38,10 +48,11 @@ import os
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Final
 
 from shmplasma import system
-from shmplasma.arrow_errors import NotConnectedError
+from shmplasma.arrow_errors import NotConnectedError, PlasmaStoreFull
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
 from shmplasma.exchange import Exchange
@@ -66,14 +77,21 @@ def register(lifeline: Lifeline) -> None:
 
 
 class Inheritance:
-    """A connection whose boards have the pins of other boards.
+    """A connection with as many boards as a lifeline has, and with the pins of those.
 
     Parameters
     ----------
     lifeline : Lifeline
         Whose store to connect to.
-    contents : list of bytes
-        What to write to the boards, one each.
+
+    Attributes
+    ----------
+    numbers : list of int
+        Its boards.
+    words : list of memoryview
+        The same as native 8-byte words.
+    boards : list of PinBoard
+        Whose pins the first of them have, in this order.
 
     Raises
     ------
@@ -81,25 +99,30 @@ class Inheritance:
         There is no such connection to be had.
     """
 
-    def __init__(self, lifeline: Lifeline, contents: list[bytes]) -> None:
+    def __init__(self, lifeline: Lifeline) -> None:
         self._connection, welcome = greet(
             lifeline.path, 0, Role.CLIENT, f"{lifeline.name} (forked)"
         )
         self.wake_fd = -1
+        self.boards: list[PinBoard] = []
         try:
             if welcome.token != lifeline.attachment.token:
                 raise NotConnectedError("another store listens there now")
             self.wake_fd = self._connection.take_descriptor()
             self.numbers = [welcome.board]
-            while len(self.numbers) < len(contents):
+            while len(self.numbers) < len(lifeline.boards):
                 frame = self._connection.call(Grow.KIND, b"")
                 self.numbers.append(expect(Number, frame).value)
-            for number, content in zip(self.numbers, contents, strict=False):
-                words = lifeline.attachment.board(number)
-                words[FIRST_SLOT:] = memoryview(content).cast("Q")[FIRST_SLOT:]
+            self.words = [lifeline.attachment.map_board(number) for number in self.numbers]
         except BaseException:
             self.close()
             raise
+
+    def copy(self, boards: list[PinBoard], contents: Iterable[memoryview]) -> None:
+        """Take over the pins of boards, which have these contents, as far as there are any boards for them."""
+        self.boards = boards[: len(self.numbers)]
+        for words, content in zip(self.words, contents, strict=False):
+            words[FIRST_SLOT:] = content[FIRST_SLOT:]  # no other thread runs meanwhile
 
     def close(self) -> None:
         """Close this process's copy of the connection."""
@@ -120,22 +143,21 @@ class Inheritance:
 
 
 def _before_fork() -> None:
+    own = threading.get_ident()
+    failures: list[tuple[Lifeline, Exception]] = []
     for lifeline in list(_lifelines):
-        boards = lifeline.boards
-        if not any(len(board.free) < BOARD_WORDS - FIRST_SLOT for board in boards):
-            continue
-        try:
-            contents = [bytes(board.words) for board in boards]
-            _prepared[threading.get_ident(), lifeline] = Inheritance(lifeline, contents)
-        except (ShmPlasmaError, ProtocolError, OSError) as error:
-            header = lifeline.attachment.words[: HEADER_BYTES // 8]
-            if Layout.scratch(header) or not may_come_back(lifeline.path):
-                continue
-            warnings.warn(
-                f"buffers that the child inherits are not pinned for it, as no store answers: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if any(map(_holds, lifeline.boards)):
+            try:
+                _prepared[own, lifeline] = Inheritance(lifeline)
+            except (ShmPlasmaError, ProtocolError, OSError) as error:
+                failures.append((lifeline, error))
+    try:
+        _warn(failures)
+    finally:
+        for (thread, lifeline), inheritance in tuple(_prepared.items()):
+            if thread == own:
+                boards = lifeline.boards
+                inheritance.copy(boards, [board.words for board in boards])
 
 
 def _after_fork_in_parent() -> None:
@@ -147,42 +169,72 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     own = threading.get_ident()
+    failures: list[tuple[Lifeline, Exception]] = []
     for lifeline in list(_lifelines):
         inherited = _prepared.pop((own, lifeline), None)
-        before = {board: board.first_slot for board in lifeline.boards}
         lifeline.isolate()
-        if inherited is not None:
-            _settle(lifeline, inherited, before)
+        if inherited is not None or any(map(_holds, lifeline.boards)):
+            error = _settle(lifeline, inherited)
+            if error is not None:
+                failures.append((lifeline, error))
     while _prepared:  # what other threads of the parent have prepared for theirs
         _prepared.popitem()[1].close()
+    _warn(failures)
 
 
-def _settle(lifeline: Lifeline, inherited: Inheritance, before: dict[PinBoard, int]) -> None:
-    """Let the pins of a child hold by boards of its own."""
-    attachment = lifeline.attachment
-    boards = list(before)
-    contents = [bytes(attachment.board(number)) for number in inherited.numbers]
+def _holds(board: PinBoard) -> bool:
+    return len(board.free) < BOARD_WORDS - FIRST_SLOT
+
+
+def _warn(failures: list[tuple[Lifeline, Exception]]) -> None:
+    for lifeline, error in failures:
+        header = lifeline.attachment.words[: HEADER_BYTES // 8]
+        is_there = isinstance(error, PlasmaStoreFull)  # but has no boards
+        if is_there or (not Layout.scratch(header) and may_come_back(lifeline.path)):
+            warnings.warn(
+                f"buffers that the child inherits are not pinned for it: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _settle(lifeline: Lifeline, inherited: Inheritance | None) -> Exception | None:
+    """Let the pins of a child hold by boards of its own; return what prevents it, if some have none."""
+    copied = [] if inherited is None else inherited.boards
+    boards = copied + [board for board in lifeline.boards if board not in copied]
+    failure: Exception | None = None
     try:
-        own = Inheritance(lifeline, contents)
-    except (ShmPlasmaError, ProtocolError, OSError):
+        own = Inheritance(lifeline)
+    except (ShmPlasmaError, ProtocolError, OSError) as error:
+        if inherited is None:
+            return error
+        failure = error
         own = inherited  # which is as good, but for a store that comes back: it holds it to be the parent's
-    for board, number in zip(boards, own.numbers, strict=False):
-        words = attachment.board(number)
-        free = set(board.free)
-        for slot in range(FIRST_SLOT, BOARD_WORDS):
-            if slot in free:
-                words[slot] = 0
-            elif not words[slot]:
-                _adopt(lifeline, words, slot, before[board] + slot)
-        board.words = words
-        board.first_slot = number * BOARD_WORDS
-    if own is not inherited:
+    else:
+        if inherited is not None:
+            own.copy(boards, inherited.words)
+    for board, number, words in zip(boards, own.numbers, own.words, strict=False):
+        _move(board, number, words)
+    if inherited is not None and own is not inherited:
         # It counts no more, though the parent may be slow to close its copy.
         nothing = memoryview(bytes(BOARD_BYTES)).cast("Q")[FIRST_SLOT:]
-        for number in inherited.numbers:
-            attachment.board(number)[FIRST_SLOT:] = nothing
+        for words in inherited.words:
+            words[FIRST_SLOT:] = nothing
         inherited.close()
     lifeline.reconnect(own.connection, own.take_wake_fd())
+    return failure if any(map(_holds, boards[len(own.numbers) :])) else None
+
+
+def _move(board: PinBoard, number: int, words: memoryview) -> None:
+    """Let the pins of a board hold by another one, which has their words as far as they were copied."""
+    of_parent = board.first_slot
+    board.words, board.first_slot = words, number * BOARD_WORDS
+    free = set(board.free)
+    for slot in range(FIRST_SLOT, BOARD_WORDS):
+        if slot not in free and not words[slot]:
+            _adopt(board.lifeline, words, slot, of_parent + slot)
+    for slot in board.free:  # also what the collector has freed meanwhile
+        words[slot] = 0
 
 
 def _adopt(lifeline: Lifeline, words: memoryview, slot: int, of_parent: int) -> None:

@@ -186,6 +186,138 @@ def test_threads_that_fork_at_once(store: Store) -> None:
     run_python(TWO_THREADS, store.store_socket_name)
 
 
+BEFORE_THE_FORK = """
+    import os, sys
+
+    late = []  # what happens when all is prepared: hooks run from the last to the first
+    os.register_at_fork(before=lambda: [happen() for happen in late])
+
+    import shmplasma as plasma
+    from shmplasma import inheritance, system
+
+    client, other = plasma.connect(sys.argv[1]), plasma.connect(sys.argv[1])
+    ids = [other.put_raw_buffer(number.to_bytes(4, "big") * 100) for number in range(1100)]
+    buffers = {}
+
+    def hold(numbers):
+        buffers.update((number, client.get_buffers(ids[number])) for number in numbers)
+
+    def fork(pinned, begin=lambda: None):
+        (told, tell), (heard, hear) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(tell)
+            begin()
+            os.write(hear, b"x")
+            os.read(told, 1)
+            whole = all(bytes(buffer) == n.to_bytes(4, "big") * 100 for n, buffer in buffers.items())
+            os._exit(not whole)
+        os.close(hear)
+        assert os.read(heard, 1)
+        buffers.clear()
+        listed = other.list()
+        assert [n for n, each in enumerate(ids) if listed[each]["ref_count"]] == list(pinned)
+        other.delete(ids)
+        for _ in ids:
+            other.put_raw_buffer(bytes(400), keep=True)  # where the first room is
+        os.write(tell, b"x")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+"""A program that looks whether its child's buffers are pinned, and show the bytes that they did."""
+
+
+@pytest.mark.parametrize("n_held", [0, 10, 511, 1022])
+def test_boards_that_come_late(store: Store, n_held: int) -> None:
+    """What is pinned when all is prepared, on boards that were asked for since, is pinned for the child; so is all else."""
+    end = """
+    hold(range(int(sys.argv[2])))
+    late.append(lambda: hold(range(1022, 1060)))
+    fork([*range(int(sys.argv[2])), *range(1022, 1060)])
+"""
+    run_python(BEFORE_THE_FORK + end, store.store_socket_name, str(n_held))
+
+
+def test_a_slot_that_changes_hands(store: Store) -> None:
+    """A child inherits what is pinned when the store has been asked for everything, not what was before."""
+    end = """
+    hold([0])
+
+    def greet(*arguments):
+        answer = ask(*arguments)
+        if buffers.pop(0, None):
+            hold([1])
+        return answer
+
+    ask, inheritance.greet = inheritance.greet, greet
+    fork([1])
+"""
+    run_python(BEFORE_THE_FORK + end, store.store_socket_name)
+
+
+def test_a_buffer_that_dies_while_its_pin_moves(store: Store) -> None:
+    """A child's pin whose buffer the collector takes meanwhile is nobody's."""
+    end = """
+    hold(range(5))
+    late.append(lambda: hold(range(5, 10)))
+    barrier = system.membarrier
+    program = os.getpid()
+
+    def collect():
+        barrier()
+        if os.getpid() != program:
+            buffers.pop(2, None)
+            buffers.pop(7, None)
+
+    system.membarrier = collect
+    fork([0, 1, 3, 4, 5, 6, 8, 9])
+"""
+    run_python(BEFORE_THE_FORK + end, store.store_socket_name)
+
+
+def test_a_store_without_boards(store: Store) -> None:
+    """A child that gets none of its own uses what it has inherited; of what came late, and has no board, a warning tells."""
+    end = """
+    import warnings
+
+    hold(range(511))
+    late.append(lambda: hold(range(511, 520)))
+    program, ask, warned = os.getpid(), inheritance.greet, []
+
+    def greet(*arguments):
+        if os.getpid() == program:
+            return ask(*arguments)
+        raise plasma.PlasmaStoreFull("all pin boards are in use")
+
+    def look():
+        (text,) = warned
+        assert "not pinned for it: all pin boards are in use" in text
+        for number in range(511, 520):
+            del buffers[number]
+
+    inheritance.greet = greet
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *_: warned.append(str(message))
+    fork(range(511), look)
+"""
+    run_python(BEFORE_THE_FORK + end, store.store_socket_name)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_what_a_parent_keeps(client: PlasmaClient) -> None:
+    """A fork leaves nothing open in the parent, however many children live."""
+    buffer = client.get_buffers(client.put_raw_buffer(b"held"))
+    client.flush()
+
+    def n_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = n_open()
+    with forked(bytes) as one, forked(bytes) as two, forked(bytes) as three:
+        assert n_open() == before + 3  # the pipes
+        assert (three(), two(), one()) == (0, 0, 0)  # each has the writing ends of those before
+    assert bytes(buffer) == b"held"
+
+
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_generations(client: PlasmaClient, client2: PlasmaClient) -> None:
     """A grandchild inherits from a child what that has inherited."""
