@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -241,7 +242,7 @@ def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, 
             return segment, True
         _LOG.warning("the store that died here left nothing to recover")
     if left is not None and left.remove():
-        _LOG.info("removed %s, the segment of a store that has died here", left.path)
+        _LOG.info("removed %s, the segment of a store that was here", left.path)
     for name in sweep(options.directory):
         _LOG.info(
             "removed %s, whose store was killed together with the program that it served", name
@@ -260,8 +261,10 @@ def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, 
     return segment, False
 
 
-def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment | None:
-    """Open the segment of another store that was here; None if there is none.
+def _open_left(
+    left: SegmentName, options: argparse.Namespace, *, runs: bool = False
+) -> Segment | None:
+    """Open the segment of another store that was here, or still runs; None if there is none.
 
     Raises
     ------
@@ -288,22 +291,26 @@ def _open_left(left: SegmentName, options: argparse.Namespace) -> Segment | None
             raise
         return segment
     segment.close()
-    place = "" if directory is None else f" -d {directory}"
+    place = "" if directory is None else f" -d {shlex.quote(directory)}"
+    if wanted is not None and directory is None:
+        place = " and without -d"
     raise EndpointError(
-        f"the store that was here left its objects in a segment of {capacity} bytes; start with "
-        f"-m {capacity}{place} to have them back, or with --fresh to give them up"
+        f"the store {'that runs' if runs else 'that was'} here has its objects in a segment of {capacity} bytes; start "
+        f"with -m {capacity}{place} to {'take them over' if runs else 'have them back'}, or with --fresh to give them up"
     )
 
 
 def _check_left(left: SegmentName, options: argparse.Namespace) -> None:
-    """See whether the segment of a store that is to be replaced can be taken over.
+    """See whether the segment of a store that is to be replaced can be taken over, if that is wanted.
 
     Raises
     ------
     EndpointError
         It cannot.
     """
-    segment = _open_left(left, options)
+    if options.fresh:
+        return
+    segment = _open_left(left, options, runs=True)
     if segment is None:
         raise EndpointError(f"somebody has removed {left.path}, which the store still uses")
     segment.close()

@@ -36,6 +36,7 @@ the sticky bit, as ``/tmp`` has.
 from __future__ import annotations
 
 import fcntl
+import grp
 import os
 import socket
 import stat
@@ -44,7 +45,7 @@ from typing import Final, Self
 
 from shmplasma.errors import EndpointError
 
-__all__ = ["Endpoint", "default_socket_path", "may_come_back", "note_of"]
+__all__ = ["Endpoint", "default_socket_path", "fault_of", "may_come_back", "note_of"]
 
 _MAX_PATH_BYTES: Final = 107
 """What fits Linux's ``sockaddr_un`` before its zero byte.  macOS takes 103, and says so itself."""
@@ -137,12 +138,9 @@ class Endpoint:
         -----
         Sets the umask for a moment, which is the whole process's: call it before starting threads.
         """
-        size = len(os.fsencode(path))
-        if not 0 < size <= _MAX_PATH_BYTES:
-            raise EndpointError(
-                f"a socket path has 1 to {_MAX_PATH_BYTES} bytes, and this one has {size}: "
-                f"{path!r}; name another with -s"
-            )
+        fault = _wrong_length(path)
+        if fault:
+            raise EndpointError(f"{fault}; name another with -s")
         parent = os.path.dirname(path) or "."
         if not os.path.isdir(parent):
             raise EndpointError(f"there is no directory {parent}; make it, or {_OTHER_PATH}")
@@ -173,7 +171,13 @@ class Endpoint:
             raise
         # Nobody connects before `listen`, and by then group and mode are what they are to be.
         if group is not None:
-            os.chown(self.path, -1, group, follow_symlinks=False)
+            try:
+                os.chown(self.path, -1, group, follow_symlinks=False)
+            except PermissionError as error:
+                raise EndpointError(
+                    f"this user is no member of the group {_group_name(group)}, so {self.path} cannot be that group's; "
+                    "name one of this user's with --group (id shows them)"
+                ) from error
         os.chmod(self.path, mode)
         self.listener.settimeout(0)
         self.listener.listen(_BACKLOG)
@@ -240,6 +244,20 @@ class Endpoint:
         self.close()
 
 
+def fault_of(path: str) -> str:
+    """Return why no store can listen at a path that another one could have; empty if one can, as far as that can be seen.
+
+    Notes
+    -----
+    Whether there is a directory, and whose it is, may change; this will hardly.
+    """
+    try:
+        is_other = not stat.S_ISSOCK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        is_other = False
+    return _wrong_length(path) or (f"{path!r} is no socket" if is_other else "")
+
+
 def note_of(path: str) -> bytes:
     """Return the note of the store that serves a path, or has died there; empty if there is none."""
     try:
@@ -258,6 +276,20 @@ def may_come_back(path: str) -> bool:
     takes over.
     """
     return os.path.exists(_lock_path(path))
+
+
+def _wrong_length(path: str) -> str:
+    size = len(os.fsencode(path))
+    if 0 < size <= _MAX_PATH_BYTES:
+        return ""
+    return f"a socket path has 1 to {_MAX_PATH_BYTES} bytes, and this one has {size}: {path!r}"
+
+
+def _group_name(group: int) -> str:
+    try:
+        return grp.getgrgid(group).gr_name
+    except KeyError:
+        return str(group)
 
 
 def _lock_path(path: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Final
 
 from shmplasma.arrow_errors import NotConnectedError
-from shmplasma.endpoint import may_come_back
+from shmplasma.endpoint import fault_of, may_come_back
 from shmplasma.errors import ProtocolError
 from shmplasma.exchange import RETRY_SECONDS, Exchange
 from shmplasma.outcomes import expect
@@ -42,8 +43,11 @@ def greet(
     Raises
     ------
     NotConnectedError
-        No store answers there.
+        No store answers there, or none ever can.
     """
+    fault = fault_of(path)
+    if fault:
+        raise NotConnectedError(f"{fault}; give the path at which a store serves (its -s)")
     while True:
         try:
             exchange = Exchange.connect(path, num_retries, _HANDSHAKE_SECONDS)
@@ -54,7 +58,7 @@ def greet(
             ) from error
         except OSError as error:
             raise NotConnectedError(
-                f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {path}"
+                f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {shlex.quote(path)}"
             ) from error
         hello = Hello(PROTOCOL_VERSION, role, name, reclaim)
         try:

@@ -445,7 +445,7 @@ class Link:
         except NotConnectedError as error:
             if not may_come_back(self._path):
                 self._lose()
-            raise gone(reason) from error
+            raise gone(reason, self._path) from error
 
     def _lose(self) -> None:
         self._lost = True

@@ -61,9 +61,10 @@ def _refusal(failed: Failed) -> ShmPlasmaError:
             assert_never(failed.failure)
 
 
-def gone(reason: str) -> NotConnectedError:
-    """Return what a user is to see when the connection has ended."""
-    return NotConnectedError(f"the connection to the store has ended: {reason}")
+def gone(reason: str, path: str = "") -> NotConnectedError:
+    """Return what a user is to see when the connection has ended, to a store that may be had again at `path`."""
+    remedy = f"; call again once a store serves {path}" if path else ""
+    return NotConnectedError(f"the connection to the store has ended: {reason}{remedy}")
 
 
 def not_reclaimed(token: bytes, own: bytes) -> str:

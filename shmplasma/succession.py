@@ -9,6 +9,7 @@ notice as much (`shmplasma.link`): a pause.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -51,10 +52,16 @@ def replace(
     Raises
     ------
     EndpointError
-        It refuses, or has not ended when this store is to end.
+        It is another user's, refuses, or has not ended when this store is to end.
     """
     try:
+        if os.stat(path).st_uid != os.geteuid():
+            raise EndpointError(
+                f"what listens at {path} is another user's, and only that user may replace it"
+            )
         exchange = Exchange.connect(path, 0, _PATIENCE_SECONDS)
+    except EndpointError:
+        raise
     except OSError as error:
         _LOG.info("nobody to replace at %s: %s", path, error)
         return

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -222,6 +223,120 @@ def test_objects_of_a_dead_store_are_not_given_up_by_mistake(path: str) -> None:
     assert exists(dead)
     with running("-m", "10MB", "-s", path) as (_, said):
         assert segment_in(said) == dead
+
+
+def test_what_would_have_a_dead_stores_objects_back(path: str, tmp_path: Path) -> None:
+    """The refusal says which of the options are others, also where the dead store had none."""
+    there = tmp_path / "there is"
+    there.mkdir()
+    with killed("-m", "10MB", "-s", path):
+        pass
+    refused = run("-m", "10MB", "-s", path, "-d", str(there))
+    assert refused.returncode == 1
+    assert "start with -m 10000000 and without -d to have them back" in refused.stderr
+    with running("-s", path):
+        pass
+    with killed("-m", "10MB", "-s", path, "-d", str(there)):
+        pass
+    refused = run("-m", "10MB", "-s", path)
+    assert refused.returncode == 1
+    assert f"start with -m 10000000 -d '{there}' to have them back" in refused.stderr
+    with running("-s", path, "-d", str(there)):
+        pass
+
+
+def test_a_store_of_another_size_is_replaced_without_its_objects(path: str) -> None:
+    """Only with --fresh; without it, the refusal says so, and the old store serves on."""
+    with running("-m", "10MB", "-s", path) as (first, said):
+        refused = run("-m", "20MB", "-s", path, "--replace")
+        assert refused.returncode == 1
+        assert "the store that runs here" in refused.stderr
+        assert "-m 10000000 to take them over, or with --fresh to give them up" in refused.stderr
+        with connect(path) as client:
+            object_id = client.put("lost")
+            with running("-m", "20MB", "-s", path, "--replace", "--fresh") as (second, _):
+                assert first.wait() == 0
+                assert not exists(segment_in(said))
+                with connect(path) as late:
+                    assert late.store_capacity() == 20_000_000
+                    assert not late.contains(object_id)
+    assert second.returncode == 0
+
+
+AS_NOBODY = """
+import ctypes, os, sys
+from shmplasma.cli import main, parse
+parse(sys.argv[1:])  # with all that it imports, as nobody may not be allowed to read that
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+PR_SET_DUMPABLE = 4
+ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1)  # /proc/self would be root's
+sys.exit(main(sys.argv[1:]))
+"""
+NOBODY = [sys.executable, "-c", AS_NOBODY]
+as_others = pytest.mark.skipif(
+    os.geteuid() != 0 or sys.platform != "linux", reason="only root can be somebody else"
+)
+
+
+@pytest.fixture
+def open_path() -> Iterator[str]:
+    """Give a path for a socket in a directory that all users can use."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o777)
+        yield f"{directory}/s"
+
+
+@as_others
+@pytest.mark.parametrize("mode", ["0600", "0666"])
+def test_another_users_store_is_not_replaced(open_path: str, mode: str) -> None:
+    """Whether it lets others connect or not, the refusal says whose affair that is, and it serves on."""
+    with running("-m", "10MB", "-s", open_path, "--mode", mode):
+        refused = subprocess.run(
+            [*NOBODY, "-s", open_path, "--replace"],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 1
+        assert "is another user's, and only that user may replace it" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        with connect(open_path) as client:
+            assert client.get(client.put("there")) == "there"
+
+
+@as_others
+def test_root_replaces_nobody_elses_store(open_path: str) -> None:
+    """It could not have the lock file afterwards, and there would be no store at all."""
+    with subprocess.Popen(
+        [*NOBODY, "-m", "10MB", "-s", open_path], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            until_ready(process)
+            refused = run("-s", open_path, "--replace")
+            assert refused.returncode == 1
+            assert "only that user may replace it" in refused.stderr
+            with connect(open_path) as client:
+                assert client.get(client.put("there")) == "there"
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
+@as_others
+def test_a_group_of_others(open_path: str) -> None:
+    """Who is no member cannot give anything to a group, and is told so."""
+    refused = subprocess.run(
+        [*NOBODY, "-m", "10MB", "-s", open_path, "--group", "root", "--mode", "0660"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert "this user is no member of the group root" in refused.stderr
+    assert "name another socket" not in refused.stderr
+    assert not os.listdir(os.path.dirname(open_path))
 
 
 def overwrite(segment: str, word: HeaderWord | int, value: int) -> None:

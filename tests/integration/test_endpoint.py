@@ -315,7 +315,7 @@ def test_a_group_that_cannot_be_given(path: str) -> None:
         try:
             Endpoint.claim("s", 0o660, 0)
         except EndpointError as error:
-            assert "not permitted" in str(error), error
+            assert "no member of the group" in str(error), error
             sys.exit(3)
     """
     assert run(code, path) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
 
@@ -243,3 +244,44 @@ def test_a_subscriber_that_does_not_keep_up(
         subscriber.subscribe()
         object_id = client.put_raw_buffer(b"12345")
         assert subscriber.get_next_notification() == (object_id, 5, 0)
+
+
+@pytest.mark.parametrize("path", ["", "/tmp/" + 103 * "a"])
+def test_a_path_of_an_impossible_length(path: str) -> None:
+    """Nobody waits for a store there, nor is told to start one that would be refused."""
+    with pytest.raises(
+        plasma.NotConnectedError, match=r"a socket path has 1 to 107 bytes.* give the path at which"
+    ):
+        plasma.connect(path)
+
+
+def test_what_is_no_socket(tmp_path: Path) -> None:
+    """A file or a directory becomes no store."""
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, tmp_path):
+        with pytest.raises(plasma.NotConnectedError, match=f"'{path}' is no socket; give the path"):
+            plasma.connect(path)
+
+
+def test_the_command_that_starts_a_store_can_be_pasted(tmp_path: Path) -> None:
+    """Whatever is in the path."""
+    path = tmp_path / "there is; none"
+    with pytest.raises(plasma.NotConnectedError, match=f"shmplasma-store -s '{path}'$"):
+        plasma.connect(path, num_retries=0)
+
+
+def test_after_the_end_of_its_store_a_client_has_the_next_one(tmp_path: Path) -> None:
+    """The error says that another call will do once there is a store, and so it does."""
+    path = str(tmp_path / "s")
+    with ExitStack() as stack:
+        with running("-m", "10MB", "-s", path):
+            client = stack.enter_context(plasma.connect(path))
+        ended = f"has ended: .*; call again once a store serves {path}"
+        with pytest.raises(plasma.NotConnectedError, match=ended):
+            client.evict(1)
+        with pytest.raises(plasma.NotConnectedError, match="no store answers"):
+            client.evict(1)
+        with running("-m", "10MB", "-s", path):
+            assert client.get(client.put("there")) == "there"
+            client.disconnect()
