@@ -169,12 +169,9 @@ def examine(
             findings.created.pop(entry, None)
     if going:
         findings.dropped = len(going)
-        for entry in going:
-            if remains.states[entry] == _SPILLED:
-                dead.renew(entry)
-        going = [entry for entry in going if remains.states[entry] != _SPILLED]
-        pinned = _give_up(table, boards, barrier, going)
-        for entry in going:
+        in_memory = _end_spilled(dead, remains, going)
+        pinned = _give_up(table, boards, barrier, in_memory)
+        for entry in in_memory:
             offset, size = remains.offsets[entry], remains.extents[entry]
             is_held = entry in pinned and size and _is_plausible(limits, offset, size)
             if is_held and used.add(offset, offset + size):
@@ -294,6 +291,14 @@ def _judge(
         elif state != _FREE:
             going.append(entry)
     return whole, spilled, going
+
+
+def _end_spilled(dead: DeadTable, remains: Remains, going: list[int]) -> list[int]:
+    """End those that go and are in no memory, whose state no reader knows; return the others."""
+    for entry in going:
+        if remains.states[entry] == _SPILLED:
+            dead.renew(entry)
+    return [entry for entry in going if remains.states[entry] != _SPILLED]
 
 
 def _give_up(

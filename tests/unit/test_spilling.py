@@ -21,7 +21,7 @@ from shmplasma.replies import (
 )
 from shmplasma.requests import AnswerNow, AskLease, Contains, Delete, Detach, Evict, Keep, List
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
-from shmplasma.transfers import Read, Write
+from shmplasma.transfers import Job, Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, ids_of, name, records
 from tests.crash.damage import Reopened
@@ -570,6 +570,8 @@ def test_what_comes_back_has_objects_moved_that_are_pinned_in_passing(
             talk.write_slot(slot, talk.store._parts.table.find(name(2)) + 1)
 
     mover._barrier = look_at_it
+    jobs: Sequence[Job] = ()
+    wanted = 0
     for number in range(2 - comes):
         wanted = peer.post(peer.wanted([name(0)]))
         while not (jobs := talk.take_jobs()) and wanted not in peer.replies:
