@@ -142,8 +142,8 @@ class Dispatch:
                 if not self._boards.owns(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its own")
                 self._publishing.claim(client, request, now_ns)
-                if session.detached:  # nobody is going to seal it
-                    self._objects.unsealed.leave(client)
+                if session.detached:  # nobody is going to seal it; it goes when its record is acknowledged
+                    self._objects.unsealed.leave(client, at_once=False)
                 self._outgoing.reply(client, request_id, _DONE)
             case Create():
                 if not self._boards.may_lend_one(client, request.slot):

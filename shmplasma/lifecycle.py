@@ -87,7 +87,7 @@ class Lifecycle:
         self._gone = gone
         self._leases = leases
         self.releases = Releases(words, table, boards, room, memory, gone)
-        self.unsealed = Unsealed(table, boards, room, self.releases)
+        self.unsealed = Unsealed(table, boards, room, self.releases, memory)
         self._creators = self.unsealed.creators
         # Its sets, which are looked at with each put.
         self._doomed = self.releases.doomed

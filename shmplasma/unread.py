@@ -18,16 +18,18 @@ G4. G1 once more: the same? there is the object
 
 *What a record makes readable.*  A `Publish` says where its object lies.  A `Seal` does not: that says the `Claim` before it in the same outbox, if that is
 unread; else the object has an entry, CREATED, whose creator is the client of that outbox.  Records of references say nothing of this.
-What was aborted is not readable; so if the last record under the id is another one, the store is left to say what is there.  A CREATED object goes only by a record of
-its creator, or when he is dropped, before which his records are read; so as long as the `Seal` is unread the entry is this object's, and
-its state, which is part of what is compared at G4, is CREATED.
+What was aborted is not readable; so if the last record under the id is another one, the store is left to say what is there.  A CREATED object goes by a record of
+its creator, or when he leaves or ends; his records are read before that, but another thread of his may write a `Seal` even then, which is
+going to be refused.
 
 *Where it lies nobody else writes.*  Before S1 the extent is its putter's lease, which ends only when his records are read: also when he has left, or was killed, or has
 posted what nobody may.
 
 *Who passes G4 has pinned the object before anybody can take it.*  x86-64 keeps the order of stores, and that of loads, but G4 may pass G3.  G4 reads
 ACKNOWLEDGED, and then the record that has the place.  If it found ACKNOWLEDGED to be n at most then S2 was not visible yet; the membarrier of S3 comes
-later, so G3 is visible when the boards are read.  The word tells the entry by itself (`shmplasma.offset_pins`).
+later, so G3 is visible when the boards are read.  The word tells the entry by itself (`shmplasma.offset_pins`).  What has an entry, CREATED, may go before
+its `Seal` is read (`shmplasma.unsealed`); its state word is part of what is compared at G4, and returns no more than that of any
+object.  So if G4 finds it EVICTING was not visible yet, and the membarrier comes later here as well.
 
 *A record that is refused*, as its id is taken, leaves its room in limbo, whose boards are read after S2 (`Publishing.note_refused`).
 

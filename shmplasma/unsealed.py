@@ -6,6 +6,8 @@ Invariants
 * What a client leaves behind goes at once where it is little, else by and by between requests (`Room.most_at_once`), so that nobody waits for
   another one's hundred thousand objects.  Nobody sees a difference: an object goes at once when somebody wants its id (`Unsealed.is_left`), and all
   of them before anybody is refused, or anything is evicted, for want of their room or entries (`Unsealed.finish`).
+* Nothing goes before the record is acknowledged by which it came, and who has pinned it by a record that is unread (`shmplasma.unread`) keeps
+  its extent: it is EVICTING, then comes a barrier, then the boards are read.
 * A client that has ended keeps its boards, without its pins, until the last of them has gone: an entry's OWNER is a slot of a board, by which a
   successor of this store knows whose object it is.
 """
@@ -16,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
 from shmplasma.layout import EntryState
+from shmplasma.memory import Memory
 from shmplasma.pins import Boards
 from shmplasma.releases import Releases
 from shmplasma.requests import Create
@@ -32,13 +35,18 @@ class Unsealed:
     ----------
     table, boards, room, releases
         The parts of the store that it joins.
+    memory : Memory
+        Issues barriers.
     """
 
-    def __init__(self, table: Table, boards: Boards, room: Room, releases: Releases) -> None:
+    def __init__(
+        self, table: Table, boards: Boards, room: Room, releases: Releases, memory: Memory
+    ) -> None:
         self._table = table
         self._boards = boards
         self._room = room
         self._releases = releases
+        self._memory = memory
         self._creators: dict[int, int] = {}
         self._of_client: dict[int, set[int]] = {}
         self._recovered: set[int] = set()
@@ -94,12 +102,13 @@ class Unsealed:
     # -- going ---------------------------------------------------------------------------------
 
     def abort(self, entries: Sequence[int]) -> None:
-        """Remove objects; the extent of one that is pinned waits for its writer to let go (`shmplasma.releases`)."""
+        """Remove objects; the extent of one that is pinned waits until its writer, or who has it from a `Seal` that is unread, lets go."""
         table = self._table
         for entry in entries:
             self.forget(entry)
             table.set_state(entry, EntryState.EVICTING)
             table.unlink(entry)
+        self._memory.barrier()
         pinned = self._room.pinned(entries)
         for entry in entries:
             if entry not in pinned:
@@ -107,11 +116,12 @@ class Unsealed:
         if not pinned.isdisjoint(entries):
             self._releases.leave(pinned & set(entries))
 
-    def leave(self, client: int) -> None:
-        """Remove all that a client is writing, or begin with it; it seals none of it any more."""
+    def leave(self, client: int, *, at_once: bool = True) -> None:
+        """Remove all that a client is writing, or begin with it, at once or with the next `advance`; it seals none of it any more."""
         if client in self._of_client and client not in self._left:
             self._left[client] = None
-            self._abort_some(client)
+            if at_once:
+                self._abort_some(client)
 
     def end(self, client: int) -> None:
         """Take the boards of a client back that has ended, when nothing is left of what it was writing; its pins have gone."""

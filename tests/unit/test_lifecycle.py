@@ -204,7 +204,8 @@ def test_an_aborted_object_goes_at_once_when_its_writer_has_let_go(house: Househ
     slot = house.create(1)
     house.release(slot)
     house.objects.abort(ALICE, name(1))
-    assert (house.room.free_bytes, house.wake_word, house.memory.barriers) == (4096, 0, 0)
+    assert (house.room.free_bytes, house.wake_word) == (4096, 0)
+    assert house.memory.barriers == 1, "who has it from a record may hold it"
     house.objects.check()
 
 

@@ -12,12 +12,14 @@ import pytest
 from shmplasma import unread
 from shmplasma.absence import Absence
 from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, EntryState
+from shmplasma.leases import BUSY_WORD
 from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import RECORDS
 from shmplasma.pinning import Pin
 from shmplasma.posted import Abort, Claim, Posted, Publish, Seal
 from shmplasma.replies import Done, Leased, Number
-from shmplasma.requests import AskLease, Contains, Delete, Evict, Flush
+from shmplasma.requests import AskLease, Contains, Delete, Detach, Evict, Flush
+from shmplasma.table import NO_ENTRY
 from shmplasma.unread import Unread
 from tests.conversation import Conversation, name
 from tests.crash.damage import Reopened
@@ -462,6 +464,53 @@ def test_its_holders_are_looked_for_when_it_is_acknowledged(scene: Scene) -> Non
     scene.read()
     assert seen == [acknowledged + 1]
     scene.talk.store.check()
+
+
+# -- a putter that leaves --------------------------------------------------------------------------
+
+
+def test_who_has_what_its_creator_seals_and_leaves_keeps_its_room(scene: Scene) -> None:
+    """One thread says that it leaves, another one seals: the pin of who has seen that comes in time, if it comes before the barrier."""
+    talk, slot, releases = scene.talk, scene.slots[-1], scene.talk.store._objects.releases
+    scene.putter.release(scene.putter.create(A, SIZE))
+    entry = scene.entry_of(A)
+    talk.memory.at_barrier = lambda: talk.write_slot(slot, entry + 1)
+    scene.putter.ask(Detach(), Done)
+    scene.write(Seal(A))
+    talk.poll()
+    assert scene.entry_of(A) == NO_ENTRY
+    assert releases.limbo == {entry}
+    talk.store.check()
+    talk.write_slot(slot, 0)
+    talk.wake()
+    assert not releases.limbo
+    talk.store.check()
+
+
+def test_what_is_claimed_by_who_has_left_goes_when_that_is_acknowledged(scene: Scene) -> None:
+    """Up to then somebody may find it by the record and pin it; so if it is sealed by another record, which is unread."""
+    talk = scene.talk
+    board = scene.putter.free_slots[0] // BOARD_WORDS
+    talk.words[talk.layout.boards // 8 + board * BOARD_WORDS + BUSY_WORD] = 1
+    scene.putter.ask(Detach(), Done)
+    scene.claim()
+    scene.write(Seal(A))
+    count = (talk.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+    claimed = talk.words[count] + 1
+    table, seen = talk.store._parts.table, list[int]()
+
+    def look() -> None:
+        talk.memory.at_barrier = look
+        if any(table.state(entry) == EntryState.EVICTING for entry in range(table.end)):
+            seen.append(talk.words[count])
+
+    talk.memory.at_barrier = look
+    talk.poll()
+    talk.turn()
+    assert scene.entry_of(A) == NO_ENTRY
+    assert seen
+    assert min(seen) >= claimed
+    talk.store.check()
 
 
 # -- a store that dies -----------------------------------------------------------------------------
