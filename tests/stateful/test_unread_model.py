@@ -1,7 +1,7 @@
 """What is put, and found by its record before the store has read it, under every interleaving that x86-TSO allows.
 
-The models repeat the steps of `shmplasma.unread`, as `Unread.take` (who looks for the object), `Posts.heed`, `Room.take`, `Releases.settle` and
-`Boards.revoke` (the store) take them.  As in `tests.stateful.test_memory_model`, each has twins with a step left out or two swapped, and the
+The models repeat the steps of `shmplasma.unread`, as `Unread.take` (who looks for the object), `Posts.heed`, `Room.take`, `Releases.settle`,
+`Unsealed.abort` and `Boards.revoke` (the store) take them.  As in `tests.stateful.test_memory_model`, each has twins with a step left out or two swapped, and the
 explorer has to find what is wrong with those.
 """
 
@@ -25,7 +25,7 @@ from tests.stateful.tso import (
     require,
 )
 
-FREE, SEALED, EVICTING = range(3)
+FREE, SEALED, EVICTING, CREATED = range(4)
 OFFSET, ENTRY = 1, 2
 """What stands in a slot."""
 OURS, SOMEBODY_ELSES = 1, 2
@@ -231,3 +231,83 @@ def test_a_record_that_is_read_meanwhile(case: Case) -> None:
 def test_a_record_of_what_was_deleted(case: Case) -> None:
     """Whatever is left out or swapped, what somebody was told to be deleted is found by its record."""
     assert explore_case(case).violation.endswith("what was deleted is there")
+
+
+# -- what its creator seals, and leaves ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leave:
+    """An object that was created is sealed by a record, and the store takes it back meanwhile, as its creator leaves.
+
+    Attributes
+    ----------
+    barrier, hidden : bool
+        Whether the store issues a membarrier before it looks at the slots, and says before that that the object goes.
+    compared : bool
+        Whether the getter looks at the state of its entry after his pin.
+    """
+
+    barrier: bool = True
+    hidden: bool = True
+    compared: bool = True
+
+
+def seal() -> Program:
+    """Fill the object and write the record: another thread of its creator."""
+    yield Store("data", OURS)
+    yield Store("record", OURS)
+    return "sealed"
+
+
+def get_created(case: Leave) -> Program:
+    """Look for the record, and pin what it makes readable: `Unread._take_created`."""
+    yield Await("record", OURS)
+    if (yield Load("acknowledged")) or (yield Load("state")) != CREATED:
+        return "asks"
+    yield Store("slot", ENTRY)
+    if (yield Load("acknowledged")) or (case.compared and (yield Load("state")) != CREATED):
+        yield Store("slot", 0)
+        return "asks"
+    return Stage(use, (Case(),))
+
+
+def abort(case: Leave, attempts: int) -> Program:
+    """Take the object back and use its room anew, at once or when it is let go of; refuse the record then: `Unsealed.abort`."""
+    if case.hidden:
+        yield Store("state", EVICTING)
+    while attempts:
+        if case.barrier:
+            yield from membarrier([GETTER])
+        if not (yield Load("slot")):
+            yield Store("state", FREE)
+            yield Store("data", SOMEBODY_ELSES)
+            break
+        attempts -= 1
+    if (yield Load("record")):
+        yield Store("acknowledged", 1)
+    return "taken" if attempts else "in limbo"
+
+
+def explore_leave(case: Leave) -> Report:
+    """Explore a getter, a store and a thread that seals."""
+    words = {**dict.fromkeys(("data", "record", "acknowledged", "slot"), 0), "state": CREATED}
+
+    def at_end(words: Mapping[str, int], results: Sequence[Any]) -> None:
+        require(words["slot"] == 0, "a pin was left behind")
+
+    stages = [Stage(get_created, (case,)), Stage(abort, (case, 2)), Stage(seal, ())]
+    return explore(stages, words, buffer_size=3, at_end=at_end)
+
+
+def test_what_is_sealed_by_who_leaves_stays_with_who_has_found_it() -> None:
+    """Who finds the record, and the entry as it was after his pin, reads what was put."""
+    report = explore_leave(Leave())
+    assert report.violation == ""
+    assert report.states > 100
+
+
+@pytest.mark.parametrize("step", ["barrier", "hidden", "compared"])
+def test_what_is_sealed_by_who_leaves_goes(step: str) -> None:
+    """Whatever is left out, somebody reads another object's bytes."""
+    assert explore_leave(Leave(**{step: False})).violation.endswith("somebody else's bytes")
