@@ -278,6 +278,8 @@ class Dispatch:
                 self.evictions.append((client, request_id, request, now_ns))
             case Evict():
                 freed, goes_on = self._objects.evict(request.size_bytes)
+                # What a move hides may go when it has arrived.
+                goes_on |= freed < request.size_bytes and self._room.mover.hidden != NO_ENTRY
                 freed_before = self._freed.pop((client, request_id), 0)
                 if goes_on:
                     self._freed[client, request_id] = freed_before + freed
@@ -335,8 +337,6 @@ class Dispatch:
                 return self._answers.awaits_hidden(client, request_id)
             case AnswerNow():
                 return self._answers.awaits_hidden(client, request.request_id)
-            case Evict():
-                return True
             case Delete() | Keep():
                 return any(map(self._objects.is_hidden, request.object_ids))
             case Remove():

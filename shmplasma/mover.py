@@ -7,7 +7,8 @@ of the store is ever out of order between two slices; so a compaction may be giv
 Invariants
 ----------
 * At most one object is hidden (MOVING) between two slices: one that slides onto itself.  Whoever wants it waits
-  (`Mover.hidden`), or has the slide carried to its end at once (`Mover.reveal`).
+  (`Mover.hidden`), or has the slide carried to its end at once (`Mover.reveal`).  After each that was hidden then, a slice ends with
+  none hidden: so none waits for a whole run, and the compaction can be given up.
 * A slice copies `SLICE_BYTES`, or less and does other work that takes as long.
 * What was found, or copied, in one slice is copied on, or moved, in a later one only if its state word says that it is the same object still.  One that begins before
   what is held leaves room there when it goes, and its entry; the next object may have both.
@@ -356,7 +357,7 @@ class Mover:
     def _shift(self, each: _Object, target: int) -> Generator[None, None, bool]:
         """Move an object down within what is held; tell whether it has arrived."""
         offset, size, word, entry = each
-        gap = min(offset - target, size)
+        gap, cost = min(offset - target, size), _OBJECT_COST
         if not self.holding.take(target, gap):
             return False  # something without an entry, a lease, has come there before the range was held
         if not (yield from self._prepare(target, gap)):
@@ -374,8 +375,10 @@ class Mover:
             self.hidden = entry
             self._slide = self._slide_down(each, target)
             for piece in self._slide:
-                yield from self._spend(piece)
-        yield from self._spend(_OBJECT_COST)
+                for _ in self._spend(piece):
+                    cost = self.slice_bytes
+                    yield
+        yield from self._spend(cost)
         return self._is_there((target, size, word + (1 << GENERATION_SHIFT), entry))
 
     def _copy(self, each: _Object, target: int) -> Iterator[None]:

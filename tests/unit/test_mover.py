@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from shmplasma.layout import EntryState
-from shmplasma.posted import Seal
+from shmplasma.layout import REFERENCED, EntryState
+from shmplasma.mover import SLICE_BYTES
+from shmplasma.moves import PIECE_BYTES
+from shmplasma.posted import Release, Seal
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Leased, Number, Objects, Text
 from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get, Keep
 from shmplasma.table import NO_ENTRY
@@ -49,6 +51,11 @@ class Rooms(Conversation):
         (found,), (slot,) = self.one.get(name(number))
         assert bytes(self.raw[found[0] : found[0] + found[1]]) == self.content(number, lines)
         self.one.release(slot)
+
+    def turn_until_hidden(self) -> None:
+        """Offer room, and go on until an object is hidden."""
+        self.carry_out(self.store.offer_room(self.steady_ns, self.now_ns))
+        self.until_hidden()
 
     def until_hidden(self) -> None:
         """Go on until an object is hidden."""
@@ -484,3 +491,57 @@ def test_what_is_let_go_of_at_the_moment_of_the_last_look_is_moved() -> None:
     rooms.write_slot(slot, rooms.store._parts.table.find(name(1)) + 1)
     rooms.turn()
     rooms.one.take(waiting, Created)
+
+
+@pytest.fixture
+def sliding() -> Rooms:
+    """Return a store that slides four kept objects, of two slices each, down by 64 KiB; one that has a reference lies before them."""
+    lines, gap = 2 * SLICE_BYTES // LINE, 1024
+    rooms = Rooms(capacity=(1 + 4 * lines + 2 * gap) * LINE)
+    rooms.mover.slice_bytes = SLICE_BYTES
+    rooms.store._parts.moves.piece_bytes = PIECE_BYTES
+    request = rooms.other.new(name(8), LINE, codec=REFERENCED)
+    rooms.other.ask(request, Created)
+    rooms.other.ask(Seal(name(8)), Done)
+    rooms.other.release(request.slot)
+    for number, size in enumerate((gap, *[lines] * 4)):
+        rooms.one.put(name(number), size * LINE)
+    rooms.one.ask(Keep(True, [name(number) for number in range(1, 5)]), Done)
+    rooms.delete(0)
+    waiting = rooms.one.new(name(9), 2 * gap * LINE)
+    rooms.one.post(waiting._replace(timeout_ns=FOR_EVER))
+    rooms.turn_until_hidden()
+    assert rooms.store._parts.table.object_id(rooms.mover.hidden) == name(1)
+    return rooms
+
+
+def test_an_eviction_does_not_wait_for_what_is_hidden(hiding: Rooms) -> None:
+    """Others go at once, if they are enough."""
+    request_id = hiding.other.post(Evict(40 * LINE))
+    hiding.settle()
+    assert hiding.other.take(request_id, Number).value == 40 * LINE
+    assert hiding.mover.hidden != NO_ENTRY
+    assert name(3) not in hiding.ids()
+    hiding.turn()
+    hiding.look(1, 40)
+    hiding.store.check()
+
+
+def test_between_two_that_slide_what_nobody_owns_is_deleted(sliding: Rooms) -> None:
+    """It waits for one object, and not for a whole run."""
+    sliding.other.write(Release(name(8), 0))
+    while name(8) in sliding.ids():
+        sliding.advance()
+        sliding.settle()
+    assert sliding.mover.moves == 1
+    sliding.turn()
+    sliding.store.check()
+
+
+def test_between_two_that_slide_a_compaction_is_given_up(sliding: Rooms) -> None:
+    """No more is moved for one that has left."""
+    sliding.disconnect(sliding.one)
+    while sliding.mover.is_busy:
+        sliding.advance()
+    assert sliding.mover.moves == 1
+    sliding.store.check()
