@@ -30,7 +30,7 @@ Why this holds
     nothing stands in a slot that is held, it copies the parent's word, passes a barrier, and looks whether that
     still stands.  This finds nothing where the parent has let go by then, and does not look at a slot that held
     something else at the copy.  Hence the copy is the last step before the fork, when the store has been asked
-    for everything, and takes no turn of another thread: what is left are microseconds, and buffers of threads
+    for everything, and takes each board at once: what is left are microseconds, and buffers of threads
     that the child does not have.
 
     *A slot that is free in the child* is cleared on its boards, also when its pin has died meanwhile; a copied
