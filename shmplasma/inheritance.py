@@ -5,11 +5,12 @@ happen: that the child lets go of what its parent holds, and that the parent let
 still looks at a buffer.  So the child gets boards of its own with the same pins::
 
     before the fork, in the parent    connect once more, and ask for as many boards as we have: an *inheritance*;
-                                      when there are all of them, copy all words of our boards to its boards
-    after it, in the parent           close our copy of that connection
-    after it, in the child            put private memory in the place of the parent's boards; connect as
-                                      ourselves, copy the inheritance to the boards of that, and close it; let
-                                      every pin clear its slot on the new board instead of the parent's
+                                      put off releases; copy all words of our boards to its boards
+    after it, in the parent           release what was put off; close our copy of that connection
+    after it, in the child            put private memory in the place of the parent's boards; release there what
+                                      was put off; connect as ourselves, copy the inheritance to the boards of
+                                      that, and close it; let every pin clear its slot on the new board instead of
+                                      the parent's
 
 Why this holds
     *Nothing is unpinned in between.*  A copied word is written while the pin that it copies stands, by the same
@@ -33,6 +34,9 @@ Why this holds
     for everything, and takes each board at once: what is left are microseconds, and buffers of threads
     that the child does not have.
 
+    *A child's finalizers* do not reach the parent's boards: other hooks, or the collector, may take buffers before
+    the child has private memory there.  So from before the copy on a pin that dies is only noted.
+
     *A slot that is free in the child* is cleared on its boards, also when its pin has died meanwhile; a copied
     word that names nothing harms nobody.
 
@@ -48,7 +52,8 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 from shmplasma import system
@@ -59,7 +64,7 @@ from shmplasma.exchange import Exchange
 from shmplasma.handshake import greet
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
 from shmplasma.outcomes import expect
-from shmplasma.pinning import Lifeline, PinBoard
+from shmplasma.pinning import Lifeline, Pin, PinBoard
 from shmplasma.pins import FIRST_SLOT
 from shmplasma.replies import Number
 from shmplasma.requests import Grow, Role
@@ -142,6 +147,55 @@ class Inheritance:
         return self._connection
 
 
+class _Releases:
+    """What pins do that die: usually it is done at once, but while a thread forks it is put off."""
+
+    def __init__(self) -> None:
+        self._at_once = Pin.__del__
+        self._forking: set[int] = set()
+        self._changing = threading.RLock()
+        self._late: list[tuple[PinBoard, int]] = []
+
+    def put_off(self) -> None:
+        """Note the pins that die from now on; this thread forks."""
+        with self._changing:
+            self._forking.add(threading.get_ident())
+            self._set(lambda pin: self._note(pin.board, pin.word))
+
+    def resume(self) -> None:
+        """Release what was put off, unless another thread still forks."""
+        with self._changing:
+            self._forking.discard(threading.get_ident())
+            if not self._forking:
+                self._set(self._at_once)
+        self._catch_up()
+
+    def resume_in_child(self) -> None:
+        """Release what was put off; a child has none of its parent's other threads."""
+        self._changing = threading.RLock()
+        self._forking.clear()
+        self.resume()
+
+    def _set(self, finalizer: Callable[[Pin], None]) -> None:
+        # A test in the finalizer would cost each release some 20 ns.
+        Pin.__del__ = finalizer  # type: ignore[method-assign]  # it is what is to be changed
+
+    def _note(self, board: PinBoard, word: int) -> None:
+        self._late.append((board, word))
+        self._catch_up()  # it may have been called just before the fork ended
+
+    def _catch_up(self) -> None:
+        while self._late and not self._forking:
+            with suppress(IndexError):  # another thread may be faster
+                board, word = self._late.pop()
+                pin = Pin()
+                pin.board, pin.word = board, word
+                del pin  # and dies at once
+
+
+_releases: Final = _Releases()
+
+
 def _before_fork() -> None:
     own = threading.get_ident()
     failures: list[tuple[Lifeline, Exception]] = []
@@ -154,6 +208,7 @@ def _before_fork() -> None:
     try:
         _warn(failures)
     finally:
+        _releases.put_off()
         for (thread, lifeline), inheritance in tuple(_prepared.items()):
             if thread == own:
                 boards = lifeline.boards
@@ -161,6 +216,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
+    _releases.resume()
     own = threading.get_ident()
     for thread, lifeline in tuple(_prepared):
         if thread == own:
@@ -170,9 +226,12 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     own = threading.get_ident()
     failures: list[tuple[Lifeline, Exception]] = []
-    for lifeline in list(_lifelines):
-        inherited = _prepared.pop((own, lifeline), None)
+    lifelines = list(_lifelines)
+    for lifeline in lifelines:
         lifeline.isolate()
+    _releases.resume_in_child()
+    for lifeline in lifelines:
+        inherited = _prepared.pop((own, lifeline), None)
         if inherited is not None or any(map(_holds, lifeline.boards)):
             error = _settle(lifeline, inherited)
             if error is not None:

@@ -7,7 +7,8 @@ if the store has raised its WAKE word, wakes it, unless it is awake for that alr
 
 A finalizer runs anywhere, inside the collector too and in any thread.  This one stores a word and appends to
 a list, which are single steps under the interpreter lock, takes no lock of its own, and writes to the
-wake-up pipe without blocking: a full pipe is a wake-up that is pending.
+wake-up pipe without blocking: a full pipe is a wake-up that is pending.  While the process forks it is put off
+(`shmplasma.inheritance`).
 
 A pin is made before its word is written, so that an interrupt in between leaves nothing pinned.
 """

@@ -274,6 +274,42 @@ def test_a_buffer_that_dies_while_its_pin_moves(store: Store) -> None:
     run_python(BEFORE_THE_FORK + end, store.store_socket_name)
 
 
+def test_hooks_that_let_go(store: Store) -> None:
+    """A child that drops buffers before shmplasma's hook has run leaves its parent's pins alone; they are put off, not lost."""
+    program = """
+    import os, sys
+
+    cache = {}
+    os.register_at_fork(before=lambda: cache.pop(0, None), after_in_child=lambda: cache.pop(1, None))
+
+    import shmplasma as plasma
+
+    client, other = plasma.connect(sys.argv[1]), plasma.connect(sys.argv[1])
+    ids = [other.put_raw_buffer(b"cached") for _ in range(3)]
+    cache.update(enumerate(client.get_buffers(ids)))
+
+    def holders():
+        listed = other.list()
+        return [listed[object_id]["ref_count"] for object_id in ids]
+
+    (told, tell), (heard, hear) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(tell)
+        os.write(hear, b"x")
+        os.read(told, 1)
+        os._exit(0)
+    os.close(hear)
+    assert os.read(heard, 1)
+    assert holders() == [0, 1, 2], holders()
+    cache.clear()
+    assert holders() == [0, 0, 1], holders()
+    os.close(tell)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+    run_python(program, store.store_socket_name)
+
+
 def test_a_store_without_boards(store: Store) -> None:
     """A child that gets none of its own uses what it has inherited; of what came late, and has no board, a warning tells."""
     end = """
