@@ -142,7 +142,8 @@ class Dispatch:
                 if not self._boards.owns(client, request.slot):
                     raise ProtocolError(f"slot {request.slot} is not its own")
                 self._publishing.claim(client, request, now_ns)
-                if session.detached:  # nobody is going to seal it; it goes when its record is acknowledged
+                # Nobody is going to seal it; it goes when its record is acknowledged.
+                if session.detached:
                     self._objects.unsealed.leave(client, at_once=False)
                 self._outgoing.reply(client, request_id, _DONE)
             case Create():
@@ -337,7 +338,10 @@ class Dispatch:
                 return self._answers.awaits_hidden(client, request_id)
             case AnswerNow():
                 return self._answers.awaits_hidden(client, request.request_id)
-            case Delete() | Keep():
+            case Delete():  # no more are deleted in this turn
+                at_once = request.object_ids[: self._room.most_at_once]
+                return any(map(self._objects.is_hidden, at_once))
+            case Keep():
                 return any(map(self._objects.is_hidden, request.object_ids))
             case Remove():
                 return self._objects.is_hidden(request.object_id)

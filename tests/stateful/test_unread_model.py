@@ -293,7 +293,7 @@ def explore_leave(case: Leave) -> Report:
     """Explore a getter, a store and a thread that seals."""
     words = {**dict.fromkeys(("data", "record", "acknowledged", "slot"), 0), "state": CREATED}
 
-    def at_end(words: Mapping[str, int], results: Sequence[Any]) -> None:
+    def at_end(words: Mapping[str, int], _: Sequence[Any]) -> None:
         require(words["slot"] == 0, "a pin was left behind")
 
     stages = [Stage(get_created, (case,)), Stage(abort, (case, 2)), Stage(seal, ())]

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from shmplasma.layout import REFERENCED
+from shmplasma.lifecycle import Lifecycle
 from shmplasma.posted import Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Number
 from shmplasma.requests import Contains, Create, Delete, Evict, Flush, Trim
@@ -66,6 +67,18 @@ def test_a_long_delete_takes_turns(street: Street) -> None:
     street.one.take(request_id, Done)
     assert not street.store.has_unsettled
     street.one.ask(Delete([]), Done)
+
+
+def test_a_long_delete_is_not_looked_through_in_each_turn(
+    street: Street, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an object is hidden by a move, only those that would be deleted next are compared with it."""
+    looked_at: list[bytes] = []
+    monkeypatch.setattr(Lifecycle, "is_hidden", lambda _, object_id: looked_at.append(object_id))
+    monkeypatch.setattr(street.store._room.mover, "hidden", 1)
+    street.one.post(Delete(IDS))
+    street.step()
+    assert looked_at == IDS[:AT_ONCE]
 
 
 def test_a_trim_is_not_put_off_by_what_nobody_waits_for_yet(street: Street) -> None:
