@@ -13,6 +13,7 @@ from typing import Final, Self, SupportsIndex
 import numpy as np
 
 from shmplasma.arrow_errors import NotConnectedError
+from shmplasma.endpoint import fault_of
 from shmplasma.notifications import Subscription
 from shmplasma.objects import ObjectID
 from shmplasma.requests import MAX_NAME_BYTES, SetOptions
@@ -41,7 +42,8 @@ class Connected:
     """
 
     def __init__(self, store_socket_name: str, num_retries: int) -> None:
-        self._path = store_socket_name
+        self._given_path = store_socket_name
+        self._path = _lasting(store_socket_name)
         self._num_retries = num_retries
         self._session: Session | None = self._open(num_retries)
         self._capacity = self._session.layout.capacity
@@ -67,8 +69,8 @@ class Connected:
 
     @property
     def store_socket_name(self) -> str:
-        """The path of the store's socket."""
-        return self._path
+        """The path of the store's socket, as it was given."""
+        return self._given_path
 
     def disconnect(self) -> None:
         """Leave the store: what is not sealed goes; buffers that were got stay valid.
@@ -124,6 +126,12 @@ class Connected:
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None
+
+
+def _lasting(path: str) -> str:
+    """Return a path of a socket that outlasts a change of the directory, unless no socket can have so long a one."""
+    absolute = os.path.abspath(path)
+    return absolute if path and not fault_of(absolute) else path
 
 
 def wait_seconds(timeout_ms: float | None) -> float | None:

@@ -67,9 +67,13 @@ def greet(
             exchange.close()
             if isinstance(error, NotConnectedError):
                 raise
-            # A store that died just now may be back soon.
-            if num_retries <= 0 or not (isinstance(error, ConnectionError) and may_come_back(path)):
+            # One that listens and does not answer may still be starting; a store that died just now may be back soon.
+            is_slow = isinstance(error, TimeoutError)
+            may_answer = is_slow or (isinstance(error, ConnectionError) and may_come_back(path))
+            tried = round(_HANDSHAKE_SECONDS / RETRY_SECONDS) if is_slow else 0
+            if num_retries <= tried or not may_answer:
                 raise NotConnectedError(f"what listens at {path!r} is no store: {error}") from error
+            num_retries -= tried
         except BaseException:
             exchange.close()
             raise

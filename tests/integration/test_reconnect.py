@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
@@ -12,6 +13,7 @@ from textwrap import dedent
 import pytest
 
 import shmplasma as plasma
+from shmplasma import handshake
 from tests.clients import figure
 from tests.command import killed, running
 from tests.processes import INTERRUPTER, Child, run_python, until
@@ -285,3 +287,52 @@ def test_after_the_end_of_its_store_a_client_has_the_next_one(tmp_path: Path) ->
         with running("-m", "10MB", "-s", path):
             assert client.get(client.put("there")) == "there"
             client.disconnect()
+
+
+ELSEWHERE = """
+    import os, sys, warnings
+    import shmplasma as plasma
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, where threads are about
+    os.chdir(sys.argv[1])
+    with plasma.connect("s") as client:
+        assert client.store_socket_name == "s"
+        object_id = client.put(1)
+        os.chdir("/")
+        print("put", flush=True)
+        sys.stdin.readline()
+        assert client.contains(object_id)
+        pid = os.fork()
+        if not pid:
+            os._exit(not client.contains(object_id))
+        print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def test_a_program_that_changes_its_directory(tmp_path: Path) -> None:
+    """A client of a relative path finds its store again from elsewhere, and so does a forked child."""
+    with Child(ELSEWHERE, str(tmp_path)) as child:
+        with killed("-m", "1MB", "-s", str(tmp_path / "s")):
+            assert child.hear() == "put"
+        with running("-s", str(tmp_path / "s")):
+            child.say()
+            assert child.hear() == "0"
+            assert child.end() == 0
+
+
+def test_a_store_that_does_not_answer_yet(
+    store: plasma.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who connects waits for it as long as its retries last; a wait counts for as many as would have fit into it."""
+    monkeypatch.setattr(handshake, "_HANDSHAKE_SECONDS", 0.3)
+    store.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(plasma.NotConnectedError, match="no store: timed out"):
+            plasma.connect(store.store_socket_name, num_retries=7)
+        wakes = threading.Timer(0.5, store.process.send_signal, (signal.SIGCONT,))
+        wakes.start()
+        with plasma.connect(store.store_socket_name, num_retries=1000) as client:
+            assert client.list() == {}
+        wakes.join()
+    finally:
+        store.process.send_signal(signal.SIGCONT)
