@@ -10,7 +10,7 @@ a list, which are single steps under the interpreter lock, takes no lock of its 
 wake-up pipe without blocking: a full pipe is a wake-up that is pending.  While the process forks it is put off
 (`shmplasma.inheritance`).
 
-A pin is made before its word is written, so that an interrupt in between leaves nothing pinned.
+A pin is made before its word is written, so that an interrupt in between leaves nothing pinned; before it is made, the slot is lost.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class Lifeline:
         self.attachment.isolate()
         if self.locks is not None:
             self.locks.close()
-        os.close(self._wake_fd)
-        self._wake_fd = -1
+        fd, self._wake_fd = self._wake_fd, -1
+        os.close(fd)
         connection = self.connection
         if isinstance(connection, Closable):
             connection.abandon()
@@ -158,8 +158,9 @@ class Lifeline:
         self.connection = connection
 
     def __del__(self) -> None:
-        if self._wake_fd >= 0:
-            os.close(self._wake_fd)
+        fd, self._wake_fd = self._wake_fd, -1  # pins that the same collection finalizes may come after this
+        if fd >= 0:
+            os.close(fd)
         self.attachment.close()
 
 
@@ -225,7 +226,10 @@ class Pin:
         self.board.words[self.word] = 0
 
     def __del__(self) -> None:
-        board, word = self.board, self.word
+        try:
+            board, word = self.board, self.word
+        except AttributeError:
+            return  # an interrupt came before it had a slot
         board.words[word] = 0
         board.free.append(word)
         if board.wake_word[0]:
