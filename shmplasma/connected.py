@@ -14,6 +14,7 @@ import numpy as np
 
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.endpoint import fault_of
+from shmplasma.nesting import NESTED, is_inside
 from shmplasma.notifications import Subscription
 from shmplasma.objects import ObjectID
 from shmplasma.requests import MAX_NAME_BYTES, SetOptions
@@ -26,6 +27,9 @@ DEFAULT_RETRIES: Final = 80
 
 _LONGEST_MS: Final = 10**9
 """Beyond these eleven days, which the system's calls can still count, a wait is without an end."""
+
+_CONNECTING: Final = frozenset({"_live"})
+_DISCONNECTED: Final = "this client is disconnected; shmplasma.connect makes a new one"
 
 _clients: weakref.WeakSet[Connected] = weakref.WeakSet()
 
@@ -45,6 +49,7 @@ class Connected:
         self._given_path = store_socket_name
         self._path = _lasting(store_socket_name)
         self._num_retries = num_retries
+        self._left = False
         self._session: Session | None = self._open(num_retries)
         self._capacity = self._session.layout.capacity
         self._options: SetOptions | None = None
@@ -56,16 +61,13 @@ class Connected:
         """Begin without anything that belongs to a session."""
         self._unsealed: set[bytes] = set()
         self._connecting = threading.Lock()
-        self._anew = False
 
     def _open(self, num_retries: int) -> Session:
         return Session.open(self._path, num_retries, program_name(), weakref.WeakMethod(self._lose))
 
     def _lose(self) -> None:
         """Connect anew at the next use: the store has gone for good, and all that was in it."""
-        if self._session is not None:
-            self._session = None
-            self._anew = True
+        self._session = None
 
     @property
     def store_socket_name(self) -> str:
@@ -77,8 +79,8 @@ class Connected:
 
         May be called again.
         """
+        self._left = True  # before it is looked for a session, as `_live` looks for this after it has made one
         session, self._session = self._session, None
-        self._anew = False
         if session is not None:
             session.detach()
         if self._subscription is not None:
@@ -95,34 +97,44 @@ class Connected:
         return type(self), (self._path, DEFAULT_RETRIES)
 
     def __repr__(self) -> str:
-        state = "" if self._session or self._anew else ", disconnected"
+        state = ", disconnected" if self._left else ""
         return f"{type(self).__name__}({self._path!r}{state})"
 
     def _live(self) -> Session:
-        """Return the session, a new one where it has to be; raise when there is none."""
+        """Return the session, a new one where it has to be; raise when there is none.
+
+        Raises
+        ------
+        NotConnectedError
+            The client is disconnected, perhaps by another thread at this moment; or no store answers.
+        RuntimeError
+            A call of this thread was interrupted in it.
+        """
         session = self._session
         if session is not None:
             return session
-        if not self._anew:
-            raise NotConnectedError(
-                "this client is disconnected; shmplasma.connect makes a new one"
-            )
+        if self._connecting.locked() and is_inside(self, _CONNECTING):
+            raise RuntimeError(NESTED)
         with self._connecting:
-            if self._session is None:
+            session = self._session
+            if session is None:
+                if self._left:
+                    raise NotConnectedError(_DISCONNECTED)
                 session = self._open(0)
                 if self._options is not None:
                     session.set_options(self._options)
                 self._unsealed = set()
                 self._session = session
-                self._anew = False
-            return self._session
+                if self._left:
+                    self._session = None
+                    session.detach()
+                    raise NotConnectedError(_DISCONNECTED)
+            return session
 
     def leave_to_parent(self) -> None:
         """Leave, in a forked child, the parent's session and subscription to the parent."""
-        anew = self._session is not None or self._anew
         self._session = None
         self._forget()
-        self._anew = anew
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None

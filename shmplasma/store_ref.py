@@ -33,6 +33,7 @@ from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
 from shmplasma.lending import lend
 from shmplasma.link import HOLDS_A_REQUEST
+from shmplasma.nesting import NESTED, is_inside
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.reading import Mode, ObjectNotAvailable, Reading
@@ -43,6 +44,8 @@ from shmplasma.session import Session
 from shmplasma.writing import Writing
 
 __all__ = ["Home", "Loan", "StoreRef", "home_of"]
+
+_CONNECTING: Final = frozenset({"home_of"})
 
 
 class Home(Reading, Writing):
@@ -375,13 +378,10 @@ def home_of(path: str) -> Home:
     ------
     NotConnectedError
         No store answers there.
+    RuntimeError
+        A call of this thread was interrupted in it.
     """
-    path = os.path.abspath(path)
-    with _registry.lock:
-        home = _registry.homes.get(path)
-        if home is None:
-            home = _registry.homes[path] = Home(path)
-        return home
+    return _registry.home_of(os.path.abspath(path))
 
 
 def _receive(path: str, object_id: bytes, ticket: int) -> StoreRef:
@@ -401,13 +401,23 @@ class _Registry:
         self.lock = threading.Lock()
         self.lent: dict[int, list[tuple[Home, int]]] = {}  # by the thread that forks
 
+    def home_of(self, path: str) -> Home:
+        """Return the home at the store of a socket, made if there is none."""
+        if self.lock.locked() and is_inside(self, _CONNECTING):
+            raise RuntimeError(NESTED)
+        with self.lock:
+            home = self.homes.get(path)
+            if home is None:
+                home = self.homes[path] = Home(path)
+            return home
+
     def before_fork(self) -> None:
         """Lend a child what this process holds."""
         lent = self.lent[threading.get_ident()] = []
         for home in list(self.homes.values()):
             try:
                 ticket = home.bequeath()
-            except (ShmPlasmaError, OSError) as error:
+            except (ShmPlasmaError, OSError, RuntimeError) as error:  # the last in a signal handler
                 _warn(error)
                 continue
             if ticket:
@@ -431,7 +441,7 @@ class _Registry:
 
 def _warn(error: Exception) -> None:
     warnings.warn(
-        f"references that the child inherits are not held by it, as no store answers: {error}",
+        f"references that the child inherits are not held by it, as its store cannot be asked: {error}",
         RuntimeWarning,
         stacklevel=3,
     )

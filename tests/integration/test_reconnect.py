@@ -14,7 +14,8 @@ import pytest
 
 import shmplasma as plasma
 from shmplasma import handshake
-from tests.clients import figure
+from shmplasma.session import Session
+from tests.clients import figure, new_id
 from tests.command import killed, running
 from tests.processes import INTERRUPTER, Child, run_python, until
 
@@ -114,6 +115,27 @@ def test_a_client_that_goes_on_and_ends_at_once(tmp_path: Path) -> None:
         gone = f"(pid {child.process.pid})"
         until(lambda: gone not in other.debug_string(), "the client has gone")
         assert process.poll() is None
+
+
+def test_who_disconnects_while_another_thread_connects_anew(
+    store: plasma.Store, client: plasma.PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is disconnected then, and its new session has ended."""
+    other = store.connect()
+    opens = other._open
+
+    def meanwhile(num_retries: int) -> Session:
+        session = opens(num_retries)
+        other.disconnect()
+        return session
+
+    monkeypatch.setattr(other, "_open", meanwhile)
+    other._lose()  # as where there is another store now
+    for _ in range(2):
+        with pytest.raises(plasma.NotConnectedError, match="disconnected"):
+            other.create(new_id(), 100)
+    assert "disconnected" in repr(other)
+    assert not client.list()
 
 
 DROPPED = """

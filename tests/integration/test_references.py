@@ -28,6 +28,8 @@ from shmplasma import (
     connect,
     system,
 )
+from shmplasma.nesting import NESTED
+from shmplasma.store_ref import _registry, home_of
 from tests.clients import figure
 from tests.processes import Child, in_forked_child, until
 
@@ -512,6 +514,39 @@ def test_many_that_are_let_go_at_once(client: PlasmaClient) -> None:
     gc.collect()
     with connect(client.store_socket_name) as other:
         until(lambda: not other.list(), "all have gone")
+
+
+def test_a_home_that_cannot_be_asked_keeps_nothing_from_the_others(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a signal handler forks in the middle of a call; a child inherits what other stores have."""
+    with Store("10MB") as other, other.connect() as client2:
+        of_one, ref = client.put_ref(1), client2.put_ref(2)
+        interrupted = home_of(client.store_socket_name)
+
+        def refuse() -> int:
+            raise RuntimeError(NESTED)
+
+        monkeypatch.setattr(interrupted, "bequeath", refuse)
+        monkeypatch.setattr(_registry, "homes", {"": interrupted, "other": client2._home})
+        told, telling = os.pipe()
+        try:
+            with pytest.warns(RuntimeWarning, match="cannot be asked: a signal handler"):
+                pid = os.fork()
+                if not pid:
+                    os.read(told, 1)
+                    os._exit(0)
+            object_id = ref.object_id
+            del ref
+            client2.flush()
+            assert client2.contains(object_id)
+        finally:
+            os.write(telling, b"x")
+            os.waitpid(pid, 0)
+            os.close(told)
+            os.close(telling)
+        until(lambda: not client2.contains(object_id), "the child's reference goes with it")
+        of_one.release()
 
 
 def test_a_store_that_is_started_anew(tmp_path: Path) -> None:
