@@ -1,7 +1,7 @@
 """Gets that the store is asked for: they are answered by it, or by whoever puts what they wait for (`shmplasma.hints`).
 
 A get that is interrupted leaves a reply behind, and the slots that it lent are the store's until then; the disposal of the reply
-gives them back.
+gives them back.  One that was not taken to be sent has no reply, and has lent nothing.
 """
 
 from __future__ import annotations
@@ -138,20 +138,22 @@ class Asking:
         request_id = channel.new_request()
         answer_now = AnswerNow(request_id).encode()
 
+        taken: list[None] = []
+
         def let_go(_: Frame) -> None:
             pins.clear()  # lent until the reply comes; then the last reference to them goes
 
         try:
             if expected is not None:
                 channel.expect_hint(request_id)
-            channel.request(Get.KIND, request_id, body)
+            channel.request(Get.KIND, request_id, body, taken)
             if expected is not None:
-                taken = self._follow_hints(
+                hinted = self._follow_hints(
                     channel, request, request_id, deadline, expected, pins[0]
                 )
-                if taken is not None:
+                if hinted is not None:
                     channel.give_up(request_id, let_go)
-                    return [taken]
+                    return [hinted]
             # One that is not to wait is answered by the store's next turn, without being asked again.
             reply = channel.wait(request_id, deadline if request.wait else None)
             if reply is None:
@@ -160,6 +162,9 @@ class Asking:
         except ConnectionError:
             raise
         except BaseException:
+            if not taken:
+                channel.drop(request_id)
+                raise
             with suppress(ConnectionError):  # the interrupt is what the caller is to see
                 channel.give_up(request_id, let_go)
                 channel.send(AnswerNow.KIND, answer_now)

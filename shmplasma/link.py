@@ -191,18 +191,21 @@ class Link:
             As for `call`.
         begun : list
             Gets what waits for the reply and returns it; None if the store has died, or has refused, which it tells again to who asks again.
-            After an interrupt it can be called again.
+            After an interrupt it can be called again, as after the RuntimeError by which it says that a call of this thread would have to go
+            on first.
         """
         channel = self.channel
         if channel.is_entered:
             return
         request_id = channel.new_request()
-        sent: list[bool] = []
+        taken: list[None] = []
         replies: list[Frame] = []
 
         def finish() -> _ReplyT | None:
             try:
-                if sent and not replies:
+                if taken and not replies:
+                    if channel.is_entered:
+                        raise RuntimeError(NESTED)
                     reply = channel.wait(request_id, None)
                     assert reply is not None
                     replies.append(reply)
@@ -213,11 +216,11 @@ class Link:
 
         try:
             begun.append(finish)  # so that no interrupt can come between this and the request
-            channel.request(request.KIND, request_id, request.encode())
-            sent.append(True)
+            channel.request(request.KIND, request_id, request.encode(), taken)
         except BaseException as error:
             begun.clear()
-            channel.give_up(request_id, _ignore)
+            if taken:
+                channel.give_up(request_id, _ignore)
             if not isinstance(error, ConnectionError):  # whoever asks next connects again
                 raise
 
@@ -468,12 +471,15 @@ def _exchange(
 ) -> Frame:
     """Send a request and wait; if that is interrupted, let `dispose` have the reply, soon if possible."""
     request_id = channel.new_request()
+    taken: list[None] = []
     try:
-        channel.request(kind, request_id, body)
+        channel.request(kind, request_id, body, taken)
         reply = channel.wait(request_id, None)
     except ConnectionError:
         raise
     except BaseException:
+        if not taken:
+            raise
         disposed: list[None] = []
 
         def give(reply: Frame) -> None:

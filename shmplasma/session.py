@@ -315,7 +315,7 @@ class Session:
         aborted = False
 
         def undo(frame: Frame) -> None:
-            if frame.kind == Created.KIND and not aborted:
+            if frame.kind == Created.KIND and pins and not aborted:
                 self.post_soon(Abort.KIND, object_id)
             pins.clear()
 

@@ -1,20 +1,21 @@
 """The client's end of a connection: many threads, one socket, one reply to each request.
 
-Threads that wait for replies share the socket as leader and followers.  Whoever gets the reading lock reads
-frames for all, hands each reply to its request, and passes the lock on when its own has come.  So no thread
-of ours runs beside the user's, one waiter costs no hand-over, and a get that blocks for an hour holds up nobody.
+Threads that wait for replies share the socket as leader and followers.  Whoever gets the reading lock reads frames for all, hands
+each reply to its request, and releases the lock when its own has come.  So no thread of ours runs beside the user's, one waiter costs
+no hand-over, and a get that blocks for an hour holds up nobody.  Who has led wakes all followers, and each tries to lead: the thread of
+any of them may stand in a signal handler, which itself waits for what the others would read.
 
 Interrupts
 ----------
-A signal handler (Ctrl-C) may raise between any two byte codes of the main thread, thus also after a socket
-call has moved bytes and before its result is stored; the stream would be out of step for ever.  Therefore
-each such call is made by a C loop, ``list.extend(map(call, ...))``, which stores the result before the
-interpreter looks for signals again.
+A signal handler (Ctrl-C) may raise between any two byte codes of the main thread, thus also after a socket call has moved bytes and
+before its result is stored.  Therefore each such call is made by a C loop, ``list.extend(map(call, ...))``, which stores that first.
 
-A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done
-with it then.  That is done while reading, so it may not ask, and what it tells the store waits for nothing.
-An event loop gives its requests up before it sends them: it reads when the socket has something, and is called by
-whichever thread reads the reply (`shmplasma.aio`).
+A request that is given up leaves its reply to whoever reads next; `Channel.give_up` says what is to be done with it then.  That is
+done while reading, so it may not ask, and what it tells the store waits for nothing.  Who reads keeps a reply, then looks whether it is
+given up; who gives up says so, then looks whether it is kept.  So one of them sees the other, and who takes the reply out disposes of
+it.  What is to be done is forgotten last, as an interrupt has the same replies handed out once more; twice does no harm.  An event loop
+gives its requests up before it sends them: it reads when the socket has something, and is called by whichever thread reads the
+reply (`shmplasma.aio`).
 
 Hints
 -----
@@ -169,12 +170,9 @@ class Channel:
         """Let `wait_or_hear` return a hint as well, instead of the reply, until `wait`, `drop` or `give_up`."""
         self._hints[request_id] = []
 
-    def request(self, kind: int, request_id: int, body: bytes) -> None:
-        """Send a request.
-
-        An interrupt may come before it was sent, or after: so its reply has to be given up then, which is why the id is known beforehand.
-        """
-        self._send(encode_frame(kind, request_id, body))
+    def request(self, kind: int, request_id: int, body: bytes, taken: list[None]) -> None:
+        """Send a request; `taken` gets an item if there will be a reply, which an interrupt leaves to be given up."""
+        self._send(encode_frame(kind, request_id, body), taken)
 
     def offer(self, messages: list[bytes]) -> bool:
         """Send without blocking; tell whether nothing is left to be sent.
@@ -185,17 +183,15 @@ class Channel:
         self._send_later()
         return bool(is_sent)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, taken: list[None] | None = None) -> None:
         with self._sending:
-            self._push(data)
-        if self._later:
-            self._send_later()
+            self._push(data, 0, taken)
+        self._send_later()
 
-    def _push(self, data: bytes, flags: int = 0) -> bool:
+    def _push(self, data: bytes, flags: int = 0, taken: list[None] | None = None) -> bool:
         """Send this, holding the lock, and before it what waits, unless it is not to block; tell whether all was sent."""
-        while (
-            self._later and not flags
-        ):  # nobody comes back for what a full socket did not take of it
+        # Nobody comes back for what a full socket did not take of it.
+        while self._later and not flags:
             data = self._later.popleft() + data
         if self._error:
             raise ConnectionError(self._error)
@@ -203,6 +199,8 @@ class Channel:
         if unsent and sum(sent) < len(unsent):
             # What is to be sent first, or what an interrupt or a full socket kept from being sent.
             data = unsent[sum(sent) :] + data
+        if taken is not None:
+            taken += (None,)  # between this and the assignment below is no call, hence no interrupt
         while data:
             # One assignment changes what is to be sent and what of it has been: there is no moment at
             # which the two do not fit.
@@ -242,9 +240,15 @@ class Channel:
         Frame, bytes or None
             The reply; or a hint, if one is expected; or None when the deadline came first: then wait once more, or `give_up`.
         """
-        leading, reply = self._try_lead(request_id, deadline)
-        if leading:
-            return reply
+        try:
+            leading, reply = self._try_lead(request_id, deadline)
+            return reply if leading else self._follow(request_id, deadline)
+        except BaseException:
+            self._pass_on()  # an interrupt may have come between the end of a lead and this
+            raise
+
+    def _follow(self, request_id: int, deadline: float | None) -> Frame | bytes | None:
+        """Wait while others lead, and lead when they have left."""
         # The waiter is known before the lead is tried again: a leader who leaves in between wakes it.
         waiter: SimpleQueue[None] = SimpleQueue()
         self._waiters[request_id] = waiter
@@ -263,8 +267,6 @@ class Channel:
                     return self._reply_to(request_id)
         finally:
             del self._waiters[request_id]
-            # It may have been woken to take the lead, and be leaving instead.
-            self._pass_on()
 
     def _reply_to(self, request_id: int) -> Frame | bytes | None:
         reply = self._replies.get(request_id)
@@ -295,12 +297,13 @@ class Channel:
         self._replies.pop(request_id, None)
 
     def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
-        """Let `dispose` have the reply of a request for which nobody waits any more, when it comes."""
+        """Let `dispose` have the reply of a request for which nobody waits any more, when it comes; after an interrupt perhaps twice."""
         self._hints.pop(request_id, None)
         self._given_up[request_id] = dispose
         reply = self._replies.pop(request_id, None)
         if reply is not None:
-            self._given_up.pop(request_id)(reply)
+            dispose(reply)
+            self._given_up.pop(request_id, None)
 
     def read_until(self, deadline: float, done: Callable[[], bool]) -> None:
         """Read for all until something is so, at the latest until a time; not while another thread reads."""
@@ -392,8 +395,7 @@ class Channel:
             ear.close()
 
     def _wake(self, request_id: int) -> None:
-        waiter = self._waiters.get(request_id)
-        if waiter is not None:
+        if (waiter := self._waiters.get(request_id)) is not None:
             waiter.put(None)
 
     def _receive(self, flags: int) -> bool:
@@ -429,19 +431,20 @@ class Channel:
             if frame.request_id == ONE_WAY:
                 self._end(frame)
                 continue
-            dispose = self._given_up.pop(frame.request_id, None)
-            if dispose is not None:
+            self._replies[frame.request_id] = frame  # first, as in `give_up` it is second
+            dispose = self._given_up.get(frame.request_id)
+            if dispose is None:
+                self._wake(frame.request_id)
+            elif self._replies.pop(frame.request_id, None) is not None:
                 dispose(frame)
-                continue
-            self._replies[frame.request_id] = frame
-            self._wake(frame.request_id)
+                self._given_up.pop(frame.request_id, None)
         received[:] = [data[consumed:]] if consumed < len(data) else []
 
     def _pass_on(self) -> None:
-        """Wake a follower, who takes the lead if nobody else has."""
+        """Wake all followers, of whom one takes the lead if nobody else has."""
         for waiter in tuple(self._waiters.values()):
-            waiter.put(None)
-            return
+            if waiter.empty():
+                waiter.put(None)
 
     def _end(self, frame: Frame) -> None:
         """Take note of why the store ends the connection."""

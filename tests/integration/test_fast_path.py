@@ -66,10 +66,12 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
     frames: list[Frame] = []
     push = Channel._push
 
-    def note_and_push(channel: Channel, data: bytes, flags: int = 0) -> bool:
+    def note_and_push(
+        channel: Channel, data: bytes, flags: int = 0, taken: list[None] | None = None
+    ) -> bool:
         before = () if flags else channel._later
         frames.extend(FrameDecoder(MAX_REQUEST_BYTES).feed(b"".join((*before, data))))
-        return push(channel, data, flags)
+        return push(channel, data, flags, taken)
 
     monkeypatch.setattr(Channel, "_push", note_and_push)
     return frames

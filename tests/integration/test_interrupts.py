@@ -301,6 +301,146 @@ def test_a_signal_handler_while_a_board_is_asked_for(store: Store) -> None:
     run_python(FULL, store.store_socket_name)
 
 
+AWAITED = """
+    import faulthandler, os, signal, sys
+    from threading import Timer
+    import shmplasma as plasma
+
+    faulthandler.dump_traceback_later(30, exit=True)
+    with plasma.Store("10MB") as store:
+        pid = store.process.pid
+        client = store.connect()
+        leasing = client._session.leasing
+        client.put_raw_buffer(b"x" * 1000)
+        while leasing._end - leasing._cursor >= 2048:
+            client.put_raw_buffer(b"x" * 1000)
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, os.WUNTRACED)
+        while not leasing._awaited:
+            client.put_raw_buffer(b"x" * 1000)
+
+        def handle(*_):
+            try:
+                client.put_raw_buffer(b"y")
+            except RuntimeError as error:
+                assert "inside another call of this client" in str(error), error
+                print("refused", flush=True)
+            os.kill(pid, signal.SIGCONT)
+
+        signal.signal(signal.SIGTERM, handle)
+        print("waits", flush=True)
+        assert client.get_buffers([plasma.ObjectID.from_random()], 2000) == [None]
+        assert leasing._awaited
+        client.put_raw_buffer(b"z")
+        assert not leasing._awaited
+        assert leasing._end
+        client.disconnect()
+"""
+
+
+@pytest.mark.skipif(not system.fast_path_available(), reason="nothing is put on lease")
+def test_a_signal_handler_that_needs_the_lease_that_was_asked_for() -> None:
+    """In the middle of another call it hears that it may not wait for it; the next put has the lease."""
+    with Child(AWAITED) as child:
+        assert child.hear() == "waits"
+        wait_until_asleep(child.process.pid)
+        child.process.terminate()
+        assert child.hear() == "refused"
+        assert child.end() == 0
+
+
+REOPENED = """
+    import faulthandler, sys
+    import shmplasma as plasma
+
+    faulthandler.dump_traceback_later(30, exit=True)
+    client = plasma.connect(sys.argv[1])
+    key = client.put_raw_buffer(b"x")
+    client.flush()
+    refused = []
+    opens = client._open
+
+    def interrupted(num_retries):  # as by a signal handler, or a finalizer
+        try:
+            client.contains(key)
+        except RuntimeError as error:
+            refused.append(str(error))
+        return opens(num_retries)
+
+    client._open = interrupted
+    client._lose()  # as where there is another store now
+    assert client.contains(key)
+    assert len(refused) == 1, refused
+    assert "inside another call of this client" in refused[0], refused
+"""
+
+
+def test_a_signal_handler_while_a_client_connects_anew(store: Store) -> None:
+    """It hears that it may not ask, and the call that was interrupted has a new session."""
+    run_python(REOPENED, store.store_socket_name)
+
+
+AT_HOME = """
+    import faulthandler, sys
+    import shmplasma as plasma
+    from shmplasma.store_ref import Home, home_of
+
+    faulthandler.dump_traceback_later(30, exit=True)
+    path = sys.argv[1]
+    refused = []
+    opens = Home._open
+
+    def interrupted(self, num_retries):  # as by a signal handler, or a finalizer
+        try:
+            home_of(path)
+        except RuntimeError as error:
+            refused.append(str(error))
+        return opens(self, num_retries)
+
+    Home._open = interrupted
+    with plasma.connect(path) as client:
+        assert client.put_ref(1).get() == 1
+    assert len(refused) == 1, refused
+    assert "inside another call of this client" in refused[0], refused
+"""
+
+
+def test_a_signal_handler_while_the_first_reference_is_made(store: Store) -> None:
+    """One that makes another one is refused, and the first is made."""
+    run_python(AT_HOME, store.store_socket_name)
+
+
+GETS = """
+    import gc
+    import shmplasma as plasma
+    from shmplasma import asking, link, transport
+
+    parts = asking, link, transport
+    missing = [plasma.ObjectID(bytes([number]) * 20) for number in range(int(sys.argv[2]))]
+    with plasma.connect(sys.argv[1]) as client:
+        client.get(missing, 0)
+        session = client._session
+        count = 1
+        while is_interrupted(count, parts, client.get, missing, 1):
+            count += 1
+            client.flush()  # which takes in what an interrupted request has left
+            gc.collect()
+            assert not session._link.channel._given_up, count
+            assert not session._link.channel._hints, count
+            (board,) = session._lifeline.boards
+            assert len(board.free) == 511, (count, len(board.free))
+        print(count, flush=True)
+"""
+
+
+@pytest.mark.parametrize("n_missing", [1, 2])
+def test_interrupts_at_each_point_of_a_get(store: Store, n_missing: int) -> None:
+    """Wherever Ctrl-C meets a get that is asked for, its slots come back, also where nobody is going to answer it."""
+    with Child(INTERRUPTER + dedent(GETS), store.store_socket_name, str(n_missing)) as child:
+        assert int(child.hear()) > 50
+        assert child.end() == 0
+
+
 COLLECTED = """
     import gc, sys
     import shmplasma as plasma

@@ -690,7 +690,7 @@ def test_a_reply_that_comes_before_anybody_waits() -> None:
     with ours, theirs:
         first, second, third = (channel.new_request() for _ in range(3))
         for request_id in (first, second, third):
-            channel.request(Debug.KIND, request_id, b"")
+            channel.request(Debug.KIND, request_id, b"", [])
         with running(partial(wait, first)):
             with running(partial(wait, third)):
                 theirs.send(encode_frame(Number.KIND, second, b"second"))
