@@ -139,7 +139,7 @@ class Claimant:
         if pin is None:
             return None
         leasing = self._leasing
-        announced = False
+        claim, since = b"", 0
         entered: list[bool] = []
         try:
             try:
@@ -147,10 +147,10 @@ class Claimant:
                 if offset < 0 or not self.take(object_id):
                     return None
                 leasing.take(size)
-                announced = True
                 pin.board.words[pin.word] = pin_word(object_id.hash32, offset)
                 fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
-                self._link.post(_CLAIM, CLAIM.pack(*fields), is_urgent=False)
+                claim, since = CLAIM.pack(*fields), self._outbox.written
+                self._link.post(_CLAIM, claim, is_urgent=False)
                 if len(self._unread) > _KEPT:
                     self._unlock()
                 start = offset - self._data
@@ -160,7 +160,8 @@ class Claimant:
             finally:
                 leasing.leave(entered)
         except BaseException:
-            if announced:  # and nobody is going to seal it
+            # If it is written nobody is going to seal the object; if not, another thread may have created one under this id since.
+            if claim and self._outbox.has(_CLAIM, claim, since):
                 self._link.post(_ABORT, object_id.id_bytes)
             raise
         return created

@@ -33,7 +33,8 @@ chain is no object, nor becomes one again (`shmplasma.table`: freed first, unlin
 
 *Nobody gets into the table before the record is read.*  A client's own unread records are those that it has locks for (C0).  Who else
 inserts under this id has its lock, and the client keeps it until ACKNOWLEDGED has passed its record.  The store has given it the description by which it locks, and has a descriptor of that as well; so the locks of a
-client that is killed last until the store has read its outbox.  There are three exceptions.  Fresh ids are random.  The store does without
+client that is killed last until the store has read its outbox.  Who connects again to a store locks by what that gives him before he keeps the connection
+(`shmplasma.link`); so if it ends before, what he has locked stays so, and goes with his process.  There are three exceptions.  Fresh ids are random.  The store does without
 a lock that somebody has for nothing.  And where the store and a client have died both, nobody has the client's locks any more, before its
 outbox is read: another one may claim the same id.  A successor reads the outboxes of the dead last, and drops what comes too late, as if
 it had been evicted; so objects that are to be kept are not claimed.

@@ -48,15 +48,26 @@ class IdLocks:
         if fd is not None:
             self._of_client[number] = fd
 
-    def end(self, client: int) -> None:
-        """Take back what a client has locked: all that it has left was read."""
+    def end(self, client: int, *, unlock: bool) -> None:
+        """Close the descriptor of a client.
+
+        Parameters
+        ----------
+        client : int
+            Which.
+        unlock : bool
+            Whether what it has locked is taken back, as all that it has left was read.  What was given to a connection that only claimed
+            a client stays locked: that lives, and may lock by it already.
+        """
         fd = self._of_client.pop(client, None)
-        if fd is not None:
+        if fd is None:
+            return
+        if unlock:
             try:
                 system.unlock(fd)  # a child that it has forked may have the description still
             except OSError as error:
                 _LOG.debug("what client %d has locked stays so for nothing: %s", client, error)
-            close_descriptor(fd)
+        close_descriptor(fd)
 
     def close(self) -> None:
         """Close all; clients keep what they have locked."""

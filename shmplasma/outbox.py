@@ -166,6 +166,10 @@ class Outbox:
         ) or count - self._acknowledged[0] == ANNOUNCED_AT
         return count
 
+    def has(self, kind: int, body: bytes, since: int) -> bool:
+        """Tell whether such a record was written after so many others; not if others have been written over it."""
+        return (kind, body) in (read_record(self.raw, each) for each in range(since, self.written))
+
     @property
     def written(self) -> int:
         """How many records were written."""

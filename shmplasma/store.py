@@ -129,6 +129,10 @@ class ObjectStore:
         self._note_who_came_back()
         return self.wake()
 
+    def only_claims(self, client: int) -> bool:
+        """Tell whether a connection has claimed an awaited client, and not gone on as it."""
+        return self._greeter.sessions[client].claims is not None
+
     def expel(self, client: int) -> bool:
         """Answer a client no more; what it was given stays its own until `disconnect`.
 

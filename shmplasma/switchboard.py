@@ -141,8 +141,9 @@ class Switchboard:
 
     def _forget(self, client: int) -> None:
         """Take back what a client had that has gone."""
+        had_locks = not self._store.only_claims(client)
         self.carry_out(self._store.disconnect(client, time.time_ns()))
-        self._locks.end(client)
+        self._locks.end(client, unlock=had_locks)
 
     def _hang_up(self, client: int, last: bytes = b"") -> None:
         connection = self._connections.pop(client)

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from secrets import token_bytes
 from textwrap import dedent
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import shmplasma as plasma
 from shmplasma import ObjectID, PlasmaClient, Store, system
 from shmplasma.layout import ID_BYTES
+from shmplasma.outbox import Outbox
 from shmplasma.protocol import Frame
 from shmplasma.requests import Create
 from tests.clients import new_id
@@ -421,6 +423,88 @@ def test_locks_are_given_back_at_a_seal(client: PlasmaClient) -> None:
 
 
 # -- interrupts ----------------------------------------------------------------------------------
+
+
+def test_a_claim_that_was_not_written_is_not_aborted(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may have created an object under its id meanwhile, which stays that thread's."""
+    lease(client)
+    session = session_of(client)
+    assert session.leasing is not None
+    post, leave = session._link.post, session.leasing.leave
+    created: list[np.ndarray] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.setattr(session._link, "post", post)
+        raise KeyboardInterrupt
+
+    def meanwhile(entered: list[bool]) -> None:
+        leave(entered)
+        monkeypatch.setattr(session.leasing, "leave", leave)
+        created.append(client.create(nth_id(0), 10))
+
+    monkeypatch.setattr(session._link, "post", interrupted)
+    monkeypatch.setattr(session.leasing, "leave", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        client.create(nth_id(0), 10)
+    assert len(created) == 1
+    client.flush()
+    client.seal(nth_id(0))
+    assert client.contains(nth_id(0))
+    created.clear()
+
+
+def test_a_claim_that_was_written_is_aborted(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its creator is interrupted after that, and nobody is going to seal it."""
+    lease(client)
+    link = session_of(client)._link
+    post = link.post
+
+    def interrupted(kind: int, body: bytes, **options: Any) -> None:
+        monkeypatch.setattr(link, "post", post)
+        post(kind, body, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(link, "post", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.create(nth_id(0), 10)
+    client.flush()
+    assert nth_id(0) not in client.list()
+    client.create(nth_id(0), 10)
+    client.abort(nth_id(0))
+
+
+def test_what_was_locked_before_an_interrupt_stays_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that connects again locks by what it was given, and is interrupted before it keeps the connection."""
+    path = str(tmp_path / "s")
+    with killed("-m", "10MB", "-s", path):
+        one = plasma.connect(path)
+    session = session_of(one)
+    locks, connected = session._lifeline.locks, Outbox.connected
+    assert locks is not None
+
+    def interrupted(_: Outbox) -> None:
+        monkeypatch.setattr(Outbox, "connected", connected)
+        assert locks.lock(7)  # as another thread does that claims an id
+        raise KeyboardInterrupt
+
+    with running("-s", path), plasma.connect(path) as other:
+        monkeypatch.setattr(Outbox, "connected", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.flush()
+        one.flush()
+        other.flush()
+        of_other = session_of(other)._lifeline.locks
+        assert of_other is not None
+        assert not of_other.lock(7)
+        locks.unlock_all()
+        assert of_other.lock(7)
+        one.disconnect()
 
 INTERRUPTED = """
     import gc
