@@ -506,6 +506,7 @@ def test_what_was_locked_before_an_interrupt_stays_locked(
         assert of_other.lock(7)
         one.disconnect()
 
+
 INTERRUPTED = """
     import gc
     import shmplasma as plasma
