@@ -531,7 +531,7 @@ def test_a_home_that_cannot_be_asked_keeps_nothing_from_the_others(
         monkeypatch.setattr(_registry, "homes", {"": interrupted, "other": client2._home})
         told, telling = os.pipe()
         try:
-            with pytest.warns(RuntimeWarning, match="cannot be asked: a signal handler"):
+            with pytest.warns(RuntimeWarning, match="cannot be asked: a signal handler"):  # noqa: PT031 - the child is to see it, too
                 pid = os.fork()
                 if not pid:
                     os.read(told, 1)
