@@ -125,11 +125,14 @@ class Connected:
                     session.set_options(self._options)
                 self._unsealed = set()
                 self._session = session
-                if self._left:
+                if self._has_left():  # meanwhile, in another thread
                     self._session = None
                     session.detach()
                     raise NotConnectedError(_DISCONNECTED)
             return session
+
+    def _has_left(self) -> bool:
+        return self._left
 
     def leave_to_parent(self) -> None:
         """Leave, in a forked child, the parent's session and subscription to the parent."""

@@ -433,7 +433,7 @@ def test_a_claim_that_was_not_written_is_not_aborted(
     session = session_of(client)
     assert session.leasing is not None
     post, leave = session._link.post, session.leasing.leave
-    created: list[np.ndarray] = []
+    created: list[object] = []
 
     def interrupted(*_: object, **__: object) -> None:
         monkeypatch.setattr(session._link, "post", post)
