@@ -9,19 +9,23 @@ import errno
 import os
 import socket
 import time
+import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
 from shmplasma.owned_socket import OwnedSocket
 from shmplasma.protocol import MAX_REPLY_BYTES, Frame, FrameDecoder, encode_frame
 
-__all__ = ["RETRY_SECONDS", "Exchange"]
+__all__ = ["RETRY_SECONDS", "Exchange", "close_inherited"]
 
 _SEND_BYTES: Final = 32 << 10
 """What may wait unread at the store: some 80 small messages instead of 270."""
 RETRY_SECONDS: Final = 0.1
 _DESCRIPTORS: Final = 2
 """What a message brings at most."""
+_connected: Final[weakref.WeakSet[socket.socket]] = weakref.WeakSet()
+"""The sockets of all connections that were made here, whoever has them now; for a forked child."""
 
 
 class Exchange:
@@ -66,6 +70,7 @@ class Exchange:
                 if num_retries <= 0:
                     raise
             else:
+                _connected.add(sock)
                 return cls(sock)
             num_retries -= 1
             time.sleep(RETRY_SECONDS)
@@ -126,3 +131,14 @@ class Exchange:
     def _close_descriptors(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def close_inherited(kept: Iterable[Exchange]) -> None:
+    """Close, in a forked child, its copies of all connections of its parent, but for these.
+
+    Those that other threads of the parent were just making are among them, of which nobody else knows yet: the store would not
+    see that the parent has ended.
+    """
+    stay = {exchange._sock for exchange in kept}  # noqa: SLF001 - it is of this module
+    for sock in set(_connected) - stay:
+        sock.close()

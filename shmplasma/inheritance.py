@@ -60,7 +60,7 @@ from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError, PlasmaStoreFull
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
-from shmplasma.exchange import Exchange
+from shmplasma.exchange import Exchange, close_inherited
 from shmplasma.handshake import greet
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
 from shmplasma.outcomes import expect
@@ -229,6 +229,7 @@ def _after_fork_in_child() -> None:
     lifelines = list(_lifelines)
     for lifeline in lifelines:
         lifeline.isolate()
+    close_inherited(each.connection for (thread, _), each in _prepared.items() if thread == own)
     _releases.resume_in_child()
     for lifeline in lifelines:
         inherited = _prepared.pop((own, lifeline), None)

@@ -375,6 +375,50 @@ def test_generations(client: PlasmaClient, client2: PlasmaClient) -> None:
         assert end() == 0
 
 
+CONNECTING = """
+    import os, signal, sys, threading, time, warnings
+    import shmplasma as plasma
+    from shmplasma.exchange import Exchange
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, where threads are about
+    call, connected, clients = Exchange.call, threading.Event(), []
+
+    def wait(*arguments):
+        connected.set()
+        forked.wait()
+        return call(*arguments)
+
+    Exchange.call, forked = wait, threading.Event()
+    thread = threading.Thread(target=lambda: clients.append(plasma.connect(sys.argv[1])))
+    thread.start()
+    connected.wait()
+    pid = os.fork()
+    if not pid:
+        time.sleep(3600)
+    print(pid, flush=True)
+    forked.set()
+    thread.join()
+    clients[0].put_raw_buffer(b"1")
+    clients[0].flush()
+    print("connected", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_fork_while_another_thread_connects(store: Store, client: PlasmaClient) -> None:
+    """The child has no part in that connection: it ends with the parent."""
+    with Child(CONNECTING, store.store_socket_name) as parent:
+        child = int(parent.hear())
+        try:
+            assert parent.hear() == "connected"
+            its_pid = f"(pid {parent.process.pid})"
+            assert its_pid in client.debug_string()
+            parent.kill()
+            until(lambda: its_pid not in client.debug_string(), "the parent has gone")
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("how", ["ended", "died"])
 def test_a_fork_without_a_store(tmp_path: Path, how: str) -> None:
     """The fork goes on; where the store may come back, and would not know of the child, a warning says so."""
