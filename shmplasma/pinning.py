@@ -158,10 +158,8 @@ class Lifeline:
         self.connection = connection
 
     def __del__(self) -> None:
-        fd, self._wake_fd = (
-            self._wake_fd,
-            -1,
-        )  # pins that the same collection finalizes may come after this
+        # Pins that the same collection finalizes may come after this.
+        fd, self._wake_fd = self._wake_fd, -1
         if fd >= 0:
             os.close(fd)
         self.attachment.close()

@@ -117,12 +117,9 @@ def fast_path_available() -> bool:
 
 
 def register_membarrier() -> bool:
-    """Have this process take part in every other process's `membarrier`.
+    """Have this process take part in every other process's `membarrier`; tell whether it does now.
 
-    Returns
-    -------
-    bool
-        Whether it does now.  Where not, it must leave the fast path alone.
+    Where not, it must leave the fast path alone.
 
     Notes
     -----
@@ -315,12 +312,7 @@ def keep_away(threads: Iterable[int]) -> bool:
 
 
 def make_private(mapping: memoryview) -> None:
-    """Replace a writable shared mapping by private memory at the same address, filled with zeros.
-
-    Parameters
-    ----------
-    mapping : memoryview
-        All of the mapping: whole pages.
+    """Replace all of a writable shared mapping by private memory at the same address, filled with zeros.
 
     Raises
     ------
@@ -336,17 +328,9 @@ def make_private(mapping: memoryview) -> None:
 
 
 def watch_exit(pid: int) -> int | None:
-    """Return a file descriptor that becomes readable when a process ends; the caller closes it.
+    """Return a file descriptor that becomes readable when a process, of any user, ends; the caller closes it.
 
-    Parameters
-    ----------
-    pid : int
-        Process to watch, of any user.
-
-    Returns
-    -------
-    int or None
-        None where processes cannot be watched (before Linux 5.3, and elsewhere).
+    None where processes cannot be watched (before Linux 5.3, and elsewhere).
 
     Raises
     ------
@@ -371,10 +355,7 @@ def boot_id() -> str:
 def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; with the pid it names it for good.
 
-    Returns
-    -------
-    int or None
-        None if there is no such process or no ``/proc``.
+    None if there is no such process or no ``/proc``.
     """
     stat = _read(f"/proc/{pid}/stat")
     # The second field is the command in parentheses, and may itself hold spaces and parentheses.
@@ -417,10 +398,7 @@ def is_alive(pid: int, started: int) -> bool:
 def file_system(path: str) -> str | None:
     """Return the type of the file system that holds a path (``"tmpfs"``, ``"hugetlbfs"``, ...).
 
-    Returns
-    -------
-    str or None
-        None where there is no ``/proc``, or the file system is not listed there.
+    None where there is no ``/proc``, or the file system is not listed there.
 
     Raises
     ------
