@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from math import isfinite, isnan
 from operator import index
 from typing import Final, Self, SupportsIndex
@@ -144,8 +145,13 @@ class Connected:
 
 
 def _lasting(path: str) -> str:
-    """Return a path of a socket that outlasts a change of the directory, unless no socket can have so long a one."""
+    """Return a path of a socket that outlasts a change of the directory, unless it is too long, or closed to this user."""
     absolute = os.path.abspath(path)
+    with suppress(FileNotFoundError, ValueError):  # it need not be there yet
+        try:
+            os.stat(absolute)
+        except PermissionError:  # of a directory above this one
+            return path
     return absolute if path and not fault_of(absolute) else path
 
 
