@@ -1,15 +1,16 @@
 """Control lines: what the store writes down of each board, for its client and for a successor.
 
 A line is one cache line of the segment, written by the store alone and mapped read-only by the clients.  Its
-client reads EPOCH (`shmplasma.leases`) and ACKNOWLEDGED (`shmplasma.outbox`).  The rest says whose board it is
-and what that client leases, so that a store which is started after this one has died can keep both.
+client reads EPOCH (`shmplasma.leases`) and ACKNOWLEDGED (`shmplasma.outbox`).  The rest says whose board it is,
+what that client leases, and whether it holds references, so that a store which is started after this one has died can keep these.
 
 Invariants
 ----------
 * A board whose FIRST_BOARD is 0, or whose owner's half of CHECK does not fit, is nobody's.
 * Each half of CHECK is written after the words that it covers: the low half PID, START_TIME and FIRST_BOARD, the
   high half LEASE_END.  A store that dies while it writes a lease leaves a board without one.
-* LEASE_CURSOR moves only forward in a lease; it is in no checksum, being written at each publication.
+* LEASE_CURSOR moves only forward in a lease; it is in no checksum, being written at each publication.  Its lowest bit, which no cursor
+  has, says that the client holds references (`shmplasma.holders`): it changes by a single store, so that no death takes the rest along.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _HALF: Final = (1 << 32) - 1
 _LINE_WORDS: Final = CONTROL_BYTES // 8
 _ACKNOWLEDGED: Final = int(ControlWord.ACKNOWLEDGED)
 _LEASE_CURSOR: Final = int(ControlWord.LEASE_CURSOR)
+_HOLDS: Final = 1
 
 
 class Owner(NamedTuple):
@@ -41,6 +43,8 @@ class Owner(NamedTuple):
         The board by which the client is known.
     lease_cursor, lease_end : int
         The part of its lease that is not published; meaningful on its first board.
+    holds : bool
+        Whether it holds references; likewise.
     """
 
     pid: int
@@ -48,6 +52,7 @@ class Owner(NamedTuple):
     first_board: int
     lease_cursor: int
     lease_end: int
+    holds: bool = False
 
 
 class Control:
@@ -65,6 +70,7 @@ class Control:
         self._words = words
         self._first = layout.control // 8
         self._limits = layout.data, layout.data + layout.data_bytes
+        self._holders: set[int] = set()
 
     def claim(self, board: int, owner: Owner) -> None:
         """Write down whose a board is; a first board begins with nothing acknowledged."""
@@ -73,12 +79,13 @@ class Control:
         words[line + ControlWord.PID] = owner.pid
         words[line + ControlWord.START_TIME] = owner.start_time
         words[line + ControlWord.FIRST_BOARD] = owner.first_board + 1
-        words[line + ControlWord.LEASE_CURSOR] = owner.lease_cursor
+        words[line + ControlWord.LEASE_CURSOR] = owner.lease_cursor | owner.holds
         words[line + ControlWord.LEASE_END] = owner.lease_end
         words[line + ControlWord.CHECK] = self._owner_check(board) | self._lease_check(board)
 
     def clear(self, board: int) -> None:
         """Make a board nobody's."""
+        self._holders.discard(board)
         line = self._line(board)
         self._words[line + ControlWord.FIRST_BOARD] = 0
         self._words[line + ControlWord.LEASE_END] = 0
@@ -92,7 +99,8 @@ class Control:
         check = words[line + ControlWord.CHECK]
         if not first_board or check & _HALF != self._owner_check(board):
             return None
-        cursor = words[line + ControlWord.LEASE_CURSOR]
+        word = words[line + ControlWord.LEASE_CURSOR]
+        holds, cursor = bool(word & _HOLDS), word & ~_HOLDS
         end = words[line + ControlWord.LEASE_END]
         low, high = self._limits
         if check & ~_HALF != self._lease_check(board) or not low <= cursor <= end <= high:
@@ -103,6 +111,7 @@ class Control:
             first_board - 1,
             cursor,
             end,
+            holds,
         )
 
     def _owner_check(self, board: int) -> int:
@@ -130,14 +139,23 @@ class Control:
         line = self._line(board)
         # In between there is no lease: a successor would take the objects of one for those of the other.
         self._words[line + ControlWord.LEASE_END] = 0
-        self._words[line + ControlWord.LEASE_CURSOR] = cursor
+        self.advance(board, cursor)
         self._words[line + ControlWord.LEASE_END] = end
         check = self._words[line + ControlWord.CHECK] & _HALF
         self._words[line + ControlWord.CHECK] = check | self._lease_check(board)
 
     def advance(self, board: int, cursor: int) -> None:
         """Move the cursor of a lease."""
-        self._words[self._first + board * _LINE_WORDS + _LEASE_CURSOR] = cursor
+        at = self._first + board * _LINE_WORDS + _LEASE_CURSOR
+        self._words[at] = cursor | (board in self._holders)
+
+    # -- references ----------------------------------------------------------------------------
+
+    def note_holder(self, board: int, *, holds: bool) -> None:
+        """Write down whether the client of a first board holds references."""
+        (self._holders.add if holds else self._holders.discard)(board)
+        at = self._first + board * _LINE_WORDS + _LEASE_CURSOR
+        self._words[at] = self._words[at] & ~_HOLDS | holds
 
     # -- outbox --------------------------------------------------------------------------------
 

@@ -82,6 +82,8 @@ class Dispatch:
         Requests that are to be settled.
     evictions : list of Unsettled
         Those that wait until objects are written to the external store.
+    n_holds : int
+        How many clients have told of references, ever.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Dispatch:
         self._heed_all = heed_all
         self.unsettled: list[Unsettled] = []
         self.evictions: list[Unsettled] = []
+        self.n_holds = 0
         self._failures: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
 
@@ -170,11 +173,12 @@ class Dispatch:
             case Remove() if request_id == ONE_WAY:
                 self._deletions.begin_one(request)
             case Lend() | Redeem() | Release():
-                self._ledger.handle(client, request, now_ns)
+                self._ledger.handle(client, request)
                 self._outgoing.reply(client, request_id, _DONE)
             case Hold() | Bequeath():
+                self.n_holds += 1
                 self._heed_all(now_ns)
-                self._ledger.handle(client, request, now_ns)
+                self._ledger.handle(client, request)
                 self._outgoing.reply(client, request_id, _DONE)
             case Get():
                 if not self._answers.get(client, request_id, request):
@@ -376,7 +380,7 @@ class Dispatch:
             references.begin_reading()
             self._heed_all(now_ns)
             references.end_reading()
-        references.forget_client(client, now_ns)
+        self._ledger.forget(client)
 
     def _list(self, start: int) -> Listing:
         holders = Counter(e for client in self._sessions for e in self._objects.held_by(client))

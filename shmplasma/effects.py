@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["Adopt", "Descriptor", "Drop", "Effect", "HandOver", "Replay", "Send"]
+__all__ = ["Adopt", "Await", "Descriptor", "Drop", "Effect", "Forget", "HandOver", "Replay", "Send"]
 
 
 class Descriptor(Enum):
@@ -45,10 +45,24 @@ class Adopt(NamedTuple):
     number: int
 
 
+class Await(NamedTuple):
+    """Tell when the process has ended that this client, whose connection has, was of, or that nobody can tell."""
+
+    client: int
+    pid: int
+    start_time: int
+
+
+class Forget(NamedTuple):
+    """Forget a client that has said that nothing of it is left, unless it has a connection, which then ends."""
+
+    client: int
+
+
 class HandOver(NamedTuple):
     """Leave segment and socket to another store: handle what was sent, and end."""
 
     client: int
 
 
-Effect = Send | Replay | Drop | Adopt | HandOver
+Effect = Send | Replay | Drop | Adopt | Await | Forget | HandOver

@@ -37,15 +37,15 @@ class Exits:
         self._gone = gone
         self._watched: dict[int, int] = {}
 
-    def watch(self, client: int, pid: int) -> None:
-        """Wait for the end of a client's process, where that can be seen; else the client stays for good."""
+    def watch(self, client: int, pid: int) -> bool:
+        """Wait for the end of a client's process, where that can be seen; else the client stays for good.  Tell whether it can."""
         try:
             exited = system.watch_exit(pid) if pid else None
         except ProcessLookupError:
             self._gone(client)
-            return
+            return True
         if exited is None:
-            return
+            return False
 
         def ended() -> None:
             # An earlier event of this turn may have forgotten it.
@@ -58,8 +58,9 @@ class Exits:
         except OSError as error:
             _LOG.warning("what client %d was given stays its own for good: %s", client, error)
             close_descriptor(exited)
-        else:
-            self._watched[client] = exited
+            return False
+        self._watched[client] = exited
+        return True
 
     def forget(self, client: int) -> None:
         """Wait no more for a client."""

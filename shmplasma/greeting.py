@@ -49,6 +49,7 @@ class Session:
     trusted: bool = False
     awaited: bool = False
     resumed: bool = False
+    left: bool = False
     attached: bool = False
     claims: int | None = None
     lent: set[int] = field(default_factory=set)

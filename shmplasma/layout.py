@@ -72,7 +72,7 @@ __all__ = [
     "recover_end",
 ]
 
-LAYOUT_VERSION: Final = 11
+LAYOUT_VERSION: Final = 12
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 
@@ -227,7 +227,7 @@ class ControlWord(IntEnum):
     FIRST_BOARD = 4
     """The first board of the board's client, + 1; 0 while the board is nobody's."""
     LEASE_CURSOR = 5
-    """Where the unpublished part of the client's lease begins."""
+    """Where the unpublished part of the client's lease begins; and in the lowest bit, whether it holds references."""
     LEASE_END = 6
     CHECK = 7
     """Checksum of words 2 to 4 and 6."""

@@ -42,18 +42,16 @@ from shmplasma.handshake import greet_again
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect, gone, not_reclaimed
-from shmplasma.posted import PUBLISH, PUBLISH_RECORD, Abort, Publish
+from shmplasma.posted import PUBLISH, PUBLISH_RECORD, Abort, Gone, Publish
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
-from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Request, Role, SetOptions
+from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Request, Role, SetOptions, holds_told
 from shmplasma.transport import Channel
 
-__all__ = ["GIVE_UP_SECONDS", "HOLDS_A_REQUEST", "Link"]
+__all__ = ["GIVE_UP_SECONDS", "Link"]
 
 GIVE_UP_SECONDS: Final = 0.1
 """How long a request that was interrupted waits for its last answer, which usually takes 0.1 ms."""
-
-HOLDS_A_REQUEST: Final = 1 << 16
 
 _CONNECTING: Final = frozenset({"reconnect"})
 _POSTING: Final = frozenset(("post", "post_soon", "publish"))
@@ -325,16 +323,8 @@ class Link:
 
         Nobody is told that the store has gone.  What cannot be written to the outbox just now is sent, and read after it.
         """
-        acquired: list[bool] = []
-        written = False
-        try:
-            acquired.extend(map(self._posting.acquire, (False,)))
-            written = acquired[0] and self._outbox.append(kind, body) > 0
-            announced = written and self._outbox.is_to_be_announced
-        finally:
-            if acquired and acquired[0]:
-                self._posting.release()
-        if not written:
+        announced = self._append_soon(kind, body)
+        if announced is None:
             self.aside += 1
             # In this order: whoever reconnects makes the list, then the channel, then drops the list.
             untold = self._untold
@@ -344,6 +334,19 @@ class Link:
         elif announced:
             with suppress(ConnectionError):
                 self.channel.announce()
+
+    def _append_soon(self, kind: int, body: bytes, *, is_last: bool = False) -> bool | None:
+        """Write a record if nobody is at it, and there is room; tell whether it is to be announced, None if it was not written."""
+        acquired: list[bool] = []
+        announced: bool | None = None
+        try:
+            acquired.extend(map(self._posting.acquire, (False,)))
+            if acquired[0] and self._outbox.append(kind, body, is_last=is_last):
+                announced = self._outbox.is_to_be_announced
+        finally:
+            if acquired and acquired[0]:
+                self._posting.release()
+        return announced
 
     def _announce(self) -> None:
         """Tell the store, or the one that comes back, that there is a record in the outbox."""
@@ -366,6 +369,10 @@ class Link:
             with suppress(ConnectionError):
                 _exchange(channel, Detach.KIND, b"")
         channel.retire()
+
+    def end(self) -> None:
+        """Write the last record, when nothing of this client is left: a store that has died cannot see the connection end."""
+        self._append_soon(Gone.KIND, b"", is_last=True)
 
     def abandon(self) -> None:
         """Close a forked child's copy of the connection, and leave the parent's alone."""
@@ -395,6 +402,8 @@ class Link:
                 return
             reason = broken.hear_out()
             if broken.is_final or self._lost:
+                if self.holds is not None and not self._lost:
+                    self._lose()  # whose connection is nobody's to close and open again
                 raise gone(reason) from error
             # What `post_soon` sends from here on is sent once more.
             untold = self._untold = []
@@ -428,10 +437,7 @@ class Link:
     def _first_message(self, held: Sequence[tuple[bytes, int]]) -> bytes:
         """Return what a store that has come back is to be told first."""
         requests: list[Request] = [] if self.options is None else [self.options]
-        requests += [
-            Hold(0, held[start : start + HOLDS_A_REQUEST])
-            for start in range(0, len(held), HOLDS_A_REQUEST)
-        ]
+        requests += holds_told(held)
         if self.holds is not None:
             requests.append(Hold(0, ()))  # that was all
         return b"".join(encode_frame(each.KIND, ONE_WAY, each.encode()) for each in requests)

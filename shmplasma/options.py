@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from shmplasma import __version__, system
-from shmplasma.references import TICKET_NS
 from shmplasma.sizes import parse_size
+from shmplasma.tickets import TICKET_NS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

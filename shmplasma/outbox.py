@@ -8,7 +8,7 @@ it; records stay.  A store that recovers the segment handles all that was not ac
 
     client                                              store: before it handles a request of the client or says
                                                         that something is not there, and when it polls
-    1. record n is handled (n < ACKNOWLEDGED + RECORDS)  1. a = ACKNOWLEDGED
+    1. record n is handled (n < ACKNOWLEDGED + PLACES)   1. a = ACKNOWLEDGED
     2. write kind, length and body to place n % RECORDS  2. number at place a % RECORDS is a + 1?  no: done
     3. write number n + 1 there                          3. copy the record, carry it out
     4. POLLED, and n + 1 is not ACKNOWLEDGED +           4. ACKNOWLEDGED = a + 1, and again
@@ -21,6 +21,12 @@ Why nothing is lost, and nothing done twice
     its successor sees that by the record itself (see `shmplasma.recovery`).  An interrupt between a client's
     3 and 4 leaves a record that is handled with the next one, or at the client's end; one between 3 and its
     own counting is noticed at the next `place`, which finds the number there already.
+
+A client that ends
+    closes its connection, and so tells a store that lives.  Of one that has died nobody would tell its successor, which waits for
+    its clients for as long as their processes live.  So the last record of each client says that nothing of it is left; a place of
+    the ring is kept for it, as nobody waits for the store any more.  It is not acknowledged: a store that dies before it
+    has taken back what the client had leaves it to be read again.
 
 When the message is spared
     An object that is not sealed is of no use to others, and whoever looks for one under its id sees that a record is unread (`shmplasma.absence`,
@@ -51,6 +57,7 @@ from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWor
 __all__ = [
     "ANNOUNCED_AT",
     "MISSED",
+    "PLACES",
     "RECORDS",
     "RECORD_BYTES",
     "Outbox",
@@ -64,6 +71,8 @@ RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // RECORD_BYTES
 ANNOUNCED_AT: Final = RECORDS // 2
 """How many records may wait for a store that looks by itself before a message wakes it."""
+PLACES: Final = RECORDS - 1
+"""For all that a client writes but its last record."""
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
 MISSED: Final = b"m"
@@ -134,25 +143,27 @@ class Outbox:
         """Take note that the store of now is the one that this client is connected to."""
         self._store = self._incarnation[0] % _INCARNATIONS + 1
 
-    def append(self, kind: int, body: bytes, *, is_urgent: bool = True) -> int:
+    def append(
+        self, kind: int, body: bytes, *, is_urgent: bool = True, is_last: bool = False
+    ) -> int:
         """Write a record; return how many were written, or 0 when the ring is full and the store must handle something first.
 
         Of one that is not urgent the store need not be told, but with the next one.
         """
-        at = self.place()
+        at = self.place(RECORDS if is_last else PLACES)
         if at < 0:
             return 0
         _CONTENT.pack_into(self.raw, at, kind, len(body), body)
         return self.commit(is_urgent=is_urgent)
 
-    def place(self) -> int:
+    def place(self, limit: int = PLACES) -> int:
         """Return where in `raw` kind, length and body of the next record go; `commit` is to follow.  -1 when the ring is full."""
         count = self._count
         at = (count & _MASK) * _WORDS
         if self._words[at] == count + 1:  # an interrupt came before it was counted
             count = self._count = count + 1
             at = (count & _MASK) * _WORDS
-        if count - self._acknowledged[0] >= RECORDS:
+        if count - self._acknowledged[0] >= limit:
             return -1
         return at * 8 + 8
 

@@ -6,6 +6,8 @@ leaves all are told who may wait for it or own it; and a request may have the ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shmplasma.answers import Answers
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.control import Control
@@ -26,12 +28,12 @@ from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
 from shmplasma.posts import Posts
 from shmplasma.publishing import Publishing
-from shmplasma.references import TICKET_NS
 from shmplasma.refusals import Refusals
 from shmplasma.residents import Residents
 from shmplasma.room import Room
 from shmplasma.spilling import ExternalLimits, Spilling
 from shmplasma.table import Table
+from shmplasma.tickets import TICKET_NS
 from shmplasma.trims import Trims
 from shmplasma.upkeep import Upkeep
 from shmplasma.waiters import RoomQueue
@@ -54,10 +56,12 @@ class Parts:
         How a client finds the segment; passed on as they are.
     memory : Memory
         Commits pages and issues barriers.
+    clock : callable
+        Returns the time, by a clock that only goes forward, in nanoseconds.
     client_limit_bytes : int, optional
         What a client may hold that has no limit of its own; 0 for no limit.
     ticket_ns : int, optional
-        As for `shmplasma.references.References`.
+        As for `shmplasma.tickets.Tickets`.
     floor_bytes : int, optional
         How much memory that is not used stays committed.
     external : ExternalLimits, optional
@@ -73,6 +77,7 @@ class Parts:
         segment_kind: str,
         segment_path: str,
         memory: Memory,
+        clock: Callable[[], int],
         client_limit_bytes: int = 0,
         ticket_ns: int = TICKET_NS,
         floor_bytes: int = FLOOR_BYTES,
@@ -106,7 +111,9 @@ class Parts:
             )
         self.publishing = Publishing(self.table, self.room, leases, self.objects, memory)
         self.deletions = Deletions(self.table, self.objects, self.room.mover)
-        self.ledger = Ledger(self.table, self.room, self.deletions, ticket_ns)
+        self.ledger = Ledger(
+            self.table, self.boards, self.room, self.deletions, self.outgoing, clock, ticket_ns
+        )
         self.greeter = Greeter(
             layout,
             token,

@@ -42,6 +42,9 @@ class Closable(Protocol):
     def abandon(self) -> None:
         """Close this process's copy, and leave the other's alone."""
 
+    def end(self) -> None:
+        """Say that nothing is left of whose connection it is."""
+
 
 class Lifeline:
     """What must last as long as the last pin: the segment, the connection, the way to wake the store.
@@ -70,6 +73,7 @@ class Lifeline:
     __slots__ = (
         "__weakref__",
         "_boards",
+        "_pid",
         "_wake_fd",
         "_woken_by",
         "attachment",
@@ -97,6 +101,7 @@ class Lifeline:
         self.wake_word = attachment.words[HeaderWord.WAKE : HeaderWord.WAKE + 1]
         self._wake_fd = wake_fd
         self._woken_by = 0
+        self._pid = os.getpid()
 
     def wake_store(self) -> None:
         """Tell the store that something was released, if it has looked since it was last told; never blocks, never raises."""
@@ -155,6 +160,7 @@ class Lifeline:
         os.set_blocking(wake_fd, False)
         self._wake_fd = wake_fd
         self._woken_by = 0
+        self._pid = os.getpid()
         self.connection = connection
 
     def __del__(self) -> None:
@@ -162,6 +168,10 @@ class Lifeline:
         fd, self._wake_fd = self._wake_fd, -1
         if fd >= 0:
             os.close(fd)
+        connection = self.connection
+        # In a child that was just forked it may be collected before it is isolated: there it is its parent's.
+        if isinstance(connection, Closable) and self._pid == os.getpid():
+            connection.end()
         self.attachment.close()
 
 

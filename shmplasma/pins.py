@@ -276,6 +276,8 @@ class Boards:
         for board, owner in enumerate(owners):
             if owner is not None and owner.first_board in clients:
                 self._owner[board] = owner.first_board
+                if owner.holds:
+                    self._control.note_holder(board, holds=True)
                 own = self._of_client.setdefault(owner.first_board, [])
                 own.insert(0 if board == owner.first_board else len(own), board)
             else:
@@ -283,6 +285,12 @@ class Boards:
                 self._free.append(board)
         self._lower_end()
         return clients
+
+    def note_holder(self, client: int, holds: bool) -> None:
+        """Write down whether a client holds references, if it has boards still."""
+        own = self._of_client.get(client)
+        if own:
+            self._control.note_holder(own[0], holds=holds)
 
     def owner(self, board: int) -> int | None:
         """Return the client whose board it is."""

@@ -1,6 +1,6 @@
 """What a client may tell the store by way of its outbox (see `shmplasma.messages` and `shmplasma.outbox`).  Pure.
 
-Each of these may come as a request as well, and is answered then.
+Each of these but `Gone` may come as a request as well, and is answered then.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import ClassVar, Final, NamedTuple, get_args
 
-from shmplasma.messages import OneId, decode_message
+from shmplasma.messages import Empty, OneId, decode_message
 from shmplasma.protocol import ONE_WAY, Frame
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "REMOVE",
     "Abort",
     "Claim",
+    "Gone",
     "Lend",
     "Posted",
     "Publish",
@@ -209,7 +210,14 @@ class Release:
         return cls(*HOLD.unpack(body))
 
 
-Posted = Publish | Claim | Seal | Abort | Remove | Lend | Redeem | Release
+@dataclass(frozen=True, slots=True)
+class Gone(Empty):
+    """Nothing of the client is left, neither a thread in a call nor a buffer: its last record (see `shmplasma.outbox`)."""
+
+    KIND: ClassVar[int] = 45
+
+
+Posted = Publish | Claim | Seal | Abort | Remove | Lend | Redeem | Release | Gone
 
 _KINDS: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 _PUBLISH: Final = Publish.KIND

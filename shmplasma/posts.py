@@ -5,19 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from shmplasma.control import Control
 from shmplasma.deletions import Deletions
 from shmplasma.denials import Refused
-from shmplasma.effects import Drop
+from shmplasma.effects import Drop, Forget
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.layout import OUTBOX_BYTES, Layout
 from shmplasma.outbox import RECORDS, Polling, is_written, read_record
 from shmplasma.outgoing import Outgoing
-from shmplasma.posted import Claim, Publish, Remove, decode_posted
+from shmplasma.posted import Claim, Gone, Publish, Remove, Seal, decode_posted
 from shmplasma.protocol import ONE_WAY
 from shmplasma.publishing import Publishing
 from shmplasma.requests import Request, Role
@@ -103,6 +103,9 @@ class Posts:
             # A client that writes on and on is not to keep the others waiting.
             while count < RECORDS and (record := read_record(page, acknowledged)) is not None:
                 message = decode_posted(*record)
+                if isinstance(message, Gone):
+                    self._note_gone(session)
+                    break
                 if begun and type(message) is not Remove:
                     self._deletions.end()
                 refused = None
@@ -124,8 +127,25 @@ class Posts:
                 self._deletions.end()
         return count
 
-    def acknowledge_published(self) -> None:
-        """Acknowledge what a store that has died had carried out, and could not say so any more: the first record of an outbox."""
+    def _note_gone(self, session: Session) -> None:
+        if not session.left:
+            session.left = True
+            self._outgoing.effects.append(Forget(session.client))
+
+    def acknowledge_published(self, referenced: Collection[bytes]) -> set[int]:
+        """Acknowledge what a store that has died had carried out, and could not say so any more: the first record of an outbox.
+
+        Parameters
+        ----------
+        referenced : collection of bytes
+            The sealed objects that belong to references.
+
+        Returns
+        -------
+        set of int
+            The clients that may hold one of these by such a record.
+        """
+        holders: set[int] = set()
         for session in self._sessions.values():
             board = session.board
             start = self._outboxes + board * OUTBOX_BYTES
@@ -135,10 +155,13 @@ class Posts:
                 message = None if record is None else decode_posted(*record)
             except ProtocolError:
                 continue  # for which its client is dropped when it is read
+            if isinstance(message, (Publish, Seal)) and message.object_id in referenced:
+                holders.add(session.client)
             if isinstance(message, (Publish, Claim)) and self._publishing.was_published(
                 session.client, message.offset
             ):
                 self._control.acknowledge(board, acknowledged + 1)
+        return holders
 
     def heed_or_drop(self, session: Session | None, now_ns: int) -> int:
         """Carry out what a connection has posted, if it is a client's; drop it for what it may not post."""

@@ -34,12 +34,11 @@ __all__ = [
     "split_frames",
 ]
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 ONE_WAY: Final = 0
 
 MAX_REQUEST_BYTES: Final = 2 << 20
-"""Longest body that a store accepts: a get of 65,536 ids takes 1.6 MB, a `Hold` of as many 1.8, and nothing else takes
-as much."""
+"""Longest body that a store accepts: a get of 65,536 ids takes 1.6 MB, and nothing else as much."""
 MAX_REPLY_BYTES: Final = 8 << 20
 """Longest body that a client accepts."""
 

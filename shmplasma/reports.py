@@ -93,7 +93,7 @@ def describe(
             f"requests that wait for room: {n_waiting}",
             f"referenced objects: {len(references)}",
             f"references: {references.n_holds}",
-            f"references on their way: {references.n_tickets}",
+            f"references on their way: {len(references.tickets)}",
             f"evictions: {objects.evictions}",
             *_spilling(objects),
             f"takes: {room.takes}",

@@ -24,6 +24,7 @@ from shmplasma.posted import (
 from shmplasma.protocol import Frame
 
 __all__ = [
+    "MAX_HOLDS",
     "MAX_KEPT_IDS",
     "MAX_NAME_BYTES",
     "AnswerNow",
@@ -49,6 +50,7 @@ __all__ = [
     "SetOptions",
     "Trim",
     "decode_request",
+    "holds_told",
 ]
 
 
@@ -66,6 +68,8 @@ _HELLO: Final = Struct("<HHI")
 
 MAX_KEPT_IDS: Final = 2048
 """All objects of a `Keep` are looked at in one turn of the loop: 2 us each."""
+MAX_HOLDS: Final = 2048
+"""A turn of the loop hears of one `Hold` of a client: 2 us for each of its references."""
 MAX_NAME_BYTES: Final = 255
 """Of a client, in UTF-8: it stands in the descriptions that others read."""
 
@@ -336,7 +340,7 @@ class Post(Empty):
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What this client holds, and the ticket by which it came to it, 0 for none.
+    """What this client holds, up to `MAX_HOLDS` references, and the ticket that this uses up, 0 for none.
 
     A client that comes back to a store ends with a Hold of nothing: it holds no more than it has said.
     """
@@ -353,7 +357,14 @@ class Hold:
     def decode(cls, body: bytes) -> Hold:
         """Return the message of a body."""
         (ticket,) = _TICKET.unpack(body[:8])
+        if len(body) > 8 + MAX_HOLDS * HOLD.size:
+            raise ValueError(f"it holds more than {MAX_HOLDS} references")
         return cls(ticket, [*HOLD.iter_unpack(body[8:])])
+
+
+def holds_told(holds: Sequence[tuple[bytes, int]]) -> list[Hold]:
+    """Return what tells of any number of references."""
+    return [Hold(0, holds[start : start + MAX_HOLDS]) for start in range(0, len(holds), MAX_HOLDS)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Who may hold up whom
 --------------------
 Nobody.  The loop never blocks on a socket; a turn handles so many messages of a connection and no more (`shmplasma.switchboard`), and
-of those whose answer takes a look at the whole store only one, so a flood waits its turn; half a message
+of those whose answer takes a look at the whole store, or that tell of many references, only one, so a flood waits its turn; half a message
 stays in its decoder.  Who does not read his replies is not read from either, and is dropped when that lasts;
 so is a subscriber who leaves too much unread (`shmplasma.connections` has the figures).  Memory is committed in
 small steps between requests.  When no descriptor is left for a new connection, it waits in the listener's
@@ -31,11 +31,11 @@ from shmplasma.exits import close_descriptor
 from shmplasma.id_locks import IdLocks
 from shmplasma.outbox import MISSED
 from shmplasma.parts import Parts
-from shmplasma.references import TICKET_NS
 from shmplasma.segment import Segment
 from shmplasma.spin import Spin
 from shmplasma.store import ObjectStore
 from shmplasma.switchboard import LOOK_AT_AWAITED_SECONDS, Switchboard
+from shmplasma.tickets import TICKET_NS
 
 if TYPE_CHECKING:
     from shmplasma.spiller import Spiller
@@ -122,7 +122,7 @@ class Server:
     client_limit_bytes : int
         What a client may hold that has no limit of its own; 0 for no limit.
     ticket_seconds : float
-        How long a reference that is not received is kept (see `shmplasma.references`).
+        How long a reference that is not received is kept (see `shmplasma.tickets`).
     floor_bytes : int
         How much memory that is not used stays committed.
     spiller : Spiller, optional
@@ -173,6 +173,7 @@ class Server:
             segment.name.kind,
             segment.name.path,
             memory,
+            time.monotonic_ns,
             client_limit_bytes,
             round(ticket_seconds * 1e9),
             floor_bytes,
@@ -308,7 +309,7 @@ class Server:
     def _finish_turn(self, *, idle: bool) -> None:
         """Do what messages, time, or the want of both have made due."""
         store = self._store
-        if store.next_due_ns is not None:
+        if store.wait_ns is not None:
             store.expire(time.time_ns())
         if self._spiller is not None:
             self._hear(self._spiller)
@@ -422,8 +423,8 @@ class Server:
         steady_ns = time.monotonic_ns()
         if (deadline_ns := store.deadline_ns) is not None:
             timeouts.append(max(0.0, (deadline_ns - steady_ns) / 1e9))
-        if store.next_due_ns is not None:
-            timeouts.append(max(0.001, (store.next_due_ns - time.time_ns()) / 1e9))
+        if (wait_ns := store.wait_ns) is not None:
+            timeouts.append(max(0.001, wait_ns / 1e9))
         if (trim_ns := self._upkeep.trim_ns(steady_ns)) is not None:
             timeouts.append(trim_ns / 1e9)
         return min(timeouts)

@@ -238,6 +238,11 @@ class Session:
         """How long a store that has died is waited for."""
         return self._link.patience_seconds
 
+    @property
+    def was_dropped(self) -> bool:
+        """Whether the store has ended the connection, and said so; what this client holds stays its own until its last buffer has gone."""
+        return self._link.channel.is_final
+
     # -- requests ------------------------------------------------------------------------------
 
     def call(self, request: Request, expected: type[_ReplyT]) -> _ReplyT:

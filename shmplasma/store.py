@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from shmplasma.denials import NoRoom, Refused
 from shmplasma.dispatch import Unsettled
-from shmplasma.effects import Drop, Effect
+from shmplasma.effects import Await, Drop, Effect
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.outgoing import NOTHING
@@ -118,20 +118,25 @@ class ObjectStore:
         """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
         self._now_ns = now_ns
         session = self._greeter.sessions[client]
+        session.left = True
         if session.role is Role.CLIENT:
             self._posts.heed_out(session, now_ns)
         del self._greeter.sessions[client]
         self._outgoing.subscribers.discard(client)
         self._boards.clear(client)
         self._dispatch.forget(client, now_ns)
+        self._ledger.end(client, session.pid, session.start_time)
         self._publishing.end(client)
         self._objects.unsealed.end(client)
-        self._note_who_came_back()
         return self.wake()
 
     def only_claims(self, client: int) -> bool:
         """Tell whether a connection has claimed an awaited client, and not gone on as it."""
         return self._greeter.sessions[client].claims is not None
+
+    def knows(self, client: int) -> bool:
+        """Tell whether a client was not forgotten."""
+        return client in self._greeter.sessions
 
     def expel(self, client: int) -> bool:
         """Answer a client no more; what it was given stays its own until `disconnect`.
@@ -165,10 +170,7 @@ class ObjectStore:
                     self._heed_claimed(self._greeter.sessions[session.claims], now_ns)
                     self._ledger.references.come_back(session.claims)
             elif session.claims is not None:
-                number = self._greeter.resume(session)
-                effects = self.handle(number, frame, now_ns)
-                self._note_who_came_back()
-                return effects
+                return self.handle(self._greeter.resume(session), frame, now_ns)
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
@@ -208,7 +210,9 @@ class ObjectStore:
         """
         self._ledger.references.begin_reading()
         self._posts.heed_all(self._now_ns)
-        self._ledger.delete_nobodys(None if unsettled else self._room.most_at_once)
+        if self._ledger.delete_nobodys(self._room.most_at_once, asked=bool(unsettled)):
+            self._dispatch.unsettled[:0] = unsettled
+            return self._outgoing.take()
         self._publishing.take_idle()
         for client, request_id, request, now_ns in unsettled:
             session = self._greeter.sessions.get(client)
@@ -237,9 +241,9 @@ class ObjectStore:
         return self._outgoing.subscribers
 
     @property
-    def n_unsettled(self) -> int:
-        """How many requests wait until all outboxes are read."""
-        return len(self._dispatch.unsettled)
+    def n_long(self) -> int:
+        """Goes up with each request of which a client has only one in a turn: one that is unsettled, or tells of many references."""
+        return len(self._dispatch.unsettled) + self._dispatch.n_holds
 
     @property
     def has_unsettled(self) -> bool:
@@ -385,19 +389,18 @@ class ObjectStore:
     # -- references ----------------------------------------------------------------------------
 
     @property
-    def next_due_ns(self) -> int | None:
-        """When `expire` is to be called; None if not for the sake of time."""
-        return self._ledger.references.next_due_ns
+    def wait_ns(self) -> int | None:
+        """In how many nanoseconds `expire` is to be called; None if not for the sake of time."""
+        return self._ledger.wait_ns
 
     def expire(self, now_ns: int) -> None:
-        """Let references that were never received come to their end; `settle` has to follow."""
+        """Let references that were never received come to their end, so many at a time; `settle` has to follow."""
         self._now_ns = now_ns
-        self._ledger.references.expire(now_ns)
+        self._ledger.expire()
 
-    def _note_who_came_back(self) -> None:
-        """See whether a client that the dead store had is still waited for."""
-        if not self._greeter.expects_somebody:
-            self._ledger.references.all_came_back(self._now_ns)
+    def end_process(self, sender: int) -> None:
+        """Take note that a process has ended, as an `Await` has asked for, or that this cannot be seen."""
+        self._ledger.end_process(sender)
 
     # -- recovering ----------------------------------------------------------------------------
 
@@ -430,9 +433,10 @@ class ObjectStore:
         self._parts.wanted.clear()
         found = self._objects.recover()
         self._greeter.expect(found.owners, now_ns)
-        self._posts.acknowledge_published()
+        holders = self._posts.acknowledge_published(set(found.referenced))
+        holders.update(board for board, owner in found.owners.items() if owner.holds)
         self._objects.releases.settle()
-        self._ledger.references.recover(found.referenced)
+        self._ledger.recover(found.referenced, holders)
         n_posted, dropped = 0, ""
         self._polling.succeed()
         # The locks of those that have ended are gone, and what others have claimed since is theirs (`shmplasma.claims`).
@@ -444,10 +448,11 @@ class ObjectStore:
                 # It does not come back, and keeps what it holds until it ends.
                 session.detached = True
                 dropped += f"; dropped client {session.client} (pid {session.pid}): {error}"
+        effects: list[Effect] = []
         for session in tuple(self._greeter.sessions.values()):
-            if not is_alive(session.pid, session.start_time):
-                self.disconnect(session.client, now_ns)
-        self._note_who_came_back()
+            if session.left or not is_alive(session.pid, session.start_time):
+                effects += self.disconnect(session.client, now_ns)
+        self._outgoing.effects += [each for each in effects if isinstance(each, Await)]
         pids = {session.client: session.pid for session in self._greeter.sessions.values()}
         summary = (
             f"{len(found.cached) + len(found.kept)} objects, {len(found.created)} unsealed, {n_posted} announced "

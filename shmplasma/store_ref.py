@@ -7,8 +7,8 @@ that nobody waits for.
 
 Two words are to be kept in step when a store dies: what this process holds, and what the store was told.  `Home._held` has the
 first.  A hold is in it before the store is told that it begins, and is taken out before the store is told that it ends;
-who connects to a successor tells it all of `_held`, and then the end of whatever is not in it any more
-(`shmplasma.link`).
+who connects to a successor, or anew, tells it all of `_held`, and then the end of whatever is not in it any more
+(`shmplasma.link`, `Home._open`).
 
 A forked child has the handles of its parent, and becomes their holder at once, by a connection of its own.  What another thread
 of the parent receives and drops again while the process forks is not protected for the child.
@@ -32,13 +32,12 @@ from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
 from shmplasma.lending import lend
-from shmplasma.link import HOLDS_A_REQUEST
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.reading import Mode, ObjectNotAvailable, Reading
 from shmplasma.replies import Done
-from shmplasma.requests import Bequeath, Hold
+from shmplasma.requests import Bequeath, Hold, holds_told
 from shmplasma.serialization import SerializationContext, deserialize, serialize
 from shmplasma.session import Session
 from shmplasma.writing import Writing
@@ -65,17 +64,31 @@ class Home(Reading, Writing):
         self._held: set[tuple[bytes, int]] = set()
         self._numbers = count(1)
         self._ticket = 0
+        self._dropped: Session | None = None
         self._refs: weakref.WeakValueDictionary[bytes, StoreRef] = weakref.WeakValueDictionary()
         super().__init__(path, DEFAULT_RETRIES)
 
     def _open(self, num_retries: int) -> Session:
         session = super()._open(num_retries)
         session.restate(weakref.WeakMethod(self._holds))
-        holds = self._holds()
-        for start in range(0, len(holds), HOLDS_A_REQUEST):
-            session.call(Hold(self._ticket, holds[start : start + HOLDS_A_REQUEST]), Done)
-        self._ticket = 0
+        told = self._holds()
+        for request in holds_told(told):
+            session.call(request, Done)
+        if self._ticket:
+            session.call(Hold(self._ticket, ()), Done)
+            self._ticket = 0
+        self._session = session  # from here on `end` tells it
+        self._dropped = None
+        for hold in set(told) - self._held:
+            session.post_soon(Release.KIND, Release(*hold).encode())
         return session
+
+    def _lose(self) -> None:
+        session = self._session
+        if session is not None and session.was_dropped:
+            # The objects are held by it until another one has told of them.
+            self._dropped = session
+        super()._lose()
 
     def _holds(self) -> Sequence[tuple[bytes, int]]:
         return tuple(self._held)

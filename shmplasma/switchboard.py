@@ -22,7 +22,7 @@ from typing import Final
 
 from shmplasma import system
 from shmplasma.connections import Connection, StalledError
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, Replay, Send
+from shmplasma.effects import Adopt, Await, Descriptor, Drop, Effect, Forget, Replay, Send
 from shmplasma.errors import ProtocolError
 from shmplasma.exits import Exits
 from shmplasma.id_locks import IdLocks
@@ -104,6 +104,7 @@ class Switchboard:
         self.backlog: set[int] = set()
         self.awaited: set[Connection] = set()
         self.exits = Exits(selector, self._forget)
+        self._senders = Exits(selector, store.end_process)
         self.reception = Reception(listener, selector, shared=shared, admit=self._admit)
 
     def close(self, *, keep: bool) -> None:
@@ -114,6 +115,7 @@ class Switchboard:
             elif client in self._connections:  # or it could not be told that another one has gone
                 self._close(client)
         self.exits.close()
+        self._senders.close()
         self._locks.close()
 
     # -- connections ---------------------------------------------------------------------------
@@ -144,6 +146,20 @@ class Switchboard:
         had_locks = not self._store.only_claims(client)
         self.carry_out(self._store.disconnect(client, time.time_ns()))
         self._locks.end(client, unlock=had_locks)
+
+    def _see_off(self, client: int) -> None:
+        """Take back what a client had of which nothing is left, as it says."""
+        if client in self._connections:
+            self._close(client)
+        elif self._store.knows(client):
+            self.exits.forget(client)
+            self._forget(client)
+
+    def _await(self, sender: Await) -> None:
+        """Wait for the end of a process of which a connection has ended."""
+        is_alive = system.is_alive(sender.pid, sender.start_time)
+        if not (is_alive and self._senders.watch(sender.client, sender.pid)):
+            self._store.end_process(sender.client)
 
     def _hang_up(self, client: int, last: bytes = b"") -> None:
         connection = self._connections.pop(client)
@@ -243,7 +259,7 @@ class Switchboard:
         for _ in range(len(frames) if limit is None else min(limit, len(frames))):
             if connection.paused_at is not None:
                 break
-            n_unsettled = store.n_unsettled
+            n_long = store.n_long
             effects = handle(client, frames.popleft(), now_ns)
             if effects:
                 self.carry_out(effects)
@@ -253,7 +269,7 @@ class Switchboard:
                 client = connection.client  # it may have turned out to be one that was waited for
                 if client not in self._connections:
                     return
-            if store.n_unsettled > n_unsettled:
+            if store.n_long > n_long:
                 break
         if frames and connection.paused_at is None:
             self.backlog.add(client)
@@ -290,9 +306,14 @@ class Switchboard:
         for effect in effects:
             connection = self._connections.get(effect.client)
             if connection is None:
-                continue
-            if type(effect) is Send:  # nearly always
+                if isinstance(effect, Forget):
+                    self._see_off(effect.client)
+                elif isinstance(effect, Await):
+                    self._await(effect)
+            elif type(effect) is Send:  # nearly always
                 self._send(connection, effect)
+            elif isinstance(effect, Forget):
+                self._see_off(effect.client)
             elif isinstance(effect, Drop):
                 self._drop(effect.client, effect.reason)
             elif isinstance(effect, Adopt):

@@ -17,7 +17,17 @@ from shmplasma.attachment import Attachment
 from shmplasma.census import Census
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.dispatch import Unsettled
-from shmplasma.effects import Adopt, Descriptor, Drop, Effect, HandOver, Replay, Send
+from shmplasma.effects import (
+    Adopt,
+    Await,
+    Descriptor,
+    Drop,
+    Effect,
+    Forget,
+    HandOver,
+    Replay,
+    Send,
+)
 from shmplasma.errors import CommitError
 from shmplasma.layout import (
     ALIGNMENT,
@@ -386,7 +396,13 @@ class Conversation:
         What is in the external store, by number.
     failure : str
         Why whatever is asked of it fails; empty if it does not.
+    processes_live_on : bool
+        Whether a process goes on when its connection has ended, until `end_process`.
+    awaited : list of Await
+        The processes whose end the store waits for.
     """
+
+    processes_live_on = False
 
     def __init__(
         self,
@@ -403,6 +419,7 @@ class Conversation:
         self.memory = RecordedMemory(self.raw)
         self.store = self.new_store(self.words, self.raw)
         self.peers: dict[int, Peer] = {}
+        self.awaited: list[Await] = []
         self.successor: int | None = None
         self.now_ns = 1_000_000_000
         self.steady_ns = 0
@@ -419,6 +436,7 @@ class Conversation:
             "posix",
             "/segment",
             self.memory,
+            lambda: self.steady_ns,
             floor_bytes=self.floor_bytes,
             external=self.external,
         )
@@ -545,7 +563,9 @@ class Conversation:
     def later(self, seconds: float) -> None:
         """Let time pass, and the store do what it then has to do."""
         self.now_ns += round(seconds * 1e9)
-        self.store.expire(self.now_ns)
+        self.steady_ns += round(seconds * 1e9)
+        while self.store.wait_ns == 0:
+            self.store.expire(self.now_ns)
         self.turn()
 
     def glance(self) -> int:
@@ -561,6 +581,16 @@ class Conversation:
     def carry_out(self, effects: Iterable[Effect]) -> None:
         """Do what the server does with effects."""
         for effect in effects:
+            if isinstance(effect, Await):
+                self.awaited.append(effect)
+                if not self.processes_live_on:
+                    self.end_process(effect)
+                continue
+            if isinstance(effect, Forget):
+                assert self.store.knows(effect.client)
+                self.peers.pop(effect.client, None)
+                self.carry_out(self.store.disconnect(effect.client, self.now_ns))
+                continue
             peer = self.peers.get(effect.client)
             if peer is None:
                 continue
@@ -581,6 +611,11 @@ class Conversation:
                     peer.receive(Send(effect.client, data))
             else:
                 peer.receive(effect)
+
+    def end_process(self, sender: Await) -> None:
+        """End a process that lives on when its connection has ended."""
+        self.awaited.remove(sender)
+        self.store.end_process(sender.client)
 
     # -- the segment ---------------------------------------------------------------------------
 

@@ -280,7 +280,7 @@ class Reopened(Conversation):
         self.floor_bytes = FLOOR_BYTES
         self.external, self.containers, self.failure = None, {}, ""
         self.store = self.new_store(words, raw)
-        self.peers = {}
+        self.peers, self.awaited = {}, []
         self.now_ns = 2_000_000_000
         self.steady_ns = 0
         self.idle_ns = 0

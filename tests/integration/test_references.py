@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,9 @@ from shmplasma import (
     system,
 )
 from shmplasma.nesting import NESTED
+from shmplasma.replies import Done
+from shmplasma.requests import MAX_HOLDS, Flush, Hold
+from shmplasma.session import Session
 from shmplasma.store_ref import _registry, home_of
 from tests.clients import figure
 from tests.processes import Child, in_forked_child, until
@@ -282,6 +286,26 @@ def test_a_receiver_that_is_killed() -> None:
         gone(client, object_id)
 
 
+def test_a_sender_that_keeps_nothing() -> None:
+    """What is on its way stays for as long as its process lives, also when that has no handle any more; and no longer."""
+    with short_store() as (store, client), Child(RECEIVER) as sender, Child(RECEIVER) as killed:
+        ids, sent = [], ""
+        for child in (sender, killed):
+            child.say("put: " + store.store_socket_name)
+            ids.append(ObjectID(bytes.fromhex(child.hear())))
+            child.say("send")
+            data = child.hear()
+            child.say("drop")
+            child.hear()
+            until(lambda: figure(client, "references") == 0, "its last handle has gone")
+            if child is sender:
+                sent = data
+        killed.kill()
+        gone(client, ids[1])
+        assert client.contains(ids[0])
+        assert pickle.loads(bytes.fromhex(sent)).get().sum() == 499_500
+
+
 def test_a_queue_that_is_thrown_away() -> None:
     """While its sender lives, what nobody took is there, but gives way when it is old and room is needed."""
     with short_store() as (_, client):
@@ -339,6 +363,76 @@ def test_a_fork(client: PlasmaClient, client2: PlasmaClient) -> None:
     os.close(writer)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     until(lambda: not client2.list(), "the child has taken them along")
+
+
+def fork_with(task: Callable[[], object]) -> int:
+    """Fork a child that ends well if a task is true in it; return its pid."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = not task()
+        finally:
+            os._exit(code)
+    return pid
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_with_many(
+    client: PlasmaClient, client2: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child has all its parent's references, though its parent lets go before it has told the store of all of them."""
+    refs = [client.put_ref(number) for number in range(MAX_HOLDS + 10)]
+    reader, writer = os.pipe()
+    parent, call = os.getpid(), Session.call
+    told: list[object] = []
+
+    def in_between(self: Session, request: Any, expected: Any) -> Any:
+        reply = call(self, request, expected)
+        if os.getpid() != parent and isinstance(request, Hold) and not told:
+            told.append(request)
+            os.close(writer)
+            os.read(reader, 1)
+        return reply
+
+    monkeypatch.setattr(Session, "call", in_between)
+    pid = fork_with(lambda: told and [ref.get() for ref in refs] == list(range(len(refs))))
+    os.close(reader)
+    refs.clear()
+    until(lambda: figure(client2, "references") == MAX_HOLDS, "only the child has any")
+    assert len(client2.list()) == MAX_HOLDS + 10
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_handle_that_dies_while_a_child_tells(
+    client: PlasmaClient, client2: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store hears of its end as well."""
+    refs = [client.put_ref("dies"), client.put_ref("stays")]
+    object_id = refs[0].object_id
+    reader, writer = os.pipe()
+    parent, call = os.getpid(), Session.call
+
+    def in_between(self: Session, request: Any, expected: Any) -> Any:
+        reply = call(self, request, expected)
+        if os.getpid() != parent and isinstance(request, Hold) and len(refs) == 2:
+            del refs[0]
+        return reply
+
+    def task() -> bool:
+        os.close(writer)
+        os.read(reader, 1)
+        return bool(refs[0].get() == "stays")
+
+    monkeypatch.setattr(Session, "call", in_between)
+    pid = fork_with(task)
+    os.close(reader)
+    del refs[0]
+    gone(client2, object_id)
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_child_that_lets_go(client: PlasmaClient) -> None:
@@ -505,6 +599,75 @@ def test_a_sender_that_is_killed(received: bool) -> None:
             assert client.contains(object_id)
             receiver.kill()
         gone(client, object_id)
+
+
+def test_clients_that_ask_nothing_of_a_store_that_comes_back(tmp_path: Path) -> None:
+    """They hold nothing, so nothing is kept for them: what is put and let go makes room, as before."""
+    path = str(tmp_path / "s")
+    with served(path):
+        client, idle = connect(path), connect(path)
+        refs = [client.put_ref(bytes(1_000_000)) for _ in range(9)]
+        with idle.put_ref("let go"):
+            pass
+        idle.flush()
+        until(lambda: figure(idle, "references") == len(refs), "the store knows that")
+    with served(path, "--ticket-seconds", "0.2") as process, client, idle:
+        refs.clear()
+
+        def has_room() -> bool:
+            try:
+                client.put_ref(bytes(5_000_000)).release()
+            except PlasmaStoreFull:
+                return False
+            return True
+
+        until(has_room, "there is room again")
+        end(process)
+
+
+def test_a_client_that_is_closed_while_no_store_is_there(tmp_path: Path) -> None:
+    """A successor waits for it no more: the ids that it had not sealed are free, and what it alone held goes."""
+    path = str(tmp_path / "s")
+    with served(path):
+        client, closed = connect(path), connect(path)
+        object_id, half = closed.put_ref("of nobody").object_id, ObjectID.from_random()
+        with Child(RECEIVER) as child:
+            child.say("put: " + path)
+            held = ObjectID(bytes.fromhex(child.hear()))
+            child.say("send")
+            ref = pickle.loads(bytes.fromhex(child.hear()))
+        closed.create(half, 1000)
+        client.flush()
+    closed.disconnect()
+    del ref, closed
+    gc.collect()
+    with served(path, "--ticket-seconds", "0.2") as process, client:
+        client.create(half, 10)
+        client.abort(half)
+        gone(client, held)
+        assert not client.contains(object_id)
+        assert client.debug_string().count("(pid ") == 1
+        end(process)
+
+
+def test_a_process_that_the_store_has_dropped(store: Store, client: PlasmaClient) -> None:
+    """It hears of that once; then it has its references by a connection anew, and what it lets go goes."""
+    ref = client.put_ref("old")
+    ids = [ref.object_id]
+    session = ref._home._session
+    assert session is not None
+    session._link.channel.send(250, b"no request")
+    with pytest.raises(ConnectionError, match="has dropped this client"):
+        session.call(Flush(), Done)
+    del session
+    with connect(store.store_socket_name) as other:
+        new = other.put_ref("new")
+        ids.append(new.object_id)
+        assert (ref.get(), new.get()) == ("old", "new")
+        assert client.contains(new.object_id)
+        del ref, new
+        for object_id in ids:
+            gone(client, object_id)
 
 
 def test_many_that_are_let_go_at_once(client: PlasmaClient) -> None:

@@ -11,7 +11,7 @@ import pytest
 from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
 from shmplasma.layout import ControlWord, EntryWord, HeaderWord
-from shmplasma.outbox import RECORDS, unread
+from shmplasma.outbox import PLACES, RECORDS, unread
 from shmplasma.posted import Seal
 from shmplasma.replies import Done, Objects
 from shmplasma.requests import Delete, Flush, Get
@@ -160,12 +160,12 @@ def test_a_ring_that_goes_round_meanwhile_was_not_read(
 
     def go_round() -> None:
         talk.words[count] += 1
-        for _ in range(RECORDS - 1):
+        for _ in range(PLACES - 1):
             peer.write_silently(Seal(A))
 
     words: Any = Changing(talk.words, reads, go_round)
     found = unread(words, talk.layout, 1)
-    assert found in ([(count, 2)], [(count, RECORDS + 1)])
+    assert found in ([(count, 2)], [(count, PLACES + 1)])
 
 
 def test_what_is_to_be_read_is_what_is_written_now(talk: Conversation, peer: Peer) -> None:
@@ -188,15 +188,15 @@ def test_what_is_to_be_read_is_what_is_written_now(talk: Conversation, peer: Pee
 
 
 def test_a_ring_that_is_full_can_be_waited_for(talk: Conversation, peer: Peer) -> None:
-    """As many records as it has places are unread, from some place on."""
+    """All records that it takes are unread, from some place on."""
     for number in range(3, 8):
         peer.put(name(number), 64)
     slot = peer.create(A)
-    for _ in range(RECORDS):
+    for _ in range(PLACES):
         peer.write_silently(Seal(A))
     count = talk.layout.control // 8 + ControlWord.ACKNOWLEDGED
     before = talk.words[count]
-    assert unread(talk.words, talk.layout, 1) == [(count, before + RECORDS)]
+    assert unread(talk.words, talk.layout, 1) == [(count, before + PLACES)]
     peer.release(slot)
 
 

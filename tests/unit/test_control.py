@@ -135,10 +135,13 @@ def test_garbage_is_nobodys(line: list[int]) -> None:
 # -- leases --------------------------------------------------------------------------------------
 
 
-@given(st.integers(START, END), st.integers(START, END))
+@given(
+    st.integers(START // ALIGNMENT, END // ALIGNMENT),
+    st.integers(START // ALIGNMENT, END // ALIGNMENT),
+)
 def test_a_lease_comes_back(one: int, other: int) -> None:
     """A successor finds cursor and end, wherever in the data region they are."""
-    cursor, end = sorted((one, other))
+    cursor, end = sorted((one * ALIGNMENT, other * ALIGNMENT))
     owner = owned(cursor, end).control.owner(BOARD)
     assert owner == Owner(4711, 99, BOARD, cursor, end)
 
@@ -152,6 +155,27 @@ def test_a_cursor_moves_without_the_check() -> None:
         assert lines.control.owner(BOARD) == Owner(4711, 99, BOARD, cursor, START + 4096)
     changed = [number for number, word in enumerate(lines.line()) if word != before[number]]
     assert changed == [ControlWord.LEASE_CURSOR]
+
+
+def test_who_holds_references() -> None:
+    """A successor finds that as well, whatever is written of the lease; and whoever comes next to the board begins anew."""
+    lines = owned(START, START + 4096)
+    lines.control.note_holder(BOARD, holds=True)
+    assert lines.control.owner(BOARD) == Owner(4711, 99, BOARD, START, START + 4096, holds=True)
+    lines.control.advance(BOARD, START + 64)
+    assert lines.control.owner(BOARD) == Owner(
+        4711, 99, BOARD, START + 64, START + 4096, holds=True
+    )
+    lines.control.lease(BOARD, START + 8192, START + 16384)
+    owner = Owner(4711, 99, BOARD, START + 8192, START + 16384, holds=True)
+    assert Control(LAYOUT, lines.words).owner(BOARD) == owner
+    lines.control.note_holder(BOARD, holds=False)
+    assert lines.control.owner(BOARD) == owner._replace(holds=False)
+    lines.control.note_holder(BOARD, holds=True)
+    lines.control.clear(BOARD)
+    lines.control.claim(BOARD, Owner(5, 6, BOARD, 0, 0))
+    lines.control.lease(BOARD, START, END)
+    assert lines.control.owner(BOARD) == Owner(5, 6, BOARD, START, END)
 
 
 def test_a_lease_ends() -> None:

@@ -277,7 +277,14 @@ def test_a_store_that_recovers_serves_who_asks_again(crowd: Crowded) -> None:
     crowd.wait_for(crowd.one, B)
     assert crowd.wake_word
     parts = Parts(
-        crowd.layout, bytes(16), crowd.words, crowd.raw, "posix", "/segment", crowd.memory
+        crowd.layout,
+        bytes(16),
+        crowd.words,
+        crowd.raw,
+        "posix",
+        "/segment",
+        crowd.memory,
+        lambda: 0,
     )
     store = ObjectStore(parts)
     store.recover(lambda *_: True, crowd.now_ns)
@@ -354,7 +361,15 @@ def test_a_default_limit_holds_for_who_has_none() -> None:
     """A client's own limit takes its place, 0 brings it back, and leases are for those without."""
     talk = Conversation(1 << 20)
     parts = Parts(
-        talk.layout, bytes(16), talk.words, talk.raw, "posix", "/segment", talk.memory, 1000
+        talk.layout,
+        bytes(16),
+        talk.words,
+        talk.raw,
+        "posix",
+        "/segment",
+        talk.memory,
+        lambda: 0,
+        1000,
     )
     talk.store = ObjectStore(parts)
     peer = talk.client()

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shmplasma.layout import OUTBOX_BYTES, HeaderWord
-from shmplasma.outbox import ANNOUNCED_AT, RECORDS, Outbox, Polling, read_record
+from shmplasma.outbox import ANNOUNCED_AT, PLACES, RECORDS, Outbox, Polling, read_record
 
 RECORD_BYTES = OUTBOX_BYTES // RECORDS
 WORDS = RECORD_BYTES // 8
@@ -54,7 +54,7 @@ def test_an_outbox_begins_empty() -> None:
     assert read_record(Page().raw, 0) is None
 
 
-@given(st.lists(st.tuples(KINDS, BODIES), max_size=RECORDS))
+@given(st.lists(st.tuples(KINDS, BODIES), max_size=PLACES))
 def test_records_come_out_as_they_went_in(records: list[tuple[int, bytes]]) -> None:
     """Kind and body come back whole and in order, and then there is nothing."""
     page = Page()
@@ -74,7 +74,7 @@ def test_a_ring_goes_round(steps: list[tuple[int, bytes] | None]) -> None:
             assert page.handle() == (waiting.popleft() if waiting else None)
         else:
             taken = page.outbox.append(*step)
-            assert bool(taken) == (len(waiting) < RECORDS)
+            assert bool(taken) == (len(waiting) < PLACES)
             if taken:
                 waiting.append(step)
     assert [page.handle() for _ in range(len(waiting))] == list(waiting)
@@ -85,7 +85,7 @@ def test_a_ring_goes_round(steps: list[tuple[int, bytes] | None]) -> None:
 def test_a_full_ring_takes_nothing_until_something_is_handled(before: int) -> None:
     """The record after the last free place is refused and leaves the page as it was."""
     page = Page(before)
-    for number in range(RECORDS):
+    for number in range(PLACES):
         assert page.outbox.append(number, b"%d" % number)
     content = bytes(page.raw)
     assert not page.outbox.append(77, b"too much")
@@ -94,9 +94,19 @@ def test_a_full_ring_takes_nothing_until_something_is_handled(before: int) -> No
     assert page.handle() == (0, b"0")
     assert page.outbox.append(78, b"again")
     assert not page.outbox.append(79, b"too much")
-    left = [page.handle() for _ in range(RECORDS)]
-    assert left == [*((number, b"%d" % number) for number in range(1, RECORDS)), (78, b"again")]
+    left = [page.handle() for _ in range(PLACES)]
+    assert left == [*((number, b"%d" % number) for number in range(1, PLACES)), (78, b"again")]
     assert page.handle() is None
+
+
+def test_a_place_is_kept_for_the_last_record() -> None:
+    """A client that ends says so, though nobody reads what it has written; and there is room for it once."""
+    page = Page()
+    for number in range(PLACES):
+        assert page.outbox.append(number, b"")
+    assert page.outbox.append(78, b"last", is_last=True)
+    assert not page.outbox.append(79, b"too much", is_last=True)
+    assert [page.handle() for _ in range(RECORDS)][-1] == (78, b"last")
 
 
 def test_rounds_and_rounds() -> None:
@@ -165,11 +175,11 @@ def test_a_record_that_was_not_counted_is_noticed(before: int, is_handled: bool)
 def test_the_last_place_that_was_not_counted_is_full() -> None:
     """A ring that such a record has filled takes no more."""
     page = Page()
-    for number in range(RECORDS):
+    for number in range(PLACES):
         assert page.outbox.append(number, b"")
     page.outbox._count -= 1
     assert not page.outbox.append(77, b"too much")
-    assert [page.handle() for _ in range(RECORDS)] == [(number, b"") for number in range(RECORDS)]
+    assert [page.handle() for _ in range(PLACES)] == [(number, b"") for number in range(PLACES)]
     assert page.handle() is None
     assert page.outbox.append(78, b"again")
     assert page.handle() == (78, b"again")

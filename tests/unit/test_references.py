@@ -3,12 +3,26 @@ from __future__ import annotations
 import pytest
 
 from shmplasma.layout import BOARD_WORDS, REFERENCED
-from shmplasma.posted import Lend, Redeem, Release, Seal
+from shmplasma.outbox import PLACES
+from shmplasma.posted import Gone, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import PROTOCOL_VERSION
-from shmplasma.references import LINGER_NS, MAX_OF_A_CLIENT, TICKET_NS, References
-from shmplasma.replies import Created, Done, Failed, Failure, Number, Welcome
-from shmplasma.requests import Bequeath, Delete, Evict, Hello, Hold, Post, Role
-from tests.conversation import Conversation, Peer
+from shmplasma.references import MAX_OF_A_CLIENT, References
+from shmplasma.replies import Created, Done, Failed, Failure, Leased, Number, Welcome
+from shmplasma.requests import (
+    MAX_HOLDS,
+    AskLease,
+    Bequeath,
+    Delete,
+    Evict,
+    Flush,
+    Hello,
+    Hold,
+    Post,
+    Role,
+    holds_told,
+)
+from shmplasma.tickets import LINGER_NS, TICKET_NS
+from tests.conversation import Conversation, Peer, name
 from tests.crash.damage import Reopened
 
 X, Y = (bytes([letter]) * 20 for letter in (0x10, 0x11))
@@ -79,6 +93,10 @@ def test_an_outbox_that_is_read_late(talk: Conversation) -> None:
     assert not talk.ids()
 
 
+def ignore(*_: object) -> None:
+    """Take no note of whatever it is."""
+
+
 def read(references: References) -> list[bytes]:
     """End a reading of all outboxes, begin the next one, and return what was found to be nobody's."""
     nobodys = references.judge()
@@ -88,7 +106,7 @@ def read(references: References) -> list[bytes]:
 
 def test_a_receipt_that_is_younger_than_the_look_at_the_loan() -> None:
     """A reading may see a receipt, and not the loan, whose outbox it had passed; the next one sees that."""
-    references = References(lambda *_: None)
+    references = References(ignore, ignore)
     references.create(X, client=1)
     references.begin_reading()
     references.redeem(X, 7, client=2, number=1, now_ns=0)
@@ -96,7 +114,7 @@ def test_a_receipt_that_is_younger_than_the_look_at_the_loan() -> None:
     assert references.has_suspects, "there is to be another reading"
     references.lend(X, 7, client=1, receivers=1, now_ns=0)
     assert not read(references)
-    assert not references.n_tickets
+    assert not len(references.tickets)
     references.release(X, 1, 0)
     assert not read(references)
     references.release(X, 2, 1)
@@ -106,7 +124,7 @@ def test_a_receipt_that_is_younger_than_the_look_at_the_loan() -> None:
 
 def test_a_receipt_that_is_younger_than_the_look_at_the_object() -> None:
     """So may it see what is said of an object that it does not know yet."""
-    references = References(lambda *_: None)
+    references = References(ignore, ignore)
     references.begin_reading()
     references.redeem(X, 7, client=2, number=1, now_ns=0)
     assert not read(references)
@@ -115,13 +133,13 @@ def test_a_receipt_that_is_younger_than_the_look_at_the_object() -> None:
     references.release(X, 1, 0)
     assert not read(references)
     assert references.n_holds == 1
-    assert not references.n_tickets
+    assert not len(references.tickets)
     references.check()
 
 
 def test_tickets_that_are_used_up_leave_nothing_behind() -> None:
     """However many come and go while an older one is on its way, little is remembered, and each that is left has its time."""
-    references = References(lambda _object_id, _whether: None)
+    references = References(ignore, ignore)
     references.create(X, 1)
     references.lend(X, 1, 1, 1, 0)
     for number in range(10_000):
@@ -130,19 +148,20 @@ def test_tickets_that_are_used_up_leave_nothing_behind() -> None:
         references.redeem(X, 2 * number + 2, 2, 1, now_ns)
         if not number % 100:
             references.lend(X, 2 * number + 3, 1, 1, now_ns)
-    assert len(references._due._heap) < 2_000
+    assert len(references.tickets._due._heap) < 2_000
     references.check()
     references.forget_client(1, 10_001)
+    references.tickets.forget_sender(1, 10_001)
     references.release(X, 2, 1)
-    assert references.n_tickets == 101
-    references.expire(10_001 + TICKET_NS)
-    assert references.n_tickets == 0
+    assert len(references.tickets) == 101
+    references.tickets.expire(10_001 + TICKET_NS, at_most=1000)
+    assert len(references.tickets) == 0
     references.check()
 
 
 def test_what_two_readings_do_not_explain_is_forgotten() -> None:
     """A receipt for what nobody has lent, or made, is not waited for any longer."""
-    references = References(lambda *_: None)
+    references = References(ignore, ignore)
     references.create(X, client=1)
     references.begin_reading()
     references.redeem(X, 7, client=2, number=1, now_ns=0)
@@ -273,6 +292,136 @@ def test_a_fork(talk: Conversation) -> None:
     talk.disconnect(child)
     talk.turn()
     assert not talk.ids()
+
+
+def test_a_fork_whose_child_tells_in_parts(talk: Conversation) -> None:
+    """What it was lent is its own until it has told all of it."""
+    parent, child = talk.client(), talk.client()
+    put(parent, X)
+    put(parent, Y)
+    parent.ask(Bequeath(7), Done)
+    talk.disconnect(parent)
+    child.ask(Hold(0, [(X, 0)]), Done)
+    assert talk.ids() == {X, Y}
+    child.ask(Hold(0, [(Y, 0)]), Done)
+    child.ask(Hold(7, ()), Done)
+    assert "references on their way: 0\n" in talk.store.describe()
+    assert talk.ids() == {X, Y}
+
+
+def test_a_fork_whose_child_never_tells(talk: Conversation) -> None:
+    """It was killed, or there is none: what it was lent stays for a while, and not for as long as its parent lives."""
+    parent = talk.client()
+    put(parent, X)
+    parent.ask(Bequeath(7), Done)
+    drop(talk, parent, X)
+    talk.later(TICKET_SECONDS - 1)
+    assert talk.ids() == {X}
+    talk.later(1)
+    assert not talk.ids()
+    assert not talk.store._parts.ledger.references.tickets.n_of(parent.number)
+
+
+def test_a_fork_of_who_ends_later(talk: Conversation) -> None:
+    """The time of what it has lent to a child is that of the fork still."""
+    parent = talk.client()
+    put(parent, X)
+    parent.ask(Bequeath(7), Done)
+    talk.later(TICKET_SECONDS - 1)
+    talk.disconnect(parent)
+    assert talk.ids() == {X}
+    talk.later(1)
+    assert not talk.ids()
+    talk.store.check()
+
+
+def test_a_client_that_tells_much(talk: Conversation) -> None:
+    """It does so by parts, of which a turn hears one; a longer one costs the connection."""
+    peer = talk.client()
+    put(peer, X)
+    parts = holds_told([(X, number) for number in range(2 * MAX_HOLDS + 1)])
+    assert [len(part.holds) for part in parts] == [MAX_HOLDS, MAX_HOLDS, 1]
+    before = talk.store.n_long
+    for heard, part in enumerate(parts, start=1):
+        peer.tell(part)
+        assert talk.store.n_long == before + heard
+    assert f"references: {2 * MAX_HOLDS + 1}\n" in talk.store.describe()
+    peer.tell(Hold(0, [(X, number) for number in range(MAX_HOLDS + 1)]))
+    assert f"more than {MAX_HOLDS} references" in (peer.dropped or "")
+
+
+def test_many_tickets_that_end_at_once(talk: Conversation) -> None:
+    """They end a few a turn."""
+    sender = talk.client()
+    put(sender, X)
+    for ticket in range(1, 9):
+        sender.write(Lend(X, ticket, 1))
+    talk.disconnect(sender)
+    talk.steady_ns += TICKET_NS
+    talk.store._room.most_at_once = 3
+    left = []
+    while talk.store.wait_ns == 0:
+        talk.store.expire(talk.now_ns)
+        left.append(len(talk.store._parts.ledger.references.tickets))
+    assert left == [5, 2, 0]
+    talk.turn()
+    assert not talk.ids()
+
+
+def test_a_clock_that_is_set(talk: Conversation) -> None:
+    """The time of what is on its way does not pass by that."""
+    sender = talk.client()
+    put(sender, X)
+    sender.write(Lend(X, 7, 1))
+    talk.disconnect(sender)
+    talk.now_ns += 10 * TICKET_NS
+    talk.store.expire(talk.now_ns)
+    talk.turn()
+    assert talk.ids() == {X}
+    talk.later(TICKET_SECONDS)
+    assert not talk.ids()
+
+
+def test_a_sender_whose_connection_has_ended(talk: Conversation) -> None:
+    """What it has on its way stays for as long as its process lives, which the store waits for once."""
+    talk.processes_live_on = True
+    senders, other = [talk.client(), talk.client()], talk.client()
+    for sender, object_id in zip(senders, (X, Y), strict=True):
+        put(sender, object_id)
+        sender.write(Lend(object_id, object_id[0], 1))
+        talk.disconnect(sender)
+    talk.turn()
+    (process,) = talk.awaited
+    assert (process.pid, process.start_time) == (4711, 1)
+    talk.later(10 * TICKET_SECONDS)
+    assert talk.ids() == {X, Y}
+    talk.store.check()
+    other.write(Redeem(X, X[0], 1))
+    drop(talk, other, X, 1)
+    assert talk.ids() == {Y}
+    talk.end_process(process)
+    talk.later(TICKET_SECONDS - 1)
+    assert talk.ids() == {Y}
+    talk.later(1)
+    assert not talk.ids()
+    talk.disconnect(other)
+    assert not talk.awaited
+
+
+def test_a_process_with_too_much_on_its_way(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered of one that connects again and again is limited."""
+    monkeypatch.setattr("shmplasma.senders.MAX_OF_A_CLIENT", 1)
+    talk.processes_live_on = True
+    senders = [talk.client() for _ in range(3)]
+    for number, sender in enumerate(senders):
+        put(sender, name(number))
+        sender.write(Lend(name(number), number + 1, 1))
+    for sender in senders:
+        talk.disconnect(sender)
+    talk.later(TICKET_SECONDS)
+    assert talk.ids() == {name(0), name(1)}
 
 
 def test_an_id_that_is_used_anew_while_its_old_object_is_on_its_way(talk: Conversation) -> None:
@@ -458,3 +607,132 @@ def test_a_client_that_comes_back_and_lets_go_without_end(
     assert peer.dropped is None
     peer.tell(Release(X, 3))
     assert peer.dropped == "it has 3 references"
+
+
+def test_who_holds_nothing_is_not_waited_for(talk: Conversation) -> None:
+    """A client that is idle, as it has let go of all that it had, or had nothing, holds nothing up."""
+    peer, idle, _ = talk.client(), talk.client(), talk.client()
+    put(peer, X)
+    put(idle, Y)
+    drop(talk, idle, Y)
+    later = reopen(talk)
+    peer = welcome(later, peer)
+    tell(peer, (X, 0))
+    drop(later, peer, X)
+    assert later.ids() == {X}
+    forget_what_was_on_its_way(later)
+    assert not later.ids()
+
+
+def test_who_may_hold_something_is_waited_for(talk: Conversation) -> None:
+    """However many stores have died before it comes back, or ends, what it holds is neither deleted nor evicted."""
+    peer, idle = talk.client(), talk.client()
+    put(idle, X)
+    put(idle, Y)
+    drop(talk, idle, Y)
+    later = reopen(reopen(talk))
+    peer = welcome(later, peer)
+    tell(peer)
+    later.later(10 * TICKET_SECONDS)
+    assert peer.ask(Evict(1), Number).value == 0
+    assert later.ids() == {X}
+    idle = welcome(later, idle)
+    later.later(10 * TICKET_SECONDS)
+    assert later.ids() == {X}
+    tell(idle, (X, 0))
+    forget_what_was_on_its_way(later)
+    assert later.ids() == {X}
+    later.disconnect(idle)
+    later.turn()
+    assert not later.ids()
+
+
+def test_the_end_of_who_was_waited_for(talk: Conversation) -> None:
+    """What it held goes when it has ended, and what was on its way is not awaited any longer."""
+    idle = talk.client()
+    put(idle, X)
+    later = reopen(talk)
+    later.later(TICKET_SECONDS)
+    assert later.ids() == {X}
+    idle.number = idle.free_slots[0] // BOARD_WORDS
+    later.disconnect(idle)
+    forget_what_was_on_its_way(later)
+    assert not later.ids()
+
+
+def test_who_tells_that_he_holds_nothing_is_not_waited_for_by_the_next_store(
+    talk: Conversation,
+) -> None:
+    """What a store knows of its clients is known to a successor."""
+    peer = talk.client()
+    put(peer, X)
+    peer.write(Lend(X, 7, 1))
+    later = reopen(talk)
+    tell(welcome(later, peer))
+    last = reopen(later)
+    assert last.ids() == {X}
+    last.later(TICKET_SECONDS)
+    assert not last.ids()
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+def test_who_ends_while_no_store_is_there(talk: Conversation, noticed: bool) -> None:
+    """Its last record tells a successor that it has gone, though its process lives; a place for it is always free."""
+    peer, other = talk.client(), talk.client()
+    put(peer, X)
+    peer.release(peer.create(Y))
+    later = talk if noticed else reopen(talk)
+    for _ in range(PLACES):
+        peer.write_silently(Release(X, 99))
+    assert peer.outbox.append(Gone.KIND, b"", is_last=True)
+    if noticed:
+        talk.store.poll(talk.now_ns)  # and dies before it has done what comes of it
+        later = reopen(talk)
+    else:
+        assert Y in later.ids()
+        later.poll()
+        later.poll()
+    assert Y not in later.ids()
+    other = welcome(later, other)
+    tell(other)
+    forget_what_was_on_its_way(later)
+    assert not later.ids()
+    assert later.store.describe().endswith("\nclients: unnamed (pid 4711)")
+    later.store.check()
+
+
+def test_who_was_dropped_and_ends(talk: Conversation) -> None:
+    """What it has been left goes with its last record, before its process does."""
+    peer, other = talk.client(), talk.client()
+    put(peer, X)
+    peer.tell(Hold(0, [(X, number) for number in range(MAX_HOLDS + 1)]))
+    assert peer.dropped
+    talk.turn()
+    assert talk.ids() == {X}
+    assert peer.outbox.append(Gone.KIND, b"", is_last=True)
+    talk.poll()
+    other.ask(Flush(), Done)
+    assert not talk.ids()
+
+
+@pytest.mark.parametrize("leased", [False, True])
+def test_a_store_that_dies_when_an_object_is_sealed_and_its_holder_is_not_written_down(
+    leased: bool,
+) -> None:
+    """Its successor waits for the creator all the same."""
+    talk = Conversation(16 << 20)
+    peer, control = talk.client(), talk.store._parts.boards._control
+    board = peer.free_slots[0] // BOARD_WORDS
+    if leased:
+        offset = peer.ask(AskLease(64), Leased).offset
+        peer.write(Publish(X, offset, 64, 0, REFERENCED))
+    else:
+        put(peer, X)
+    control.acknowledge(board, control.acknowledged(board) - 1)
+    control.note_holder(board, holds=False)
+    later = reopen(talk)
+    later.later(10 * TICKET_SECONDS)
+    assert later.ids() == {X}
+    tell(welcome(later, peer), (X, 0))
+    forget_what_was_on_its_way(later)
+    assert later.ids() == {X}

@@ -7,7 +7,6 @@ import pytest
 from shmplasma.layout import REFERENCED, EntryState
 from shmplasma.leases import BUSY_WORD
 from shmplasma.posted import Release, Seal
-from shmplasma.references import TICKET_NS
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -21,6 +20,7 @@ from shmplasma.replies import (
 )
 from shmplasma.requests import AnswerNow, AskLease, Contains, Delete, Detach, Evict, Keep, List
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
+from shmplasma.tickets import TICKET_NS
 from shmplasma.transfers import Job, Read, Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, ids_of, name, records

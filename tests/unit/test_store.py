@@ -19,7 +19,7 @@ from shmplasma.layout import (
 )
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.offset_pins import pin_word
-from shmplasma.outbox import ANNOUNCED_AT, RECORDS
+from shmplasma.outbox import ANNOUNCED_AT, PLACES, RECORDS
 from shmplasma.pins import slots_of
 from shmplasma.posted import Abort, Claim, Publish, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
@@ -1645,16 +1645,16 @@ def test_a_client_that_breaks_off_has_removed_what_it_said(talk: Conversation) -
 
 def test_a_full_outbox_and_one_message(roomy: Tenant) -> None:
     """One message has all records handled, in order, and the ring is free again."""
-    ids = [name(number) for number in range(RECORDS)]
+    ids = [name(number) for number in range(PLACES)]
     for number, object_id in enumerate(ids):
         roomy.peer.write_silently(Publish(object_id, roomy.next + 64 * number, 64, 0, 3))
     assert not roomy.peer.outbox.append(Abort.KIND, Abort(A).encode())
     before = roomy.control(ControlWord.ACKNOWLEDGED)
     roomy.peer.tell(Post())
-    assert roomy.control(ControlWord.ACKNOWLEDGED) == before + RECORDS
+    assert roomy.control(ControlWord.ACKNOWLEDGED) == before + PLACES
     roomy.next = roomy.peer.ask(AskLease(100), Leased).offset
-    roomy.publish(name(RECORDS))
-    assert flags(roomy.talk.client(), *ids, name(RECORDS)) == (RECORDS + 1) * [1]
+    roomy.publish(name(PLACES))
+    assert flags(roomy.talk.client(), *ids, name(PLACES)) == (PLACES + 1) * [1]
     roomy.talk.store.check()
 
 

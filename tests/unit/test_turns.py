@@ -8,7 +8,7 @@ import pytest
 
 from shmplasma.layout import REFERENCED
 from shmplasma.lifecycle import Lifecycle
-from shmplasma.posted import Seal
+from shmplasma.posted import Release, Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Number
 from shmplasma.requests import Contains, Create, Delete, Evict, Flush, Trim
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
@@ -200,15 +200,20 @@ def test_whoever_leaves_has_nothing_go_on(street: Street) -> None:
     street.store._parts.check()
 
 
+def own(owner: Peer, object_id: bytes) -> None:
+    """Put a referenced object, whose creator holds it."""
+    request = owner.new(object_id, codec=REFERENCED)
+    owner.ask(request, Created)
+    owner.write(Seal(object_id))
+    owner.release(request.slot)
+
+
 def test_the_end_of_who_owns_many_takes_turns() -> None:
     """What a client alone has owned goes a few objects a turn, and at once when somebody lacks their room."""
     talk = Conversation()
     owner, other = talk.client(), talk.client()
     for object_id in IDS[:1000]:
-        request = owner.new(object_id, codec=REFERENCED)
-        owner.ask(request, Created)
-        owner.write(Seal(object_id))
-        owner.release(request.slot)
+        own(owner, object_id)
     talk.store._room.most_at_once = AT_ONCE
     talk.disconnect(owner)
     gone = []
@@ -224,3 +229,37 @@ def test_the_end_of_who_owns_many_takes_turns() -> None:
     other.ask(other.new(NEW, 65536), Created)
     assert not talk.store._room.free_bytes
     talk.store.check()
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0, [3, 3, 2]), (4, [3, 3, 3, 3, 16])])
+def test_who_asks_while_many_go_waits_for_turns(others: int, expected: list[int]) -> None:
+    """He is answered when all have gone that had been left then, however many are left meanwhile, and others have turns in between."""
+    talk = Conversation()
+    owner, busy, other = (talk.client() for _ in range(3))
+    for object_id in IDS[:8]:
+        own(owner, object_id)
+    talk.store._room.most_at_once = AT_ONCE
+    talk.disconnect(owner)
+    request_id = other.post(Contains(NEW))
+    gone = []
+    for turn in range(len(expected)):
+        assert request_id not in other.replies
+        for object_id in IDS[8 + turn * others :][:others]:
+            own_and_leave(busy, object_id)
+        before = talk.ids()
+        talk.settle()
+        gone.append(len(before - talk.ids()))
+    assert gone == expected
+    assert not talk.ids()
+    assert other.take(request_id, Number).value == 0
+    assert not talk.store.has_unsettled
+    talk.store.check()
+
+
+def own_and_leave(owner: Peer, object_id: bytes) -> None:
+    """Put a referenced object that nobody owns, without a turn of the loop."""
+    request = owner.new(object_id, codec=REFERENCED)
+    owner.take(owner.post(request), Created)
+    owner.write(Seal(object_id))
+    owner.write(Release(object_id, 0))
+    owner.release(request.slot)
