@@ -289,21 +289,19 @@ def test_a_receiver_that_is_killed() -> None:
 def test_a_sender_that_keeps_nothing() -> None:
     """What is on its way stays for as long as its process lives, also when that has no handle any more; and no longer."""
     with short_store() as (store, client), Child(RECEIVER) as sender, Child(RECEIVER) as killed:
-        ids, sent = [], ""
+        ids, sent = [], []
         for child in (sender, killed):
             child.say("put: " + store.store_socket_name)
             ids.append(ObjectID(bytes.fromhex(child.hear())))
             child.say("send")
-            data = child.hear()
+            sent.append(bytes.fromhex(child.hear()))
             child.say("drop")
             child.hear()
             until(lambda: figure(client, "references") == 0, "its last handle has gone")
-            if child is sender:
-                sent = data
         killed.kill()
         gone(client, ids[1])
         assert client.contains(ids[0])
-        assert pickle.loads(bytes.fromhex(sent)).get().sum() == 499_500
+        assert pickle.loads(sent[0]).get().sum() == 499_500
 
 
 def test_a_queue_that_is_thrown_away() -> None:
@@ -660,10 +658,13 @@ def test_a_process_that_the_store_has_dropped(store: Store, client: PlasmaClient
     with pytest.raises(ConnectionError, match="has dropped this client"):
         session.call(Flush(), Done)
     del session
+    assert client.contains(ids[0])
+    client.flush()  # and a turn later
+    assert client.contains(ids[0])
     with connect(store.store_socket_name) as other:
-        new = other.put_ref("new")
+        new = other.put_ref(np.arange(1_000_000))
         ids.append(new.object_id)
-        assert (ref.get(), new.get()) == ("old", "new")
+        assert (ref.get(), new.get()[-1]) == ("old", 999_999)
         assert client.contains(new.object_id)
         del ref, new
         for object_id in ids:

@@ -736,3 +736,32 @@ def test_a_store_that_dies_when_an_object_is_sealed_and_its_holder_is_not_writte
     tell(welcome(later, peer), (X, 0))
     forget_what_was_on_its_way(later)
     assert later.ids() == {X}
+
+
+def test_what_a_store_knows_of_who_is_away_is_not_all(talk: Conversation) -> None:
+    """A client of which it has read that something begins and ends may hold more, as the next store knows as well."""
+    peer = talk.client()
+    put(peer, X)
+    put(peer, Y)
+    later = reopen(talk)
+    peer.write_silently(Redeem(Y, 7, 1))
+    peer.write_silently(Release(Y, 1))
+    later.poll()
+    last = reopen(later)
+    last.later(10 * TICKET_SECONDS)
+    assert last.ids() == {X, Y}
+    tell(welcome(last, peer), (X, 0))
+    forget_what_was_on_its_way(last)
+    assert last.ids() == {X}
+
+
+def test_a_holder_that_puts_by_a_lease() -> None:
+    """That it holds something stays written down when a successor moves the cursor of its lease."""
+    talk = Conversation(16 << 20)
+    peer = talk.client()
+    put(peer, X)
+    offset = peer.ask(AskLease(64), Leased).offset
+    peer.write_silently(Publish(Y, offset, 64, 0, 3))
+    last = reopen(reopen(talk))
+    last.later(10 * TICKET_SECONDS)
+    assert last.ids() == {X, Y}
