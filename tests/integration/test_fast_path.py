@@ -33,7 +33,7 @@ from shmplasma import (
 )
 from shmplasma.layout import HeaderWord
 from shmplasma.leases import MIN_LEASE_BYTES
-from shmplasma.outbox import ANNOUNCED_AT, RECORDS
+from shmplasma.outbox import ANNOUNCED_AT, PLACES
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
 from shmplasma.requests import (
@@ -372,7 +372,7 @@ def test_puts_in_a_row_are_mostly_silent(
                 while not sent:
                     ids.append(client.put(len(ids)))
                 assert len(ids) <= ANNOUNCED_AT
-                for _ in range(RECORDS - ANNOUNCED_AT):
+                for _ in range(PLACES - ANNOUNCED_AT):
                     ids.append(client.put(len(ids)))
     assert kinds(sent) == [Post.KIND]
     assert client2.get(ids, timeout_ms=0) == list(range(len(ids)))
@@ -657,7 +657,7 @@ def test_a_store_that_stands_still_is_not_waited_for(
 @needs_fast_path
 def test_a_full_outbox_is_waited_for(store: Store, client: PlasmaClient) -> None:
     """Where the store stands still for long; an interrupt ends that at once, and what was deleted before goes."""
-    ids = put_numbers(client, RECORDS + 2)
+    ids = put_numbers(client, PLACES + 2)
 
     def delete(some: list[ObjectID]) -> None:
         for object_id in some:
@@ -671,7 +671,7 @@ def test_a_full_outbox_is_waited_for(store: Store, client: PlasmaClient) -> None
     deleting.join()
     assert list(client.list()) == ids[-1:]
 
-    ids = put_numbers(client, RECORDS + 1)
+    ids = put_numbers(client, PLACES + 1)
     # Where tests run in the background SIGINT is ignored, so another signal raises KeyboardInterrupt.
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     interrupt = threading.get_ident(), signal.SIGUSR1
@@ -684,7 +684,7 @@ def test_a_full_outbox_is_waited_for(store: Store, client: PlasmaClient) -> None
             timer.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert not any(map(client.contains, ids[:RECORDS]))
+    assert not any(map(client.contains, ids[:PLACES]))
     client.delete(ids)
     assert lost_slots(client) == {}
 
