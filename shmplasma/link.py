@@ -379,14 +379,7 @@ class Link:
         self.channel.abandon()
 
     def reconnect(self, broken: Channel, error: ConnectionError) -> None:
-        """Return when there is another connection than the broken one; the caller sends something by it.
-
-        Parameters
-        ----------
-        broken : Channel
-            What has ended.
-        error : ConnectionError
-            How it ended.
+        """Return when there is another connection than the broken one, which has ended so; the caller sends something by it.
 
         Raises
         ------
