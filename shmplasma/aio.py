@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -121,16 +122,16 @@ class _OfLoop:
         await asyncio.shield(running)
 
 
-_loops: Final[dict[asyncio.AbstractEventLoop, _OfLoop]] = {}
+_loops: Final[weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _OfLoop]] = (
+    weakref.WeakValueDictionary()
+)
+"""As long as a task needs it: a loop that was closed meanwhile keeps its coroutines by nothing else."""
 
 
 def _of_running_loop() -> _OfLoop:
     loop = asyncio.get_running_loop()
     ours = _loops.get(loop)
     if ours is None:
-        for other in tuple(_loops):
-            if other.is_closed():
-                _loops.pop(other, None)
         ours = _loops[loop] = _OfLoop(loop)
     return ours
 
@@ -187,6 +188,10 @@ class _Courier:
         finally:
             if timer is not None:
                 timer.cancel()
+            if (
+                self._channel.error
+            ):  # no reply will come, and what was to be done with one keeps the pins
+                self._channel.forget(request_id)
             del self._waiting[request_id]
             self._leave_if_idle()
 
@@ -289,6 +294,9 @@ async def notifications(
             with suppress(ConnectionResetError):
                 while data := await loop.sock_recv(subscription.sock, _READ_BYTES):
                     received += data
+                    await asyncio.sleep(
+                        0
+                    )  # as long as there is more, nothing else would let other tasks run
                     while len(received) >= LENGTH_BYTES:
                         end = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little")
                         if len(received) < end:

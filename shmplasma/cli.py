@@ -285,7 +285,7 @@ def _open_left(
     capacity = segment.layout.capacity
     if wanted == directory and options.memory in (None, capacity):
         try:
-            check_place(segment, options.external_store)
+            check_place(segment, options.external_store, runs=runs)
         except BaseException:
             segment.close()
             raise

@@ -315,6 +315,23 @@ def _read_head(buffer: pa.Buffer) -> _Layout:
 # --- Arrow ------------------------------------------------------------------------------------------
 
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(allow_64bit=True, compression=None)
+_PLAIN: Final = frozenset(
+    kind.id
+    for kind in (
+        *(pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.float16(), pa.float32()),
+        *(
+            pa.uint8(),
+            pa.uint16(),
+            pa.uint32(),
+            pa.uint64(),
+            pa.float64(),
+            pa.date32(),
+            pa.date64(),
+        ),
+        *(pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.timestamp("ns")),
+    )
+)
+"""Types that any stream can hold, by their numbers."""
 """Also more than 2**31 rows; and the environment cannot ask for the format of before 2019."""
 _CONTINUATION: Final = b"\xff\xff\xff\xff"
 """What each message of an Arrow stream begins with."""
@@ -363,7 +380,9 @@ def _spread(metadata: bytearray, body: list[pa.Buffer]) -> tuple[int, list[int]]
 def _encode_stream(codec: Codec, table: pa.Table | pa.RecordBatch) -> Payload | None:
     schema = table.schema
     # What Arrow's format cannot hold: dictionaries of dictionaries, and extension types that nobody has registered.
-    if not pa.ipc.read_schema(schema.serialize()).equals(schema):
+    if any(kind.id not in _PLAIN for kind in schema.types) and not pa.ipc.read_schema(
+        schema.serialize()
+    ).equals(schema):
         return None
     chunks = WriteChunks()
     sink = pa.PythonFile(chunks, "w")  # type: ignore[arg-type]  # it needs no more of a file

@@ -75,6 +75,11 @@ class Connected:
         """The path of the store's socket, as it was given."""
         return self._given_path
 
+    @property
+    def socket_path(self) -> str:
+        """The same, as it is connected to from wherever this process is."""
+        return self._path
+
     def disconnect(self) -> None:
         """Leave the store: what is not sealed goes; buffers that were got stay valid.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shmplasma.helpers import share
+from shmplasma.helpers import are_late, share
 from shmplasma.layout import align_up
 from shmplasma.pace import MEASURED_BYTES, Pace
 
@@ -28,6 +29,8 @@ SLICE_BYTES: Final = 1 << 20
 _BLOCK_BYTES: Final = 4096
 """Threads divide a copy at pages, so that no two of them wait for the same page fault."""
 _PACE: Final = Pace()
+_NAMES: Final = re.compile(":[^:]*:")
+"""Those of fields, in the format of a buffer."""
 _OBJECTS: Final = (
     "its elements are Python objects, whose addresses mean nothing to other processes; "
     "put stores the objects themselves"
@@ -66,7 +69,7 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
         return
     if not isinstance(source, np.ndarray):
         source = memoryview(source)
-        if "O" in source.format:
+        if "O" in _NAMES.sub("", source.format):
             raise TypeError(_OBJECTS)
         if source.contiguous:  # Arrow takes it as it lies, NumPy would not take every format
             source = memoryview(pa.py_buffer(source)).cast("B")
@@ -98,6 +101,10 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
 def _copy(target: npt.NDArray[np.uint8], flat: npt.NDArray[np.uint8], threads: int) -> None:
     if threads < 2 or target.size < _PARALLEL_BYTES:
         np.copyto(target, flat)
+        return
+    if are_late():
+        with writer_over(target, threads) as writer:
+            writer.write(pa.py_buffer(flat.data))
         return
     step = align_up(-(-target.size // threads), _BLOCK_BYTES)
     starts = range(0, target.size, step)

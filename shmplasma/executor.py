@@ -89,7 +89,8 @@ class StoreExecutor(Executor):
         progress: bool | Callable[[int, int], object] = False,
     ) -> None:
         self._max_workers = max_workers
-        self._bar = _Bar() if progress is True else None
+        self._bar: _Bar | None = None
+        self._ended = False
         self._progress = progress if callable(progress) else None
         self._lock = threading.Lock()
         self._submitted = self._done = 0
@@ -97,6 +98,8 @@ class StoreExecutor(Executor):
         self.client: PlasmaClient = self.store.connect()
         self._sharing = Sharing(self.store.store_socket_name, min_bytes)
         self._workers = self._new_workers()
+        if progress is True:  # the last, as it draws until it is stopped
+            self._bar = _Bar()
 
     def _new_workers(self) -> ProcessPoolExecutor:
         reducers = self._sharing.reducers
@@ -118,6 +121,8 @@ class StoreExecutor(Executor):
             The executor was shut down.
         """
         with self._lock:
+            if self._ended:
+                raise RuntimeError("this executor was shut down; make another one")
             try:
                 future: Future[_T] = self._workers.submit(fn, *args, **kwargs)
             except BrokenProcessPool:
@@ -127,8 +132,9 @@ class StoreExecutor(Executor):
             self._submitted += 1
             if self._bar is not None:
                 self._bar(self._done, self._submitted)
-        if self._progress is not None or self._bar is not None:
-            future.add_done_callback(self._count)
+        future.add_done_callback(
+            self._count
+        )  # which keeps this executor, and its store, until then
         return future
 
     def _count(self, _: object) -> None:
@@ -150,6 +156,8 @@ class StoreExecutor(Executor):
         cancel_futures : bool, optional
             Whether to kill the tasks that are not done.
         """
+        with self._lock:
+            self._ended = True
         self._workers.shutdown(wait=True, kill_workers=cancel_futures or not wait)
         if self._bar is not None:
             self._bar.stop()

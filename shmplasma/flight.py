@@ -26,6 +26,7 @@ stands for the Arrow form where there is one; after ``encoded:`` it stands for t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -350,6 +351,8 @@ def fetch(
     options = _options(timeout_ms)
     held: dict[ObjectID, pa.Buffer] = {}
     wanted = list(dict.fromkeys(ids))
+    seconds = wait_seconds(timeout_ms)
+    end = None if seconds is None else time.monotonic() + seconds * len(wanted)
     with _connected(remote) as flights:
         while wanted:
             for object_id in wanted:
@@ -359,6 +362,10 @@ def fetch(
                 if buffer is not None:
                     held[object_id] = buffer
             wanted = [object_id for object_id in wanted if object_id not in held]
+            if wanted and end is not None and time.monotonic() >= end:
+                raise flight.FlightTimedOutError(
+                    f"{len(wanted)} objects are being fetched by another process of this host, and are not there in time"
+                )
             client.get_buffers(wanted, _AGAIN_MS)  # somebody else is fetching them
     buffers = [held[object_id] for object_id in ids]
     return buffers[0] if single else buffers

@@ -86,14 +86,13 @@ def serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> Non
 
 def _connect(path: str | None) -> PlasmaClient | None:
     """Return a client of the store, which is waited for as long as any client does; None when told to end before."""
-    retries = DEFAULT_RETRIES
+    end = time.monotonic() + DEFAULT_RETRIES * RETRY_SECONDS
     while not is_told_to_end():
         try:
             return connect(path, 0)
         except NotConnectedError:
-            if not retries:
+            if time.monotonic() >= end:
                 raise
-        retries -= 1
         time.sleep(RETRY_SECONDS)
     return None
 

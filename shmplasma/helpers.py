@@ -13,6 +13,12 @@ the lock back when it finds no more jobs.  The caller empties the list of jobs a
 own by then will find nothing to do.  That is so if he is interrupted as well, as the memory that is copied to may be somebody else's as soon as he
 has gone.  An interrupt while he waits is raised when he has waited.  (Only another one, less than a microsecond after it, would end the wait.)
 
+*Where other threads compute*, each of those here waits for the interpreter lock, up to 5 ms at a time: a helper before it begins, and its caller
+after each job.  Arrow's pool needs it once in all.  So after a helper has come late, the next copies are made by that (`are_late`).
+
+*A child that is forked by a signal handler in the midst of a call* has no helpers: their locks are released in it, and it does all jobs once
+more.  Twice does no harm, and what a helper had begun is not complete in the child's own memory.
+
 Helpers are never given back: they sleep.  They are daemons, as whoever has work for them waits for it.  A child that was
 forked has none, and makes its own.
 """
@@ -22,23 +28,35 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Final
 
 from shmplasma import system
 
-__all__ = ["NAME", "share"]
+__all__ = ["NAME", "are_late", "share"]
 
 NAME: Final = "shmplasma-helper"
 """What all helpers are called."""
 
+_LATE_NS: Final = 1_000_000
+_COPIES_AFTER_A_LATE_ONE: Final = 32
+_countdown: Final = [0]
+
 
 class _Work:
-    """The jobs of one call."""
+    """The jobs of one call, and the locks of those who help."""
+
+    locks: Sequence[threading.Lock] = ()
 
     def __init__(self, jobs: Iterable[Callable[[], object]]) -> None:
         self._jobs = list(jobs)
+        self._all: Sequence[Callable[[], object]] = tuple(self._jobs)
+        self._pid = os.getpid()
+        self._asked_ns = time.perf_counter_ns()
         self._errors: list[BaseException] = []
 
     def __len__(self) -> int:
@@ -55,24 +73,31 @@ class _Work:
 
     def help(self) -> None:
         """Do so in a helper."""
+        if time.perf_counter_ns() - self._asked_ns > _LATE_NS:
+            _countdown[0] = _COPIES_AFTER_A_LATE_ONE
         try:
             self.do()
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             self._errors.append(error)
 
-    def end(self, locks: Iterable[threading.Lock]) -> None:
+    def end(self) -> None:
         """Begin nothing more, and return when nothing is being done."""
         try:
             self._jobs.clear()
-            for lock in locks:
+            for lock in self.locks:
                 with lock:
                     pass
+            if self._pid == os.getpid():
+                self._all = ()  # a helper that has not begun keeps this until it does
         except BaseException:
-            self.end(locks)
+            self.end()
             raise
 
-    def raise_errors(self) -> None:
-        """Raise what a helper has met."""
+    def finish(self) -> None:
+        """Raise what a helper has met; in a child that was forked meanwhile, do everything."""
+        if self._pid != os.getpid():
+            for job in self._all:
+                job()
         if self._errors:
             raise self._errors[0]
 
@@ -80,7 +105,7 @@ class _Work:
 class _Helper(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name=NAME, daemon=True)
-        self.is_free = True
+        self.is_free = False
         self._asked: SimpleQueue[tuple[threading.Lock, _Work]] = SimpleQueue()
 
     def ask(self, lock: threading.Lock, work: _Work) -> None:
@@ -88,17 +113,27 @@ class _Helper(threading.Thread):
 
     def run(self) -> None:
         while True:
+            self.is_free = True
             lock, work = self._asked.get()
             self.is_free = False
             with lock:
                 work.help()
             del lock, work
-            self.is_free = True
 
 
 _helpers: Final[list[_Helper]] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.clear)
+_under_way: Final[weakref.WeakSet[_Work]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    _helpers.clear()
+    for work in tuple(_under_way):
+        for lock in work.locks:
+            with suppress(RuntimeError):  # its helper had not begun, or had ended
+                lock.release()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def share(jobs: Iterable[Callable[[], object]]) -> None:
@@ -125,32 +160,46 @@ def share(jobs: Iterable[Callable[[], object]]) -> None:
     >>> sorted(done)
     [1, 2]
     """
+    if sys.is_finalizing():  # there are no other threads any more, and none can be made
+        for job in jobs:
+            job()
+        return
     work = _Work(jobs)
     helpers = _find_helpers(len(work) - 1)
-    locks = [threading.Lock() for _ in helpers]
+    work.locks = [threading.Lock() for _ in helpers]
+    _under_way.add(work)
     try:
-        for helper, lock in zip(helpers, locks, strict=True):
+        for helper, lock in zip(helpers, work.locks, strict=True):
             helper.ask(lock, work)
         work.do()
-        work.end(locks)
+        work.end()
     except BaseException:
-        work.end(locks)
+        work.end()
         raise
-    work.raise_errors()
+    work.finish()
+
+
+def are_late() -> bool:
+    """Tell whether helpers have come late not long ago: then this, and some calls after it, should do without them."""
+    if not _countdown[0]:
+        return False
+    _countdown[0] -= 1
+    return True
 
 
 def _find_helpers(most: int) -> list[_Helper]:
     """Return up to so many helpers that are free, if they may run on another processor than this thread does."""
-    if sys.is_finalizing():  # there are no other threads any more, and none can be made
-        return []
     found = [helper for helper in _helpers if helper.is_free][:most]
     while len(found) < most and len(_helpers) < system.processors() - 1:
         helper = _Helper()
+        _helpers.append(helper)  # before others look how many there are
         try:
             helper.start()
-        except RuntimeError:  # there can be no more threads
-            break
-        _helpers.append(helper)
+        except BaseException as error:
+            _helpers.remove(helper)
+            if isinstance(error, RuntimeError):  # there can be no more threads
+                break
+            raise
         found.append(helper)
     may_run = system.keep_away([helper.native_id for helper in found if helper.native_id])
     return found if may_run else []

@@ -135,6 +135,7 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
     def _begin(self) -> None:
         assert self._wanted is not None
         self._pool = _pool(self._wanted)
+        self._pool.n_calls += 1
         self._workers = self._pool.workers
 
     def stop_call(self) -> None:
@@ -145,6 +146,8 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
     def terminate(self) -> None:
         """Leave the workers for the next call (for joblib)."""
         self.stop_call()
+        if self._pool is not None:
+            self._pool.n_calls -= 1
         self._workers = self._pool = None
         self.reset_batch_stats()
 
@@ -175,11 +178,12 @@ class _Settings:
 
 
 class _Pool:
-    """Workers, and what passes to them and back."""
+    """Workers of a thread, what passes to them and back, and how many calls use them."""
 
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
         self.thread = threading.current_thread()
+        self.n_calls = 0
         self.arguments = _Arguments(settings.path, settings.min_bytes)
         self.workers = ProcessPoolExecutor(
             settings.n_workers,
@@ -222,7 +226,8 @@ def _pool(wanted: _Settings) -> _Pool:
             return pool
         _end(pool)
     for other in tuple(_pools):
-        if not other.thread.is_alive():
+        # A generator of results goes on when the thread that has made it has ended.
+        if not other.thread.is_alive() and not other.n_calls:
             _end(other)
     pool = _state.pool = _Pool(wanted)
     _pools.append(pool)

@@ -45,7 +45,7 @@ from shmplasma.codecs import (
 )
 from shmplasma.copying import Source
 from shmplasma.layout import align_up, alignment_of
-from shmplasma.lending import Loans, deferred
+from shmplasma.lending import LENDERS, Loans
 
 __all__ = [
     "BUILT_IN",
@@ -81,7 +81,8 @@ _FRAME_BYTES: Final = 256 << 10
 """Pickle ends a frame after 64 KiB and one small value (measured: 131,078 bytes at most); larger chunks
 are single values of the user's and name no classes."""
 
-_MAINS: Final = b"__main__", b"__mp_main__"
+_MAIN: Final = b"_main__"
+"""What the names of main modules, ``__main__`` and ``__mp_main__``, have in common."""
 _plain_reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
 _reading: ContextVar[Deserializers] = ContextVar("_reading", default={})  # noqa: B039  # never changed
 """What the current thread reads by: unpickling can pass nothing to the functions that it calls."""
@@ -216,18 +217,27 @@ class _Reducers(dict[type, Reducer]):
         Takes a class and returns its reducer or None; asked first.
     fallback : mapping
         The table that the pickler would have used.
+    loans : list
+        Takes what the pickle lends.
     """
 
-    __slots__ = ("_fallback", "_find")
+    __slots__ = ("_fallback", "_find", "_loans")
 
     def __init__(
-        self, find: Callable[[type], Reducer | None], fallback: Mapping[type, Reducer]
+        self,
+        find: Callable[[type], Reducer | None],
+        fallback: Mapping[type, Reducer],
+        loans: Loans,
     ) -> None:
         self._find = find
         self._fallback = fallback
+        self._loans = loans
 
     def __missing__(self, cls: type) -> Reducer:
         reducer = self._find(cls) or self._fallback.get(cls)
+        if reducer is None and cls in LENDERS:
+            lender, loans = LENDERS[cls], self._loans
+            reducer = lambda value: lender(value, loans)  # noqa: E731 - it is one of many
         if reducer is None and cls in _SPARSE:
             reducer = _reduce_sparse
         if reducer is None:
@@ -253,20 +263,20 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
     Exception
         Whatever cloudpickle, a class in `value` or a reducer raises.
     """
-    with deferred() as loans:
+    loans: Loans = []
+    try:
         try:
-            chunks, parts = _dump(value, find, by_value=False)
-            by_value = any(
-                len(chunk) < _FRAME_BYTES and any(main in chunk for main in _MAINS)
-                for chunk in chunks
-            )
+            chunks, parts = _dump(value, find, loans, by_value=False)
+            by_value = any(len(chunk) < _FRAME_BYTES and _MAIN in chunk for chunk in chunks)
         except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
             chunks, parts, by_value = WriteChunks(), [], True
         if by_value:
             loans.clear()
-            chunks, parts = _dump(value, find, by_value=True)
-    payload = _join(chunks, parts)
-    return _LendingPayload(payload, loans) if loans else payload
+            chunks, parts = _dump(value, find, loans, by_value=True)
+        payload = _join(chunks, parts)
+        return _LendingPayload(payload, tuple(loans)) if loans else payload
+    finally:
+        loans.clear()  # which cloudpickle's classes keep until the collector comes
 
 
 class _LendingPayload(Payload):
@@ -274,7 +284,7 @@ class _LendingPayload(Payload):
 
     __slots__ = ("_loans", "_payload")
 
-    def __init__(self, payload: Payload, loans: Loans) -> None:
+    def __init__(self, payload: Payload, loans: tuple[Callable[[], object], ...]) -> None:
         super().__init__(payload.codec, payload.size_bytes, ())
         self._payload = payload
         self._loans = loans
@@ -286,7 +296,7 @@ class _LendingPayload(Payload):
 
 
 def _dump(
-    value: object, find: Callable[[type], Reducer | None], *, by_value: bool
+    value: object, find: Callable[[type], Reducer | None], loans: Loans, *, by_value: bool
 ) -> tuple[WriteChunks, list[Payload | memoryview]]:
     """Return the pickle, in chunks, and what was left out of it."""
     chunks = WriteChunks()
@@ -313,12 +323,12 @@ def _dump(
 
         class ByValue(CloudPickler):  # type: ignore[misc]  # cloudpickle has no types
             # CloudPickler has a table of its own, and the base looks for one only in its __init__.
-            dispatch_table = _Reducers(find, CloudPickler.dispatch_table)
+            dispatch_table = _Reducers(find, CloudPickler.dispatch_table, loans)
 
         ByValue(chunks, PROTOCOL, buffer_callback=leave_out).dump(value)
     else:
         pickler = pickle.Pickler(chunks, PROTOCOL, buffer_callback=leave_out)
-        pickler.dispatch_table = _Reducers(find, copyreg.dispatch_table)
+        pickler.dispatch_table = _Reducers(find, copyreg.dispatch_table, loans)
         pickler.dump(value)
     return chunks, parts
 

@@ -98,7 +98,9 @@ class Publishing:
         room.give_back(*leases.end(client))
         size, used = leases.size_for(client, needed_bytes), leases.used_bytes(client)
         none = Leased(0, 0, 0, 0)
-        if not size:
+        spilling = self._objects.spilling
+        reserved = 0 if spilling is None else spilling.reserved_bytes
+        if not size or (reserved and room.attainable_bytes < size + reserved):
             return none
         smallest, ahead = leases.least_for(needed_bytes), min(size, used)
         try:

@@ -334,7 +334,7 @@ def share(client: PlasmaClient, min_bytes: int = DEFAULT_MIN_BYTES) -> AbstractC
 def _shared_by(client: PlasmaClient, min_bytes: int) -> Sharing:
     if not isinstance(client, PlasmaClient):
         raise TypeError(f"share takes a client of a store, not {type(client).__name__}")
-    return Sharing(client.store_socket_name, min_bytes)
+    return Sharing(client.socket_path, min_bytes)
 
 
 def get_context(

@@ -19,9 +19,10 @@ be chosen so, or none may go, some are moved.
 
 A full external store
 ---------------------
-Where it may hold so much only, the last of it, room for one object as large as any that was written, is left to objects that
-come back: those that have to make way for them may have no copy.  So what is put cannot make unreadable what
-was put before; who gets one object after the other finds all of them.
+Where it may hold so much only, the last of it, room for two objects as large as any that is there, is left to objects that
+come back: those that have to make way for them may have no copy.  Once that was needed, as much of what is clean is left to them in memory,
+and what is put has to do without.  So what is put cannot make unreadable what was put before; who gets one object after the
+other finds all of them.
 
 Half-dead containers
 --------------------
@@ -186,6 +187,14 @@ class Spilling:
                 offered.add(entry)
                 yield entry
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of what is clean that are left to what comes back, as the external store has no room for that any more."""
+        if not (self.limits.max_bytes and self.spilled_bytes):
+            return 0
+        left = self.limits.max_bytes - self._containers.total_bytes - self._being_stored
+        return 0 if left >= 2 * self._largest else self._largest
+
     def went(self, entry: int) -> None:
         """Take note that a clean object is in memory no more."""
         self._clean_bytes -= self._clean.pop(entry)
@@ -279,6 +288,9 @@ class Spilling:
             wanted = min(above, _AHEAD_BYTES)
         if self._demand > self.room.largest_bytes:
             wanted = max(wanted, self._demand - self.room.free_bytes)
+            # For the next one as well, for which there may be no room any more.
+            if self._lacking and self.limits.max_bytes:
+                wanted = max(wanted, self._largest - self.room.free_bytes)
         if wanted <= 0 or self._writes >= _MAX_WRITES or self._is_fruitless:
             return
         # What is pinned makes no room, clean or not.
@@ -313,9 +325,10 @@ class Spilling:
         batch_bytes = 0
         left = None
         if self.limits.max_bytes:
-            left = self.limits.max_bytes - self._containers.total_bytes - self._being_stored
-            if not self._lacking:
-                left -= self._largest
+            stored = self._containers.total_bytes + self._being_stored
+            left = self.limits.max_bytes - stored
+            if not stored:  # nothing is left of what was large
+                self._largest = 0
         for entry in candidates:
             if self._writes >= _MAX_WRITES or size_bytes <= 0:
                 break
@@ -325,7 +338,8 @@ class Spilling:
                 continue
             size = align_up(self.table.size(entry), ALIGNMENT)
             if left is not None:
-                if HEADER_BYTES + size > left:
+                reserve = 0 if self._lacking else 2 * max(self._largest, HEADER_BYTES + size)
+                if HEADER_BYTES + size + reserve > left:
                     self.failure = (
                         f"the external store may hold {self.limits.max_bytes} bytes, which it does, but for what others "
                         "need to come back; delete objects, or start the store with a larger --max-spill-bytes"

@@ -31,7 +31,7 @@ from shmplasma.arrow_errors import PlasmaObjectNotFound
 from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
-from shmplasma.lending import lend
+from shmplasma.lending import LENDERS, Loans
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
@@ -331,14 +331,21 @@ class StoreRef:
         if not self.is_held:
             raise ValueError("this reference was released; put the value again, or keep it longer")
 
-    def reduce(self, receivers: int) -> tuple[Any, ...]:
-        """Return what a pickle for so many receivers holds, 0 if nobody knows; it has to leave this process."""
+    def reduce(self, receivers: int, loans: Loans | None = None) -> tuple[Any, ...]:
+        """Return what a pickle for so many receivers holds, 0 if nobody knows; it has to leave this process.
+
+        It is lent at once, or by what is added to `loans`, when that is called.
+        """
         self._check()
         ticket = _new_ticket()
-        lend(partial(self._lend, ticket, receivers))
+        if loans is None:
+            self._lend(ticket, receivers)
+        else:
+            loans.append(partial(self._lend, ticket, receivers))
         return _receive, (self._home.store_socket_name, self.object_id.binary(), ticket)
 
     def _lend(self, ticket: int, receivers: int) -> None:
+        self._check()  # another thread may have released it meanwhile
         self._home.lend(self.object_id, ticket, receivers)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -380,8 +387,16 @@ class Loan:
         self._ref = ref
         self._receivers = receivers
 
+    def reduce(self, loans: Loans | None = None) -> tuple[Any, ...]:
+        """Return what a pickle holds, as `StoreRef.reduce`."""
+        return self._ref.reduce(self._receivers, loans)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._ref.reduce(self._receivers)
+        return self.reduce()
+
+
+LENDERS[StoreRef] = lambda ref, loans: ref.reduce(0, loans)
+LENDERS[Loan] = Loan.reduce
 
 
 def home_of(path: str) -> Home:

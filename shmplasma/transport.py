@@ -305,8 +305,12 @@ class Channel:
             dispose(reply)
             self._given_up.pop(request_id, None)
 
+    def forget(self, request_id: int) -> None:
+        """Forget a request that was given up; no reply will come."""
+        self._given_up.pop(request_id, None)
+
     def read_until(self, deadline: float, done: Callable[[], bool]) -> None:
-        """Read for all until something is so, at the latest until a time; not while another thread reads."""
+        """Read for all until something is so, or a time has come; not while another thread reads."""
         acquired: list[bool] = []
         try:
             acquired.extend(map(self._reading.acquire, (False,)))

@@ -24,7 +24,7 @@ def note_place(segment: Segment, uri: str | None) -> None:
     segment.words[HeaderWord.EXTERNAL] = _word(uri)
 
 
-def check_place(segment: Segment, uri: str | None) -> None:
+def check_place(segment: Segment, uri: str | None, *, runs: bool = False) -> None:
     """See whether the objects of a segment that are in the external store alone can be had.
 
     Parameters
@@ -33,6 +33,8 @@ def check_place(segment: Segment, uri: str | None) -> None:
         What another store has left.
     uri : str or None
         The external store that there is to be now; none if it is empty, too.
+    runs : bool
+        A store serves the segment still: it may write more there before it ends, and goes on if the new place cannot be had.
 
     Raises
     ------
@@ -41,21 +43,24 @@ def check_place(segment: Segment, uri: str | None) -> None:
     ExternalStoreError
         The place cannot be looked at.
     """
-    if segment.words[HeaderWord.EXTERNAL] == _word(uri):
+    before, count = segment.words[HeaderWord.EXTERNAL], _count_spilled(segment)
+    are_there = bool(uri and (runs or (count and before != _word(uri)))) and _are_there(
+        segment, uri
+    )
+    if are_there or before == _word(uri) or not (count or (runs and before)):
         return
-    count = _count_spilled(segment)
-    if not count:
-        return
-    if uri:
-        from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
-
-        if has_containers(uri, segment.token):  # somebody has moved them
-            return
     raise EndpointError(
         f"the store that was here left {count} objects in an external store, and it is not "
         f"{'this one' if uri else 'named now'}; start with its -e to have them back, or with --fresh to give all "
         f"objects up (if you have moved it, its files are to be in shmplasma-{segment.token.hex()} at the new place)"
     )
+
+
+def _are_there(segment: Segment, uri: str | None) -> bool:
+    """Tell whether there are files of a segment, which somebody may have moved; raise where that cannot be seen."""
+    from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
+
+    return uri is not None and has_containers(uri, segment.token)
 
 
 def _word(uri: str | None) -> int:

@@ -1,7 +1,8 @@
-"""File systems of a size, or a kind, that only root can make."""
+"""File systems of a size, or a kind, that only root can make; how signals are taken."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,11 @@ def huge_directory(tmp_path: Path) -> Iterator[str]:
         assert page_bytes is not None
         with huge_pages(page_bytes, 20):
             yield directory
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Have SIGHUP end what is started, also where the tests themselves were started with ``nohup``."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, handler)

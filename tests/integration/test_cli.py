@@ -89,6 +89,7 @@ def test_the_server_needs_no_arrow() -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("directory", [False, True])
 def test_ends_on_a_signal(

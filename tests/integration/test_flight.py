@@ -613,6 +613,7 @@ def test_an_address_in_use(store: Store) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows which signals are blocked")
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_ends_while_it_waits_for_a_store(tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends it with 0, and without a word, also where there is no store yet."""

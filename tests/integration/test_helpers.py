@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from functools import partial
 from textwrap import dedent
 
+import numpy as np
 import pytest
 
 from shmplasma import helpers, system
+from shmplasma.copying import copy_into
 from shmplasma.helpers import share
 from tests.processes import INTERRUPTER, Child, in_forked_child, run_python, until
 
@@ -238,3 +240,60 @@ def test_jobs_at_the_end_of_the_interpreter() -> None:
         """
     )
     assert written == 2 * "at exit\n" + "3 in a finalizer\n"
+
+
+FORKED = """
+    import os, signal, threading, time
+    from shmplasma import helpers
+
+    both, pids, done = threading.Barrier(2), [], []
+    caller = threading.main_thread().ident
+
+    def fork(*_):
+        pids.append(os.fork())
+
+    def job():
+        if threading.get_ident() != caller:
+            both.wait(60)
+            time.sleep(0.1)  # by now the caller waits
+            signal.pthread_kill(caller, signal.SIGUSR1)
+            time.sleep(0.1)
+        elif not pids:
+            both.wait(60)
+        done.append(1)
+
+    signal.signal(signal.SIGUSR1, fork)
+    helpers.share([job, job])
+    if not pids[0]:
+        os._exit(len(done))
+    print(os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]), flush=True)
+"""
+
+
+@needs_two
+def test_a_fork_while_it_waits() -> None:
+    """The child waits for no helper, as it has none, and does everything itself."""
+    with Child("import warnings; warnings.simplefilter('ignore')\n" + dedent(FORKED)) as child:
+        assert int(child.hear()) >= 2
+        assert child.end() == 0
+
+
+def test_after_a_late_helper_others_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where helpers come late, as other threads compute, so many copies are made without them."""
+    monkeypatch.setattr(helpers, "_countdown", [0])
+    work = helpers._Work([])
+    work.help()
+    assert not helpers.are_late()
+    work._asked_ns -= 10**9
+    work.help()
+    late = 0
+    while helpers.are_late():
+        late += 1
+    assert late == 32
+    target, source = np.zeros(5 << 20, np.uint8), np.arange(5 << 20).astype(np.uint8)
+    for countdown in (0, 1):
+        monkeypatch.setattr(helpers, "_countdown", [countdown])
+        target[:] = 0
+        copy_into(target, source, 2)
+        assert np.array_equal(target, source)
+        assert not helpers.are_late()

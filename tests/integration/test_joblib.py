@@ -253,6 +253,25 @@ def test_workers_of_threads_that_have_ended(store: Store) -> None:
     assert done
 
 
+def test_a_generator_that_outlives_its_thread(store: Store) -> None:
+    """Its workers stay as long as results are to come, whoever calls meanwhile."""
+    made: list[Any] = []
+
+    def make() -> None:
+        backend = shmplasma.joblib.StoreBackend(socket=store.store_socket_name, nesting_level=0)
+        with joblib.parallel_config(backend=backend, n_jobs=2):
+            task = joblib.delayed(abs)
+            made.append(joblib.Parallel(return_as="generator")(task(i) for i in range(40)))
+
+    with using(store):
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        assert next(made[0]) == 0
+        assert joblib.Parallel()(joblib.delayed(abs)(i) for i in range(4)) == [0, 1, 2, 3]
+        assert list(made[0]) == list(range(1, 40))
+
+
 def test_a_generator_of_results(store: Store) -> None:
     """Comes as they come, and the workers are there for the next."""
     with using(store):

@@ -32,8 +32,9 @@ from shmplasma import (
 from shmplasma.nesting import NESTED
 from shmplasma.replies import Done
 from shmplasma.requests import MAX_HOLDS, Flush, Hold
+from shmplasma.serialization import serialize
 from shmplasma.session import Session
-from shmplasma.store_ref import _registry, home_of
+from shmplasma.store_ref import StoreRef, _registry, home_of
 from tests.clients import figure
 from tests.processes import Child, in_forked_child, until
 
@@ -122,6 +123,39 @@ def test_a_released_reference(client: PlasmaClient) -> None:
     with pytest.raises(ValueError, match="was released"):
         pickle.dumps(ref)
     gone(client, ref.object_id)
+
+
+class Sent:
+    """Hands its reference on while it is pickled, by a pickle of its own."""
+
+    def __init__(self, ref: StoreRef, sent: list[bytes]) -> None:
+        self.ref = ref
+        self.sent = sent
+
+    def __reduce__(self) -> tuple[type[int], tuple[()]]:
+        self.sent.append(pickle.dumps(self.ref))
+        return int, ()
+
+
+def test_a_pickle_that_leaves_while_another_one_fails(client: PlasmaClient) -> None:
+    """It has lent its reference, whatever becomes of the value in which it was made."""
+    ref = client.put_ref(np.arange(10))
+    sent: list[bytes] = []
+    with pytest.raises(SerializationError):
+        client.put([Sent(ref, sent), threading.Lock()])
+    del ref
+    gc.collect()
+    client.flush()
+    assert pickle.loads(sent[0]).get().sum() == 45
+
+
+def test_a_reference_that_is_released_before_it_is_written(client: PlasmaClient) -> None:
+    """The value is not stored: its reference would be to nothing."""
+    ref = client.put_ref(1)
+    payload = serialize([ref])
+    ref.release()
+    with pytest.raises(ValueError, match="released"):
+        payload.write(np.empty(payload.size_bytes, np.uint8))
 
 
 @pytest.mark.parametrize("how", ["twice", "never", "no room"])

@@ -1166,6 +1166,13 @@ def test_copy_into_refuses_addresses(source: Any) -> None:
     assert (target == 0x41).all()
 
 
+def test_names_of_fields_are_no_objects() -> None:
+    """Whatever letters are in them: it is the format that counts."""
+    target = np.zeros(24, np.uint8)
+    copy_into(target, np.ones(3, [("Open", "f8")]).data)
+    assert target.view("f8").tolist() == [1, 1, 1]
+
+
 class Registered(np.ndarray[Any, Any]):
     """An array with something to it that only its own reducer knows."""
 

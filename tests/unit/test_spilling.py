@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -304,6 +305,44 @@ def test_a_limit_of_the_external_store() -> None:
     assert sum(map(len, talk.containers.values())) <= 20_000 + 64 * len(talk.containers)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_objects_of_all_sizes_beside_a_full_external_store(seed: int) -> None:
+    """What was put can be got, one after the other, whatever else is put meanwhile."""
+    talk = Conversation(external=ExternalLimits(max_bytes=60_000))
+    peer, source = talk.client(), random.Random(seed)
+    there: list[int] = []
+
+    def put_one(number: int) -> bool:
+        request = peer.new(name(number), source.choice([200, 1_000, 5_000, 9_000]))
+        request_id = peer.post(request)
+        talk.settle_outside()
+        if isinstance(peer.replies.pop(request_id), Failed):
+            return False
+        peer.write(Seal(name(number)))
+        peer.release(request.slot)
+        there.append(number)
+        return True
+
+    number = 0
+    while put_one(number):
+        number += 1
+    assert talk.store._objects.spilling is not None
+    assert talk.store._objects.spilling.spilled_bytes
+    for _ in range(3):
+        for each in there:
+            wanted = peer.wanted([name(each)])
+            coming = peer.post(wanted)
+            for _ in range(200):
+                talk.settle_outside()
+                if coming in peer.replies:
+                    break
+                talk.advance()
+            peer.take(coming, Objects)
+            peer.release(wanted.slots[0])
+            number += 1
+            put_one(number)
+
+
 def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     """A successor finds what was spilled, and what is in memory and was written is known to be."""
     peer = talk.client()
@@ -511,7 +550,7 @@ def test_no_more_is_written_than_somebody_waits_for() -> None:
 
 def test_where_nothing_can_be_written_objects_are_moved() -> None:
     """A full external store makes no room; what lies scattered is brought together all the same, whatever is read meanwhile."""
-    talk = Conversation(external=ExternalLimits(max_bytes=4_200))
+    talk = Conversation(external=ExternalLimits(max_bytes=4_700))
     peer = talk.client()
     for number in range(60):
         put(talk, peer, number)
@@ -553,7 +592,7 @@ def test_what_comes_back_has_objects_moved_that_are_pinned_in_passing(
     n_in_vain: int, comes: bool
 ) -> None:
     """They are moved when nobody looks at them any more; who waits is told when somebody does again and again."""
-    talk = Conversation(external=ExternalLimits(max_bytes=20_500, high_water=1.0))
+    talk = Conversation(external=ExternalLimits(high_water=1.0))
     peer, reader = talk.client(), talk.client()
     put(talk, peer, 0, 20_000)
     asked = peer.post(Evict(20_000))
@@ -561,6 +600,11 @@ def test_what_comes_back_has_objects_moved_that_are_pinned_in_passing(
     peer.take(asked, Number)
     for number, size in ((1, 16_000), (2, 65536 - 32_000), (3, 16_000)):
         put(talk, peer, number, size)
+    spilling = talk.store._objects.spilling
+    assert spilling is not None
+    spilling.limits = ExternalLimits(
+        max_bytes=20_500, high_water=1.0
+    )  # so nothing more can be written
     peer.ask(Delete([name(1), name(3)]), Done)
     mover, slot = talk.store._room.mover, reader.free_slots.pop()
 
