@@ -44,23 +44,20 @@ def check_place(segment: Segment, uri: str | None, *, runs: bool = False) -> Non
         The place cannot be looked at.
     """
     before, count = segment.words[HeaderWord.EXTERNAL], _count_spilled(segment)
-    are_there = bool(uri and (runs or (count and before != _word(uri)))) and _are_there(
-        segment, uri
-    )
-    if are_there or before == _word(uri) or not (count or (runs and before)):
+    is_same = before == _word(uri)
+    if uri and (runs or (count and not is_same)):
+        from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
+
+        if has_containers(uri, segment.token):  # somebody may have moved them
+            return
+    if is_same or not (count or (runs and before)):
         return
+    done = f"left {count} objects in" if count else "writes objects to"
     raise EndpointError(
-        f"the store that was here left {count} objects in an external store, and it is not "
-        f"{'this one' if uri else 'named now'}; start with its -e to have them back, or with --fresh to give all "
-        f"objects up (if you have moved it, its files are to be in shmplasma-{segment.token.hex()} at the new place)"
+        f"the store that was here {done} an external store, and it is not {'this one' if uri else 'named now'}; start with "
+        "its -e to have them back, or with --fresh to give all objects up (if you have moved it, its files are to be in "
+        f"shmplasma-{segment.token.hex()} at the new place)"
     )
-
-
-def _are_there(segment: Segment, uri: str | None) -> bool:
-    """Tell whether there are files of a segment, which somebody may have moved; raise where that cannot be seen."""
-    from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
-
-    return uri is not None and has_containers(uri, segment.token)
 
 
 def _word(uri: str | None) -> int:
