@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -344,12 +345,17 @@ def test_what_a_parent_keeps(client: PlasmaClient) -> None:
     buffer = client.get_buffers(client.put_raw_buffer(b"held"))
     client.flush()
 
-    def n_open() -> int:
-        return len(os.listdir("/proc/self/fd"))
+    def opened() -> set[tuple[str, str]]:
+        found = set()
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # what lists the directory
+                found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+        return found
 
-    before = n_open()
+    gc.collect()
+    before = opened()
     with forked(bytes) as one, forked(bytes) as two, forked(bytes) as three:
-        assert n_open() == before + 3  # the pipes
+        assert len(opened() - before) == 3, opened() - before  # the pipes
         assert (three(), two(), one()) == (0, 0, 0)  # each has the writing ends of those before
     assert bytes(buffer) == b"held"
 

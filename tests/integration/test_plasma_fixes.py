@@ -1133,7 +1133,7 @@ def test_a_full_store_says_why() -> None:
 
 def test_more_than_the_machine_can_give() -> None:
     """A store that could not keep its promise does not start, and says what helps."""
-    with pytest.raises(plasma.ShmPlasmaError, match=r"-d DIRECTORY.*--shm-size"):
+    with pytest.raises(plasma.ShmPlasmaError, match=r"-d DIRECTORY"):
         plasma.Store("1000TB")
 
 

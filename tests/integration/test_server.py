@@ -82,7 +82,7 @@ def idle_server(tmp_path: Path) -> Iterator[Server]:
             server.close()
 
 
-@pytest.mark.parametrize("due", ["next_due_ns", "deadline_ns"])
+@pytest.mark.parametrize("due", ["wait_ns", "deadline_ns"])
 def test_sleeps_however_far_off_the_next_thing_to_do_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: str
 ) -> None:
