@@ -110,6 +110,7 @@ class Inheritance:
         )
         self.wake_fd = -1
         self.boards: list[PinBoard] = []
+        self.words: list[memoryview] = []
         try:
             if welcome.token != lifeline.attachment.token:
                 raise NotConnectedError("another store listens there now")
@@ -130,7 +131,9 @@ class Inheritance:
             words[FIRST_SLOT:] = content[FIRST_SLOT:]  # no other thread runs meanwhile
 
     def close(self) -> None:
-        """Close this process's copy of the connection."""
+        """Close this process's copy of the connection, and let go of its boards."""
+        for words in self.words:
+            words.release()
         self._connection.close()
         if self.wake_fd >= 0:
             os.close(self.wake_fd)
