@@ -19,6 +19,7 @@ from shmplasma import __version__, connect, system
 from shmplasma.layout import LAYOUT_VERSION, HeaderWord
 from shmplasma.segment_name import SegmentName
 from tests.command import PROGRAM, killed, run, running, segment_in, until_ready
+from tests.processes import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -299,6 +300,7 @@ def test_another_users_store_is_not_replaced(open_path: str, mode: str) -> None:
             check=False,
             capture_output=True,
             text=True,
+            env=unmeasured(),  # he cannot write down what was covered
         )
         assert refused.returncode == 1
         assert "is another user's, and only that user may replace it" in refused.stderr
