@@ -714,6 +714,7 @@ def test_many_that_are_let_go_at_once(client: PlasmaClient) -> None:
         until(lambda: not other.list(), "all have gone")
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_home_that_cannot_be_asked_keeps_nothing_from_the_others(
     client: PlasmaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
