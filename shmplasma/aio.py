@@ -191,7 +191,7 @@ class _Courier:
             if (
                 self._channel.error
             ):  # no reply will come, and what was to be done with one keeps the pins
-                self._channel.forget(request_id)
+                self._channel.drop(request_id)
             del self._waiting[request_id]
             self._leave_if_idle()
 

@@ -16,8 +16,8 @@ has gone.  An interrupt while he waits is raised when he has waited.  (Only anot
 *Where other threads compute*, each of those here waits for the interpreter lock, up to 5 ms at a time: a helper before it begins, and its caller
 after each job.  Arrow's pool needs it once in all.  So after a helper has come late, the next copies are made by that (`are_late`).
 
-*A child that is forked by a signal handler in the midst of a call* has no helpers: their locks are released in it, and it does all jobs once
-more.  Twice does no harm, and what a helper had begun is not complete in the child's own memory.
+*A child that is forked by a signal handler in the midst of a call* has no helpers, and the memory that is copied to may be its parent's to give
+away, at any time.  So there is nothing left to do in it: jobs and locks are let go of before the child runs, and the call is an error there.
 
 Helpers are never given back: they sleep.  They are daemons, as whoever has work for them waits for it.  A child that was
 forked has none, and makes its own.
@@ -54,8 +54,7 @@ class _Work:
 
     def __init__(self, jobs: Iterable[Callable[[], object]]) -> None:
         self._jobs = list(jobs)
-        self._all: Sequence[Callable[[], object]] = tuple(self._jobs)
-        self._pid = os.getpid()
+        self._is_the_parents = False
         self._asked_ns = time.perf_counter_ns()
         self._errors: list[BaseException] = []
 
@@ -87,17 +86,25 @@ class _Work:
             for lock in self.locks:
                 with lock:
                     pass
-            if self._pid == os.getpid():
-                self._all = ()  # a helper that has not begun keeps this until it does
         except BaseException:
             self.end()
             raise
 
-    def finish(self) -> None:
-        """Raise what a helper has met; in a child that was forked meanwhile, do everything."""
-        if self._pid != os.getpid():
-            for job in self._all:
-                job()
+    def leave_to_parent(self) -> None:
+        """Let go of everything, in a forked child."""
+        self._is_the_parents = True
+        self._jobs.clear()
+        for lock in self.locks:
+            with suppress(RuntimeError):  # its helper had not begun, or had ended
+                lock.release()
+
+    def raise_errors(self) -> None:
+        """Raise what a helper has met, or that a child cannot go on."""
+        if self._is_the_parents:
+            raise RuntimeError(
+                "a signal handler forked this process in the middle of a copy, which is the parent's; "
+                "have it set a flag, and fork when the call has ended"
+            )
         if self._errors:
             raise self._errors[0]
 
@@ -128,9 +135,7 @@ _under_way: Final[weakref.WeakSet[_Work]] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     _helpers.clear()
     for work in tuple(_under_way):
-        for lock in work.locks:
-            with suppress(RuntimeError):  # its helper had not begun, or had ended
-                lock.release()
+        work.leave_to_parent()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -148,6 +153,8 @@ def share(jobs: Iterable[Callable[[], object]]) -> None:
     ------
     BaseException
         What a job raised.  Some of the others were not done then.
+    RuntimeError
+        This is a child that was forked in the midst of the call.
 
     Notes
     -----
@@ -176,7 +183,7 @@ def share(jobs: Iterable[Callable[[], object]]) -> None:
     except BaseException:
         work.end()
         raise
-    work.finish()
+    work.raise_errors()
 
 
 def are_late() -> bool:

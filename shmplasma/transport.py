@@ -14,8 +14,7 @@ A request that is given up leaves its reply to whoever reads next; `Channel.give
 done while reading, so it may not ask, and what it tells the store waits for nothing.  Who reads keeps a reply, then looks whether it is
 given up; who gives up says so, then looks whether it is kept.  So one of them sees the other, and who takes the reply out disposes of
 it.  What is to be done is forgotten last, as an interrupt has the same replies handed out once more; twice does no harm.  An event loop
-gives its requests up before it sends them: it reads when the socket has something, and is called by whichever thread reads the
-reply (`shmplasma.aio`).
+gives its requests up before it sends them: it reads when the socket has something, and is called by whichever thread reads it (`shmplasma.aio`).
 
 Hints
 -----
@@ -292,9 +291,10 @@ class Channel:
                     self._pass_on()
 
     def drop(self, request_id: int) -> None:
-        """Forget the reply to a request, which whoever has waited for it has."""
+        """Forget a request: whoever has waited for its reply has that, or none will come."""
         self._hints.pop(request_id, None)
         self._replies.pop(request_id, None)
+        self._given_up.pop(request_id, None)
 
     def give_up(self, request_id: int, dispose: Callable[[Frame], None]) -> None:
         """Let `dispose` have the reply of a request for which nobody waits any more, when it comes; after an interrupt perhaps twice."""
@@ -304,10 +304,6 @@ class Channel:
         if reply is not None:
             dispose(reply)
             self._given_up.pop(request_id, None)
-
-    def forget(self, request_id: int) -> None:
-        """Forget a request that was given up; no reply will come."""
-        self._given_up.pop(request_id, None)
 
     def read_until(self, deadline: float, done: Callable[[], bool]) -> None:
         """Read for all until something is so, or a time has come; not while another thread reads."""

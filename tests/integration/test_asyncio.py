@@ -352,6 +352,58 @@ def test_the_store_dies_and_comes_back(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_nothing_is_pinned_for_a_value_that_was_dropped(tmp_path: Path) -> None:
+    """What a get has brought that waited through the death of the store goes with it, without the collector."""
+    path = str(tmp_path / "s")
+    program = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path]
+
+    async def main() -> None:
+        first = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+        with connect(path) as client:
+            (object_id,), (task,) = await asking(client)
+            first.kill()
+            first.wait()
+            second = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+            with connect(path) as writer:
+                writer.put(bytes(1000), object_id)
+                assert await task == bytes(1000)
+                del task
+                await until_async(lambda: figure(writer, "pinned objects") == 0)
+        second.terminate()
+        second.wait()
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+
+
+def test_notifications_let_other_tasks_run(client: PlasmaClient) -> None:
+    """However many are waiting: between two readings of the socket they have their turn."""
+    ids = [client.put_raw_buffer(b"1") for _ in range(20_000)]
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        counting = asyncio.create_task(count())
+        heard = 0
+        async with aclosing(client.notifications()) as notifications:
+            async for _ in notifications:
+                heard += 1
+                if heard == len(ids):
+                    break
+        counting.cancel()
+
+    asyncio.run(main())
+    assert turns > 3
+
+
 def test_the_next_store_is_another(tmp_path: Path) -> None:
     """A client whose store was ended connects, at its next use, to the one that serves the path by then."""
     path = str(tmp_path / "s")

@@ -93,6 +93,29 @@ def test_an_executor_that_draws_a_bar() -> None:
     assert said == "ZeroDivisionError NoneType NoneType\n"
 
 
+def test_an_executor_that_was_shut_down_stays_so() -> None:
+    """Also where a worker had died; and one whose arguments are refused leaves no thread that draws."""
+    said = run_python(
+        """
+        import os, threading
+        import shmplasma as plasma
+
+        with plasma.StoreExecutor(1, memory="10MB") as executor:
+            print(type(executor.submit(os._exit, 1).exception()).__name__)
+        try:
+            executor.submit(os.getpid)
+        except RuntimeError as error:
+            print(error)
+        before = threading.active_count()
+        try:
+            plasma.StoreExecutor(1, memory="nonsense", progress=True)
+        except ValueError:
+            print(threading.active_count() - before)
+        """
+    )
+    assert said == "TerminatedWorkerError\nthis executor was shut down; make another one\n0\n"
+
+
 class Buffers:
     """Offers its memory to protocol 5, as a user's class may."""
 
