@@ -294,9 +294,8 @@ async def notifications(
             with suppress(ConnectionResetError):
                 while data := await loop.sock_recv(subscription.sock, _READ_BYTES):
                     received += data
-                    await asyncio.sleep(
-                        0
-                    )  # as long as there is more, nothing else would let other tasks run
+                    # As long as there is more, nothing else would let other tasks run.
+                    await asyncio.sleep(0)
                     while len(received) >= LENGTH_BYTES:
                         end = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little")
                         if len(received) < end:

@@ -4,9 +4,11 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -379,10 +381,27 @@ def test_nothing_is_pinned_for_a_value_that_was_dropped(tmp_path: Path) -> None:
         gc.enable()
 
 
+def test_a_loop_that_was_closed_keeps_no_client(store: Store, client: PlasmaClient) -> None:
+    """A get that waited there goes with it, and so do the connection and all that it has open."""
+    other = store.connect()
+    weak = weakref.ref(other)
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(other.get_async(new_id()))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    other.disconnect()
+    waiting._log_destroy_pending = False  # type: ignore[attr-defined]  # that it is not done is the point
+    del other, waiting, loop
+    gc.collect()
+    assert weak() is None
+    assert not client.get_buffers([MISSING], 0)[0]
+
+
 def test_notifications_let_other_tasks_run(client: PlasmaClient) -> None:
     """However many are waiting: between two readings of the socket they have their turn."""
     ids = [client.put_raw_buffer(b"1") for _ in range(20_000)]
     turns = 0
+    at: list[int] = []
 
     async def count() -> None:
         nonlocal turns
@@ -391,6 +410,14 @@ def test_notifications_let_other_tasks_run(client: PlasmaClient) -> None:
             await asyncio.sleep(0)
 
     async def main() -> None:
+        loop = asyncio.get_running_loop()
+        receive = loop.sock_recv
+
+        async def noted(sock: socket.socket, nbytes: int) -> bytes:
+            at.append(turns)
+            return await receive(sock, nbytes)
+
+        loop.sock_recv = noted  # type: ignore[method-assign]
         counting = asyncio.create_task(count())
         heard = 0
         async with aclosing(client.notifications()) as notifications:
@@ -401,7 +428,8 @@ def test_notifications_let_other_tasks_run(client: PlasmaClient) -> None:
         counting.cancel()
 
     asyncio.run(main())
-    assert turns > 3
+    assert len(at) > 3
+    assert len(set(at)) == len(at)
 
 
 def test_the_next_store_is_another(tmp_path: Path) -> None:

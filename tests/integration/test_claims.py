@@ -20,6 +20,7 @@ import pytest
 import shmplasma as plasma
 from shmplasma import ObjectID, PlasmaClient, Store, system
 from shmplasma.layout import ID_BYTES
+from shmplasma.lock_file import LockFile
 from shmplasma.outbox import Outbox
 from shmplasma.protocol import Frame
 from shmplasma.requests import Create
@@ -555,3 +556,14 @@ def test_interrupts_at_each_point(store: Store) -> None:
             assert count > 20
             assert own < count / 2
         assert child.end() == 0
+
+
+def test_old_descriptions_are_closed_where_nothing_was_locked() -> None:
+    """However often a store comes back, but for the last one, which another thread may just be using."""
+    fds = [os.open(os.devnull, os.O_RDWR) for _ in range(5)]
+    locks = LockFile(fds[0])
+    for fd in fds[1:]:
+        locks.renew(fd)
+    closed = [fd for fd in fds if not Path(f"/dev/fd/{fd}").exists()]
+    assert closed == fds[:-2]
+    locks.close()

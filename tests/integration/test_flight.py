@@ -634,6 +634,19 @@ def is_held_back(pid: int, number: signal.Signals) -> bool:
     return found is not None and bool(int(found[1], 16) >> number - 1 & 1)
 
 
+def test_a_fetch_ends_in_time_where_another_one_does_not(
+    far: PlasmaClient, client: PlasmaClient
+) -> None:
+    """Who waits for another process of the host to transfer an object waits no longer than for the object."""
+    object_id = far.put(np.arange(1000))
+    client.create(object_id, 100)  # as by one that was stopped in the midst of it
+    with serving(far) as (_, flights):
+        with pytest.raises(flight.FlightTimedOutError, match="by another process of this host"):
+            fetch(client, flights, object_id, timeout_ms=300)
+        client.abort(object_id)
+        assert fetch(client, flights, object_id, timeout_ms=30_000).size
+
+
 # --- somebody dies ---------------------------------------------------------------------------------
 
 
