@@ -97,11 +97,11 @@ def test_an_executor_that_was_shut_down_stays_so() -> None:
     """Also where a worker had died; and one whose arguments are refused leaves no thread that draws."""
     said = run_python(
         """
-        import os, threading
+        import os, signal, threading
         import shmplasma as plasma
 
         with plasma.StoreExecutor(1, memory="10MB") as executor:
-            print(type(executor.submit(os._exit, 1).exception()).__name__)
+            print(type(executor.submit(signal.raise_signal, signal.SIGKILL).exception()).__name__)
         try:
             executor.submit(os.getpid)
         except RuntimeError as error:
