@@ -146,6 +146,8 @@ class Claimant:
                 offset = leasing.enter(entered, size)
                 if offset < 0 or not self.take(object_id):
                     return None
+                if size <= _EARLY_BYTES:
+                    self._hints.tell_early(object_id, 2)
                 leasing.take(size)
                 pin.board.words[pin.word] = pin_word(object_id.hash32, offset)
                 fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
@@ -177,7 +179,8 @@ class Claimant:
         """Put an object, and tell who waits for it; otherwise as `shmplasma.leasing.LeaseWriter.put`."""
         data_size, size = payload.size_bytes, payload.size_bytes + len(metadata)
         leasing, hints = self._leasing, self._hints
-        looks_until_ns = hints.tell_early(object_id) if data_size <= _EARLY_BYTES else 0
+        if data_size <= _EARLY_BYTES:
+            hints.tell_early(object_id)
         entered: list[bool] = []
         try:
             offset = leasing.enter(entered, size)
@@ -185,7 +188,7 @@ class Claimant:
                 return False
             fill(leasing.take(size), payload, metadata, threads)
             fields = object_id.id_bytes, offset, data_size, len(metadata), codec, False
-            self._link.publish(*fields, partial(hints.tell, object_id, looks_until_ns))
+            self._link.publish(*fields, partial(hints.tell, object_id))
             self._unlock()  # whoever waits for the object need not wait for this
             leasing.look_ahead(size)
             return True

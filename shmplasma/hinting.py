@@ -53,6 +53,7 @@ class Hints:
     __slots__ = (
         "_addresses",
         "_board",
+        "_early",
         "_is_alone",
         "_mouth",
         "_n_boards",
@@ -84,39 +85,41 @@ class Hints:
         self._pids = layout.control // 8 + ControlWord.PID
         # Who is woken on the putter's only processor keeps him from going on.
         self._is_alone = system.processors() < 2
+        self._early = 0, 0, 0  # the latest: whom, at which record, and until when he looks
         self._mouth: OwnedSocket | None = None
 
-    def tell_early(self, object_id: ObjectID) -> int:
-        """Hint at the next record, if somebody waits for an object that is about to be put.
-
-        Returns
-        -------
-        int
-            Until when he looks for it, by `time.monotonic_ns`; 0 if there is no such hint.
-        """
-        word = self._words[wanted_at(object_id.hash32)]
-        if not word or self._is_alone or self._is_ours(word):
-            return 0
-        until_ns = time.monotonic_ns() + _LOOK_NS
-        self._hint(word, self._outbox.written + 1)
-        return until_ns
-
-    def tell(self, object_id: ObjectID, looks_until_ns: int, n_posted: int) -> None:
-        """Tell who waits for an object that it was put, if somebody does, and let him have it before this process goes on.
+    def tell_early(self, object_id: ObjectID, n_ahead: int = 1) -> None:
+        """Hint at a record that is to come, if somebody waits for an object that is about to be made.
 
         Parameters
         ----------
         object_id : ObjectID
             The object.
-        looks_until_ns : int
-            As `tell_early` returned it.
+        n_ahead : int, optional
+            Which of the next records makes it readable.
+        """
+        word = self._words[wanted_at(object_id.hash32)]
+        if not word or self._is_alone or self._is_ours(word):
+            return
+        n_posted = self._outbox.written + n_ahead
+        self._early = word, n_posted, time.monotonic_ns() + _LOOK_NS
+        self._hint(word, n_posted)
+
+    def tell(self, object_id: ObjectID, n_posted: int) -> None:
+        """Tell who waits for an object that it is there, if somebody does, and let him have it before this process goes on.
+
+        Parameters
+        ----------
+        object_id : ObjectID
+            The object.
         n_posted : int
             How many records there are with the one that makes it readable.
         """
         word = self._words[wanted_at(object_id.hash32)]
         if not word:
             return
-        if time.monotonic_ns() > looks_until_ns:
+        whom, n_hinted, until_ns = self._early
+        if (whom, n_hinted) != (word, n_posted) or time.monotonic_ns() > until_ns:
             self._hint(word, n_posted)
         if not self._is_ours(word):
             self._spin.give_way()

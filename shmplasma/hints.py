@@ -31,10 +31,11 @@ G6. no: both slots are 0 again; wait for the reply; if
 *Who is told goes first.*  A kernel may put him on the processor of the putter, although another is idle; so the putter gives way when he has hinted, before
 he tells the store and goes on.
 
-*Early hints.*  To wake a process takes about as long as to put a small object.  So who puts one hints before he begins, at the record that will
-be his next one, and whom that has woken looks for it for a while before G1.  If the put takes longer than that, counted from before the first hint, there is a second one
-when the record is there: so who looks, finds it or hears again.  Who does not look, as processes wait for processors, may miss it; the store
-answers him.  A record that another thread of the putter has written meanwhile is of another kind or id, and G1 leaves it alone.
+*Early hints.*  To wake a process takes about as long as to make a small object.  So who puts or creates one hints before he begins, at the record by
+which it will be readable: his next one, or the one after that, if he does nothing else before the seal.  Whom that has woken looks for it for a
+while before G1.  If it takes longer, counted from before the first hint, or another record comes between, there is a second hint when the record is
+there: so who looks, finds it or hears again.  Who does not look, as processes wait for processors, may miss it; the store answers him.
+A record that is not the one he wants is of another kind or id, and G1 leaves it alone.
 
 *Who passes G4 has pinned the object before anybody can take it.*  x86-64 keeps the order of stores, and that of loads, but G4 may
 pass G2 and G3.  If G4 has read the word before S1 was visible, then the membarrier came after it, so G2 and G3 are visible in S3; and the

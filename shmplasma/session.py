@@ -274,7 +274,7 @@ class Session:
 
     def seal(self, object_id: ObjectID) -> None:
         """Tell the store that this client has completed an object, and who waits for it first."""
-        written = None if self._hints is None else partial(self._hints.tell, object_id, 0)
+        written = None if self._hints is None else partial(self._hints.tell, object_id)
         self._link.post(_SEAL, object_id.id_bytes, written)
         if self.claims is not None:
             self.claims.unlock()

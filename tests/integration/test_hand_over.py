@@ -360,6 +360,7 @@ def hinted_at(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return records
 
 
+@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize(
     ("size_bytes", "look_ns", "early", "late"),
     [(100, 1 << 60, 1, 0), (100, -(1 << 60), 1, 1), (1 << 16, 1 << 60, 1, 0), (65537, 1, 0, 1)],
@@ -373,18 +374,39 @@ def test_who_waits_elsewhere_is_woken_before_a_small_object_is_made(
     look_ns: int,
     early: int,
     late: int,
+    steps: int,
 ) -> None:
-    """And told once more if that has taken so long that it may look no more."""
+    """Put at once, or created and sealed; and told once more if that has taken so long that it may look no more."""
     monkeypatch.setattr(hinting, "_LOOK_NS", look_ns)
     client.put_raw_buffer(bytes(100_000))
     client.flush()
     with Child(GETTER, store.store_socket_name) as getter:
         assert getter.hear() == "waits"
         until(lambda: is_named(client, NAME), "the store says that it waits")
-        client.put_raw_buffer(bytes(size_bytes), NAME)
+        if steps == 1:
+            client.put_raw_buffer(bytes(size_bytes), NAME)
+        else:
+            client.create(NAME, size_bytes)
+            client.seal(NAME)
         assert getter.hear() == "has it"
     record = n_posted_by(client)
-    assert hinted_at == [(record, record - 1)] * early + [(record, record)] * late
+    assert hinted_at == [(record, record - steps)] * early + [(record, record)] * late
+
+
+def test_what_comes_by_another_record_than_was_hinted_at_is_hinted_at_again(
+    store: Store, client: PlasmaClient, hinted_at: list[tuple[int, int]]
+) -> None:
+    """As whoever has created it puts something else before the seal."""
+    lease(client)
+    with Child(GETTER, store.store_socket_name) as getter:
+        assert getter.hear() == "waits"
+        until(lambda: is_named(client, NAME), "the store says that it waits")
+        client.create(NAME, 100)
+        client.put_raw_buffer(b"another", new_id())
+        client.seal(NAME)
+        assert getter.hear() == "has it"
+    record = n_posted_by(client)
+    assert hinted_at == [(record - 1, record - 3), (record, record)]
 
 
 def test_who_shares_interpreter_or_processor_is_hinted_at_when_there_is_something(
@@ -485,6 +507,7 @@ def test_a_put_that_is_refused_hands_nothing_over(
         assert getter.hear() == "waits"
         until(lambda: is_named(client, NAME), "the store says that it waits")
         room = client.create(NAME, 4096)
+        hinted_at.clear()
         with pytest.raises(plasma.PlasmaObjectExists):
             client.put_raw_buffer(b"x" * 4096, NAME)
         assert len(hinted_at) == 1
