@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from shmplasma.absence import NOWHERE, Absence
 from shmplasma.attachment import Attachment
-from shmplasma.codecs import Payload
 from shmplasma.hinting import Hints
 from shmplasma.leasing import LeaseWriter, fill
 from shmplasma.link import Link
@@ -22,6 +21,7 @@ from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID, is_fresh
 from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import Outbox
+from shmplasma.payloads import Payload
 from shmplasma.pinning import BoardPool
 from shmplasma.posted import CLAIM, Abort, Claim
 from shmplasma.writable import Writable

@@ -1,7 +1,7 @@
 """How one array or Arrow value lies in an object.
 
 An encoder looks at a value and returns a `Payload`: the size that the object needs and the parts it is
-made of.  Nothing is copied before `Payload.write`.  A decoder builds the value over the object's
+made of (`shmplasma.payloads`).  A decoder builds the value over the object's
 buffer again, without a copy.  What is neither an array nor Arrow is the work of
 `shmplasma.pickling`.
 
@@ -19,8 +19,6 @@ Formats
 Invariants
 ----------
 * All data that a decoded value points at begins on a multiple of `ALIGNMENT` in the object.
-* A payload writes each byte of its target exactly once, padding included, so that equal values give
-  equal objects whatever the memory held before.
 * Damaged bytes raise an exception.  The contents of pickles and of Arrow buffers (offsets of strings,
   say) are trusted all the same: only processes that may write the segment can have written them.
 """
@@ -28,8 +26,7 @@ Invariants
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable
-from enum import IntEnum
+from collections.abc import Callable
 from functools import partial
 from struct import Struct
 from typing import Any, Final, Literal, TypeAlias
@@ -39,17 +36,15 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow.lib import ArrowSerializationError
 
-from shmplasma.copying import SLICE_BYTES, Source, copy_into, writer_over
+from shmplasma.copying import Piece, Source, writer_over
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import ALIGNMENT, align_up, alignment_of
+from shmplasma.payloads import Codec, Payload
 
 __all__ = [
     "DECODERS",
     "ENCODERS",
-    "BytesPayload",
-    "Codec",
     "DeserializationError",
-    "Payload",
     "SerializationError",
     "WriteChunks",
     "ndarray_head",
@@ -62,25 +57,6 @@ class SerializationError(ShmPlasmaError, TypeError, ArrowSerializationError):
 
 class DeserializationError(ShmPlasmaError, ValueError, ArrowSerializationError):
     """An object's bytes cannot be turned into a value by this process."""
-
-
-class Codec(IntEnum):
-    """How an object's data is to be read: 32 bits that are kept beside the object, not in it."""
-
-    RAW = 0
-    """Bytes that a user wrote: the value is the buffer itself."""
-    PICKLE = 1
-    """A plain pickle and nothing else."""
-    NDARRAY = 2
-    TABLE = 3
-    RECORD_BATCH = 4
-    ARRAY = 5
-    CHUNKED_ARRAY = 6
-    TENSOR = 7
-    BYTES = 8
-    """The contents of a `bytes` value."""
-    PICKLE_PARTS = 9
-    """A pickle and the parts that lie beside it (see `shmplasma.pickling`)."""
 
 
 _NDARRAY: Final = Codec.NDARRAY  # an attribute of an enumeration takes 0.1 us to look up
@@ -107,96 +83,6 @@ class WriteChunks(list[Any]):
         """Keep a piece: bytes of some kind, or a buffer of Arrow's."""
         self.append(chunk)
         self.n_bytes += len(chunk)
-
-
-class Payload:
-    """A value that is ready to be written.
-
-    Parameters
-    ----------
-    codec : Codec
-        How to read it back.
-    size_bytes : int
-        Bytes that the object needs.
-    parts : iterable of (offset, size, source)
-        What goes where, in bytes, by ascending offset.  A source is written in C order, or is a payload.
-
-    Notes
-    -----
-    The sources are referenced: who changes them before `write` stores the change.
-    """
-
-    __slots__ = ("_parts", "codec", "size_bytes")
-
-    def __init__(
-        self, codec: Codec, size_bytes: int, parts: Iterable[tuple[int, int, Source | Payload]]
-    ) -> None:
-        self.codec = codec
-        self.size_bytes = size_bytes
-        self._parts = parts
-
-    def write(self, target: npt.NDArray[np.uint8], threads: int = 1) -> None:
-        """Fill `target`; may be called again for another target.
-
-        Parameters
-        ----------
-        target : numpy.ndarray of uint8, 1-D, contiguous, writable
-            Exactly `size_bytes` long; 64-byte aligned if the values read from it are to be.
-        threads : int
-            Upper limit on the threads that copy a large part.
-
-        Raises
-        ------
-        ValueError
-            `target` has another size, or a source has changed its size since it was serialized.
-        """
-        if target.size != self.size_bytes:
-            raise ValueError(f"the target has {target.size} bytes, not {self.size_bytes}")
-        end = 0
-        for offset, size, source in self._parts:
-            if offset != end:
-                target[end:offset] = 0
-            end = offset + size
-            part = target if size == self.size_bytes else target[offset:end]
-            if isinstance(source, Payload):
-                source.write(part, threads)
-            else:
-                copy_into(part, source, threads)
-
-    def fill(self, room: memoryview, threads: int = 1) -> None:
-        """Fill `room`, bytes that can be written, as `write` fills its target."""
-        self.write(np.frombuffer(room, np.uint8), threads)
-
-
-class BytesPayload(Payload):
-    """A value that is ready to be written, as one `bytes`: what most small values come to.
-
-    Parameters
-    ----------
-    codec : Codec
-        How to read it back.
-    data : bytes
-        All of it.
-    """
-
-    __slots__ = ("_data",)
-
-    def __init__(self, codec: Codec, data: bytes) -> None:
-        self.codec = codec
-        self.size_bytes = len(data)
-        self._data = data
-
-    def write(self, target: npt.NDArray[np.uint8], threads: int = 1) -> None:
-        """Fill `target`; as `Payload.write`."""
-        part = 0, self.size_bytes, self._data
-        Payload(self.codec, self.size_bytes, (part,)).write(target, threads)
-
-    def fill(self, room: memoryview, threads: int = 1) -> None:
-        """Fill `room` without an array over it, which takes as long as the copy of a small value."""
-        if self.size_bytes == room.nbytes < SLICE_BYTES:
-            room[:] = self._data
-        else:
-            super().fill(room, threads)
 
 
 # --- NumPy arrays ---------------------------------------------------------------------------------
@@ -443,8 +329,10 @@ class _TensorPayload(Payload):
         super().__init__(Codec.TENSOR, pa.ipc.get_tensor_size(tensor), ())
         self._tensor = tensor
 
-    def write(self, target: npt.NDArray[np.uint8], threads: int = 1) -> None:
-        super().write(target, threads)
+    def write_leaving(
+        self, later: list[Piece], target: npt.NDArray[np.uint8], threads: int
+    ) -> None:
+        super().write_leaving(later, target, threads)
         with writer_over(target, threads) as writer:
             pa.ipc.write_tensor(self._tensor, writer)
 

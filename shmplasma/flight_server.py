@@ -15,8 +15,8 @@ import pyarrow as pa
 from pyarrow import flight
 
 from shmplasma.arrow_errors import NotConnectedError, PlasmaObjectNotFound
-from shmplasma.codecs import Codec
 from shmplasma.flight import REASONS, Head, Name, encoded_batches, pieces, receive
+from shmplasma.payloads import Codec
 from shmplasma.reading import Encoded
 
 if TYPE_CHECKING:

@@ -37,12 +37,13 @@ from typing import Final
 
 from shmplasma import system
 
-__all__ = ["NAME", "are_late", "share"]
+__all__ = ["LATE_NS", "NAME", "are_late", "share"]
 
 NAME: Final = "shmplasma-helper"
 """What all helpers are called."""
 
-_LATE_NS: Final = 1_000_000
+LATE_NS: Final = 1_000_000
+"""Who waits longer than this waits for the interpreter lock."""
 _COPIES_AFTER_A_LATE_ONE: Final = 32
 _countdown: Final = [0]
 
@@ -72,7 +73,7 @@ class _Work:
 
     def help(self) -> None:
         """Do so in a helper."""
-        if time.perf_counter_ns() - self._asked_ns > _LATE_NS:
+        if time.perf_counter_ns() - self._asked_ns > LATE_NS:
             _countdown[0] = _COPIES_AFTER_A_LATE_ONE
         try:
             self.do()

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from typing import Final
 
 from shmplasma.attachment import Attachment
-from shmplasma.codecs import Payload
 from shmplasma.layout import ALIGNMENT, CONTROL_BYTES, ControlWord, align_up
 from shmplasma.leases import BUSY_WORD, largest_object
 from shmplasma.link import Link
+from shmplasma.payloads import Payload
 from shmplasma.replies import Leased
 from shmplasma.requests import AskLease
 

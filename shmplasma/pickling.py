@@ -38,14 +38,13 @@ import pyarrow as pa
 from shmplasma.codecs import (
     DECODERS,
     ENCODERS,
-    Codec,
     DeserializationError,
-    Payload,
     WriteChunks,
 )
 from shmplasma.copying import Source
 from shmplasma.layout import align_up, alignment_of
 from shmplasma.lending import LENDERS, Loans
+from shmplasma.payloads import Codec, Payload
 
 __all__ = [
     "BUILT_IN",

@@ -22,13 +22,11 @@ import numpy as np
 from shmplasma.codecs import (
     DECODERS,
     ENCODERS,
-    BytesPayload,
-    Codec,
     DeserializationError,
-    Payload,
     SerializationError,
 )
 from shmplasma.layout import REFERENCED
+from shmplasma.payloads import BytesPayload, Codec, Payload
 from shmplasma.pickling import (
     BUILT_IN,
     PROTOCOL,

@@ -13,13 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
-from shmplasma.codecs import BytesPayload, Codec, Payload, ndarray_head
+from shmplasma.codecs import ndarray_head
 from shmplasma.connected import Connected, checked, wait_seconds, whole_bytes
 from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
 from shmplasma.leasing import LARGE_BYTES
 from shmplasma.object_array import ObjectArray
 from shmplasma.objects import ObjectID, fresh_id
+from shmplasma.payloads import BytesPayload, Codec, Payload
 from shmplasma.posted import Abort, Seal
 from shmplasma.replies import Done
 from shmplasma.requests import Flush

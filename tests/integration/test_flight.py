@@ -32,9 +32,9 @@ from shmplasma import (
     PlasmaStoreFull,
     Store,
 )
-from shmplasma.codecs import Codec
 from shmplasma.flight import PIECE_BYTES, Head, connect, fetch, send
 from shmplasma.flight_server import StoreFlightServer
+from shmplasma.payloads import Codec
 from tests.clients import MISSING, new_id
 from tests.processes import Child, until
 

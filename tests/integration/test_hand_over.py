@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import shmplasma as plasma
-from shmplasma import ObjectID, PlasmaClient, Store, codecs, hinting
+from shmplasma import ObjectID, PlasmaClient, Store, hinting, payloads
 from shmplasma.ear import address_of
 from shmplasma.hinting import Hints
 from shmplasma.hints import HINT, wanted_at
@@ -834,7 +834,7 @@ def test_a_client_that_leaves_while_it_puts(
     client.put_raw_buffer(bytes(2000))
     client.flush()
     filling, may_fill = threading.Event(), threading.Event()
-    fill_whole = codecs.BytesPayload.fill
+    fill_whole = payloads.BytesPayload.fill
 
     def fill_slowly(payload: Any, room: memoryview, threads: int = 1) -> None:
         if payload.size_bytes == 2048:
@@ -842,7 +842,7 @@ def test_a_client_that_leaves_while_it_puts(
             assert may_fill.wait(20)
         fill_whole(payload, room, threads)
 
-    monkeypatch.setattr(codecs.BytesPayload, "fill", fill_slowly)
+    monkeypatch.setattr(payloads.BytesPayload, "fill", fill_slowly)
     putting = pool.submit(client.put_raw_buffer, b"!" * 2048)
     assert filling.wait(20)
     client.disconnect()
