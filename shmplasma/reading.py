@@ -31,6 +31,8 @@ __all__ = ["Encoded", "Mode", "ObjectNotAvailable", "Reading"]
 Mode: TypeAlias = Literal["view", "copy", "cow"]
 """What the arrays of a value are that is got."""
 
+_COPYING_THREADS: Final = 6
+"""At most, for a private copy; as a put by default."""
 _IDS_A_REQUEST: Final = 1 << 12
 """The store looks for all ids of a request in one turn of its loop: 1 us each, or 2.5 where it has to answer for them."""
 
@@ -453,7 +455,7 @@ def _copied(session: Session, got: Located) -> pa.Buffer:
     """Return a private copy of an object's data."""
     data = session.data(got)
     copy = pa.allocate_buffer(data.size)
-    copy_into(np.frombuffer(memoryview(copy), np.uint8), data)
+    copy_into(np.frombuffer(memoryview(copy), np.uint8), data, _COPYING_THREADS)
     return copy
 
 
