@@ -83,6 +83,15 @@ def is_named(client: PlasmaClient, object_id: ObjectID) -> bool:
     return bool(session_of(client).attachment.words[wanted_at(object_id.hash32)])
 
 
+@contextmanager
+def waiting(client: PlasmaClient) -> Iterator[Child]:
+    """Have another process wait for an object, of which the store has said so."""
+    with Child(GETTER, client.store_socket_name) as getter:
+        assert getter.hear() == "waits"
+        until(lambda: is_named(client, NAME), "the store says that it waits")
+        yield getter
+
+
 def wait_in(
     pool: ThreadPoolExecutor, client: PlasmaClient, object_id: ObjectID, get: str = "get_buffers"
 ) -> Future[Any]:
@@ -235,7 +244,6 @@ def test_nothing_is_sent_but_what_was_sent_before(
 
 
 def test_the_getter_may_go_first(
-    store: Store,
     client: PlasmaClient,
     client2: PlasmaClient,
     pool: ThreadPoolExecutor,
@@ -246,9 +254,7 @@ def test_the_getter_may_go_first(
     lease(client)
     sent_before: list[int] = []
     monkeypatch.setattr(Spin, "give_way", lambda _: sent_before.append(len(sent)))
-    with Child(GETTER, store.store_socket_name) as getter:
-        assert getter.hear() == "waits"
-        until(lambda: is_named(client, NAME), "the store says that it waits")
+    with waiting(client) as getter:
         sent.clear()
         client.put_raw_buffer(b"h" * 4096, NAME)
         assert sent_before == [0]
@@ -366,7 +372,6 @@ def hinted_at(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     [(100, 1 << 60, 1, 0), (100, -(1 << 60), 1, 1), (1 << 16, 1 << 60, 1, 0), (65537, 1, 0, 1)],
 )
 def test_who_waits_elsewhere_is_woken_before_a_small_object_is_made(
-    store: Store,
     client: PlasmaClient,
     hinted_at: list[tuple[int, int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -380,9 +385,7 @@ def test_who_waits_elsewhere_is_woken_before_a_small_object_is_made(
     monkeypatch.setattr(hinting, "_LOOK_NS", look_ns)
     client.put_raw_buffer(bytes(100_000))
     client.flush()
-    with Child(GETTER, store.store_socket_name) as getter:
-        assert getter.hear() == "waits"
-        until(lambda: is_named(client, NAME), "the store says that it waits")
+    with waiting(client) as getter:
         if steps == 1:
             client.put_raw_buffer(bytes(size_bytes), NAME)
         else:
@@ -394,13 +397,11 @@ def test_who_waits_elsewhere_is_woken_before_a_small_object_is_made(
 
 
 def test_what_comes_by_another_record_than_was_hinted_at_is_hinted_at_again(
-    store: Store, client: PlasmaClient, hinted_at: list[tuple[int, int]]
+    client: PlasmaClient, hinted_at: list[tuple[int, int]]
 ) -> None:
     """As whoever has created it puts something else before the seal."""
     lease(client)
-    with Child(GETTER, store.store_socket_name) as getter:
-        assert getter.hear() == "waits"
-        until(lambda: is_named(client, NAME), "the store says that it waits")
+    with waiting(client) as getter:
         client.create(NAME, 100)
         client.put_raw_buffer(b"another", new_id())
         client.seal(NAME)
@@ -424,9 +425,7 @@ def test_who_shares_interpreter_or_processor_is_hinted_at_when_there_is_somethin
     hints = session_of(client2)._hints
     assert hints is not None
     hints._is_alone = True
-    with Child(GETTER, client2.store_socket_name) as getter:
-        assert getter.hear() == "waits"
-        until(lambda: is_named(client, NAME), "the store says that it waits")
+    with waiting(client) as getter:
         client2.put_raw_buffer(bytes(4096), NAME)
         assert getter.hear() == "has it"
     assert [n_posted - n_written for n_posted, n_written in hinted_at] == [0, 0]
@@ -499,13 +498,11 @@ def test_a_record_that_comes_while_it_is_looked_for(
 
 
 def test_a_put_that_is_refused_hands_nothing_over(
-    store: Store, client: PlasmaClient, hinted_at: list[tuple[int, int]]
+    client: PlasmaClient, hinted_at: list[tuple[int, int]]
 ) -> None:
     """Its early hint was in vain; the object comes when it is sealed by whoever has created it."""
     lease(client)
-    with Child(GETTER, store.store_socket_name) as getter:
-        assert getter.hear() == "waits"
-        until(lambda: is_named(client, NAME), "the store says that it waits")
+    with waiting(client) as getter:
         room = client.create(NAME, 4096)
         hinted_at.clear()
         with pytest.raises(plasma.PlasmaObjectExists):
