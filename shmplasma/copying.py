@@ -31,7 +31,7 @@ Source: TypeAlias = "bytes | bytearray | memoryview | pa.Buffer | npt.NDArray[An
 
 Piece: TypeAlias = "tuple[npt.NDArray[np.uint8], Source]"
 """A target, and what is to be copied there."""
-_Pair: TypeAlias = "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]"
+_Pair: TypeAlias = "tuple[npt.NDArray[Any], npt.NDArray[Any]]"
 
 _PARALLEL_BYTES: Final = 4 << 20
 """From here on several threads copy.  Measured on 2 CPUs into warm shared memory, 1 and 2 threads, GB/s:
@@ -63,8 +63,8 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
     source : bytes-like, pyarrow.Buffer or numpy.ndarray without objects
         Contiguous memory, in C or F order, is copied as it lies.  Anything else is written in C order.
     threads : int
-        Upper limit on the threads that copy 4 MiB or more of contiguous memory; there are never more
-        than processors (`pyarrow.cpu_count`), and only one where that is faster.
+        Upper limit on the threads that copy 4 MiB or more; there are never more than processors (`pyarrow.cpu_count`), and only
+        one where that is faster.
 
     Raises
     ------
@@ -83,13 +83,13 @@ def copy_into(target: npt.NDArray[np.uint8], source: Source, threads: int = 1) -
     if type(source) is bytes and len(source) == target.size < SLICE_BYTES:
         target.data[:] = source
         return
-    flat = _flat(target, source)
-    if flat is None:
+    pair = _paired(target, source)
+    if pair is None:
         return
-    if target.size < SLICE_BYTES:
-        target.data[:] = flat.data
+    if target.size < SLICE_BYTES and pair[0] is target:
+        target.data[:] = pair[1].data
     else:
-        _copy([(target, flat)], threads)
+        _copy([pair], threads)
 
 
 def copy_all(pieces: Sequence[Piece], threads: int) -> None:
@@ -102,12 +102,12 @@ def copy_all(pieces: Sequence[Piece], threads: int) -> None:
     threads : int
         Upper limit on the threads that copy, where all of them together have 4 MiB or more.
     """
-    flats = [(target, _flat(target, source)) for target, source in pieces]
-    _copy([(target, flat) for target, flat in flats if flat is not None], threads)
+    pairs = [_paired(target, source) for target, source in pieces]
+    _copy([pair for pair in pairs if pair is not None], threads)
 
 
-def _flat(target: npt.NDArray[np.uint8], source: Source) -> npt.NDArray[np.uint8] | None:
-    """Return the bytes of a source as they lie; None when nothing is left to do, as there are none, or what is not contiguous was copied."""
+def _paired(target: npt.NDArray[np.uint8], source: Source) -> _Pair | None:
+    """Return what is to be copied as two arrays of the same shape, of bytes if the source is contiguous; None if there is nothing."""
     if not isinstance(source, np.ndarray):
         source = memoryview(source)
         if "O" in _NAMES.sub("", source.format):
@@ -121,63 +121,78 @@ def _flat(target: npt.NDArray[np.uint8], source: Source) -> npt.NDArray[np.uint8
         raise ValueError(f"{array.nbytes} bytes do not fit a target of {target.size} exactly")
     if not array.nbytes:
         return None
-    if not array.flags.forc:
-        if array.dtype.names is not None:  # NumPy would leave out the gaps between fields
-            array = array.view(np.dtype((np.void, array.dtype.itemsize)))
-        np.copyto(np.ndarray(array.shape, array.dtype, target), array)
-        return None
-    return (array if array.flags.c_contiguous else array.T).reshape(-1).view(np.uint8)
+    if array.flags.forc:
+        array = array if array.flags.c_contiguous else array.T
+        return target, array.reshape(-1).view(np.uint8)
+    if array.dtype.names is not None:  # NumPy would leave out the gaps between fields
+        array = array.view(np.dtype((np.void, array.dtype.itemsize)))
+    return np.ndarray(array.shape, array.dtype, target), array
 
 
-def _copy(flats: Sequence[_Pair], threads: int) -> None:
-    size = sum([target.size for target, _ in flats])
+def _copy(pairs: Sequence[_Pair], threads: int) -> None:
+    size = sum([target.nbytes for target, _ in pairs])
     threads = 1 if size < _PARALLEL_BYTES else _at_most(threads)
-    if size < MEASURED_BYTES:
-        _copy_by(threads, flats, size)
+    # What is not contiguous takes its time to be gathered, and each thread gathers its share.
+    if size < MEASURED_BYTES or not all(map(_are_bytes, pairs)):
+        _copy_by(threads, pairs, size)
         return
     threads = _PACE.threads(size, threads)
     began = time.perf_counter_ns()
-    _copy_by(threads, flats, size)
+    _copy_by(threads, pairs, size)
     _PACE.took(size, threads, time.perf_counter_ns() - began)
 
 
-def _copy_by(threads: int, flats: Sequence[_Pair], size: int) -> None:
+def _copy_by(threads: int, pairs: Sequence[_Pair], size: int) -> None:
     if threads < 2:
-        _copy_each(flats, SLICE_BYTES)
+        _copy_each(pairs, SLICE_BYTES)
     elif are_late():
-        _copy_each([pair for pair in flats if pair[0].size < _PARALLEL_BYTES], _PARALLEL_BYTES)
-        for target, flat in flats:
-            if target.size >= _PARALLEL_BYTES:
-                with writer_over(target, threads) as writer:
-                    writer.write(pa.py_buffer(flat.data))
+        for pair in pairs:
+            _copy_late(pair, threads)
     else:
-        share(partial(_copy_each, group, 0) for group in _divided(flats, -(-size // threads)))
+        share(partial(_copy_each, group, 0) for group in _divided(pairs, -(-size // threads)))
 
 
-def _copy_each(flats: Sequence[_Pair], held_bytes: int) -> None:
+def _are_bytes(pair: _Pair) -> bool:
+    target, source = pair
+    return target.ndim == 1 and target.dtype == np.uint8 and source.flags.c_contiguous
+
+
+def _copy_late(pair: _Pair, threads: int) -> None:
+    """Copy while other threads compute: let go of the interpreter lock only once, and only for what is large."""
+    target, source = pair
+    if target.nbytes >= _PARALLEL_BYTES and _are_bytes(pair):
+        with writer_over(target, threads) as writer:
+            writer.write(pa.py_buffer(source.data))
+    else:
+        _copy_each([pair], _PARALLEL_BYTES)
+
+
+def _copy_each(pairs: Sequence[_Pair], held_bytes: int) -> None:
     """Copy them one after the other, smaller ones than `held_bytes` without letting go of the interpreter lock."""
-    for target, flat in flats:
-        if target.size < held_bytes:
-            target.data[:] = flat.data
+    for target, source in pairs:
+        if target.nbytes < held_bytes and _are_bytes((target, source)):
+            target.data[:] = source.data
             continue
         began = time.perf_counter_ns()
-        np.copyto(target, flat)
-        if target.size < _PARALLEL_BYTES and time.perf_counter_ns() - began > LATE_NS:
-            held_bytes = _PARALLEL_BYTES  # other threads compute, and it would wait 5 ms for the lock again and again
+        np.copyto(target, source)
+        if target.nbytes < _PARALLEL_BYTES and time.perf_counter_ns() - began > LATE_NS:
+            # Other threads compute, and it would wait up to 5 ms for the lock again and again.
+            held_bytes = _PARALLEL_BYTES
 
 
-def _divided(flats: Sequence[_Pair], most: int) -> Iterator[Sequence[_Pair]]:
-    """Yield them in groups of `most` bytes, up to a page more, in their order; what is in two groups is divided at a page."""
+def _divided(pairs: Sequence[_Pair], most: int) -> Iterator[Sequence[_Pair]]:
+    """Yield them in groups of `most` bytes, in their order; what is in two groups is divided at a page, or between rows."""
     group: list[_Pair] = []
     room = most
-    for target, flat in flats:
-        while target.size > (cut := align_up(room, _BLOCK_BYTES)):
-            if cut:
-                group.append((target[:cut], flat[:cut]))
+    for target, source in pairs:
+        row_bytes = target.nbytes // len(target)
+        while len(target) > (n_rows := -(-align_up(room, _BLOCK_BYTES) // row_bytes)):
+            if n_rows:
+                group.append((target[:n_rows], source[:n_rows]))
             yield group
-            target, flat, group, room = target[cut:], flat[cut:], [], most  # noqa: PLW2901
-        group.append((target, flat))
-        room = max(0, room - target.size)
+            target, source, group, room = target[n_rows:], source[n_rows:], [], most  # noqa: PLW2901
+        group.append((target, source))
+        room = max(0, room - target.nbytes)
     yield group
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmplasma import copying, helpers
-from shmplasma.copying import copy_all
+from shmplasma.copying import copy_all, copy_into
 from shmplasma.helpers import LATE_NS
 from shmplasma.serialization import deserialize, serialize
 
@@ -79,6 +79,37 @@ def test_each_thread_copies_about_as_much(sizes: list[int], threads: int) -> Non
     for target in copied:
         before = max(start for start in starts if start <= target.ctypes.data)
         assert (target.ctypes.data - before) % PAGE == 0
+
+
+GRID = np.arange(6 * 50 * 70, dtype=np.int32).reshape(6, 50, 70)
+STRIDED: dict[str, Any] = {
+    "columns": GRID[0, :, :33],
+    "rows from behind": GRID[1, ::-2],
+    "axes in another order": GRID.transpose(1, 2, 0),
+    "one row": GRID[:1, :, 3:],
+    "few long rows": GRID[:5, 1:],
+    "every other byte": GRID.view(np.uint8).reshape(-1)[::2],
+    "records": np.zeros(3000, "i4, f8, i2")[::2],
+}
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", STRIDED)
+def test_what_is_not_contiguous(
+    name: str, threads: int, held: bool, groups: GROUPS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written in C order, by as many threads, of which each copies whole rows."""
+    monkeypatch.setattr(copying, "_PARALLEL_BYTES", 2 * PAGE)
+    monkeypatch.setattr(copying, "are_late", lambda: held)
+    array = STRIDED[name]
+    room = np.zeros(array.nbytes, np.uint8)
+    copy_into(room, array, threads)
+    assert np.array_equal(room.view(array.dtype).reshape(array.shape), array)
+    assert len(groups) <= threads
+    assert (len(groups) > 1) == (
+        threads > 1 and not held and array.nbytes >= 2 * PAGE and len(array) > 1
+    )
 
 
 @pytest.mark.parametrize(
