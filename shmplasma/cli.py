@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from shmplasma import system
 from shmplasma.backing import default_capacity
 from shmplasma.commitment import FLOOR_BYTES
-from shmplasma.endings import hold_back, is_told_to_end
+from shmplasma.endings import EndedEarly, hold_back, is_told_to_end
 from shmplasma.endpoint import Endpoint, default_socket_path
 from shmplasma.errors import (
     AttachError,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Notes
     -----
     To be called on the main thread, as it handles signals.  Ends the process when it is told to while the external store
-    is being opened.
+    does not answer.
     """
     options = parse(argv)
     logging.basicConfig(
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ending = hold_back()
     try:
         _serve(options, ending)
-    except _EndedEarly:
-        # The external store is still being opened, and Arrow would wait for that.
+    except EndedEarly:
+        # The external store is still being looked at, and Arrow would wait for that.
         logging.shutdown()
         os._exit(0)
     except (AttachError, CommitError, EndpointError, ExternalStoreError, LayoutError) as error:
@@ -111,20 +111,24 @@ def _fail(text: str) -> int:
     return 1
 
 
-class _EndedEarly(Exception):  # noqa: N818 - no error
-    """The store was told to end while its external store was being opened."""
-
-
 def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> None:
     _raise_file_limit()
     with ExitStack() as stack:
         if options.scratch:
             stack.callback(_remove_directory, os.path.dirname(options.socket))
+        owner = None
+        if options.owner is not None:
+            owner = stack.enter_context(socket.socket(fileno=options.owner))
+            owner.settimeout(0)
+
+        def is_ending() -> bool:
+            return is_told_to_end() or (owner is not None and _has_gone(owner))
+
         path = default_socket_path() if options.socket is None else options.socket
         if options.replace:
-            replace(path, lambda left: _check_left(left, options), is_told_to_end)
+            replace(path, lambda left: _check_left(left, options, is_ending), is_ending)
         endpoint = stack.enter_context(Endpoint.claim(path, options.mode, options.group))
-        segment, is_recovered = _segment(endpoint, options)
+        segment, is_recovered = _segment(endpoint, options, is_ending)
         stack.callback(_leave_to_successor, endpoint, segment.name)
         capacity = segment.layout.capacity
         floor = options.trim_floor
@@ -134,7 +138,7 @@ def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> No
         with ExitStack() as on_failure:
             # What could not be recovered this time stays, for another attempt.
             on_failure.enter_context(closing(segment) if is_recovered else segment)
-            spiller = _open_spiller(segment, options)
+            spiller = _open_spiller(segment, options, is_ending)
             note_place(segment, options.external_store)
             server = Server(
                 endpoint.listener,
@@ -150,7 +154,7 @@ def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> No
                 spiller=spiller,
             )
             if options.prefault:
-                prefault(server.commit_all(), capacity, sys.stderr, is_told_to_end)
+                prefault(server.commit_all(), capacity, sys.stderr, is_ending)
             endpoint.write_note(segment.name.encode())
             _wake_by_signals(server, stack)
             on_failure.pop_all()
@@ -163,11 +167,11 @@ def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> No
 
         for number in ending:
             signal.signal(number, end)
-        if options.owner is None:
+        if owner is None:
             stack.callback(notify, "STOPPING=1")
             notify("READY=1")
         else:
-            _follow(options.owner, server, end, stack)
+            _follow(owner, server, end, stack)
         _LOG.info(
             "ready: socket %s, capacity %d bytes, segment %s (%s)",
             path,
@@ -185,18 +189,15 @@ def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> No
             server.close()
 
 
-def _open_spiller(segment: Segment, options: argparse.Namespace) -> Spiller | None:
+def _open_spiller(
+    segment: Segment, options: argparse.Namespace, is_ending: Callable[[], bool]
+) -> Spiller | None:
     if not options.external_store:
         return None
     from shmplasma.spiller import open_spiller  # noqa: PLC0415 - Arrow takes its time to import
 
     limits = ExternalLimits(options.max_spill_bytes or 0, options.spill_above)
-    spiller = open_spiller(
-        options.external_store, segment.token, segment.name, limits, is_told_to_end
-    )
-    if spiller is None:
-        raise _EndedEarly
-    return spiller
+    return open_spiller(options.external_store, segment.token, segment.name, limits, is_ending)
 
 
 def _wake_by_signals(server: Server, stack: ExitStack) -> None:
@@ -233,11 +234,13 @@ def _leave_to_successor(endpoint: Endpoint, name: SegmentName) -> None:
         _LOG.warning("the segment %s stays, for the next store at this socket", name.path)
 
 
-def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, bool]:
+def _segment(
+    endpoint: Endpoint, options: argparse.Namespace, is_ending: Callable[[], bool]
+) -> tuple[Segment, bool]:
     """Return the segment to serve, and whether a store that died at this endpoint has left it."""
     left = SegmentName.decode(endpoint.read_note())
     if left is not None and not options.fresh:
-        segment = _open_left(left, options)
+        segment = _open_left(left, options, is_ending)
         if segment is not None:
             return segment, True
         _LOG.warning("the store that died here left nothing to recover")
@@ -262,7 +265,11 @@ def _segment(endpoint: Endpoint, options: argparse.Namespace) -> tuple[Segment, 
 
 
 def _open_left(
-    left: SegmentName, options: argparse.Namespace, *, runs: bool = False
+    left: SegmentName,
+    options: argparse.Namespace,
+    is_ending: Callable[[], bool],
+    *,
+    runs: bool = False,
 ) -> Segment | None:
     """Open the segment of another store that was here, or still runs; None if there is none.
 
@@ -285,7 +292,7 @@ def _open_left(
     capacity = segment.layout.capacity
     if wanted == directory and options.memory in (None, capacity):
         try:
-            check_place(segment, options.external_store, runs=runs)
+            check_place(segment, options.external_store, is_ending, runs=runs)
         except BaseException:
             segment.close()
             raise
@@ -300,7 +307,9 @@ def _open_left(
     )
 
 
-def _check_left(left: SegmentName, options: argparse.Namespace) -> None:
+def _check_left(
+    left: SegmentName, options: argparse.Namespace, is_ending: Callable[[], bool]
+) -> None:
     """See whether the segment of a store that is to be replaced can be taken over, if that is wanted.
 
     Raises
@@ -310,39 +319,43 @@ def _check_left(left: SegmentName, options: argparse.Namespace) -> None:
     """
     if options.fresh:
         return
-    segment = _open_left(left, options, runs=True)
+    segment = _open_left(left, options, is_ending, runs=True)
     if segment is None:
         raise EndpointError(f"somebody has removed {left.path}, which the store still uses")
     segment.close()
 
 
-def _follow(fd: int, server: Server, end: Callable[[], None], stack: ExitStack) -> None:
-    """Tell the owner that the store is ready, and have it end with its owner.
+def _has_gone(owner: socket.socket) -> bool:
+    """Tell whether the owner has ended, or said that it will; what it says otherwise means nothing.
 
-    The owner's end closes when the owner ends, unless a child that it has forked holds a copy;
-    hence the process is watched as well.  It is the one that made the socket pair, and our parent
-    as long as it lives.
+    The owner's end closes when the owner ends, unless a child that it has forked holds a copy.  It is the process that made the
+    socket pair, and our parent as long as it lives.
     """
-    owner = stack.enter_context(socket.socket(fileno=fd))
-    owner.settimeout(0)
+    try:
+        said = owner.recv(64)
+    except BlockingIOError:
+        return os.getppid() != system.peer(owner).pid
+    except ConnectionResetError:  # it ended before it read that the store is ready
+        return True
+    return not said
+
+
+def _follow(
+    owner: socket.socket, server: Server, end: Callable[[], None], stack: ExitStack
+) -> None:
+    """Tell the owner that the store is ready, and have it end with its owner."""
 
     def heard() -> None:
-        try:
-            said = owner.recv(64)
-        except ConnectionResetError:  # it ended before it read that the store is ready
-            said = b""
-        if not said:
+        if _has_gone(owner):
             end()
 
     server.watch(owner.fileno(), heard)
-    parent = system.peer(owner).pid
     with suppress(ProcessLookupError):
-        exited = system.watch_exit(parent)
+        exited = system.watch_exit(system.peer(owner).pid)
         if exited is not None:
             stack.callback(os.close, exited)
             server.watch(exited, end)
-    if os.getppid() != parent:
-        end()
+    heard()
     with suppress(BrokenPipeError):
         owner.send(b"R")
 

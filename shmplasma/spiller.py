@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Final
 
 from shmplasma import system
+from shmplasma.endings import wait_for
 from shmplasma.errors import ExternalStoreError
 from shmplasma.external import ExternalStore, Item, open_external, without_secrets
 from shmplasma.segment_name import SegmentName
@@ -26,8 +26,6 @@ __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
 _LOG: Final = logging.getLogger(__name__)
 _THREADS: Final = 4
-_LOOK_SECONDS: Final = 0.1
-"""How often to see whether we are to end ourselves."""
 _SEPARATOR: Final = b"\n"
 _PROCESS: Final = re.compile(rb"[0-9]+ [0-9]+")
 
@@ -41,7 +39,7 @@ def open_spiller(
     name: SegmentName,
     limits: ExternalLimits,
     is_ending: Callable[[], bool],
-) -> Spiller | None:
+) -> Spiller:
     """Return what serves a segment with the external store at a URI, rid of what dead stores have left there.
 
     Parameters
@@ -53,35 +51,25 @@ def open_spiller(
     limits : ExternalLimits
         How it is used.
     is_ending : callable
-        Whether this store is to end, so that it waits no longer: a host that does not answer takes minutes to give up.
-
-    Returns
-    -------
-    Spiller or None
-        None if this store is to end; the thread that opens goes on then.
+        Whether this store is to end, so that it waits no longer.
 
     Raises
     ------
     ExternalStoreError
         There is no such place, or it cannot be written to.
+    EndedEarly
+        This store is to end.
     """
     _LOG.info("opening the external store %s", without_secrets(uri))
-    opened: Future[Spiller] = Future()
 
-    def open_it() -> None:
-        try:
-            spiller = Spiller(open_external(uri, token, note_of(name)), limits)
-            for left in spiller.sweep():
-                _LOG.info("removed %s, which a dead store has left in the external store", left)
-            opened.set_result(spiller)
-        except BaseException as error:  # noqa: BLE001 - it is the caller's
-            opened.set_exception(error)
+    def open_it() -> Spiller:
+        store = open_external(uri, token, note_of(name))
+        spiller = Spiller(store, limits, store.containers())
+        for left in spiller.sweep():
+            _LOG.info("removed %s, which a dead store has left in the external store", left)
+        return spiller
 
-    threading.Thread(target=open_it, name="open", daemon=True).start()
-    while not wait([opened], _LOOK_SECONDS).done:
-        if is_ending():
-            return None
-    return opened.result()
+    return wait_for(open_it, is_ending)
 
 
 def note_of(name: SegmentName) -> bytes:
@@ -136,24 +124,29 @@ class Spiller:
         Where objects go.
     limits : ExternalLimits
         How it is used.
+    found : mapping
+        The sizes in bytes of the containers that there are, by number.
 
     Notes
     -----
     One thread, that of the loop, calls all methods.
     """
 
-    def __init__(self, store: ExternalStore, limits: ExternalLimits) -> None:
+    def __init__(
+        self, store: ExternalStore, limits: ExternalLimits, found: Mapping[int, int]
+    ) -> None:
         self.limits = limits
+        self._found = found
         self._store = store
         self._raw = memoryview(b"")
         self._wake: Callable[[], None] = lambda: None
         self._pool = ThreadPoolExecutor(_THREADS, "spill")
         self._done: deque[Done] = deque()
 
-    def start(self, raw: memoryview, wake: Callable[[], None]) -> dict[int, int]:
+    def start(self, raw: memoryview, wake: Callable[[], None]) -> Mapping[int, int]:
         """Say where objects lie, and whom to tell when a job is done; return what containers there are, and their sizes."""
         self._raw, self._wake = raw, wake
-        return self._store.containers()
+        return self._found
 
     def sweep(self) -> Iterator[str]:
         """Remove what dead stores have left; yield its names."""

@@ -59,17 +59,24 @@ def replace(
             raise EndpointError(
                 f"what listens at {path} is another user's, and only that user may replace it"
             )
-        exchange = Exchange.connect(path, 0, _PATIENCE_SECONDS)
+        Exchange.connect(path, 0, _PATIENCE_SECONDS).close()
     except EndpointError:
         raise
     except OSError as error:
         _LOG.info("nobody to replace at %s: %s", path, error)
         return
+    left = SegmentName.decode(note_of(path))
+    if left is None:
+        raise EndpointError(f"what listens at {path} is no store that could be replaced")
+    check(left)
     try:
-        left = SegmentName.decode(note_of(path))
-        if left is None:
-            raise EndpointError(f"what listens at {path} is no store that could be replaced")
-        check(left)
+        # Not before: an external store may take longer to be looked at than a store waits for who has connected to introduce himself.
+        exchange = Exchange.connect(path, 0, _PATIENCE_SECONDS)
+    except OSError as error:
+        raise EndpointError(
+            f"the store at {path} has ended meanwhile ({error}); start this one again"
+        ) from error
+    try:
         hello = Hello(PROTOCOL_VERSION, Role.SUCCESSOR, "successor")
         reply = decode_reply(exchange.call(hello.KIND, hello.encode()))
         if isinstance(reply, Failed):

@@ -7,8 +7,10 @@ place, and a store that is started with another one does not start, as with anot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from zlib import crc32
 
+from shmplasma.endings import wait_for
 from shmplasma.errors import EndpointError
 from shmplasma.layout import ENTRY_WORDS, STATE_MASK, EntryState, EntryWord, HeaderWord
 from shmplasma.segment import Segment
@@ -24,7 +26,9 @@ def note_place(segment: Segment, uri: str | None) -> None:
     segment.words[HeaderWord.EXTERNAL] = _word(uri)
 
 
-def check_place(segment: Segment, uri: str | None, *, runs: bool = False) -> None:
+def check_place(
+    segment: Segment, uri: str | None, is_ending: Callable[[], bool], *, runs: bool = False
+) -> None:
     """See whether the objects of a segment that are in the external store alone can be had.
 
     Parameters
@@ -33,6 +37,8 @@ def check_place(segment: Segment, uri: str | None, *, runs: bool = False) -> Non
         What another store has left.
     uri : str or None
         The external store that there is to be now; none if it is empty, too.
+    is_ending : callable
+        Whether this store is to end, so that it waits no longer for the place to answer.
     runs : bool
         A store serves the segment still: it may write more there before it ends, and goes on if the new place cannot be had.
 
@@ -42,13 +48,16 @@ def check_place(segment: Segment, uri: str | None, *, runs: bool = False) -> Non
         They are at another place.
     ExternalStoreError
         The place cannot be looked at.
+    EndedEarly
+        This store is to end.
     """
     before, count = segment.words[HeaderWord.EXTERNAL], _count_spilled(segment)
     is_same = before == _word(uri)
     if uri and (runs or (count and not is_same)):
         from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
 
-        if has_containers(uri, segment.token):  # somebody may have moved them
+        token = segment.token
+        if wait_for(lambda: has_containers(uri, token), is_ending):  # somebody may have moved them
             return
     if is_same or not (count or (runs and before)):
         return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["PROGRAM", "killed", "run", "running", "segment_in", "until_ready"]
+__all__ = ["PROGRAM", "killed", "run", "running", "segment_in", "silent_bucket", "until_ready"]
 
 PROGRAM = [sys.executable, "-m", "shmplasma.cli"]
 
@@ -66,3 +67,12 @@ def segment_in(said: str) -> str:
     match = re.search(r"segment (\S+) \(", said)
     assert match
     return match[1]
+
+
+@contextmanager
+def silent_bucket() -> Iterator[tuple[socket.socket, str]]:
+    """Give what listens where an external store is said to be and answers nobody, and the URI of that."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        options = f"endpoint_override={place}&scheme=http&region=us-east-1"
+        yield listener, f"s3://key:secret@bucket/prefix?{options}"

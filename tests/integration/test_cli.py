@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +20,15 @@ import pytest
 from shmplasma import __version__, connect, system
 from shmplasma.layout import LAYOUT_VERSION, HeaderWord
 from shmplasma.segment_name import SegmentName
-from tests.command import PROGRAM, killed, run, running, segment_in, until_ready
+from tests.command import (
+    PROGRAM,
+    killed,
+    run,
+    running,
+    segment_in,
+    silent_bucket,
+    until_ready,
+)
 from tests.processes import unmeasured
 
 if TYPE_CHECKING:
@@ -127,21 +137,85 @@ def test_a_store_that_outlives_its_terminal(path: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_while_the_external_store_does_not_answer(path: str, number: signal.Signals) -> None:
     """A store that is told to end while its external store is being opened ends with 0, and leaves nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        place = f"127.0.0.1:{silent.getsockname()[1]}"
-        uri = (
-            f"s3://key:secret@bucket/prefix?endpoint_override={place}&scheme=http&region=us-east-1"
-        )
-        with subprocess.Popen(
+    with (
+        silent_bucket() as (silent, uri),
+        subprocess.Popen(
             [*PROGRAM, "-m", "10MB", "-s", path, "-e", uri], stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        assert process.stderr is not None
+        assert "opening the external store s3://bucket/prefix" in process.stderr.readline()
+        with silent.accept()[0]:
+            process.send_signal(number)
+            assert process.wait() == 0
+        assert process.stderr.read() == ""
+    assert not os.listdir(Path(path).parent)
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_successor_ends_while_its_external_store_does_not_answer(
+    path: str, number: signal.Signals
+) -> None:
+    """It has asked nothing of the store that it was to replace, which serves on."""
+    with (
+        running("-m", "10MB", "-s", path),
+        connect(path) as client,
+        silent_bucket() as (silent, uri),
+    ):
+        with subprocess.Popen(
+            [*PROGRAM, "-s", path, "--replace", "-e", uri], stderr=subprocess.PIPE, text=True
         ) as process:
             assert process.stderr is not None
-            assert "opening the external store s3://bucket/prefix" in process.stderr.readline()
             with silent.accept()[0]:
                 process.send_signal(number)
                 assert process.wait() == 0
             assert process.stderr.read() == ""
-    assert not os.listdir(Path(path).parent)
+        assert client.get(client.put("there")) == "there"
+
+
+HASTY = """
+    import sys
+    from shmplasma import cli, connections
+
+    connections._HELLO_SECONDS = 2
+    sys.exit(cli.main())
+"""
+"""A store that gives up on a connection sooner than others."""
+THOROUGH = """
+    import socket, sys
+    from shmplasma import cli, external
+
+    def look(uri, token):
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(sys.argv[2])
+            while other.recv(1000):
+                pass
+        return False
+
+    external.has_containers = look
+    sys.exit(cli.main())
+"""
+"""A store that looks at its external store for longer than another store waits for a connection to introduce itself."""
+
+
+@linux
+def test_a_look_at_an_external_store_that_takes_its_time(tmp_path: Path, path: str) -> None:
+    """The store that is to be replaced gives up on no connection of its successor meanwhile."""
+    with ExitStack() as stack:
+
+        def start(code: str, *more: str) -> subprocess.Popen[str]:
+            program = [sys.executable, "-c", dedent(code), "-s", path, *more]
+            process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.terminate)
+            until_ready(process)
+            return process
+
+        old = start(HASTY, "-m", "10MB")
+        new = start(THOROUGH, "--replace", "-e", f"file://{tmp_path}/external")
+        assert old.wait() == 0
+    assert new.returncode == 0
 
 
 @linux

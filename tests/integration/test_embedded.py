@@ -16,6 +16,7 @@ import pytest
 import shmplasma
 from shmplasma.embedded import Store, start_plasma_store
 from shmplasma.errors import ShmPlasmaError, StoreNotStartedError
+from tests.command import silent_bucket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +78,31 @@ def test_a_private_directory_with_a_file_in_it(temporary: Path) -> None:
     mine.unlink()
     mine.parent.rmdir()
     assert not list(temporary.iterdir())
+
+
+STARTER = """
+    import os, sys
+    from shmplasma import Store
+
+    if sys.argv[2] and not os.fork():
+        sys.stdin.read()
+        os._exit(0)
+    Store("10MB", external_store=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("child", ["", "that has forked"])
+def test_an_owner_that_is_killed_while_the_external_store_does_not_answer(child: str) -> None:
+    """The server does not wait for it any longer, and leaves nothing."""
+    program = [sys.executable, "-c", textwrap.dedent(STARTER)]
+    with (
+        silent_bucket() as (silent, uri),
+        subprocess.Popen([*program, uri, child], stdin=subprocess.PIPE) as owner,
+        silent.accept()[0] as asked,
+    ):
+        owner.kill()
+        while asked.recv(1000):  # until the server has ended
+            pass
 
 
 def test_a_store_that_cannot_start() -> None:

@@ -295,6 +295,49 @@ def test_a_successor_that_is_told_to_end(path: str, tmp_path: Path) -> None:
             assert bytes(client.get_buffers(object_id)) == bytes(1_800_000)
 
 
+HANGING = """
+    import sys
+    from shmplasma import cli, endings
+
+    endings.hold_back()  # before Arrow, which starts threads
+    from shmplasma import external
+
+    def hang(place, name):
+        if name:  # what others have left beside it is no matter here
+            print("looking", file=sys.stderr, flush=True)
+            open(sys.argv[1]).close()
+        return {}
+
+    external._Directory.list = hang
+    sys.exit(cli.main(sys.argv[2:]))
+"""
+"""A store whose look at its containers waits until somebody opens a fifo for writing."""
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_store_that_is_told_to_end_while_it_looks_at_what_there_is(
+    path: str, tmp_path: Path, elsewhere: bool
+) -> None:
+    """It ends with 0, and leaves everything for another one, whichever place does not answer."""
+    os.mkfifo(tmp_path / "fifo")
+    with running(*arguments(path, tmp_path)) as (first, _), plasma.connect(path) as client:
+        ids = [client.put_raw_buffer(bytes(1_800_000)) for _ in range(8)]
+        client.flush()
+        first.kill()
+        first.wait()
+    hanging = [sys.executable, "-c", dedent(HANGING), str(tmp_path / "fifo")]
+    more = ["-e", f"file://{tmp_path / 'elsewhere'}"] if elsewhere else []
+    with subprocess.Popen(
+        [*hanging, *arguments(path, tmp_path, *more)], stderr=subprocess.PIPE, text=True
+    ) as second:
+        while "looking" not in (line := next_line(second)):
+            assert line, "it has ended"
+        second.terminate()
+        assert second.wait() == 0
+    with running(*arguments(path, tmp_path)), plasma.connect(path) as client:
+        assert all(bytes(client.get_buffers(each)) == bytes(1_800_000) for each in ids)
+
+
 def test_what_proves_that_a_store_is_dead(tmp_path: Path) -> None:
     """Only what is seen from the same place in the same boot; or, on a disk of one's own, that the boot is over."""
     shared = SegmentName.plan(os.urandom(16), None)
