@@ -86,10 +86,10 @@ class Jobs:
                 failed = Failed(Failure.EXTERNAL, failure)
                 self._answers.fail(job.part.object_id, failed)
 
-    def tidy(self, found: Mapping[int, int]) -> None:
-        """Delete what the external store has and nobody names; these containers there are, of so many bytes."""
-        if self._objects.spilling is not None:
-            self._objects.spilling.tidy(found)
+    def tidy(self, found: Mapping[int, int]) -> int:
+        """Delete what the external store has and nobody names; these containers there are.  As `Spilling.tidy`."""
+        spilling = self._objects.spilling
+        return 0 if spilling is None else spilling.tidy(found)
 
     @property
     def await_commit(self) -> bool:

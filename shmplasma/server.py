@@ -206,7 +206,12 @@ class Server:
         if recover:
             self._recover()
         if spiller is not None:
-            self._store.tidy_external(spiller.start(segment.raw, self._interrupt))
+            n_lost = self._store.tidy_external(spiller.start(segment.raw, self._interrupt))
+            if n_lost:
+                _LOG.warning(
+                    "%d objects that were in the external store alone are not there any more, or not whole; a get of one says so",
+                    n_lost,
+                )
 
     def _recover(self) -> None:
         began = time.monotonic()

@@ -456,24 +456,29 @@ class Spilling:
                 self._clean[entry] = size
                 self._clean_bytes += size
 
-    def tidy(self, found: Mapping[int, int]) -> None:
+    def tidy(self, found: Mapping[int, int]) -> int:
         """Delete those of these containers that no entry names, and number the next ones above all of them.
 
-        An object in memory whose copy is not there any more (the external store is at another place, or lost what it had) is
-        to be written anew before it goes.  One that was there alone stays, and is an error for who asks for it.
+        An object in memory whose copy is not there any more, or not whole (the external store is at another place, or lost what
+        it had), is to be written anew before it goes.  One that was there alone stays, and is an error for who asks for it;
+        return how many these are.
 
         Parameters
         ----------
         found : mapping
             The size in bytes of each container that there is, by number.
         """
+        n_lost = 0
         for number in self._containers.damaged(found):
             for entry in self._containers.entries(number):
                 if entry in self._clean:
                     self._forget_copy(entry)
+                else:
+                    n_lost += 1
         unnamed = self._containers.tidy(found)
         if unnamed:
             self.jobs.append(Delete(unnamed))
+        return n_lost
 
     def check(self) -> None:
         """Prove that what is said of copies is what the table says."""

@@ -336,9 +336,15 @@ class ObjectStore:
         self._jobs.done(job, places, failure)
         return self._outgoing.take()
 
-    def tidy_external(self, found: Mapping[int, int]) -> None:
-        """Delete what the external store has and nobody names; these containers there are, of so many bytes."""
-        self._jobs.tidy(found)
+    def tidy_external(self, found: Mapping[int, int]) -> int:
+        """Delete what the external store has and nobody names; these containers there are, of so many bytes.
+
+        Returns
+        -------
+        int
+            How many objects were there alone, and are not any more, or not whole.
+        """
+        return self._jobs.tidy(found)
 
     # -- waiting for room ----------------------------------------------------------------------
 

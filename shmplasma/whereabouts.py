@@ -45,7 +45,7 @@ def check_place(
     Raises
     ------
     EndpointError
-        They are at another place.
+        They are at another place, or in the memory of a store that is to end.
     ExternalStoreError
         The place cannot be looked at.
     EndedEarly
@@ -53,6 +53,11 @@ def check_place(
     """
     before, count = segment.words[HeaderWord.EXTERNAL], _count_spilled(segment)
     is_same = before == _word(uri)
+    if runs and count and is_same and uri and _is_memory(uri):
+        raise EndpointError(
+            f"the store that runs here has {count} objects in its own memory alone ({uri}), and they would end with it; "
+            "delete objects and get those until all fit, or start with --fresh to give all objects up"
+        )
     if uri and (runs or (count and not is_same)):
         from shmplasma.external import has_containers  # noqa: PLC0415 - Arrow takes its time to import
 
@@ -81,6 +86,11 @@ def _word(uri: str | None) -> int:
         return _SOME  # it is none, which is said when it is opened
     place = parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
     return _SOME | crc32("\0".join(place).encode(errors="surrogateescape"))
+
+
+def _is_memory(uri: str) -> bool:
+    """Tell whether a place is a store's own memory (`shmplasma.external`)."""
+    return uri.lower().startswith(("memory:", "hashtable:"))
 
 
 def _count_spilled(segment: Segment) -> int:

@@ -19,7 +19,7 @@ from shmplasma import ObjectID
 from shmplasma.segment_name import SegmentName
 from shmplasma.spiller import is_dead, note_of
 from tests.clients import new_id
-from tests.command import running, until_ready
+from tests.command import run, running, until_ready
 from tests.processes import Child, until
 
 CAPACITY = 8_000_000
@@ -214,6 +214,43 @@ def test_another_external_store(path: str, tmp_path: Path) -> None:
     with running("-s", path, "-e", f"file://{tmp_path / 'moved'}/"), plasma.connect(path) as client:
         for object_id, data in contents.items():
             assert bytes(client.get_buffers(object_id)) == data
+
+
+@pytest.mark.parametrize("scheme", ["memory", "hashtable"])
+def test_what_is_in_the_memory_of_a_store_alone(path: str, scheme: str) -> None:
+    """A store that has something there is not replaced, and serves on; one that has nothing there alone is."""
+    options = ["-s", path, "-e", f"{scheme}://name"]
+    with running(*options, "-m", str(CAPACITY)) as (first, _), plasma.connect(path) as client:
+        ids = [client.put_raw_buffer(bytes(1_800_000)) for _ in range(6)]
+        refused = run(*options, "--replace")
+        assert refused.returncode == 1
+        assert "objects in its own memory alone" in refused.stderr
+        assert all(bytes(client.get_buffers(each)) == bytes(1_800_000) for each in ids)
+        client.delete(ids[:4])
+        for each in ids[4:]:
+            client.get_buffers(each)
+        with running(*options, "--replace"):
+            assert first.wait() == 0
+            assert all(bytes(client.get_buffers(each)) == bytes(1_800_000) for each in ids[4:])
+
+
+def test_a_successor_says_what_is_lost(path: str) -> None:
+    """What a killed store had in its own memory has ended with it; how much that was is in the log."""
+    options = ["-s", path, "-e", "memory://name"]
+    with running(*options, "-m", str(CAPACITY)) as (first, _), plasma.connect(path) as client:
+        ids = [client.put_raw_buffer(bytes(1_800_000)) for _ in range(6)]
+        client.flush()
+        first.kill()
+        first.wait()
+        with running(*options) as (_, said):
+            n_lost = 0
+            for each in ids:
+                try:
+                    assert bytes(client.get_buffers(each)) == bytes(1_800_000)
+                except plasma.ExternalStoreError:
+                    n_lost += 1
+            assert n_lost
+            assert f"{n_lost} objects that were in the external store alone are not there" in said
 
 
 SLOW = """
