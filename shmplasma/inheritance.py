@@ -60,16 +60,20 @@ from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError, PlasmaStoreFull
 from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ProtocolError, ShmPlasmaError
-from shmplasma.exchange import Exchange, close_inherited
+from shmplasma.exchange import close_inherited
 from shmplasma.handshake import greet
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
+from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import Lifeline, Pin, PinBoard
 from shmplasma.pins import FIRST_SLOT
+from shmplasma.posted import Gone
 from shmplasma.replies import Number
 from shmplasma.requests import Grow, Role
 
 __all__ = ["register"]
+
+_NOTHING: Final = memoryview(bytes(8)).cast("Q")
 
 _lifelines: Final[weakref.WeakSet[Lifeline]] = weakref.WeakSet()
 _prepared: Final[dict[tuple[int, Lifeline], Inheritance]] = {}
@@ -88,6 +92,8 @@ class Inheritance:
     ----------
     lifeline : Lifeline
         Whose store to connect to.
+    in_child : bool
+        Whether this is the child, and no other process.
 
     Attributes
     ----------
@@ -97,6 +103,8 @@ class Inheritance:
         The same as native 8-byte words.
     boards : list of PinBoard
         Whose pins the first of them have, in this order.
+    connection : Exchange
+        What keeps the boards; closed when it is collected.
 
     Raises
     ------
@@ -104,22 +112,24 @@ class Inheritance:
         There is no such connection to be had.
     """
 
-    def __init__(self, lifeline: Lifeline) -> None:
-        self._connection, welcome = greet(
-            lifeline.path, 0, Role.CLIENT, f"{lifeline.name} (forked)"
-        )
+    def __init__(self, lifeline: Lifeline, *, in_child: bool) -> None:
+        self._outbox: Outbox | None = None
+        self.connection, welcome = greet(lifeline.path, 0, Role.CLIENT, f"{lifeline.name} (forked)")
         self.wake_fd = -1
         self.boards: list[PinBoard] = []
         self.words: list[memoryview] = []
         try:
             if welcome.token != lifeline.attachment.token:
                 raise NotConnectedError("another store listens there now")
-            self.wake_fd = self._connection.take_descriptor()
+            self.wake_fd = self.connection.take_descriptor()
             self.numbers = [welcome.board]
             while len(self.numbers) < len(lifeline.boards):
-                frame = self._connection.call(Grow.KIND, b"")
+                frame = self.connection.call(Grow.KIND, b"")
                 self.numbers.append(expect(Number, frame).value)
             self.words = [lifeline.attachment.map_board(number) for number in self.numbers]
+            if in_child:
+                outbox = lifeline.attachment.outbox(welcome.board)
+                self._outbox = Outbox(outbox, _NOTHING, _NOTHING, _NOTHING)
         except BaseException:
             self.close()
             raise
@@ -134,7 +144,7 @@ class Inheritance:
         """Close this process's copy of the connection, and let go of its boards."""
         for words in self.words:
             words.release()
-        self._connection.close()
+        self.connection.close()
         if self.wake_fd >= 0:
             os.close(self.wake_fd)
             self.wake_fd = -1
@@ -144,10 +154,14 @@ class Inheritance:
         fd, self.wake_fd = self.wake_fd, -1
         return fd
 
-    @property
-    def connection(self) -> Exchange:
-        """What keeps the boards; closed when it is collected."""
-        return self._connection
+    def abandon(self) -> None:
+        """Close a forked child's copy of the connection, and leave the parent's alone."""
+        self.connection.close()
+
+    def end(self) -> None:
+        """Write the only record, when no pin is left: a store that has died cannot see the connection end."""
+        if self._outbox is not None:
+            self._outbox.append(Gone.KIND, b"", is_last=True)
 
 
 class _Releases:
@@ -205,7 +219,7 @@ def _before_fork() -> None:
     for lifeline in list(_lifelines):
         if any(map(_holds, lifeline.boards)):
             try:
-                _prepared[own, lifeline] = Inheritance(lifeline)
+                _prepared[own, lifeline] = Inheritance(lifeline, in_child=False)
             except (ShmPlasmaError, ProtocolError, OSError) as error:
                 failures.append((lifeline, error))
     try:
@@ -267,7 +281,7 @@ def _settle(lifeline: Lifeline, inherited: Inheritance | None) -> Exception | No
     boards = copied + [board for board in lifeline.boards if board not in copied]
     failure: Exception | None = None
     try:
-        own = Inheritance(lifeline)
+        own = Inheritance(lifeline, in_child=True)
     except (ShmPlasmaError, ProtocolError, OSError) as error:
         if inherited is None:
             return error
@@ -284,7 +298,7 @@ def _settle(lifeline: Lifeline, inherited: Inheritance | None) -> Exception | No
         for words in inherited.words:
             words[FIRST_SLOT:] = nothing
         inherited.close()
-    lifeline.reconnect(own.connection, own.take_wake_fd())
+    lifeline.reconnect(own, own.take_wake_fd())
     return failure if any(map(_holds, boards[len(own.numbers) :])) else None
 
 

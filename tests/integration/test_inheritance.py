@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from shmplasma import ObjectID, ObjectNotAvailable, PlasmaClient, PlasmaStoreFull, Store, connect
+from tests.command import killed, running
 from tests.processes import Child, in_forked_child, run_python, until
 
 PARENT = """
-    import os, sys
+    import gc, os, sys
     import shmplasma as plasma
 
     client = plasma.connect(sys.argv[1])
@@ -28,6 +29,7 @@ PARENT = """
         sys.stdin.readline()
         print(bytes(held) == b"inherited" * 1000, flush=True)
         del held
+        gc.collect()  # what the child has of the parent's session, which is in a cycle
         sys.stdin.readline()
         os._exit(0)
     sys.stdin = None
@@ -149,6 +151,23 @@ def test_a_parent_that_is_killed(store: Store, client: PlasmaClient) -> None:
         child.say()
         assert child.hear() == "True"
         until(lambda: pinned(client) == 0, "the child has let go")
+        child.say()
+
+
+def test_a_child_that_lets_go_after_its_store_has_died(tmp_path: Path) -> None:
+    """The next store waits for the child no longer than until its last buffer has gone."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        child = Child(PARENT, path)
+        pid = child.hear()
+    with child, running("-s", path), connect(path) as client:
+        child.kill()
+        assert f"(pid {pid})" in client.debug_string()
+        assert pinned(client) == 1
+        child.say()
+        assert child.hear() == "True"
+        until(lambda: f"(pid {pid})" not in client.debug_string(), "the child is forgotten")
+        assert pinned(client) == 0
         child.say()
 
 
