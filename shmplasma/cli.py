@@ -12,6 +12,7 @@ not enough room) or has failed, 2 for an error of usage.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -56,6 +57,13 @@ __all__ = ["main"]
 
 _LOG: Final = logging.getLogger(__name__)
 
+_LIMITS: Final = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EFBIG: "raise the limit of the size of a file (ulimit -f), or start with a smaller -m",
+    errno.ENOMEM: "raise the limit of a process's memory (ulimit -v), or start with a smaller -m",
+}
+"""The limits of this process that a call may have met, and what helps."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a store until it is told to end.
@@ -94,15 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.shutdown()
         os._exit(0)
     except (AttachError, CommitError, EndpointError, ExternalStoreError, LayoutError) as error:
-        return _fail(str(error))
+        return _fail(f"{error}{_remedy(error.__cause__)}")
     except OSError as error:
-        return _fail(f"the system refused what the store cannot do without: {error}")
+        return _fail(
+            f"the system refused what the store cannot do without: {error}{_remedy(error)}"
+        )
     except MemoryError:
         return _fail("the store has no memory left for itself; free some, and start it again")
     except Exception:  # noqa: BLE001 - a bug has no class of its own
         _LOG.exception("the store has failed by an error of its own; please report it")
         return 1
     return 0
+
+
+def _remedy(error: BaseException | None) -> str:
+    """Return what helps where a call has met a limit of this process, to be added to a message; else nothing."""
+    remedy = _LIMITS.get(error.errno or 0) if isinstance(error, OSError) else None
+    return "" if remedy is None else f"; {remedy}"
 
 
 def _fail(text: str) -> int:

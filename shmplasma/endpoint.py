@@ -183,12 +183,23 @@ class Endpoint:
         self.listener.listen(_BACKLOG)
 
     def write_note(self, note: bytes) -> None:
-        """Leave at most 8192 bytes to whoever claims the path after a crash of this process."""
+        """Leave at most 8192 bytes to whoever claims the path after a crash of this process.
+
+        Raises
+        ------
+        EndpointError
+            The lock file cannot be written.
+        """
         assert len(note) <= _NOTE_BYTES
         self._noted = True
-        # A death in between must not leave the lock file without a note: what it names would be lost.
-        os.pwrite(self._lock, note, 0)
-        os.ftruncate(self._lock, len(note))
+        try:
+            # A death in between must not leave the lock file without a note: what it names would be lost.
+            os.pwrite(self._lock, note, 0)
+            os.ftruncate(self._lock, len(note))
+        except OSError as error:
+            raise EndpointError(
+                f"cannot write the lock file {_lock_path(self.path)}: {error.strerror}; make room there, or {_OTHER_PATH}"
+            ) from error
 
     def keep_note(self) -> None:
         """Let the note outlive `close`, as what it names does."""

@@ -157,18 +157,18 @@ class _Directory:
         return os.path.join(self._root, name)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        path, flags = self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        path = self._path(name)
         try:
-            fd = os.open(path, flags, 0o600)
+            _write_file(path, parts)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            fd = os.open(path, flags, 0o600)
-        try:
-            left: list[bytes | memoryview] = list(parts)
-            while left:
-                left = _after(os.writev(fd, left[:_MOST_PARTS]), left)
-        finally:
-            os.close(fd)
+            directory = os.path.dirname(path)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            try:
+                _write_file(path, parts)
+            except OSError:
+                with suppress(OSError):  # others write there meanwhile
+                    os.rmdir(directory)
+                raise
 
     def read(self, name: str, offset: int, into: Sequence[memoryview]) -> int:
         fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
@@ -195,6 +195,21 @@ class _Directory:
     def delete_directory(self, name: str) -> None:
         with suppress(FileNotFoundError):
             shutil.rmtree(self._path(name))
+
+
+def _write_file(path: str, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file, of which nothing is left if that fails."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        left: list[bytes | memoryview] = list(parts)
+        while left:
+            left = _after(os.writev(fd, left[:_MOST_PARTS]), left)
+    except OSError:
+        with suppress(OSError):  # why it cannot be written is what counts
+            os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
 
 
 _Bytes = TypeVar("_Bytes", bound=bytes | memoryview)

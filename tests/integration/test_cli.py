@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
@@ -624,6 +624,66 @@ def test_more_than_there_is(path: str) -> None:
     assert "a smaller -m" in done.stderr
     assert "-d DIRECTORY" in done.stderr
     assert not os.listdir(Path(path).parent)
+
+
+LIMITED = """
+    import os, resource, sys
+    from shmplasma import cli
+
+    kind, limit = getattr(resource, sys.argv[1]), int(sys.argv[2])
+    if kind == resource.RLIMIT_NOFILE:
+        probe = os.dup(0)
+        os.close(probe)
+        limit += probe
+    resource.setrlimit(kind, (limit, limit))
+    sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    ("kind", "limit", "says"),
+    [
+        *[("RLIMIT_NOFILE", count, "ulimit -n") for count in (1, 3, 4)],
+        ("RLIMIT_FSIZE", 100_000, "ulimit -f"),
+        ("RLIMIT_AS", 500_000_000, "ulimit -v"),
+    ],
+)
+def test_limits_of_the_process(path: str, kind: str, limit: int, says: str) -> None:
+    """A store that meets one while it starts exits with 1, says which, and leaves nothing."""
+    program = [sys.executable, "-c", dedent(LIMITED), kind, str(limit), "-s", path, "-m", "500MB"]
+    done = subprocess.run(program, check=False, capture_output=True, text=True, env=unmeasured())
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not os.listdir(Path(path).parent)
+
+
+def fill(directory: str) -> None:
+    """Leave no room in a file system."""
+    with open(f"{directory}/rest", "wb", buffering=0) as rest, suppress(OSError):
+        while True:
+            rest.write(bytes(1 << 12))
+
+
+def test_a_lock_file_without_room(small_tmpfs: str) -> None:
+    """A full file system below the socket is named, with what helps; nothing is left there."""
+    fill(small_tmpfs)
+    done = run("-s", f"{small_tmpfs}/s", "-m", "1MB")
+    assert done.returncode == 1
+    assert f"cannot write the lock file {small_tmpfs}/s.lock: No space left" in done.stderr
+    assert os.listdir(small_tmpfs) == ["rest"]
+
+
+def test_an_external_store_without_room(path: str, small_tmpfs: str) -> None:
+    """A store that cannot be started leaves nothing there, however often it is tried."""
+    fill(small_tmpfs)
+    for directory in (small_tmpfs, f"{small_tmpfs}/new"):
+        done = run("-s", path, "-m", "1MB", "-e", f"file://{directory}")
+        assert done.returncode == 1
+        assert "cannot be written to" in done.stderr
+        assert not os.listdir(Path(path).parent)
+        assert not [each for each in os.listdir(directory) if each.startswith("shmplasma-")]
 
 
 def test_systemd(tmp_path: Path, path: str) -> None:
