@@ -17,7 +17,7 @@ from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.client import PlasmaClient, connect
 from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.endings import is_told_to_end
-from shmplasma.errors import ShmPlasmaError
+from shmplasma.errors import LayoutError, ShmPlasmaError
 from shmplasma.exchange import RETRY_SECONDS
 from shmplasma.flight_server import StoreFlightServer
 from shmplasma.readiness import notify
@@ -75,10 +75,12 @@ def serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> Non
             signal.sigwait(ending)
             notify("STOPPING=1")
             _shut_down(server)
-    except NotConnectedError as error:
+    except (NotConnectedError, LayoutError) as error:
         raise CannotServeError(str(error)) from error
     except ArrowException as error:
-        reason = _refusal(options.listen) or error
+        reason = _refusal(options.listen) or str(error)
+        if options.tls_cert is not None and reason == str(error):
+            reason += "; see whether --tls-cert and --tls-key are PEM, and of one key"
         raise CannotServeError(f"cannot serve at {options.listen}: {reason}") from error
     except (OSError, ValueError) as error:
         raise CannotServeError(f"cannot serve at {options.listen}: {error}") from error
@@ -124,7 +126,7 @@ def _shut_down(server: StoreFlightServer) -> None:
 
 
 def _token(path: Path) -> str:
-    token = path.read_text().strip()
+    token = path.read_text(errors="replace").strip()
     if not token:
         raise ValueError(f"there is no token in {path}")
     if not (token.isascii() and token.isprintable()):

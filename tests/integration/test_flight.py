@@ -34,8 +34,11 @@ from shmplasma import (
 )
 from shmplasma.flight import PIECE_BYTES, Head, connect, fetch, send
 from shmplasma.flight_server import StoreFlightServer
+from shmplasma.layout import LAYOUT_VERSION
 from shmplasma.payloads import Codec
 from tests.clients import MISSING, new_id
+from tests.command import running as running_store
+from tests.command import segment_in
 from tests.processes import Child, until
 
 PROGRAM = [sys.executable, "-m", "shmplasma.flight_cli"]
@@ -593,14 +596,38 @@ def test_usage(store: Store, arguments: list[str], code: int, said: str) -> None
     assert said in done.stderr
 
 
-@pytest.mark.parametrize("token", ["sécret", "two\nlines"])
+@pytest.mark.parametrize("token", ["sécret", "two\nlines", "\udcff"])
 def test_a_token_that_nobody_can_show(store: Store, tmp_path: Path, token: str) -> None:
     """It is refused at the start."""
     file = tmp_path / "token"
-    file.write_text(token)
+    file.write_bytes(token.encode(errors="surrogateescape"))
     done = run("-s", store.store_socket_name, "--token-file", str(file))
     assert done.returncode == 1
     assert f"no caller can show the token in {file}" in done.stderr
+
+
+def test_a_certificate_that_is_none(store: Store, tmp_path: Path) -> None:
+    """Flight does not say what is wrong; the message says what it may be."""
+    file = tmp_path / "certificate"
+    file.write_text("none")
+    tls = ["--tls-cert", str(file), "--tls-key", str(file)]
+    done = run("-s", store.store_socket_name, "--no-token", "--listen", "127.0.0.1:0", *tls)
+    assert done.returncode == 1
+    assert "see whether --tls-cert and --tls-key are PEM" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows shared memory as files")
+def test_a_store_of_another_release(tmp_path: Path) -> None:
+    """What cannot be read is refused in one line, which says what helps."""
+    path = str(tmp_path / "s")
+    with running_store("-m", "10MB", "-s", path) as (_, said):
+        with Path("/dev/shm", segment_in(said)[1:]).open("r+b") as file:
+            file.seek(8)
+            file.write((LAYOUT_VERSION + 1).to_bytes(8, sys.byteorder))
+        done = run("-s", path, "--no-token")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "run the release that made it" in done.stderr
 
 
 def test_an_address_in_use(store: Store) -> None:
