@@ -465,19 +465,21 @@ class ExternalStore:
             ``is_dead(note)`` tells whether the store that left the note has gone for good.
         """
         try:
-            for name in self._place.list(""):
-                if not name.startswith(_PREFIX) or name == self._directory:
-                    continue
-                note = bytearray(4096)
-                try:
-                    length = self._place.read(f"{name}/{_NOTE}", 0, [memoryview(note)])
-                except FileNotFoundError:
-                    continue  # it is just being made, or another one sweeps
-                if is_dead(bytes(note[:length])):
-                    self._place.delete_directory(name)
-                    yield name
+            names = self._place.list("")
         except (ArrowException, OSError):
-            return  # it is not ours to look at, or another one sweeps
+            return  # it is not ours to look at
+        for name in names:
+            if not name.startswith(_PREFIX) or name == self._directory:
+                continue
+            note = bytearray(4096)
+            try:
+                length = self._place.read(f"{name}/{_NOTE}", 0, [memoryview(note)])
+                if not is_dead(bytes(note[:length])):
+                    continue
+                self._place.delete_directory(name)
+            except (ArrowException, OSError):
+                continue  # it is just being made, is another user's, or another one sweeps
+            yield name
 
     def _name(self, number: int) -> str:
         return f"{self._directory}/{number}"

@@ -139,3 +139,18 @@ def test_what_dead_stores_have_left(store: ExternalStore) -> None:
     assert list(other.containers()) == []
     assert list(store.containers()) == [7]
     store.remove()
+
+
+def test_what_cannot_be_looked_at_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dead stores have left is removed, whatever else lies there: a file, or what is another user's."""
+    store = open_external(f"file://{tmp_path}", TOKEN, b"mine")
+    other = ExternalStore(store._place, "other", OTHER)
+    other.claim(b"theirs")
+    (tmp_path / "shmplasma-file").touch()
+    (tmp_path / "shmplasma-strange" / "owner").mkdir(parents=True)
+    names = sorted(store._place.list(""), reverse=True)
+    assert names[-1] == f"shmplasma-{TOKEN.hex()}"
+    monkeypatch.setattr(store._place, "list", lambda _: names)
+    assert list(store.sweep(lambda note: note == b"theirs")) == [f"shmplasma-{OTHER.hex()}"]
