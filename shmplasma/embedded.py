@@ -203,8 +203,12 @@ def _size(value: int | str) -> int:
 
 
 def _spawn(arguments: list[str], owner: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    entries: list[object] = [*sys.path]
+    places = [each for each in entries if isinstance(each, str)]  # others mean nothing to Python
     return subprocess.Popen(
-        [sys.executable, "-m", "shmplasma.cli", "--owner", str(owner), *arguments],
+        # It imports from where its owner does, and not from the directory in which that happens to run (-P).
+        [sys.executable, "-P", "-m", "shmplasma.cli", "--owner", str(owner), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=stderr,

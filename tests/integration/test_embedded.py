@@ -17,6 +17,7 @@ import shmplasma
 from shmplasma.embedded import Store, start_plasma_store
 from shmplasma.errors import ShmPlasmaError, StoreNotStartedError
 from tests.command import silent_bucket
+from tests.processes import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,6 +104,35 @@ def test_an_owner_that_is_killed_while_the_external_store_does_not_answer(child:
         owner.kill()
         while asked.recv(1000):  # until the server has ended
             pass
+
+
+WHERE = """
+    import os, sys
+    from pathlib import Path
+    sys.path[:0] = [Path("nowhere"), sys.argv[1]]
+    import here
+    from shmplasma import Store
+
+    with Store("10MB") as store, store.connect() as client:
+        assert client.get(client.put("there")) == "there"
+"""
+
+
+def test_the_server_imports_from_where_its_owner_does(tmp_path: Path) -> None:
+    """The working directory is none of these places, whatever lies there; what the owner has added is."""
+    code = Path(shmplasma.__file__).parent
+    added, working = tmp_path / "added", tmp_path / "working"
+    for directory in (added, working):
+        directory.mkdir()
+    (added / "shmplasma").symlink_to(code)
+    (added / "here.py").touch()
+    (working / "selectors.py").write_text("raise SystemExit('not to be imported')")
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(WHERE))
+    environment = {**unmeasured(), "PYTHONPATH": ""}
+    subprocess.run(
+        [sys.executable, str(program), str(added)], check=True, cwd=working, env=environment
+    )
 
 
 def test_a_store_that_cannot_start() -> None:
