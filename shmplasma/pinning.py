@@ -74,6 +74,7 @@ class Lifeline:
         "__weakref__",
         "_boards",
         "_pid",
+        "_rest",
         "_wake_fd",
         "_woken_by",
         "attachment",
@@ -164,15 +165,32 @@ class Lifeline:
         self.connection = connection
 
     def __del__(self) -> None:
-        # Pins that the same collection finalizes may come after this.
-        fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
-        connection = self.connection
+        self._rest = _Rest(self._wake_fd, self.connection, self.attachment, self._pid)
+
+
+class _Rest:
+    """Ends what a lifeline had, when that is freed.
+
+    The collector finalizes all that it has found, in any order, and then frees it.  So pins, and all else that may tell the store something, may
+    come after their lifeline, and none of them after this.  What they wrote when the store has heard of the end would reach another
+    client, which has the boards and the outbox by then.
+    """
+
+    __slots__ = ("_attachment", "_connection", "_pid", "_wake_fd")
+
+    def __init__(self, wake_fd: int, connection: object, attachment: Attachment, pid: int) -> None:
+        self._wake_fd = wake_fd
+        self._connection = connection
+        self._attachment = attachment
+        self._pid = pid
+
+    def __del__(self) -> None:
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
         # In a child that was just forked it may be collected before it is isolated: there it is its parent's.
-        if isinstance(connection, Closable) and self._pid == os.getpid():
-            connection.end()
-        self.attachment.close()
+        if isinstance(self._connection, Closable) and self._pid == os.getpid():
+            self._connection.end()
+        self._attachment.close()
 
 
 class PinBoard:

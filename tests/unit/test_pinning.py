@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import select
+import socket
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shmplasma.layout import BOARD_BYTES, HEADER_BYTES, HeaderWord
+from shmplasma.owned_socket import OwnedSocket
 from shmplasma.pinning import Lifeline, Pin, PinBoard
 
 
-def test_a_pin_that_outlives_its_lifeline_writes_to_nobodys_descriptor() -> None:
-    """A collection finalizes both in any order, and others open files in between, which get the number of the pipe."""
+class Connection:
+    """Notes what it finds when it is told that nothing is left."""
+
+    def __init__(self, find: Callable[[], object]) -> None:
+        self.find = find
+        self.found: list[object] = []
+
+    def abandon(self) -> None:
+        """Belong to somebody else."""
+
+    def end(self) -> None:
+        """Be told."""
+        self.found.append(self.find())
+
+
+@pytest.mark.parametrize("pin_is_first", [True, False])
+def test_a_collection_of_a_pin_and_its_lifeline(pin_is_first: bool) -> None:
+    """In whatever order it finalizes them, the pin clears its slot and wakes the store before that hears of the end."""
     words = memoryview(bytearray(HEADER_BYTES)).cast("Q")
     board = memoryview(bytearray(BOARD_BYTES)).cast("Q")
     attachment: Any = SimpleNamespace(words=words, board=lambda _: board, close=lambda: None)
-    (reading, writing), (of_others, written) = os.pipe(), os.pipe()
-    lifeline = Lifeline(attachment, writing, None, "path", "name")
-    pin = Pin()
-    pin.board = PinBoard(lifeline, 0)
-    pin.word = pin.board.free.pop()
-    words[HeaderWord.WAKE] = 1
-    lifeline.__del__()
+    reading, writing = os.pipe()
+    gc.disable()
     try:
-        os.dup2(written, writing)
-        lifeline.wake_reading_store()
-        del pin
-        assert not select.select([of_others], [], [], 0)[0]
+        pins = [Pin()] if pin_is_first else []
+        lifeline = Lifeline(attachment, writing, None, "path", "name")
+        pins = pins or [Pin()]
+        (pin,) = pins
+        pin.board = PinBoard(lifeline, 0)
+        pin.word = word = pin.board.free.pop()
+        board[word] = words[HeaderWord.WAKE] = 1
+        lifeline.connection = connection = Connection(lambda: (board[word], os.read(reading, 2)))
+        loop: list[object] = [lifeline, pin]
+        loop.append(loop)
+        del pins, lifeline, pin, loop
+        assert not connection.found
+        gc.collect()
+        assert connection.found == [(0, b"r")]
+        assert not os.read(reading, 2), "the writing end is closed"
     finally:
-        for fd in (reading, writing, of_others, written):
-            os.close(fd)
+        gc.enable()
+        os.close(reading)
 
 
 def test_a_pin_that_was_interrupted_before_it_had_a_slot() -> None:
@@ -41,3 +67,12 @@ def test_a_pin_that_was_interrupted_before_it_had_a_slot() -> None:
     pin.__del__()
     with pytest.raises(AttributeError):
         _ = pin.slot
+
+
+def test_a_socket_that_could_not_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing when it is freed, as there is nothing to close."""
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(OSError, match="not supported"):
+        OwnedSocket(socket.AF_UNIX, socket.SOCK_RDM)
+    assert not unraisable
