@@ -220,6 +220,19 @@ class Connection:
         self.paused_at = None
         self._watch(_READ)
 
+    def send_no_more(self) -> None:
+        """Forget what waits to be sent, as nobody reads it any more; go on reading.
+
+        Raises
+        ------
+        OSError
+            The connection has failed.
+        """
+        self._out.clear()
+        self._out_bytes = 0
+        self.paused_at = None
+        self._watch(_READ)
+
     def pause(self) -> None:
         """Read nothing more from it until all that waits is sent.
 

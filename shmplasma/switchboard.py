@@ -171,9 +171,14 @@ class Switchboard:
     def _lose(self, client: int, error: OSError) -> None:
         """End a connection that can be neither read nor written any more.
 
-        Only where the error says that the other end is closed may what it held be given to others.
+        Only where the error says that the other end is closed may what it held be given to others.  Who reads no more may have
+        buffers still: a client that was disconnected in the middle of a call.  If it has ended, that is read.
         """
-        if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        if isinstance(error, BrokenPipeError):
+            connection = self._connections[client]
+            connection.send_no_more()
+            self._go_on(connection)
+        elif isinstance(error, ConnectionResetError):
             _LOG.info("client %d: %s", client, error)
             self._close(client)
         else:
@@ -358,7 +363,12 @@ class Switchboard:
         except OSError as error:
             self._lose(connection.client, error)
             return
-        if was_paused and connection.owes_nothing:
+        if was_paused:
+            self._go_on(connection)
+
+    def _go_on(self, connection: Connection) -> None:
+        """Take messages of a client again, if it may send any."""
+        if connection.owes_nothing:
             self.awaited.discard(connection)
             if connection.frames:
                 self.backlog.add(connection.client)

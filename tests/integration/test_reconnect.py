@@ -17,7 +17,7 @@ from shmplasma import handshake
 from shmplasma.session import Session
 from tests.clients import figure, new_id
 from tests.command import killed, running
-from tests.processes import INTERRUPTER, Child, run_python, until
+from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
 
 INTERRUPTED = """
     import shmplasma as plasma
@@ -136,6 +136,82 @@ def test_who_disconnects_while_another_thread_connects_anew(
             other.create(new_id(), 100)
     assert "disconnected" in repr(other)
     assert not client.list()
+
+
+LEFT = """
+    import signal, sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    (held,) = client.get_buffers([plasma.ObjectID(20 * b"h")])
+    signal.signal(signal.SIGTERM, lambda *_: client.disconnect())
+    print("waits", flush=True)
+    try:
+        client.get(plasma.ObjectID(20 * b"m"))
+    except plasma.NotConnectedError:
+        print("has left", flush=True)
+    input()
+    assert held.to_pybytes() == 1000 * b"h"
+"""
+
+
+def test_buffers_of_a_client_that_was_disconnected_in_the_middle_of_a_call(
+    client: plasma.PlasmaClient,
+) -> None:
+    """They stay valid, also when the store answers the call, which nobody hears any more."""
+    held, missing = plasma.ObjectID(20 * b"h"), plasma.ObjectID(20 * b"m")
+    client.put_raw_buffer(1000 * b"h", held)
+    with Child(LEFT, client.store_socket_name) as child:
+        assert child.hear() == "waits"
+        wait_until_asleep(child.process.pid)
+        child.process.terminate()
+        assert child.hear() == "has left"
+        client.put_raw_buffer(b"m", missing)
+        client.flush()
+        client.evict(100_000_000)
+        assert client.contains(held)
+        child.say()
+        assert child.end() == 0
+    until(lambda: figure(client, "pinned objects") == 0, "what it held is let go of")
+
+
+COLLECTED = """
+    import gc, sys
+    import shmplasma as plasma
+    from shmplasma import session
+
+    class Between:
+        def __del__(self):
+            for _ in range(3):
+                other.flush()
+            later.append(plasma.connect(sys.argv[1]))
+
+    def lifeline(*arguments):
+        betweens.append(Between())  # so that the collector comes to it between the socket and this
+        return made(*arguments)
+
+    other = plasma.connect(sys.argv[1])
+    later, betweens = [], []
+    made, session.Lifeline = session.Lifeline, lifeline
+    gc.disable()
+    client = plasma.connect(sys.argv[1])
+    (between,) = betweens
+    between.client, client.between = client, between
+    betweens.clear()
+    del client, between
+    gc.collect()
+    (client,) = later
+    object_id = client.put_raw_buffer(b"x")
+    (held,) = client.get_buffers([object_id])
+    other.flush()
+    client.flush()
+    assert "\\npinned objects: 1\\n" in other.debug_string()
+"""
+
+
+def test_a_client_that_the_collector_takes(store: plasma.Store) -> None:
+    """Its last word does not reach another client, which may have its place as soon as its connection has ended."""
+    run_python(COLLECTED, store.store_socket_name)
 
 
 DROPPED = """
