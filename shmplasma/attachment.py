@@ -198,13 +198,22 @@ class Attachment:
         return page, memoryview(self._map_writable(page, end - page))
 
     def private(self, offset: int, size_bytes: int) -> memoryview:
-        """Map a part of the segment privately: what is written there stays here, and takes memory by the page."""
+        """Map a part of the segment privately: what is written there stays here, and takes memory by the page.
+
+        Notes
+        -----
+        Takes no descriptor, but for huge pages, which begin at addresses of their own.
+        """
         if self._fd < 0:
             raise ValueError("the attachment is closed")
         start = offset & -self.layout.page_bytes
         end = align_up(offset + size_bytes, self.layout.page_bytes)
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        whole = mmap.mmap(self._fd, end - start, mmap.MAP_PRIVATE, protection, offset=start)
+        if self.layout.page_bytes == mmap.PAGESIZE:
+            whole = mmap.mmap(-1, end - start, mmap.MAP_PRIVATE)
+            system.make_private(memoryview(whole), self._fd, start)
+        else:
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            whole = mmap.mmap(self._fd, end - start, mmap.MAP_PRIVATE, protection, offset=start)
         return memoryview(whole)[offset - start : offset - start + size_bytes]
 
     def isolate(self) -> None:

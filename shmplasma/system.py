@@ -311,8 +311,8 @@ def keep_away(threads: Iterable[int]) -> bool:
     return bool(others)
 
 
-def make_private(mapping: memoryview) -> None:
-    """Replace all of a writable shared mapping by private memory at the same address, filled with zeros.
+def make_private(mapping: memoryview, fd: int = -1, offset: int = 0) -> None:
+    """Replace all of a writable mapping by private memory at the same address: zeros, or what a file has from `offset` on.
 
     Raises
     ------
@@ -321,8 +321,8 @@ def make_private(mapping: memoryview) -> None:
     """
     start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-    if _mmap(start, len(mapping), protection, flags, -1, 0) != start:
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
+    if _mmap(start, len(mapping), protection, flags, fd, offset) != start:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 

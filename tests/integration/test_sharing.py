@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -191,6 +192,19 @@ def test_what_a_mode_pins(client: PlasmaClient) -> None:
     client.delete(object_id)
     client.put(np.zeros(12_000_000))
     assert np.array_equal(mapping, copy)
+
+
+def test_private_mappings_take_no_descriptors(client: PlasmaClient) -> None:
+    """A program may hold more of them than it may have files open; what is written stays in each."""
+    object_id = client.put(np.arange(10_000))
+    before = os.listdir("/dev/fd")
+    mappings = [client.get(object_id, mode="cow") for _ in range(10)]
+    assert len(os.listdir("/dev/fd")) == len(before)
+    for number, mapping in enumerate(mappings):
+        mapping[::2] = -number
+    for number, mapping in enumerate(mappings):
+        assert (mapping[::2] == -number).all()
+        assert np.array_equal(mapping[1::2], np.arange(1, 10_000, 2))
 
 
 def test_a_mode_that_there_is_not(client: PlasmaClient) -> None:
