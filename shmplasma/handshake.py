@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import time
 from typing import Final
@@ -44,6 +45,8 @@ def greet(
     ------
     NotConnectedError
         No store answers there, or none ever can.
+    OSError
+        There is no descriptor for a connection.
     """
     fault = fault_of(path)
     if fault:
@@ -57,6 +60,9 @@ def greet(
                 "--group NAME --mode 0660, or with --mode 0666"
             ) from error
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                text = f"there is no descriptor for a connection to {path!r}; too many files are open here"
+                raise OSError(error.errno, text) from error
             raise NotConnectedError(
                 f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {shlex.quote(path)}"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from textwrap import dedent
 import pytest
 
 import shmplasma as plasma
-from shmplasma import handshake
+from shmplasma import exchange, handshake
 from shmplasma.session import Session
 from tests.clients import figure, new_id
 from tests.command import killed, running
@@ -353,6 +354,21 @@ def test_a_path_of_an_impossible_length(path: str) -> None:
         plasma.NotConnectedError, match=r"a socket path has 1 to 107 bytes.* give the path at which"
     ):
         plasma.connect(path)
+
+
+def test_no_descriptor_for_a_connection(
+    client: plasma.PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has too many files open is told so, and not that there is no store."""
+
+    def no_socket(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(exchange, "OwnedSocket", no_socket)
+    with pytest.raises(OSError, match="too many files are open here") as raised:
+        plasma.connect(client.store_socket_name)
+    assert raised.value.errno == errno.EMFILE
+    assert not isinstance(raised.value, plasma.NotConnectedError)
 
 
 def test_what_is_no_socket(tmp_path: Path) -> None:
