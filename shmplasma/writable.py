@@ -53,7 +53,9 @@ class Pages:
             return
         start, end = first * chunk, last * chunk
         mapping = np.frombuffer(self._attachment.write_map, np.uint8)
-        if system.populate(mapping.ctypes.data + start, min(end, mapping.size) - start):
+        # Not by `ctypes`, which imports something: a finalizer may not when the interpreter ends.
+        address = mapping.__array_interface__["data"][0]
+        if system.populate(address + start, min(end, mapping.size) - start):
             self._populated[first:last] = b"\1" * (last - first)
 
     def give_back(self, offset: int, size_bytes: int) -> None:

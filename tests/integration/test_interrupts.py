@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from shmplasma import PlasmaClient, Store, system
+from shmplasma import ObjectID, PlasmaClient, Store, system
 from tests.clients import figure
 from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
 
@@ -483,3 +483,26 @@ COLLECTED = """
 def test_a_finalizer_that_uses_the_client(store: Store) -> None:
     """One that comes in the middle of another call hears that it may not ask, and that call goes on."""
     assert int(run_python(COLLECTED, store.store_socket_name)) == 100
+
+
+LATE = """
+    import sys
+    import shmplasma as plasma
+
+    class Late:
+        client = plasma.connect(sys.argv[1])
+        value = bytes(20 << 20)
+        object_id = plasma.ObjectID(20 * b"l")
+
+        def __del__(self):
+            self.client.put_raw_buffer(self.value, self.object_id)
+
+    late = Late()
+    late.itself = late
+"""
+
+
+def test_a_finalizer_at_the_end_of_the_interpreter(store: Store, client: PlasmaClient) -> None:
+    """One that puts a large object then, when nothing can be imported any more, has put it."""
+    run_python(LATE, store.store_socket_name)
+    assert client.contains(ObjectID(20 * b"l"))
