@@ -253,6 +253,8 @@ class Reading(Connected):
         many tasks wait.  A task that is cancelled withdraws its request.  Tasks of several event loops, and threads,
         may use one client.
         """
+        if type(timeout_ms) is not int:
+            wait_seconds(timeout_ms)
         session = self._session
         if session is None:
             from shmplasma.aio import off_loop  # noqa: PLC0415 - asyncio takes 30 ms to import

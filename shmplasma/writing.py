@@ -348,6 +348,8 @@ class Writing(Connected):
         fresh: bool = False,
     ) -> ObjectID:
         """Store a payload: in the lease if that has room for it, else in room that a round trip gets."""
+        if type(timeout_ms) is not int:
+            wait_seconds(timeout_ms)  # refuses what is no number, also where there is room
         codec = payload.codec | flags
         threads = index(threads)
         session = self._session or self._live()

@@ -132,7 +132,10 @@ def test_what_is_no_id_is_refused(client: PlasmaClient) -> None:
             await client.get_async({MISSING})  # type: ignore[arg-type]  # on purpose
         with pytest.raises(ValueError, match="not a number"):
             await client.get_async(MISSING, float("nan"))
+        with pytest.raises(TypeError, match="timeout_ms is a number or None, not str"):
+            await client.get_async(there, "1")  # type: ignore[arg-type]  # on purpose
 
+    there = client.put(1)
     asyncio.run(main())
 
 

@@ -84,6 +84,9 @@ def test_each_way_to_store_may_wait(client: PlasmaClient, hold: list[object]) ->
                 store(timeout)
     with pytest.raises(ValueError, match="not a number"):
         client.create(new_id(), 1, timeout_ms=float("nan"))
+    for refused in (client.put, client.put_raw_buffer, client.put_ref):
+        with pytest.raises(TypeError, match="timeout_ms is a number or None, not str"):
+            refused(b"1", timeout_ms="1")  # type: ignore[arg-type] # which is the test
     with pytest.raises(TypeError):
         client.create(new_id(), 1, timeout_ms="1")  # type: ignore[arg-type] # which is the test
     assert figure(client, WAITING) == 0
