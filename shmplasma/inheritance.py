@@ -298,6 +298,7 @@ def _settle(lifeline: Lifeline, inherited: Inheritance | None) -> Exception | No
         for words in inherited.words:
             words[FIRST_SLOT:] = nothing
         inherited.close()
+    own.boards = []  # they keep the lifeline, which keeps this
     lifeline.reconnect(own, own.take_wake_fd())
     return failure if any(map(_holds, boards[len(own.numbers) :])) else None
 

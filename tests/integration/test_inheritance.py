@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shmplasma import ObjectID, ObjectNotAvailable, PlasmaClient, PlasmaStoreFull, Store, connect
+from shmplasma import (
+    ObjectID,
+    ObjectNotAvailable,
+    PlasmaClient,
+    PlasmaStoreFull,
+    Store,
+    connect,
+    inheritance,
+)
 from tests.command import killed, running
 from tests.processes import Child, in_forked_child, run_python, until
 
@@ -124,6 +133,22 @@ def test_a_child_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> No
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_what_a_child_lets_go_of_goes_without_the_collector(client: PlasmaClient) -> None:
+    """With its last buffer its connection ends at once."""
+    held = client.get_buffers([client.put_raw_buffer(b"x")])
+
+    def let_go() -> None:
+        gc.disable()
+        lifelines = [
+            weakref.ref(each) for each in inheritance._lifelines if any(each.pinned_words())
+        ]
+        assert len(lifelines) == 1
+        held.clear()
+        assert lifelines[0]() is None
+
+    assert in_forked_child(let_go) == 0
+
+
 def test_a_client_that_was_closed(store: Store, client2: PlasmaClient) -> None:
     """Buffers that have outlived their client are inherited as well."""
     with store.connect() as client:
