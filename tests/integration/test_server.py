@@ -234,7 +234,7 @@ def test_an_embedded_store_that_fails(
 
     def spawn(program: list[str], **options: object) -> subprocess.Popen[bytes]:
         code = FAILING.format(error="KeyError('a bug')")
-        return popen([program[0], "-c", code, *program[3:]], **options)  # type: ignore[call-overload, no-any-return]  # as given
+        return popen([program[0], "-c", code, *program[program.index("--owner") :]], **options)  # type: ignore[call-overload, no-any-return]  # as given
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
