@@ -43,6 +43,38 @@ def terminal(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     assert process.returncode == 0
 
 
+def test_a_library_that_knows_only_plasmas_names(tmp_path: Path) -> None:
+    """It finds the module under its old name, and the command by a link, as the guide for migration says."""
+    (tmp_path / "plasma_store").symlink_to(STORE_PROGRAM)
+    code = """
+        import os, subprocess, sys
+        import pyarrow, shmplasma
+
+        sys.modules["pyarrow.plasma"] = pyarrow.plasma = shmplasma
+        sys.modules["pyarrow._plasma"] = pyarrow._plasma = shmplasma
+
+        import pyarrow.plasma as first
+        from pyarrow import plasma as second
+        from pyarrow.plasma import PlasmaClient
+        from pyarrow._plasma import PlasmaObjectExists
+
+        assert first is second is pyarrow.plasma
+        directory = sys.argv[1]
+        path = os.path.join(directory, "s")
+        os.environ["PATH"] = directory + os.pathsep + os.environ["PATH"]
+        with subprocess.Popen(["plasma_store", "-m", "1000000", "-s", path], stderr=subprocess.DEVNULL) as store:
+            with first.connect(path) as client:
+                assert isinstance(client, PlasmaClient)
+                object_id = client.put(1)
+                try:
+                    client.put(2, object_id)
+                except PlasmaObjectExists:
+                    print(client.get(object_id))
+            store.terminate()
+    """
+    assert run_python(code, str(tmp_path)) == "1\n"
+
+
 @pytest.fixture
 def socket_name(tmp_path: Path) -> Iterator[str]:
     """Start the Plasma store as the page says; it is not /tmp/plasma, which may be somebody's."""
