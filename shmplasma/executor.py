@@ -95,11 +95,15 @@ class StoreExecutor(Executor):
         self._lock = threading.Lock()
         self._submitted = self._done = 0
         self.store = Store(memory)
-        self.client: PlasmaClient = self.store.connect()
-        self._sharing = Sharing(self.store.store_socket_name, min_bytes)
-        self._workers = self._new_workers()
-        if progress is True:  # the last, as it draws until it is stopped
-            self._bar = _Bar()
+        try:
+            self.client: PlasmaClient = self.store.connect()
+            self._sharing = Sharing(self.store.store_socket_name, min_bytes)
+            self._workers = self._new_workers()
+            if progress is True:  # the last, as it draws until it is stopped
+                self._bar = _Bar()
+        except BaseException:
+            self.store.close()
+            raise
 
     def _new_workers(self) -> ProcessPoolExecutor:
         reducers = self._sharing.reducers

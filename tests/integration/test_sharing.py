@@ -117,6 +117,26 @@ def test_an_executor_that_was_shut_down_stays_so() -> None:
     assert said == "TerminatedWorkerError\nthis executor was shut down; make another one\n0\n"
 
 
+def test_an_executor_whose_arguments_are_refused_has_ended_its_store() -> None:
+    """Not only when the collector comes, which cannot as long as somebody has the error."""
+    said = run_python(
+        """
+        import os
+        import shmplasma as plasma
+
+        for arguments in ({"max_workers": 0}, {"min_bytes": "many"}):
+            try:
+                plasma.StoreExecutor(memory="10MB", **arguments)
+            except (TypeError, ValueError) as error:
+                try:
+                    os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    print(error)
+        """
+    )
+    assert said == "max_workers must be greater than 0\nmin_bytes is a number of bytes, not str\n"
+
+
 class Buffers:
     """Offers its memory to protocol 5, as a user's class may."""
 
