@@ -146,7 +146,10 @@ class Tickets:
     def _disown(self, number: int, ticket: _Ticket) -> None:
         """Let a ticket not depend on its sender any more."""
         if ticket.sender is not None:
-            self._minted_by[ticket.sender].discard(number)
+            minted = self._minted_by[ticket.sender]
+            minted.remove(number)
+            if not minted:
+                del self._minted_by[ticket.sender]
             ticket.sender = None
 
     def _remove(self, number: int) -> None:
@@ -248,4 +251,5 @@ class Tickets:
             for number, ticket in self._tickets.items()
         ), "a ticket has no end"
         for client, own in self._minted_by.items():
+            assert own, "who has sent nothing is remembered"
             assert all(self._tickets[number].sender == client for number in own)

@@ -233,6 +233,20 @@ def test_the_same_bytes_to_many(talk: Conversation) -> None:
     assert not talk.ids()
 
 
+@pytest.mark.parametrize("receivers", [0, 1])
+def test_a_sender_whose_loans_were_taken_is_not_remembered(
+    talk: Conversation, receivers: int
+) -> None:
+    """However many there were; a store that lives long has had many clients."""
+    sender, receiver = talk.client(), talk.client()
+    put(sender, X)
+    sender.write(Lend(X, 7, receivers))
+    receiver.write(Redeem(X, 7, 1))
+    talk.disconnect(sender)
+    assert not talk.store._ledger.references.tickets._minted_by
+    talk.store.check()
+
+
 def test_a_known_number_of_receivers(talk: Conversation) -> None:
     """A loan for three stands for three, and is used up by the third."""
     sender, receiver = talk.client(), talk.client()
