@@ -1,6 +1,7 @@
 """Attempts: which compactions are worth another one.  Pure.
 
-One that was in vain is not begun anew as long as all is there that was in its way.  That is what could not be moved when it last looked.
+One that was in vain is not begun anew as long as all is there that was in its way, though a smaller one succeeds.  That is what could not be
+moved when it last looked.
 What was pinned in passing, when it came to move it, does not count: that may have been let go of since, and nothing would
 say so.  So one that has met a pin may be begun anew at once, and whoever is not to wait for long counts these.
 """
@@ -55,5 +56,7 @@ class Attempts:
         """Take note of what came of it."""
         has_met_pins = not done and pins_met > self._pins_before
         self.met_pins += has_met_pins
-        in_vain = self._wanted, (situation, self._in_the_way)
-        self._in_vain = None if done or has_met_pins else in_vain
+        if has_met_pins:
+            self._in_vain = None
+        elif not done:
+            self._in_vain = self._wanted, (situation, self._in_the_way)

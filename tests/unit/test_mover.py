@@ -473,6 +473,30 @@ def test_who_does_not_wait_is_refused_when_an_object_is_pinned_again_and_again(
     rooms.one.take(granted, Created)
 
 
+def test_what_is_moved_for_two_in_vain_is_not_moved_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is tried for one takes the extent of the other, which lacks an entry; that one is refused, as it does not wait."""
+    monkeypatch.setattr("shmplasma.layout._MIN_ENTRIES", 16)
+    rooms = Rooms(3, 8, 5, 4, 6, 4, 6, 3)
+    rooms.one.ask(Keep(True, [name(number) for number in (1, 2, 5, 6, 7)]), Done)
+    rooms.delete(0, 3, 4)
+    rooms.other.get(name(2))
+    for number in range(10, 10 + rooms.store._parts.table.free_entries):
+        rooms.one.ask(rooms.one.new(name(number), 0)._replace(keep=True), Created)
+    large = rooms.one.new(name(8), 12 * LINE)
+    waiting = rooms.one.post(large._replace(timeout_ns=FOR_EVER))
+    brief = rooms.one.post(rooms.one.new(name(9), 11 * LINE))
+    rooms.settle()
+    while brief not in rooms.one.replies:
+        rooms.advance()
+        assert rooms.mover.compactions <= 4
+    assert "object table is full" in rooms.one.take(brief, Failed).text
+    rooms.turn()
+    assert waiting not in rooms.one.replies
+    rooms.store.check()
+
+
 def test_what_is_let_go_of_at_the_moment_of_the_last_look_is_moved() -> None:
     """Nobody is told of that who has looked just before; the next one looks again."""
     rooms = Glimpses()
