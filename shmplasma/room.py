@@ -122,6 +122,7 @@ class Room:
         self.most_at_once = _MOST_AT_ONCE
         self.takes = 0
         self.takes_that_met_a_pin = 0
+        self._not_displaced = 0
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
         self.finish_move = moves.finish
         self.mover = Mover(layout, table, self._allocator, moves, self, memory.barrier)
@@ -289,7 +290,7 @@ class Room:
 
     @property
     def _pins_met(self) -> int:
-        return self.mover.pins_met + self.takes_that_met_a_pin
+        return self.mover.pins_met + self._not_displaced
 
     def _look(self) -> list[tuple[int, int]]:
         return self.attempts.look(self.fixed())
@@ -457,6 +458,7 @@ class Room:
         if not all(map(self.residents.may_go, entries)):
             return []
         taken = self.take(entries, spill=self.residents.external is not None)
+        self._not_displaced += len(entries) - len(taken)
         return [self._table.object_id(entry) for entry in taken]
 
     def pinned(self, entries: Sequence[int]) -> AbstractSet[int]:

@@ -587,6 +587,33 @@ def test_where_copies_cannot_go_objects_are_moved() -> None:
     get(talk, peer, [500])
 
 
+def test_what_is_deleted_while_it_is_written_is_no_pin_in_passing() -> None:
+    """It is in the way until it is written, however often the store looks whether it can go; nothing is moved in vain meanwhile."""
+    talk = Conversation(16 * 64, external=ExternalLimits(high_water=0.0))
+    peer, other = talk.client(), talk.client()
+    for number, lines in enumerate((4, 1, 4)):
+        put(talk, peer, number, 64 * lines)
+    other.get(name(1))
+    request = peer.new(name(3), 64 * 7)
+    peer.ask(request, Created)
+    peer.write(Seal(name(3)))
+    peer.release(request.slot)
+    (job,) = talk.take_jobs()
+    for number in (0, 2, 3):
+        peer.ask(Delete([name(number)]), Done)
+    request_id = peer.post(peer.new(name(4), 64 * 8)._replace(timeout_ns=FOR_EVER))
+    for _ in range(20):
+        talk.carry_out(talk.store.offer_room(0, talk.now_ns))
+        talk.wake()
+        if talk.store.upkeep.has_urgent_work:
+            talk.advance()
+    assert talk.store._room.mover.compactions == 1
+    talk.do(job)
+    talk.turn()
+    peer.take(request_id, Created)
+    talk.store.check()
+
+
 @pytest.mark.parametrize(("n_in_vain", "comes"), [(1, True), (7, True), (8, False)])
 def test_what_comes_back_has_objects_moved_that_are_pinned_in_passing(
     n_in_vain: int, comes: bool
