@@ -270,7 +270,7 @@ class Lifecycle:
             self.releases.wake()
         if self.unsealed.are_left and size_bytes > self._room.largest_bytes:
             self.unsealed.finish()
-        reserved = 0 if self.spilling is None else self.spilling.reserved_bytes
+        reserved = 0 if self.spilling is None else self.spilling.reserved_for(size_bytes)
         if reserved and self._room.attainable_bytes < size_bytes + reserved:
             return None
         offset, evicted = self._room.allocate(size_bytes, self._room.most_at_once)

@@ -99,7 +99,7 @@ class Publishing:
         size, used = leases.size_for(client, needed_bytes), leases.used_bytes(client)
         none = Leased(0, 0, 0, 0)
         spilling = self._objects.spilling
-        reserved = 0 if spilling is None else spilling.reserved_bytes
+        reserved = 0 if spilling is None else spilling.reserved_for(size)
         if not size or (reserved and room.attainable_bytes < size + reserved):
             return none
         smallest, ahead = leases.least_for(needed_bytes), min(size, used)

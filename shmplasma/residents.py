@@ -58,8 +58,8 @@ class External(Protocol):
     def forget(self, entry: int) -> None:
         """Take note that an object goes for good."""
 
-    def look_again(self) -> None:
-        """Take note that there may be something new to write."""
+    def came(self, size_bytes: int) -> None:
+        """Take note of an object in memory, of so many bytes, that may be written."""
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield the extents of objects that come back."""
@@ -104,14 +104,14 @@ class Residents:
             self.cached(entry, size_bytes)
             return
         if self.external is not None:
-            self.external.look_again()
+            self.external.came(size_bytes)
         self._kept.add(entry)
         self._kept_bytes += size_bytes
 
     def cached(self, entry: int, size_bytes: int) -> None:
         """As `sealed`, of an object of so many bytes that is not kept."""
         if self.external is not None:
-            self.external.look_again()
+            self.external.came(size_bytes)
         self._queue.insert(entry)
         self._cached_bytes += size_bytes + _ROUND_UP & -ALIGNMENT
 
@@ -252,6 +252,10 @@ class Residents:
                     price += _KEPT_PRICE
             goods.append((table.location(entry)[0], size, entry, price))
         return goods
+
+    def largest_bytes(self) -> int:
+        """Return how many bytes the largest object takes up; O(objects)."""
+        return max(map(self.extent_bytes, chain(self._queue, self._kept)), default=0)
 
     def extent_bytes(self, entry: int) -> int:
         """Return how many bytes an object takes up."""

@@ -20,9 +20,9 @@ be chosen so, or none may go, some are moved.
 A full external store
 ---------------------
 Where it may hold so much only, the last of it, room for two objects as large as any that is there, is left to objects that
-come back: those that have to make way for them may have no copy.  Once that was needed, as much of what is clean is left to them in memory,
-and what is put has to do without.  So what is put cannot make unreadable what was put before; who gets one object after the
-other finds all of them.
+come back: those that have to make way for them may have no copy.  Once that was needed, as much of what is clean as the largest takes
+that was written is left to them in memory, and what is put has to do without.  So what is put cannot make unreadable what was put
+before; who gets one object after the other finds all of them.
 
 Half-dead containers
 --------------------
@@ -148,6 +148,7 @@ class Spilling:
     _scattered: int = 0
     _lacking: int = 0
     _largest: int = 0
+    _largest_stored: int = 0
 
     def __post_init__(self) -> None:
         self.returns = Returns(self.table, self.room, self.jobs)
@@ -187,13 +188,21 @@ class Spilling:
                 offered.add(entry)
                 yield entry
 
+    def reserved_for(self, size_bytes: int) -> int:
+        """Return how much of what is clean is left to what comes back when so much is put; 0 if it has room outside."""
+        largest = max(self._largest, HEADER_BYTES + align_up(size_bytes, ALIGNMENT))
+        goes = size_bytes and (self.spilled_bytes or size_bytes > self.room.free_bytes)
+        return self._largest_stored if goes and self._left_bytes < 2 * largest else 0
+
     @property
-    def reserved_bytes(self) -> int:
-        """Bytes of what is clean that are left to what comes back, as the external store has no room for that any more."""
-        if not (self.limits.max_bytes and self.spilled_bytes):
-            return 0
-        left = self.limits.max_bytes - self._containers.total_bytes - self._being_stored
-        return 0 if left >= 2 * self._largest else self._largest
+    def _left_bytes(self) -> int:
+        """How much the external store may still hold."""
+        return (self.limits.max_bytes or _ALL) - self._containers.total_bytes - self._being_stored
+
+    def came(self, size_bytes: int) -> None:
+        """Take note of an object in memory, of so many bytes, that may be written."""
+        self._largest = max(self._largest, HEADER_BYTES + align_up(size_bytes, ALIGNMENT))
+        self.look_again()
 
     def went(self, entry: int) -> None:
         """Take note that a clean object is in memory no more."""
@@ -290,7 +299,7 @@ class Spilling:
             wanted = max(wanted, self._demand - self.room.free_bytes)
             # For the next one as well, for which there may be no room any more.
             if self._lacking and self.limits.max_bytes:
-                wanted = max(wanted, self._largest - self.room.free_bytes)
+                wanted = max(wanted, self._largest_stored - self.room.free_bytes)
         if wanted <= 0 or self._writes >= _MAX_WRITES or self._is_fruitless:
             return
         # What is pinned makes no room, clean or not.
@@ -323,12 +332,11 @@ class Spilling:
         held = self.boards.pinned()
         batch: list[Part] = []
         batch_bytes = 0
-        left = None
-        if self.limits.max_bytes:
-            stored = self._containers.total_bytes + self._being_stored
-            left = self.limits.max_bytes - stored
-            if not stored:  # nothing is left of what was large
-                self._largest = 0
+        left = self._left_bytes
+        if left == self.limits.max_bytes:
+            self._largest_stored = 0
+            if left < 3 * self._largest:  # which may have been deleted
+                self._largest = HEADER_BYTES + self.room.residents.largest_bytes()
         for entry in candidates:
             if self._writes >= _MAX_WRITES or size_bytes <= 0:
                 break
@@ -337,16 +345,15 @@ class Spilling:
             if self.table.state(entry) != EntryState.SEALED:
                 continue
             size = align_up(self.table.size(entry), ALIGNMENT)
-            if left is not None:
-                reserve = 0 if self._lacking else 2 * max(self._largest, HEADER_BYTES + size)
-                if HEADER_BYTES + size + reserve > left:
-                    self.failure = (
-                        f"the external store may hold {self.limits.max_bytes} bytes, which it does, but for what others "
-                        "need to come back; delete objects, or start the store with a larger --max-spill-bytes"
-                    )
-                    continue
-                self._largest = max(self._largest, HEADER_BYTES + size)
-                left -= HEADER_BYTES + size
+            reserve = 0 if self._lacking else 2 * self._largest
+            if HEADER_BYTES + size + reserve > left:
+                self.failure = (
+                    f"the external store may hold {self.limits.max_bytes} bytes, which it does, but for what others "
+                    "need to come back; delete objects, or start the store with a larger --max-spill-bytes"
+                )
+                continue
+            self._largest_stored = max(self._largest_stored, HEADER_BYTES + size)
+            left -= HEADER_BYTES + size
             object_id, codec = self.table.id_and_codec(entry)
             batch.append(Part(entry, object_id, codec, *self.table.location(entry)))
             self.room.residents.busy.add(entry)
@@ -449,12 +456,13 @@ class Spilling:
         for entry, number in copies.items():
             size = align_up(self.table.size(entry), ALIGNMENT)
             self._containers.recover(number, entry, HEADER_BYTES + size)
-            self._largest = max(self._largest, HEADER_BYTES + size)
+            self._largest_stored = max(self._largest_stored, HEADER_BYTES + size)
             if entry in alone:
                 self.spilled_bytes += self.table.size(entry)
             else:
                 self._clean[entry] = size
                 self._clean_bytes += size
+        self.came(max(self._largest_stored - HEADER_BYTES, self.room.residents.largest_bytes()))
 
     def tidy(self, found: Mapping[int, int]) -> int:
         """Delete those of these containers that no entry names, and number the next ones above all of them.

@@ -343,6 +343,52 @@ def test_objects_of_all_sizes_beside_a_full_external_store(seed: int) -> None:
             put_one(number)
 
 
+def is_put(talk: Conversation, peer: Peer, number: int, size: int) -> bool:
+    """Put an object; tell whether there is room for it."""
+    request = peer.new(name(number), size)
+    request_id = peer.post(request)
+    while request_id not in peer.replies:
+        talk.settle_outside()
+    reply = peer.replies.pop(request_id)
+    if isinstance(reply, Created):
+        talk.raw[reply.offset : reply.offset + size] = content(number, size)
+        peer.write(Seal(name(number)))
+    peer.release(request.slot)
+    return isinstance(reply, Created)
+
+
+def test_what_could_not_make_way_is_not_put_beside_a_full_external_store() -> None:
+    """An object that is larger than all that was written needs more room there, once others want to come back."""
+    talk = Conversation(4096, external=ExternalLimits(8192, high_water=1.0))
+    peer = talk.client()
+    for number in range(3):
+        put(talk, peer, number, 1300)
+    assert not is_put(talk, peer, 3, 4096)
+    for number in range(3):
+        get(talk, peer, [number])
+
+
+def test_what_waits_to_make_way_has_room_in_the_external_store() -> None:
+    """Nothing else is written to the room that the largest object needs which is in memory alone."""
+    talk = Conversation(4096, external=ExternalLimits(5696, high_water=1.0))
+    peer = talk.client()
+    put(talk, peer, 0, 1400)
+    put(talk, peer, 1, 2600)
+    there = [number for number in range(2, 40) if is_put(talk, peer, number, 64)]
+    for number in (*there, 0, 1, *there):
+        get(talk, peer, [number])
+
+
+def test_what_takes_no_room_is_put_beside_a_full_external_store() -> None:
+    """It is in nobody's way."""
+    talk = Conversation(4096, external=ExternalLimits(8192, high_water=1.0))
+    peer = talk.client()
+    for number in range(3):
+        put(talk, peer, number, 1300)
+    assert not is_put(talk, peer, 3, 4096)
+    assert is_put(talk, peer, 4, 0)
+
+
 def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     """A successor finds what was spilled, and what is in memory and was written is known to be."""
     peer = talk.client()
