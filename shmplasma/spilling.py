@@ -178,13 +178,10 @@ class Spilling:
                 return
             entry = next(iter(self._clean))
             self._clean.move_to_end(entry)  # if it stays, the others come first from now on
-            if entry in offered:
+            if entry in offered or self.room.residents.was_read(entry):
                 continue
             # What is deleted and still held goes at its last release.
-            if (
-                not self.room.residents.was_read(entry)
-                and self.table.state(entry) == EntryState.SEALED
-            ):
+            if self.table.state(entry) == EntryState.SEALED:
                 offered.add(entry)
                 yield entry
 
@@ -292,9 +289,8 @@ class Spilling:
         """Begin to write what makes the bytes that are wanted, if what is clean does not."""
         wanted = 0
         if not self.failure:
-            above = self.capacity - self.room.free_bytes
-            above -= int(self.limits.high_water * self.capacity)
-            wanted = min(above, _AHEAD_BYTES)
+            used = self.capacity - self.room.free_bytes
+            wanted = min(used - int(self.limits.high_water * self.capacity), _AHEAD_BYTES)
         if self._demand > self.room.largest_bytes:
             wanted = max(wanted, self._demand - self.room.free_bytes)
             # For the next one as well, for which there may be no room any more.
@@ -306,9 +302,8 @@ class Spilling:
         clean_bytes = self.room.attainable_bytes - self.room.free_bytes
         missing = wanted - clean_bytes - self._writing_bytes
         if missing > 0:
-            left = self._write(
-                chain(self.room.residents.sweep(), tuple(self.room.residents.kept)), missing
-            )
+            residents = self.room.residents
+            left = self._write(chain(residents.sweep(), tuple(residents.kept)), missing)
             self._is_fruitless = self._writes < _MAX_WRITES and left > 0
 
     def _write_stretch(self) -> None:
