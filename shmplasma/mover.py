@@ -17,8 +17,8 @@ Ways and means
 --------------
 First a window is emptied.  Where some of its objects fit into no extent elsewhere, they are evicted, if they are no more
 than may be spared, or another window is tried, without them.  When `_WINDOWS` were tried, a run is slid together instead.
-Where neither is possible, because what cannot be moved splits the room, whatever else can be is slid together, so
-that the objects of the window find larger extents; what then still has no place is evicted, and only that.
+Where no run has room enough, because what cannot be moved splits it, and more would have to be evicted than may be spared, whatever else
+can be moved is slid together, so that the objects of the window find larger extents; what then still has no place is evicted, and only that.
 An object that is pinned is tried again, and then taken for one that cannot be moved, and another plan is made.
 """
 
@@ -257,7 +257,7 @@ class Mover:
     ) -> Generator[None, None, Iterable[int]]:
         """Empty a window where no run can be slid together; return the entries that are in the way."""
         pinned, homeless = yield from self._empty(window, _ALL)
-        if not homeless:
+        if pinned or not homeless or self._displace(homeless, self._spare_bytes):
             return pinned
         for low, high in self._ranges(fixed(), stuck):
             if high <= window[0] or low >= window[1]:

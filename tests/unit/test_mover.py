@@ -283,6 +283,21 @@ def test_where_pins_split_the_room_objects_go_that_have_no_place() -> None:
     rooms.store.check()
 
 
+def test_where_pins_split_the_room_little_goes_rather_than_that_all_is_moved() -> None:
+    """What has no place is evicted at once where it may be spared, and nothing is slid to make it one."""
+    rooms = Rooms(4, 1, 5, 1, 5, 1, 1, 5, 1, 5, 1, 1, 609)
+    pins = [name(number) for number in (1, 6, 11, 12)]
+    _, slots = rooms.one.get(*pins)
+    rooms.delete(0, 3, 5, 8, 10)
+    rooms.one.create(name(100), 8 * LINE)
+    assert rooms.mover.moves == 0
+    assert 1 <= rooms.store._objects.evictions <= 2
+    assert rooms.ids() >= {name(100), *pins}
+    for slot in slots:
+        rooms.one.release(slot)
+    rooms.store.check()
+
+
 def test_a_lease_is_asked_back_before_objects_are_moved() -> None:
     """What is leased cannot be moved, so it comes back first; then nothing may need to be moved any more."""
     rooms = Rooms(capacity=1 << 20)
