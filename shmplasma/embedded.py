@@ -205,6 +205,10 @@ def _size(value: int | str) -> int:
 def _spawn(arguments: list[str], owner: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
     entries: list[object] = [*sys.path]
     places = [each for each in entries if isinstance(each, str)]  # others mean nothing to Python
+    # Python's own come first, as in an owner that had started before it added others: a program may have a resource.py.
+    library = os.path.dirname(os.__file__)
+    own = library, os.path.join(library, "lib-dynload")
+    places.sort(key=lambda each: each not in own)
     return subprocess.Popen(
         # It imports from where its owner does, and not from the directory in which that happens to run (-P).
         [sys.executable, "-P", "-m", "shmplasma.cli", "--owner", str(owner), *arguments],

@@ -119,13 +119,14 @@ WHERE = """
 
 
 def test_the_server_imports_from_where_its_owner_does(tmp_path: Path) -> None:
-    """The working directory is none of these places, whatever lies there; what the owner has added is."""
+    """The working directory is none of these places, whatever lies there; what the owner has added is, behind Python's own."""
     code = Path(shmplasma.__file__).parent
     added, working = tmp_path / "added", tmp_path / "working"
     for directory in (added, working):
         directory.mkdir()
     (added / "shmplasma").symlink_to(code)
     (added / "here.py").touch()
+    (added / "resource.py").write_text("raise SystemExit('not to be imported')")
     (working / "selectors.py").write_text("raise SystemExit('not to be imported')")
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(WHERE))
