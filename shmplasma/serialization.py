@@ -13,6 +13,7 @@ What becomes of a value
 
 from __future__ import annotations
 
+import atexit
 import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -157,6 +158,10 @@ class SerializationContext:
         """What was registered for readers, by type id."""
         return self._deserializers
 
+    def _forget(self) -> None:
+        self._registrations.clear()
+        self._deserializers.clear()
+
     def encoder(self, cls: type) -> Callable[[Any], Payload | None] | None:
         """Return what encodes values of exactly this type without a pickle, or None."""
         for base in cls.__mro__:
@@ -181,6 +186,8 @@ class SerializationContext:
 
 default_context: Final = SerializationContext()
 """The context of this process, used where none is given."""
+# The functions of a program keep its clients, which need their modules to end, and those go next.
+atexit.register(default_context._forget)  # noqa: SLF001 - it is of this module
 
 
 def checked_context(context: SerializationContext | None) -> SerializationContext | None:

@@ -375,6 +375,26 @@ def test_registered_types_across_processes(
         client.get(plasma.ObjectID(bytes.fromhex(name)))
 
 
+CONNECTED = """
+    import os
+    import sys
+    import shmplasma as plasma
+
+    class Signal:
+        pass
+
+    os.dup2(1, 2)
+    plasma.register_serializer(Signal, lambda signal: 0, lambda form: Signal())
+    client = plasma.connect(sys.argv[1])
+    value = client.get(client.put(bytes(10_000)))
+"""
+
+
+def test_the_end_of_a_program_that_has_registered_types(store: plasma.Store) -> None:
+    """It is silent: the client ends before its modules, though what was registered could still reach it."""
+    assert not run_python(CONNECTED, store.store_socket_name)
+
+
 class Stubborn:
     """Cannot be stored."""
 
