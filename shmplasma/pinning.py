@@ -151,7 +151,8 @@ class Lifeline:
         if self.locks is not None:
             self.locks.close()
         fd, self._wake_fd = self._wake_fd, -1
-        os.close(fd)
+        if fd >= 0:  # a child that has found no store forks a child of its own
+            os.close(fd)
         connection = self.connection
         if isinstance(connection, Closable):
             connection.abandon()

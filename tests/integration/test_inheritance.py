@@ -425,6 +425,37 @@ def test_generations(client: PlasmaClient, client2: PlasmaClient) -> None:
         assert end() == 0
 
 
+ORPHANS = """
+    import os, sys, warnings
+    import shmplasma as plasma
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, where threads are about
+    os.dup2(1, 2)
+    with plasma.Store("1MB") as ended, ended.connect() as client:
+        orphan = client.get_buffers(client.put_raw_buffer(b"orphan"))
+    client = plasma.connect(sys.argv[1])
+    held = client.get_buffers(client.put_raw_buffer(b"held"))
+    reader, writer = os.pipe()
+    if not os.fork():
+        os.close(writer)
+        os.read(reader, 1)  # until the parent has let go
+        if not os.fork():
+            assert bytes(orphan) == b"orphan"
+            del held
+            os._exit(0)
+        failed = os.wait()[1]
+        os._exit(failed or "pinned objects: 1\\n" not in plasma.connect(sys.argv[1]).debug_string())
+    del held
+    os.close(writer)
+    assert not os.wait()[1]
+"""
+
+
+def test_generations_one_store_of_which_has_ended(store: Store) -> None:
+    """A grandchild holds what is left of that store, and what it lets go of, of another one, its parent holds still."""
+    assert not run_python(ORPHANS, store.store_socket_name)
+
+
 CONNECTING = """
     import os, signal, sys, threading, time, warnings
     import shmplasma as plasma
