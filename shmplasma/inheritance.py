@@ -76,8 +76,8 @@ __all__ = ["register"]
 _NOTHING: Final = memoryview(bytes(8)).cast("Q")
 
 _lifelines: Final[weakref.WeakSet[Lifeline]] = weakref.WeakSet()
-_prepared: Final[dict[tuple[int, Lifeline], Inheritance]] = {}
-"""By the thread that forks, as several may at a time, each into a child of its own."""
+_prepared: Final[dict[int, tuple[int, dict[Lifeline, Inheritance]]]] = {}
+"""The threads that fork, as several may at a time, each into a child of its own; a signal handler may fork in the middle of that."""
 
 
 def register(lifeline: Lifeline) -> None:
@@ -169,20 +169,21 @@ class _Releases:
 
     def __init__(self) -> None:
         self._at_once = Pin.__del__
-        self._forking: set[int] = set()
+        self._forking: list[int] = []
         self._changing = threading.RLock()
         self._late: list[tuple[PinBoard, int]] = []
 
     def put_off(self) -> None:
         """Note the pins that die from now on; this thread forks."""
         with self._changing:
-            self._forking.add(threading.get_ident())
+            self._forking.append(threading.get_ident())
             self._set(lambda pin: self._note(pin.board, pin.word))
 
     def resume(self) -> None:
         """Release what was put off, unless another thread still forks."""
         with self._changing:
-            self._forking.discard(threading.get_ident())
+            with suppress(ValueError):  # an interrupt may have come before
+                self._forking.remove(threading.get_ident())
             if not self._forking:
                 self._set(self._at_once)
         self._catch_up()
@@ -214,48 +215,59 @@ _releases: Final = _Releases()
 
 
 def _before_fork() -> None:
-    own = threading.get_ident()
+    prepared: dict[Lifeline, Inheritance] = {}
+    _prepared[id(prepared)] = threading.get_ident(), prepared
     failures: list[tuple[Lifeline, Exception]] = []
     for lifeline in list(_lifelines):
         if any(map(_holds, lifeline.boards)):
             try:
-                _prepared[own, lifeline] = Inheritance(lifeline, in_child=False)
+                prepared[lifeline] = Inheritance(lifeline, in_child=False)
             except (ShmPlasmaError, ProtocolError, OSError) as error:
                 failures.append((lifeline, error))
     try:
         _warn(failures)
     finally:
         _releases.put_off()
-        for (thread, lifeline), inheritance in tuple(_prepared.items()):
-            if thread == own:
-                boards = lifeline.boards
-                inheritance.copy(boards, [board.words for board in boards])
+        for lifeline, inheritance in prepared.items():
+            boards = lifeline.boards
+            inheritance.copy(boards, [board.words for board in boards])
 
 
 def _after_fork_in_parent() -> None:
     _releases.resume()
+    for inheritance in _take_prepared().values():
+        inheritance.close()
+
+
+def _take_prepared() -> dict[Lifeline, Inheritance]:
+    """Return what this thread has prepared for the fork that just was."""
     own = threading.get_ident()
-    for thread, lifeline in tuple(_prepared):
+    for thread, prepared in reversed(list(_prepared.values())):
         if thread == own:
-            _prepared.pop((thread, lifeline)).close()
+            del _prepared[id(prepared)]
+            return prepared
+    return {}  # an interrupt came before
 
 
 def _after_fork_in_child() -> None:
-    own = threading.get_ident()
     failures: list[tuple[Lifeline, Exception]] = []
     lifelines = list(_lifelines)
     for lifeline in lifelines:
         lifeline.isolate()
-    close_inherited(each.connection for (thread, _), each in _prepared.items() if thread == own)
+    prepared = _take_prepared()
+    close_inherited(each.connection for each in prepared.values())
     _releases.resume_in_child()
     for lifeline in lifelines:
-        inherited = _prepared.pop((own, lifeline), None)
+        inherited = prepared.pop(lifeline, None)
         if inherited is not None or any(map(_holds, lifeline.boards)):
             error = _settle(lifeline, inherited)
             if error is not None:
                 failures.append((lifeline, error))
-    while _prepared:  # what other threads of the parent have prepared for theirs
-        _prepared.popitem()[1].close()
+    # What other threads of the parent have prepared for theirs, or this one when a signal handler forked.
+    for each in (prepared, *(others for _, others in _prepared.values())):
+        for inheritance in each.values():
+            inheritance.close()
+    _prepared.clear()
     _warn(failures)
 
 

@@ -282,6 +282,25 @@ def test_boards_that_come_late(store: Store, n_held: int) -> None:
     run_python(BEFORE_THE_FORK + end, store.store_socket_name, str(n_held))
 
 
+def test_a_fork_in_the_middle_of_another(store: Store) -> None:
+    """When a signal handler forks, both children have what they inherit pinned, and the parent keeps nothing open."""
+    end = """
+    def interrupt():
+        late.clear()
+        pid = os.fork()
+        if not pid:
+            os._exit(bytes(buffers[7]) != bytes([0, 0, 0, 7]) * 100)
+        assert not os.waitpid(pid, 0)[1]
+
+    hold(range(10))
+    late.append(interrupt)
+    opened = len(os.listdir("/proc/self/fd"))
+    fork(range(10))
+    assert len(os.listdir("/proc/self/fd")) == opened + 3, "there are more than the pipes"
+"""
+    run_python(BEFORE_THE_FORK + end, store.store_socket_name)
+
+
 def test_a_slot_that_changes_hands(store: Store) -> None:
     """A child inherits what is pinned when the store has been asked for everything, not what was before."""
     end = """
