@@ -77,8 +77,10 @@ _INBAND_BYTES: Final = 1024
 """Smaller buffers and arrays stay in the pickle.  Measured: to put and get one more array of a list takes
 2.2 us there and 11 us beside it, whatever its size up to here; a copy of 1 KiB takes 0.1 us."""
 _FRAME_BYTES: Final = 256 << 10
-"""Pickle ends a frame after 64 KiB and one small value (measured: 131,078 bytes at most); larger chunks
-are single values of the user's and name no classes."""
+"""Pickle ends a frame after 64 KiB and one small value (measured: 131,078 bytes at most), or one `int` of whatever size;
+other chunks that are larger are single values of the user's and name no classes."""
+_FRAME: Final = (b"\x80\x05\x95", b"\x95")
+"""How a frame begins, the first of a pickle and any other."""
 
 _MAIN: Final = b"_main__"
 """What the names of main modules, ``__main__`` and ``__mp_main__``, have in common."""
@@ -266,7 +268,7 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
     try:
         try:
             chunks, parts = _dump(value, find, loans, by_value=False)
-            by_value = any(len(chunk) < _FRAME_BYTES and _MAIN in chunk for chunk in chunks)
+            by_value = any(_MAIN in chunk for chunk in chunks if _may_name(chunk))
         except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
             chunks, parts, by_value = WriteChunks(), [], True
         if by_value:
@@ -276,6 +278,11 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
         return _LendingPayload(payload, tuple(loans)) if loans else payload
     finally:
         loans.clear()  # which cloudpickle's classes keep until the collector comes
+
+
+def _may_name(chunk: bytes | bytearray) -> bool:
+    """Tell whether a chunk of a pickle may name classes."""
+    return len(chunk) < _FRAME_BYTES or chunk.startswith(_FRAME)
 
 
 class _LendingPayload(Payload):

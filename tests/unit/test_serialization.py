@@ -661,7 +661,7 @@ sys.stdout.buffer.write(bytes([payload.codec]) + target.tobytes())
 """
 
 
-@pytest.mark.parametrize("extra", ["None", "np.arange(1000)", "b'x' * 300_000"])
+@pytest.mark.parametrize("extra", ["None", "np.arange(1000)", "b'x' * 300_000", "1 << 3_000_000"])
 def test_classes_of_the_main_program_travel_by_value(extra: str) -> None:
     """Another process reads an instance of a class that only the writer's main module has."""
     program = MAIN_PROGRAM.replace("{extra}", extra)
@@ -669,7 +669,7 @@ def test_classes_of_the_main_program_travel_by_value(extra: str) -> None:
     thing, function, rest = deserialize(pa.py_buffer(output[1:]), output[0])
     assert thing.double() == 42
     assert function is print
-    assert rest is None or len(rest) >= 1000
+    assert rest is None or isinstance(rest, int) or len(rest) >= 1000
 
 
 # --- registered types -------------------------------------------------------------------------------
