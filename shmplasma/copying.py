@@ -44,6 +44,10 @@ SHARED_BYTES: Final = 512 << 10
 24 and 65; of less, in whole puts, no more with two than with one."""
 _BLOCK_BYTES: Final = 4096
 """Threads divide a copy at pages, so that no two of them wait for the same page fault."""
+_FEW: Final = 4
+"""Up to so many elements, as the colours of a picture, are a short last axis: NumPy would begin anew after each few of them.  Measured, 4 MB of
+`uint8` as 3 planes to 3 colours, colours from behind, and columns of a table, ms: 4.2 and by planes 1.1, 4.2 and 1.1, 3.9 and 1.1; 4
+elements of 8 bytes 4.5 and 3.3; 6 of them longer."""
 _PACE: Final = Pace()
 _NAMES: Final = re.compile(":[^:]*:")
 """Those of fields, in the format of a buffer."""
@@ -174,10 +178,21 @@ def _copy_each(pairs: Sequence[_Pair], held_bytes: int) -> None:
             target.data[:] = source.data
             continue
         began = time.perf_counter_ns()
-        np.copyto(target, source)
+        _copy_elements(target, source)
         if target.nbytes < _PARALLEL_BYTES and time.perf_counter_ns() - began > LATE_NS:
             # Other threads compute, and it would wait up to 5 ms for the lock again and again.
             held_bytes = _PARALLEL_BYTES
+
+
+def _copy_elements(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+    """Copy element by element, or in whole runs where they lie so; a short last axis plane by plane."""
+    if source.ndim > 1 and source.shape[-1] <= _FEW < source.shape[-2]:
+        width = source.shape[-1]
+        if source.strides[-2] != width * source.strides[-1]:  # else two axes are as one
+            for plane in range(width):
+                np.copyto(target[..., plane], source[..., plane])
+            return
+    np.copyto(target, source)
 
 
 def _divided(pairs: Sequence[_Pair], most: int) -> Iterator[Sequence[_Pair]]:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -86,6 +87,10 @@ STRIDED: dict[str, Any] = {
     "columns": GRID[0, :, :33],
     "rows from behind": GRID[1, ::-2],
     "axes in another order": GRID.transpose(1, 2, 0),
+    "planes to colours": GRID[:3].transpose(1, 2, 0),
+    "colours from behind": GRID.reshape(-1, 70, 3)[..., ::-1],
+    "pairs, each of them twice": np.broadcast_to(GRID[..., None, :2], (6, 50, 70, 2)),
+    "columns of a table": GRID.reshape(4, -1).T[:, ::2],
     "one row": GRID[:1, :, 3:],
     "few long rows": GRID[:5, 1:],
     "every other byte": GRID.view(np.uint8).reshape(-1)[::2],
@@ -110,6 +115,27 @@ def test_what_is_not_contiguous(
     assert (len(groups) > 1) == (
         threads > 1 and not held and array.nbytes >= 2 * PAGE and len(array) > 1
     )
+
+
+@pytest.mark.parametrize(
+    ("array", "copies"),
+    [
+        (GRID[:3].transpose(1, 2, 0), 3),
+        (GRID[0, :, :4], 4),
+        (GRID.reshape(-1, 100, 3)[:, 1:], 1),  # runs of 99 times 3
+        (GRID.transpose(1, 2, 0), 1),
+        (GRID[:, :2, :3], 1),
+    ],
+)
+def test_a_short_last_axis_is_copied_by_planes(
+    array: npt.NDArray[Any], copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else, as there is no use in it."""
+    counted: list[int] = []
+    copyto = np.copyto
+    monkeypatch.setattr(np, "copyto", lambda *pair: (counted.append(1), copyto(*pair)))
+    copy_into(np.zeros(array.nbytes, np.uint8), array)
+    assert len(counted) == copies
 
 
 @pytest.mark.parametrize(
