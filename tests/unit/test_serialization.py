@@ -653,23 +653,43 @@ class Known:
     pass
 
 register_serializer(Known, lambda value: 7, lambda form: Known())
-payload = serialize([Thing(21), print, {extra}])
+payload = serialize([{thing}, print, {extra}])
 target = np.empty(payload.size_bytes, np.uint8)
 payload.write(target)
-assert type(deserialize(pa.py_buffer(target), payload.codec)[0]) is Thing
+assert type(deserialize(pa.py_buffer(target), payload.codec)[0]) is type({thing})
 sys.stdout.buffer.write(bytes([payload.codec]) + target.tobytes())
 """
 
 
+@pytest.mark.parametrize("thing", ["Thing(21)", "Thing"])
 @pytest.mark.parametrize("extra", ["None", "np.arange(1000)", "b'x' * 300_000", "1 << 3_000_000"])
-def test_classes_of_the_main_program_travel_by_value(extra: str) -> None:
-    """Another process reads an instance of a class that only the writer's main module has."""
-    program = MAIN_PROGRAM.replace("{extra}", extra)
+def test_classes_of_the_main_program_travel_by_value(thing: str, extra: str) -> None:
+    """Another process reads a class, or an instance of it, that only the writer's main module has."""
+    program = MAIN_PROGRAM.replace("{thing}", thing).replace("{extra}", extra)
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
-    thing, function, rest = deserialize(pa.py_buffer(output[1:]), output[0])
-    assert thing.double() == 42
+    thing_read, function, rest = deserialize(pa.py_buffer(output[1:]), output[0])
+    assert (thing_read(21) if isinstance(thing_read, type) else thing_read).double() == 42
     assert function is print
     assert rest is None or isinstance(rest, int) or len(rest) >= 1000
+
+
+def test_what_is_to_travel_by_value_is_not_pickled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance of a class of the main program, and all that follows it."""
+
+    class OfMain:
+        __module__ = "__main__"
+        __qualname__ = "OfMain"
+
+    class Counted:
+        times = 0
+
+        def __reduce__(self) -> Any:
+            Counted.times += 1
+            return int, ()
+
+    monkeypatch.setattr(sys.modules["__main__"], "OfMain", OfMain, raising=False)
+    assert type(round_trip([OfMain(), Counted()])[0]).__qualname__ == "OfMain"
+    assert Counted.times == 1
 
 
 # --- registered types -------------------------------------------------------------------------------
