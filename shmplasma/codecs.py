@@ -44,6 +44,7 @@ from shmplasma.payloads import Codec, Payload
 __all__ = [
     "DECODERS",
     "ENCODERS",
+    "MAIN",
     "DeserializationError",
     "SerializationError",
     "WriteChunks",
@@ -60,6 +61,10 @@ class DeserializationError(ShmPlasmaError, ValueError, ArrowSerializationError):
 
 
 _NDARRAY: Final = Codec.NDARRAY  # an attribute of an enumeration takes 0.1 us to look up
+
+
+MAIN: Final = b"_main__\x94"
+"""What the names of main modules, ``__main__`` and ``__mp_main__``, have in common, and what follows each name in a pickle."""
 
 
 class WriteChunks(list[Any]):
@@ -150,7 +155,12 @@ def _encode_ndarray(array: npt.NDArray[Any]) -> Payload | None:
     flags = array.flags
     fortran = flags.fnc
     size = array.nbytes
-    head = ndarray_head(dtype, array.shape, size, fortran)
+    try:
+        head = ndarray_head(dtype, array.shape, size, fortran)
+    except (pickle.PicklingError, AttributeError):  # a class of its records has no name
+        return None
+    if dtype.isbuiltin != 1 and MAIN in head:  # or one that means nothing to other processes
+        return None
     start = len(head)
     return Payload(
         _NDARRAY,

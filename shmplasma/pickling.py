@@ -38,6 +38,7 @@ import pyarrow as pa
 from shmplasma.codecs import (
     DECODERS,
     ENCODERS,
+    MAIN,
     DeserializationError,
     WriteChunks,
 )
@@ -80,8 +81,6 @@ _FRAME: Final = (b"\x95", b"\x80\x05\x95")
 """How a frame begins, the first of a pickle last.  What names a class is in a frame; other chunks are large values of the user's."""
 _GLOBAL: Final = b"\x93"
 """Is in a pickle that names anything.  It is found at 20 GB/s, a longer sequence at 3."""
-_MAIN: Final = b"_main__\x94"
-"""What the names of main modules, ``__main__`` and ``__mp_main__``, have in common, and what follows each name in a pickle."""
 _MAINS: Final = ("__main__", "__mp_main__")
 _plain_reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
 _reading: ContextVar[Deserializers] = ContextVar("_reading", default={})  # noqa: B039  # never changed
@@ -279,7 +278,7 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
             chunks, parts = _dump(value, find, loans, by_value=False)
             frames = [chunk for chunk in chunks if chunk.startswith(_FRAME)]
             by_value = any(_GLOBAL in frame for frame in frames) and any(
-                _MAIN in frame for frame in frames
+                MAIN in frame for frame in frames
             )
         except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
             chunks, parts, by_value = WriteChunks(), [], True

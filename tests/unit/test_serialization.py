@@ -673,6 +673,40 @@ def test_classes_of_the_main_program_travel_by_value(thing: str, extra: str) -> 
     assert rest is None or isinstance(rest, int) or len(rest) >= 1000
 
 
+OF_MAIN = "np.zeros(500, np.dtype((Record, [('a', 'i4')])))"
+
+
+@pytest.mark.parametrize("value", [OF_MAIN, f"[{OF_MAIN}]", f"[{OF_MAIN}[:5]]"])
+def test_records_of_the_main_program_travel_by_value(value: str) -> None:
+    """Another process reads an array whose elements are of a class that only the writer's main module has."""
+    program = f"""
+import sys
+import numpy as np
+from shmplasma.serialization import serialize
+class Record(np.record):
+    def plus(self, number):
+        return self.a + number
+payload = serialize({value})
+target = np.empty(payload.size_bytes, np.uint8)
+payload.write(target)
+sys.stdout.buffer.write(bytes([payload.codec]) + target.tobytes())
+"""
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
+    result = deserialize(pa.py_buffer(output[1:]), output[0])
+    array = result[0] if isinstance(result, list) else result
+    assert array[3].plus(7) == 7
+    assert not array.flags.writeable
+
+
+def test_records_of_a_local_class() -> None:
+    """Arrays of them are stored as other values of local classes are."""
+    record: Any = type("Record", (np.record,), {})  # which nothing can import
+    array = np.zeros(500, np.dtype((record, [("a", "i4")])))
+    for result in (round_trip(array), round_trip([array])[0]):
+        assert result.dtype.type.__name__ == "Record"
+        assert result.tobytes() == array.tobytes()
+
+
 def test_what_is_to_travel_by_value_is_not_pickled_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """An instance of a class of the main program, and all that follows it."""
 
