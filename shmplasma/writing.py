@@ -328,7 +328,7 @@ class Writing(Connected):
 
         Notes
         -----
-        An array that is not contiguous is stored in C order, as NumPy's own pickle does; its copy takes as long as any such.
+        An array that is not contiguous is stored in C order; its copy takes as long as any such.
         A value of up to 256 KiB, or of up to 16 MiB if its client puts many such values, takes a record and no waiting;
         any other takes a round trip.  Each byte of a large part is copied once.
         """

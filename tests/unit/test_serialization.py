@@ -236,7 +236,7 @@ def test_order_is_kept(name: str) -> None:
     ],
 )
 def test_arrays_that_are_not_contiguous_become_so(array: npt.NDArray[Any]) -> None:
-    """In C order, as pickle and Plasma leave them: by what lies there, they can be viewed as bytes."""
+    """In C order, as Plasma leaves them: by what lies there, they can be viewed as bytes."""
     for result in (round_trip(array), round_trip([array])[0]):
         assert result.flags.c_contiguous
         assert pa.py_buffer(result).to_pybytes() == array.tobytes()
