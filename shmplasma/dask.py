@@ -33,10 +33,12 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import cloudpickle
 
+from shmplasma.arrow_errors import NotConnectedError, PlasmaObjectNotFound
 from shmplasma.endpoint import default_socket_path
 from shmplasma.extras import needed_by
 from shmplasma.sharing import DEFAULT_MIN_BYTES, Sharing
@@ -236,28 +238,40 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
     Raises
     ------
     NotImplementedError
-        There is nothing to refer to.  `distributed.protocol.serialize` catches this one, and goes on with the next family
+        There is nothing to refer to, or no store.  `distributed.protocol.serialize` catches this one, and goes on with the next family
         of serializers; with any other it gives the value up.
     """
     recipient = (context or {}).get("recipient", {})
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
-    apart = None if sharing is None else _stored(value, sharing)
-    if sharing is None or apart is None:
-        # Nothing is left to be written here: this error is how a family says that a value is not its own.  `distributed` looks for
-        # this type alone, and goes on with "dask" and "pickle"; at any other it gives the value up.
-        raise NotImplementedError("there is no store in common, nothing large, or no room in it")
-    body, _, kept = apart
+    if sharing is not None:
+        with suppress(NotConnectedError):  # the bytes of a value need no store
+            apart = _stored(value, sharing)
+            if apart is not None:
+                body, _, kept = apart
+                return {}, [body, _referred(kept, sharing)]
+    # Nothing is left to be written here: this error is how a family says that a value is not its own.  `distributed` looks for
+    # this type alone, and goes on with "dask" and "pickle"; at any other it gives the value up.
+    raise NotImplementedError("there is no store in common, nothing large, or no room in it")
+
+
+def _referred(kept: Sequence[Any], sharing: Sharing) -> bytes:
+    """Return a pickle of values that lie in the store, as references."""
     sink = io.BytesIO()
     pickler = pickle.Pickler(sink, pickle.HIGHEST_PROTOCOL)
     table: dict[type, Any] = {**copyreg.dispatch_table, **sharing.reducers}
     pickler.dispatch_table = table
     pickler.dump(kept)
-    return {}, [body, sink.getvalue()]
+    return sink.getvalue()
 
 
 def _loads(_: dict[str, Any], frames: list[bytes]) -> Any:
     body, parts = frames
-    return _together(bytes(body), pickle.loads(parts))
+    try:
+        kept = pickle.loads(parts)
+    except PlasmaObjectNotFound as error:
+        # After an `OSError` Dask closes the connection and asks again; after others it goes on in the midst of a conversation.
+        raise ConnectionError(f"a result has gone on its way: {error}") from error
+    return _together(bytes(body), kept)
 
 
 register_serialization_family(_FAMILY, _dumps, _loads)
@@ -268,13 +282,21 @@ register_serialization_family(_FAMILY, _dumps, _loads)
 
 def _kept(value: Any, sharing: Sharing) -> tuple[Any, Sequence[Any]] | None:
     """Return a value as it lies in the store, and its parts there; None if it is to stay as it is."""
-    apart = _stored(value, sharing)
+    try:
+        apart = _stored(value, sharing)
+    except (
+        NotConnectedError
+    ):  # the first call says that a store has gone, the next one finds its successor
+        apart = _stored(value, sharing)
     if apart is None:
         return None
     body, parts, kept = apart
     if all(mine is theirs for mine, theirs in zip(kept, parts, strict=True)):
         return value, parts
-    return _together(body, kept), kept
+    try:
+        return _together(body, kept), kept
+    except Exception:  # noqa: BLE001  # as little as what cannot be pickled
+        return None
 
 
 def _stored(value: Any, sharing: Sharing) -> tuple[bytes, list[Any], list[Any]] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from distributed.spill import SpillBuffer
 from distributed.utils import _offload_executor
 
 from shmplasma import PlasmaClient, Store
-from shmplasma.dask import StoreMapping, StorePlugin
+from shmplasma.dask import StoreMapping, StorePlugin, _sharings
 from tests.processes import until
 
 N = 100_000
@@ -107,8 +107,15 @@ class Unpicklable:
         raise TypeError("no")
 
 
+class OneWay(Unpicklable):
+    """Has a large array, and can be pickled, but not read."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number", self.array)
+
+
 def test_all_else_stays_as_it_is(store: Store, client: PlasmaClient) -> None:
-    """What is small, has Python objects in it, or cannot be pickled: the mapping gives the very same."""
+    """What is small, has Python objects in it, or cannot be pickled or read: the mapping gives the very same."""
     mapping = StoreMapping(store.store_socket_name)
     values: list[Any] = [
         1,
@@ -117,13 +124,14 @@ def test_all_else_stays_as_it_is(store: Store, client: PlasmaClient) -> None:
         [object() for _ in range(10)],
         b"x" * BIG,
         Unpicklable(),
+        OneWay(),
         [f"text {i}" for i in range(N)],
         [np.arange(N), [f"text {i}" for i in range(N)]],
     ]
     for number, value in enumerate(values):
         mapping[number] = value
     assert not mapping.shared
-    assert not client.list()
+    until(lambda: not client.list(), "nothing stays in the store")
     assert all(mapping[number] is value for number, value in enumerate(values))
 
 
@@ -160,6 +168,21 @@ def test_a_full_store_leaves_the_rest_to_dask(store: Store, tmp_path: Any) -> No
     assert mapping.spilled_total.memory > 0
     for key, value in values.items():
         np.testing.assert_array_equal(mapping[key], value)
+
+
+def test_a_store_that_was_started_anew_is_used_at_once(tmp_path: Path) -> None:
+    """By the first value after it; what was there before stays readable."""
+    path = str(tmp_path / "store")
+    with Store("10MB", socket=path):
+        mapping = StoreMapping(path)
+        mapping["before"] = np.arange(N)
+    with Store("10MB", socket=path) as store, store.connect() as client:
+        mapping["after"] = np.arange(N) + 1
+        assert mapping.shared == ("before", "after")
+        assert len(client.list()) == 1
+        np.testing.assert_array_equal(mapping["before"], np.arange(N))
+        np.testing.assert_array_equal(mapping["after"], np.arange(N) + 1)
+        del mapping
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="reads /proc")
@@ -205,6 +228,22 @@ def test_without_a_peer_of_the_same_store_nothing_is_referenced() -> None:
         header, frames = serialize(np.arange(N), serializers=families, context=context)
         assert header["serializer"] == "dask"
         np.testing.assert_array_equal(deserialize(header, frames), np.arange(N))
+
+
+def test_what_is_gone_when_it_arrives_is_an_error_of_the_connection(
+    store: Store, client: PlasmaClient
+) -> None:
+    """After which Dask asks again; after any other it would use a connection on which more is to come."""
+    sharing = StoreMapping(store.store_socket_name).sharing
+    context = {"recipient": {"shmplasma": sharing.store_identity}}
+    _sharings[sharing.store_identity] = sharing
+    try:
+        header, frames = serialize(make(N), serializers=["shmplasma"], context=context)
+    finally:
+        del _sharings[sharing.store_identity]
+    client.delete(list(client.list()))
+    with pytest.raises(ConnectionError, match="gone"):
+        deserialize(header, frames)
 
 
 # --- clusters -----------------------------------------------------------------------------------------------
@@ -342,6 +381,27 @@ def test_the_plugin_can_be_taken_away(store: Store) -> None:
         dask_client.unregister_worker_plugin("shmplasma")
         seen = dask_client.submit(where, array, workers=[other])
         assert seen.result()[3] == make(N).max()
+
+
+@pytest.mark.usefixtures("offloading")
+def test_a_store_is_started_anew_under_workers(tmp_path: Path) -> None:
+    """They send each other what they had, and go on with the new one."""
+    path = str(tmp_path / "store")
+    with ExitStack() as stack:
+        store = stack.enter_context(Store("10MB", socket=path))
+        dask_client = stack.enter_context(cluster(store))
+        workers = list(dask_client.scheduler_info()["workers"])
+        arrays = [dask_client.submit(make, N, workers=[each], pure=False) for each in workers]
+        wait(arrays)
+        store.close()
+        stack.enter_context(Store("10MB", socket=path))
+        seen = [
+            dask_client.submit(where, array, workers=[reader], pure=False)
+            for array, reader in zip(arrays, workers[::-1], strict=True)
+        ]
+        expected = float(make(N).max())
+        assert dask_client.gather(seen) == [(each, True, False, expected) for each in workers[::-1]]
+        del arrays, seen
 
 
 def die_once(flag: str, array: np.ndarray[Any, Any]) -> float:
