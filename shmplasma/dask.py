@@ -284,9 +284,8 @@ def _kept(value: Any, sharing: Sharing) -> tuple[Any, Sequence[Any]] | None:
     """Return a value as it lies in the store, and its parts there; None if it is to stay as it is."""
     try:
         apart = _stored(value, sharing)
-    except (
-        NotConnectedError
-    ):  # the first call says that a store has gone, the next one finds its successor
+    except NotConnectedError:
+        # The first call says that a store has gone, the next one finds its successor.
         apart = _stored(value, sharing)
     if apart is None:
         return None
