@@ -138,6 +138,7 @@ def test_what_a_child_lets_go_of_goes_without_the_collector(client: PlasmaClient
     held = client.get_buffers([client.put_raw_buffer(b"x")])
 
     def let_go() -> None:
+        gc.collect()  # what the child has of the parent's session, which is in a cycle
         gc.disable()
         lifelines = [
             weakref.ref(each) for each in inheritance._lifelines if any(each.pinned_words())
