@@ -357,13 +357,19 @@ def is_put(talk: Conversation, peer: Peer, number: int, size: int) -> bool:
     return isinstance(reply, Created)
 
 
-def test_what_could_not_make_way_is_not_put_beside_a_full_external_store() -> None:
-    """An object that is larger than all that was written needs more room there, once others want to come back."""
+def beside_a_full_external_store() -> tuple[Conversation, Peer]:
+    """Return a store in which an object was refused that is larger than the three that were put, and a client."""
     talk = Conversation(4096, external=ExternalLimits(8192, high_water=1.0))
     peer = talk.client()
     for number in range(3):
         put(talk, peer, number, 1300)
     assert not is_put(talk, peer, 3, 4096)
+    return talk, peer
+
+
+def test_what_could_not_make_way_is_not_put_beside_a_full_external_store() -> None:
+    """An object that is larger than all that was written needs more room there, once others want to come back."""
+    talk, peer = beside_a_full_external_store()
     for number in range(3):
         get(talk, peer, [number])
 
@@ -381,11 +387,7 @@ def test_what_waits_to_make_way_has_room_in_the_external_store() -> None:
 
 def test_what_takes_no_room_is_put_beside_a_full_external_store() -> None:
     """It is in nobody's way."""
-    talk = Conversation(4096, external=ExternalLimits(8192, high_water=1.0))
-    peer = talk.client()
-    for number in range(3):
-        put(talk, peer, number, 1300)
-    assert not is_put(talk, peer, 3, 4096)
+    talk, peer = beside_a_full_external_store()
     assert is_put(talk, peer, 4, 0)
 
 
