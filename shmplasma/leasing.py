@@ -11,7 +11,8 @@ An interrupt leaves a hole at worst: room is taken before it is filled, and the 
 
 Whoever uses a lease up asks for the next one and does not wait: the store ends the one, as its client has done, and grants the other, while
 the client goes on with something else.  A lease that has come like this is one in which nothing was put yet: it may have been recalled, which
-EPOCH says.  Its pages are mapped granule by granule, as they are come to: 60 us each, where a whole lease would take 1 ms.
+EPOCH says.  Its pages are mapped granule by granule, 60 us each, where a whole lease would take 1 ms; each by the put before the first that
+needs it, when it has told of its object, so that nobody waits for an object while pages are mapped.
 """
 
 from __future__ import annotations
@@ -173,9 +174,9 @@ class LeaseWriter:
         return self._memory[start : start + size_bytes]
 
     def look_ahead(self, size_bytes: int) -> None:
-        """Ask for the next lease, if another object like the last one has no room; to be called when that is announced."""
-        if self._cursor + size_bytes > self._end or not self._objects:
-            self._ask_ahead(size_bytes)
+        """See to room for another object like the last one, if that has none; to be called when the last one is announced."""
+        if self._cursor + size_bytes > self._mapped or not self._objects:
+            self._make_ready(size_bytes)
 
     def leave(self, entered: list[bool]) -> None:
         """Be busy no more, and let other threads in."""
@@ -208,8 +209,8 @@ class LeaseWriter:
             data = self._data
             payload.fill(self._memory[offset - data : end - data])
             self._link.publish(object_id, offset, size_bytes, 0, codec, keep)
-            if cursor + size_bytes > self._end or not self._objects:
-                self._ask_ahead(size_bytes)
+            if cursor + size_bytes > self._mapped or not self._objects:
+                self._make_ready(size_bytes)
             return True
         finally:
             if acquired and acquired[0]:
@@ -239,10 +240,13 @@ class LeaseWriter:
         self._cursor = self._end = self._mapped = self._objects = 0
         self._board[BUSY_WORD] = 0
 
-    def _ask_ahead(self, size_bytes: int) -> None:
-        """Ask for the next lease, as another object like the last one has no room."""
-        self._drop()
-        self._link.begin(AskLease(size_bytes, ahead=True), Leased, self._awaited)
+    def _make_ready(self, size_bytes: int) -> None:
+        """Have the next pages mapped for another object like the last one, or ask for the next lease if this one has no room."""
+        if self._objects and self._cursor + size_bytes <= self._end:
+            self._map(self._cursor, size_bytes)
+        else:
+            self._drop()
+            self._link.begin(AskLease(size_bytes, ahead=True), Leased, self._awaited)
 
     def _get(self, size_bytes: int) -> Leased:
         """Return the lease that was asked for, if it has room for an object; else ask for another one."""

@@ -289,6 +289,31 @@ def test_the_next_lease_is_asked_for_ahead(
 
 
 @needs_fast_path
+@pytest.mark.parametrize("chosen", [False, True], ids=["fresh id", "chosen id"])
+def test_pages_are_mapped_when_an_object_was_told_of(client: PlasmaClient, chosen: bool) -> None:
+    """Pages are mapped for the next object, after the last one is there for others; only a new lease begins with some."""
+    session = session_of(client)
+    leasing, outbox = session.leasing, session._link._outbox
+    assert leasing is not None
+    populate = leasing._populate
+    mapped: list[bool] = []
+
+    def note(offset: int, size_bytes: int) -> None:
+        mapped.append(outbox.written > written)
+        populate(offset, size_bytes)
+
+    leasing._populate = note
+    n_after = 0
+    for _ in range(60):
+        mapped.clear()
+        written, end = outbox.written, leasing._end
+        client.put_raw_buffer(bytes(100_000), ObjectID.from_random() if chosen else None)
+        assert leasing._end != end or False not in mapped
+        n_after += mapped.count(True)
+    assert n_after
+
+
+@needs_fast_path
 def test_a_lease_that_was_asked_for_ahead_is_recalled() -> None:
     """Nobody puts into it, and it is no reason to be full; when there is room again, there is another one."""
     with Store("4MB") as store, store.connect() as client, store.connect() as other:
