@@ -42,7 +42,7 @@ from shmplasma.handshake import greet_again
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect, gone, not_reclaimed
-from shmplasma.posted import PUBLISH, PUBLISH_RECORD, Abort, Gone, Publish
+from shmplasma.posted import Abort, Gone
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
 from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Request, Role, SetOptions, holds_told
@@ -55,8 +55,6 @@ GIVE_UP_SECONDS: Final = 0.1
 
 _CONNECTING: Final = frozenset({"reconnect"})
 _POSTING: Final = frozenset(("post", "post_soon", "publish"))
-_PUBLISH: Final = Publish.KIND
-_PUBLISH_BYTES: Final = PUBLISH.size
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
@@ -290,28 +288,15 @@ class Link:
         written: Callable[[int], None] | None = None,
     ) -> None:
         """Tell the store of an object in the lease; as `post`, but in one piece."""
-        posting, outbox, count, announced = self._posting, self._outbox, 0, False
+        posting, outbox = self._posting, self._outbox
         while True:
             if posting.locked() and is_inside(self, _POSTING):
                 raise RuntimeError(NESTED)
             with posting:
-                at = outbox.place()
-                if at >= 0:
-                    PUBLISH_RECORD.pack_into(
-                        outbox.raw,
-                        at,
-                        _PUBLISH,
-                        _PUBLISH_BYTES,
-                        object_id,
-                        offset,
-                        data_size,
-                        metadata_size,
-                        codec,
-                        keep,
-                    )
-                    count = outbox.commit()
-                    announced = outbox.is_to_be_announced
-                    break
+                count = outbox.publish(object_id, offset, data_size, metadata_size, codec, keep)
+                announced = outbox.is_to_be_announced
+            if count:
+                break
             self.call(Flush(), Done)
         if written is not None:
             written(count)
