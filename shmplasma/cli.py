@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _serve(options, ending)
     except EndedEarly:
-        # The external store is still being looked at, and Arrow would wait for that.
+        # The external store is still being asked, and Arrow would wait for that.
         logging.shutdown()
         os._exit(0)
     except (AttachError, CommitError, EndpointError, ExternalStoreError, LayoutError) as error:

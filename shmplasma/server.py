@@ -286,10 +286,12 @@ class Server:
             self.is_left = self._may_be_recovered and not isinstance(error, AttachError)
             raise
         finally:
-            if self._spiller is not None:
-                self._end_spilling(self._spiller)
-            if not self.is_handed_over:
-                self.close()
+            try:
+                if self._spiller is not None:
+                    self._end_spilling(self._spiller)
+            finally:
+                if not self.is_handed_over:
+                    self.close()
 
     def _hear(self, spiller: Spiller) -> None:
         """See what the external store has done."""

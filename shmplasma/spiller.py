@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from shmplasma import system
-from shmplasma.endings import wait_for
+from shmplasma.endings import EndedEarly, wait_for
 from shmplasma.errors import ExternalStoreError
 from shmplasma.external import ExternalStore, Item, open_external, without_secrets
 from shmplasma.segment_name import SegmentName
@@ -26,6 +27,8 @@ __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
 _LOG: Final = logging.getLogger(__name__)
 _THREADS: Final = 4
+_PATIENCE_SECONDS: Final = 8.0
+"""Supervisors kill what has not ended after 10 seconds and more."""
 _SEPARATOR: Final = b"\n"
 _PROCESS: Final = re.compile(rb"[0-9]+ [0-9]+")
 
@@ -192,9 +195,25 @@ class Spiller:
         ------
         ExternalStoreError
             They cannot be removed.
+        EndedEarly
+            They are to be removed, and that takes too long.  What is left of them is for `sweep`.
         """
-        self._pool.shutdown(wait=True, cancel_futures=True)
+
+        def finish() -> None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            if remove:
+                self._store.remove()
+
+        # Jobs write to memory that is left for another store, which therefore waits for them.
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        try:
+            wait_for(finish, lambda: remove and time.monotonic() > deadline)
+        except EndedEarly:
+            _LOG.warning(
+                "the external store has not answered for %g s, and is waited for no longer; "
+                "the next store that is started with it removes what is left there",
+                _PATIENCE_SECONDS,
+            )
+            raise
         self._done.clear()
         self._raw = memoryview(b"")
-        if remove:
-            self._store.remove()

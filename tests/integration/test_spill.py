@@ -375,6 +375,59 @@ def test_a_store_that_is_told_to_end_while_it_looks_at_what_there_is(
         assert all(bytes(client.get_buffers(each)) == bytes(1_800_000) for each in ids)
 
 
+SILENT = """
+    import sys
+    from shmplasma import cli, endings
+
+    endings.hold_back()  # before Arrow, which starts threads
+    from shmplasma import external, spiller
+
+    fifo, operation, *arguments = sys.argv[1:]
+    spiller._PATIENCE_SECONDS = 0.2
+
+    do = getattr(external._Directory, operation)
+
+    def hang(place, name, *rest):
+        if name.endswith("owner"):
+            return do(place, name, *rest)
+        print("hanging", file=sys.stderr, flush=True)
+        open(fifo).close()
+
+    setattr(external._Directory, operation, hang)
+    sys.exit(cli.main(arguments))
+"""
+"""A store whose files cannot be written, or removed, until somebody opens a fifo for writing."""
+
+
+@pytest.mark.parametrize("operation", ["write", "delete_directory"])
+def test_a_store_that_ends_while_its_external_store_does_not_answer(
+    path: str, tmp_path: Path, operation: str
+) -> None:
+    """It ends with 0, without what is in memory, and says what stays: that goes with the next store."""
+    os.mkfifo(tmp_path / "fifo")
+    silent = [sys.executable, "-c", dedent(SILENT), str(tmp_path / "fifo"), operation]
+    with subprocess.Popen(
+        [*silent, *arguments(path, tmp_path)], stderr=subprocess.PIPE, text=True
+    ) as store:
+        until_ready(store)
+        with plasma.connect(path) as client:
+            client.put_raw_buffer(bytes(CAPACITY))
+            if operation == "write":  # once somebody wants room
+                with pytest.raises(plasma.PlasmaStoreFull):
+                    client.put_raw_buffer(bytes(CAPACITY), timeout_ms=100)
+        store.terminate()
+        assert store.stderr is not None
+        said = store.stderr.read()
+        assert said.startswith("hanging")
+        assert "the external store has not answered for 0.2 s" in said
+        assert store.wait() == 0
+    assert not Path(path).exists()
+    (left,) = (tmp_path / "external").iterdir()
+    with running(*arguments(path, tmp_path)) as (_, said):
+        assert f"removed {left.name}" in said
+        assert not left.exists()
+
+
 def test_what_proves_that_a_store_is_dead(tmp_path: Path) -> None:
     """Only what is seen from the same place in the same boot; or, on a disk of one's own, that the boot is over."""
     shared = SegmentName.plan(os.urandom(16), None)
