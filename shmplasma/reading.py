@@ -33,7 +33,7 @@ Mode: TypeAlias = Literal["view", "copy", "cow"]
 
 _COPYING_THREADS: Final = 6
 """At most, for a private copy; as a put by default."""
-_IDS_A_REQUEST: Final = 1 << 12
+_IDS_A_REQUEST: Final = 1 << 11
 """The store looks for all ids of a request in one turn of its loop: 1 us each, or 2.5 where it has to answer for them."""
 
 
