@@ -49,7 +49,6 @@ class Connected:
     def __init__(self, store_socket_name: str, num_retries: int) -> None:
         self._given_path = store_socket_name
         self._path = _lasting(store_socket_name)
-        self._num_retries = num_retries
         self._left = False
         self._session: Session | None = self._open(num_retries)
         self._capacity = self._session.layout.capacity

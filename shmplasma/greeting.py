@@ -29,9 +29,9 @@ _KEPT_FOR_OTHERS: Final = 8
 class Session:
     """What the store knows of one connection.
 
-    One that was recovered is *awaited* until its client goes on over another connection, and *resumed* from then
-    on.  That connection *claims* the awaited client with its `Hello`, and is it from its next message on: whoever
-    gives up in between, as one does that is interrupted, is still awaited.  One that is *detached* has left, or is dropped: it is
+    One that was recovered is *awaited* until its client goes on over another connection.  That connection
+    *claims* the awaited client with its `Hello`, and is it from its next message on: whoever gives up in between, as one does that
+    is interrupted, is still awaited.  One that is *detached* has left, or is dropped: it is
     answered nothing, hence is claimed by nobody; as long as it is not known to have ended it is awaited for what it may hold.
     """
 
@@ -48,7 +48,6 @@ class Session:
     n_boards: int = 0
     trusted: bool = False
     awaited: bool = False
-    resumed: bool = False
     left: bool = False
     attached: bool = False
     claims: int | None = None
@@ -177,8 +176,7 @@ class Greeter:
         if awaited is None or not awaited.may_come_back:
             raise ProtocolError("what it claims went on over another connection, or was dropped")
         del self.sessions[session.client]
-        awaited.awaited, awaited.resumed, awaited.name = False, True, session.name
-        awaited.command = session.command
+        awaited.awaited, awaited.name, awaited.command = False, session.name, session.command
         self._outgoing.effects.append(Adopt(session.client, awaited.client))
         return awaited.client
 

@@ -111,7 +111,6 @@ class Room:
         moves: Moves,
         floor_bytes: int = FLOOR_BYTES,
     ) -> None:
-        self._layout = layout
         self._table = table
         self._boards = boards
         self._memory = memory
