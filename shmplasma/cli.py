@@ -159,7 +159,6 @@ def _serve(options: argparse.Namespace, ending: frozenset[signal.Signals]) -> No
             server = Server(
                 endpoint.listener,
                 segment,
-                socket_path=path,
                 shared=shared,
                 recover=is_recovered,
                 may_be_replaced=options.owner is None,

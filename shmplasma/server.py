@@ -109,8 +109,6 @@ class Server:
         A bound, listening, non-blocking Unix stream socket; the caller closes it.
     segment : Segment
         The segment to serve; the caller closes and unlinks it.
-    socket_path : str
-        For the log.
     shared : bool
         Whether others than this user and root may connect; the socket file's mode decides who.
     recover : bool
@@ -150,7 +148,6 @@ class Server:
         listener: socket.socket,
         segment: Segment,
         *,
-        socket_path: str,
         shared: bool = False,
         recover: bool = False,
         may_be_replaced: bool = True,
@@ -161,7 +158,6 @@ class Server:
         spiller: Spiller | None = None,
     ) -> None:
         self._segment = segment
-        self._path = socket_path
         self._may_be_recovered = may_be_recovered
         self.is_handed_over = self.is_left = False
         memory = _SegmentMemory(segment)

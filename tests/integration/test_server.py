@@ -75,7 +75,7 @@ def idle_server(tmp_path: Path) -> Iterator[Server]:
     with Segment.create(10**6) as segment, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
-        server = Server(listener, segment, socket_path="")
+        server = Server(listener, segment)
         try:
             yield server
         finally:
