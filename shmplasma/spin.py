@@ -47,11 +47,6 @@ class Spin:
             if now - before > _CROWDED_NS:
                 self._crowded_until = now + _PAUSE_NS
 
-    @property
-    def is_of_use(self) -> bool:
-        """Whether anybody looks at this time."""
-        return self._has_others and time.monotonic_ns() >= self._crowded_until
-
     def looks(self, spin_ns: int = _SPIN_NS) -> Iterator[None]:
         """Yield as often as the caller should look; others may run between two times.
 
