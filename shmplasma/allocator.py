@@ -118,11 +118,6 @@ class Allocator:
         return self._free_lines << _SHIFT
 
     @property
-    def used_bytes(self) -> int:
-        """Sum of all used extents, rounding included; O(1)."""
-        return self._end - self._start - self.free_bytes
-
-    @property
     def largest_free_bytes(self) -> int:
         """Size of the largest free extent: what `allocate` can give at most; O(1)."""
         return max(self._root.sizes) << _SHIFT
