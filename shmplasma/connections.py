@@ -58,8 +58,8 @@ class Connection:
     ----------
     client : int
         The client's number.
-    pid : int or None
-        The process at the other end, for the log.
+    pid : int
+        The process at the other end; 0 if it is invisible here.
     sock : socket.socket
         Its socket, which is registered with `selector`, for reading, and ended by `hang_up`.
     selector : selectors.BaseSelector
@@ -92,7 +92,7 @@ class Connection:
     )
 
     def __init__(
-        self, client: int, pid: int | None, sock: socket.socket, selector: selectors.BaseSelector
+        self, client: int, pid: int, sock: socket.socket, selector: selectors.BaseSelector
     ) -> None:
         self.client = client
         self.pid = pid

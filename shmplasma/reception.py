@@ -84,7 +84,7 @@ class Reception:
             return
         try:
             peer = system.peer(sock)
-            if not self._shared and peer.uid not in (None, 0, os.geteuid()):
+            if not self._shared and peer.uid not in (0, os.geteuid()):
                 _LOG.warning("refused pid %s of uid %s: not this user", peer.pid, peer.uid)
                 _refuse(sock)
             else:

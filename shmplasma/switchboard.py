@@ -125,14 +125,13 @@ class Switchboard:
         self._last_number += 1
         self._connections[connection.client] = connection
         self.awaited.add(connection)
-        pid = peer.pid or 0
         trusted = self._may_be_replaced and peer.uid in (0, os.geteuid())
         self._store.connect(
             connection.client,
-            pid,
-            system.start_time(pid) or 0,
+            peer.pid,
+            system.start_time(peer.pid) or 0,
             time.time_ns(),
-            command=system.command(pid),
+            command=system.command(peer.pid),
             trusted=trusted,
         )
 
@@ -197,7 +196,7 @@ class Switchboard:
         # It hears why, if it listens; a subscriber hears nothing.
         self._hang_up(client, encode_frame(last.KIND, ONE_WAY, last.encode()) if was_given else b"")
         if was_given:
-            self.exits.watch(client, connection.pid or 0)
+            self.exits.watch(client, connection.pid)
         else:
             self._forget(client)
 

@@ -224,13 +224,12 @@ class Peer:
     pid : int
         Process that connected or made the socket pair; 0 if it is invisible here (another pid
         namespace).
-    uid, gid : int
-        Its effective user and group at that moment.
+    uid : int
+        Its effective user at that moment.
     """
 
     pid: int
     uid: int
-    gid: int
 
 
 def peer(sock: socket.socket) -> Peer:
@@ -242,13 +241,12 @@ def peer(sock: socket.socket) -> Peer:
         The socket is not connected, or no unix socket.
     """
     if _LINUX:
-        return Peer(
-            *_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        )
-    _version, uid, _n_groups, gid = _XUCRED.unpack(
-        sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED.size)
-    )
-    return Peer(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID), uid, gid)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, _ = _UCRED.unpack(credentials)
+        return Peer(pid, uid)
+    credentials = sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED.size)
+    _, uid, *_ = _XUCRED.unpack(credentials)
+    return Peer(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID), uid)
 
 
 def populate(address: int, size: int) -> bool:

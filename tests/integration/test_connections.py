@@ -29,7 +29,7 @@ def ends() -> Iterator[tuple[Connection, socket.socket, socket.socket]]:
     with selectors.DefaultSelector() as selector, ours, theirs:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        connection = Connection(1, None, ours, selector)
+        connection = Connection(1, 0, ours, selector)
         yield connection, ours, theirs
         connection.hang_up()
 
