@@ -355,9 +355,8 @@ def start_time(pid: int) -> int | None:
 
     None if there is no such process or no ``/proc``.
     """
-    stat = _read(f"/proc/{pid}/stat")
-    # The second field is the command in parentheses, and may itself hold spaces and parentheses.
-    return int(stat.rpartition(")")[2].split()[19]) if stat else None
+    fields = _status(pid)
+    return int(fields[19]) if fields else None
 
 
 def command(pid: int) -> str:
@@ -386,11 +385,8 @@ def is_alive(pid: int, started: int) -> bool:
         except PermissionError:
             return True
         return True
-    stat = _read(f"/proc/{pid}/stat")
-    if not stat:
-        return False
-    fields = stat.rpartition(")")[2].split()
-    return fields[0] not in "ZX" and int(fields[19]) == started
+    fields = _status(pid)
+    return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == started
 
 
 def file_system(path: str) -> str | None:
@@ -486,6 +482,12 @@ def _read(path: str, letters: int = -1) -> str | None:
             return file.read(letters)
     except OSError:
         return None
+
+
+def _status(pid: int) -> list[str]:
+    """Return what ``/proc`` says of a process behind its command: its state, and so on; nothing where it says nothing."""
+    # The command, in parentheses, may itself hold spaces and parentheses.
+    return (_read(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
 
 
 def _meminfo() -> dict[str, int]:
