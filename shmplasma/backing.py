@@ -18,7 +18,6 @@ from shmplasma.errors import AttachError, CommitError
 from shmplasma.layout import MAX_SEGMENT_BYTES, OUTBOX_BYTES, Layout
 
 __all__ = [
-    "SHM_DIRECTORY",
     "Room",
     "check_room",
     "default_capacity",
@@ -26,9 +25,6 @@ __all__ = [
     "remedy",
     "segment_page_bytes",
 ]
-
-SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked how full it is
-"""Where Linux keeps POSIX shared memory; elsewhere it has no directory."""
 
 _FILE_SYSTEM: Final = "the file system of the segment"
 _MEMORY: Final = "the memory of this machine, or of the control group of this process,"
@@ -112,7 +108,7 @@ def segment_page_bytes(directory: str | None, *, huge_pages: bool) -> int:
 
 def least_room(directory: str | None) -> Room:
     """Return what the file system of a segment, and the memory behind it, can still give: the least of it."""
-    place = directory or SHM_DIRECTORY
+    place = directory or system.SHM_DIRECTORY
     if directory is None and not os.path.isdir(place):
         return Room(system.available_memory(), _MEMORY)
     status = os.statvfs(place)

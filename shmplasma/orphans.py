@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
-from shmplasma.backing import SHM_DIRECTORY
+from shmplasma import system
 from shmplasma.errors import LayoutError
 from shmplasma.layout import HEADER_BYTES, Layout
 from shmplasma.segment_name import SegmentName
@@ -39,7 +39,7 @@ def sweep(directory: str | None) -> Iterator[str]:
     directory : str or None
         Where the files are; None for POSIX shared memory, where the system shows it as a directory.
     """
-    place = SHM_DIRECTORY if directory is None else directory
+    place = system.SHM_DIRECTORY if directory is None else directory
     try:
         names = [name for name in os.listdir(place) if _NAME.fullmatch(name)]
     except OSError:

@@ -26,7 +26,6 @@ __all__ = ["SegmentName", "map_segment", "open_segment", "refusal"]
 
 # Half of the token: macOS allows 31 characters to a name.
 _NAME_TOKEN_BYTES: Final = 8
-_POSIX_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only asked which one it is
 _NOTE: Final = re.compile(rb"(?:posix:|file:(?:/[^\0]*)?)/shmplasma-[0-9a-f]{16}")
 
 
@@ -80,7 +79,9 @@ class SegmentName:
     def where(self) -> str:
         """Return what tells the directory of this name from all others of this boot; empty where that cannot be known."""
         try:
-            found = os.stat(os.path.dirname(self.path) if self.kind == "file" else _POSIX_DIRECTORY)
+            found = os.stat(
+                os.path.dirname(self.path) if self.kind == "file" else system.SHM_DIRECTORY
+            )
         except OSError:
             return ""
         return f"{found.st_dev}:{found.st_ino}"

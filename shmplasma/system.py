@@ -27,15 +27,18 @@ from typing import Final
 
 __all__ = [
     "MAP_NORESERVE",
+    "SHM_DIRECTORY",
     "HugePages",
     "Peer",
     "available_memory",
+    "boot_id",
     "command",
     "commit",
     "fast_path_available",
     "file_system",
     "huge_page_bytes",
     "huge_pages",
+    "is_alive",
     "keep_away",
     "make_private",
     "membarrier",
@@ -54,6 +57,8 @@ __all__ = [
 _LINUX: Final = sys.platform == "linux"
 _X86_64: Final = _LINUX and os.uname().machine == "x86_64" and sys.maxsize > 1 << 32
 
+SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - only looked at
+"""Where Linux keeps POSIX shared memory; elsewhere it has no directory."""
 MAP_NORESERVE: Final = 0x4000 if _LINUX else 0
 """A mapping that takes no pages of a hugetlbfs for itself; in `mmap` only since Python 3.13."""
 
