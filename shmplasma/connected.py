@@ -21,7 +21,14 @@ from shmplasma.objects import ObjectID
 from shmplasma.requests import MAX_NAME_BYTES, SetOptions
 from shmplasma.session import Session
 
-__all__ = ["DEFAULT_RETRIES", "Connected", "checked", "program_name", "wait_seconds"]
+__all__ = [
+    "DEFAULT_RETRIES",
+    "Connected",
+    "checked",
+    "program_name",
+    "wait_seconds",
+    "whole_bytes",
+]
 
 DEFAULT_RETRIES: Final = 80
 """8 seconds of attempts, as in Plasma."""

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Final, TypeVar
 
-__all__ = ["ENDING", "EndedEarly", "hold_back", "is_told_to_end", "wait_for"]
+__all__ = ["EndedEarly", "hold_back", "is_told_to_end", "wait_for"]
 
 _T = TypeVar("_T")
 _LOOK_SECONDS: Final = 0.1
 """How often to see whether this process is to end."""
 
-ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """SIGHUP comes when the terminal is closed; whoever is to outlive that was started with it ignored (``nohup``)."""
 
 
@@ -25,7 +25,7 @@ def hold_back() -> frozenset[signal.Signals]:
     -----
     To be called before other threads are started: they inherit it, and one that had not would take the signal.
     """
-    ending = frozenset(ENDING)
+    ending = frozenset(_ENDING)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         ending -= {signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
@@ -34,7 +34,7 @@ def hold_back() -> frozenset[signal.Signals]:
 
 def is_told_to_end() -> bool:
     """Tell whether a signal that was held back waits."""
-    return not signal.sigpending().isdisjoint(ENDING)
+    return not signal.sigpending().isdisjoint(_ENDING)
 
 
 class EndedEarly(Exception):  # noqa: N818 - no error

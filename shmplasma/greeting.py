@@ -19,7 +19,7 @@ from shmplasma.replies import Done, Failed, Failure, Welcome
 from shmplasma.requests import Hello, Role
 from shmplasma.table import Table
 
-__all__ = ["Greeter", "Session", "same_process"]
+__all__ = ["Greeter", "Session"]
 
 _KEPT_FOR_OTHERS: Final = 8
 """This share of all boards is not for those who have one already."""
@@ -127,7 +127,7 @@ class Greeter:
             raise ProtocolError(f"it speaks protocol version {hello.version}")
         if hello.reclaim:
             awaited = self.sessions.get(hello.reclaim - 1)
-            if awaited is not None and awaited.may_come_back and same_process(awaited, session):
+            if awaited is not None and awaited.may_come_back and _same_process(awaited, session):
                 session.claims, session.name = awaited.client, hello.name
                 welcome = self._welcome(awaited, reclaimed=True)
                 self._outgoing.reply(client, request_id, welcome, Descriptor.WAKE)
@@ -216,6 +216,6 @@ class Greeter:
         return board
 
 
-def same_process(one: Session, other: Session) -> bool:
+def _same_process(one: Session, other: Session) -> bool:
     """Tell whether two connections are of one process; where it cannot be seen, its word counts."""
     return (one.pid, one.start_time) == (other.pid, other.start_time)

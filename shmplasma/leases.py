@@ -50,7 +50,7 @@ from shmplasma.control import Control
 from shmplasma.errors import ProtocolError
 from shmplasma.layout import ALIGNMENT, BOARD_WORDS, Layout, align_up
 
-__all__ = ["BUSY_WORD", "MIN_LEASE_BYTES", "Lease", "Leases"]
+__all__ = ["BUSY_WORD", "MIN_LEASE_BYTES", "Leases", "largest_object"]
 
 BUSY_WORD: Final = 0
 """The board's word that is not a slot."""
@@ -81,7 +81,7 @@ def largest_object(capacity: int) -> int:
 
 
 @dataclass(slots=True)
-class Lease:
+class _Lease:
     """One client's lease.  Offsets are from the start of the segment.
 
     Attributes
@@ -140,7 +140,7 @@ class Leases:
         self._layout = layout
         self._words = words
         self._control = control
-        self._of_client: dict[int, Lease] = {}
+        self._of_client: dict[int, _Lease] = {}
         self._used: dict[int, int] = {}
         self._promised = 0
         self.held_bytes = 0
@@ -175,7 +175,7 @@ class Leases:
         """Take note of a lease; return the number of objects it may publish, and its epoch."""
         assert client not in self._of_client
         objects = self.objects_for(size_bytes)
-        self._of_client[client] = Lease(board, offset, offset + size_bytes, offset, objects)
+        self._of_client[client] = _Lease(board, offset, offset + size_bytes, offset, objects)
         self._used[client] = min(self.used_bytes(client) + size_bytes, _MAX_LEASE_BYTES)
         self.held_bytes += size_bytes
         self._promised += objects
@@ -186,7 +186,7 @@ class Leases:
     def restore(self, client: int, board: int, cursor: int, end: int, free_entries: int) -> None:
         """Take over a lease of a store that has died, as far as it is not published, and as the table has entries."""
         objects = min((end - cursor) // ALIGNMENT, _MAX_OBJECTS)
-        self._of_client[client] = Lease(board, cursor, end, cursor, objects)
+        self._of_client[client] = _Lease(board, cursor, end, cursor, objects)
         # The end stands there already, and must not be missed by yet another store if this one dies here.
         self._control.advance(board, cursor)
         self.held_bytes += end - cursor
