@@ -293,14 +293,7 @@ class _Arguments(Sharing):
     @property
     def reducers(self) -> dict[type, Callable[[Any], Any]]:
         """What to enter into a pickler's table, by type."""
-        return {**super().reducers, np.memmap: self.reduce_memmap}
-
-    def reduce_memmap(self, array: np.memmap[Any, Any]) -> Any:
-        """Reduce an array that lies in a file, as if it lay in memory."""
-        if array.nbytes < self.min_bytes:
-            return array.__reduce_ex__(4)
-        ref = self._store(array, _always)
-        return array.__reduce_ex__(4) if ref is None else (_value, (ref,))
+        return {**super().reducers, np.memmap: self.reduce_array}
 
     def forget(self) -> None:
         """Let go of what was stored."""
@@ -315,7 +308,7 @@ class _Arguments(Sharing):
             client.delete(self._ids)
 
     def _store(self, value: Any, _: Callable[[Any, StoreRef], bool]) -> StoreRef | None:
-        return super()._store(value, _always)
+        return super()._store(value, lambda *_: True)
 
     def _put(self, value: Any) -> StoreRef | None:
         ref = super()._put(np.asarray(value) if isinstance(value, np.memmap) else value)
@@ -332,14 +325,6 @@ class _Results(Sharing):
         large = self.passes(array)
         ref = self._put(array) if large else None
         return array.__reduce_ex__(4) if ref is None else (_own, (ref,))
-
-
-def _always(*_: object) -> bool:
-    return True
-
-
-def _value(ref: StoreRef) -> Any:
-    return ref.get()
 
 
 def _own(ref: StoreRef) -> Any:
