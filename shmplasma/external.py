@@ -250,20 +250,16 @@ class _Arrow:
             return int(file.tell()) - offset
 
     def delete(self, name: str) -> None:
-        try:
+        with suppress(FileNotFoundError):  # it is as it should be
             self._system.delete_file(self._path(name))
-        except FileNotFoundError:
-            return  # as it should be
 
     def list(self, directory: str) -> Mapping[str, int]:
         selector = fs.FileSelector(self._path(directory), allow_not_found=True)
         return {info.base_name: info.size or 0 for info in self._system.get_file_info(selector)}
 
     def delete_directory(self, name: str) -> None:
-        try:
+        with suppress(FileNotFoundError):
             self._system.delete_dir(self._path(name))
-        except FileNotFoundError:
-            return  # as it should be
 
 
 _REMEDY: Final = "write file:///directory, s3://bucket/prefix, or memory://"
