@@ -354,15 +354,12 @@ class Boards:
 
     def pinned_among(self, entries: Iterable[int]) -> set[int]:
         """Return those of these entries that anybody pins, in a chain of the table or not."""
-        words = self._all_words()
+        words = words_on(self._raw, self._layout, self._owner)
         offsets = {offset_of(word) for word in words if word >= AT_OFFSET}
         if not offsets:
             return {entry for entry in entries if entry + 1 in words}
         offset = self._offset_pins.offset
         return {entry for entry in entries if entry + 1 in words or offset(entry) in offsets}
-
-    def _all_words(self) -> set[int]:
-        return words_on(self._raw, self._layout, self._owner)
 
     def is_pinned(self, entry: int) -> bool:
         """Tell whether anybody pins the entry; cheaper than `pinned_among` for a single one."""

@@ -146,12 +146,8 @@ class Publishing:
 
     def evict_ahead(self) -> None:
         """Evict some objects for the next lease."""
-        if not self._evict(self._ahead, _SLICE):
-            self._ahead = 0  # as there is nothing that may go
-        self._end_ahead()
-
-    def _end_ahead(self) -> None:
-        if self._ahead <= self._room.free_bytes:
+        # As much is free, or there is nothing that may go.
+        if not self._evict(self._ahead, _SLICE) or self._ahead <= self._room.free_bytes:
             self._ahead = 0
 
     def _evict(self, free_bytes: int, at_most: int) -> int:

@@ -191,8 +191,8 @@ def examine(
     _sort_sealed(remains, findings, sealed)
     findings.spilled = set(spilled)
     findings.referenced = _referenced(remains, findings, sealed + spilled)
-    _find_copies(table, remains, findings, whole + spilled)
     staying = whole + spilled
+    _find_copies(table, remains, findings, staying)
     dead.relink(staying, remains.object_ids)
     table.resume(staying, findings.limbo)
     findings.leases = _leases(findings.owners, used)

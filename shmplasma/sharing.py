@@ -178,8 +178,9 @@ class Sharing:
         int
             How many bytes that makes.
         """
-        spans = [_span(value)] if isinstance(value, np.ndarray) else map(_range, _buffers(value))
-        return sum(self._home.give_back(address, size) for address, size in spans)
+        if isinstance(value, np.ndarray):
+            return self._home.give_back(*_span(value))
+        return sum(self._home.give_back(each.address, each.size) for each in _buffers(value))
 
     # -- storing -------------------------------------------------------------------------------
 
@@ -226,10 +227,6 @@ def _span(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     before = -sum(span for span in spans if span < 0)
     after = sum(span for span in spans if span > 0) + array.itemsize
     return array.ctypes.data - before, before + after
-
-
-def _range(buffer: pa.Buffer) -> tuple[int, int]:
-    return buffer.address, buffer.size
 
 
 def _is_unchanged(array: np.ndarray[Any, Any], ref: StoreRef) -> bool:
