@@ -59,7 +59,7 @@ from typing import Final
 from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError, PlasmaStoreFull
 from shmplasma.endpoint import may_come_back
-from shmplasma.errors import ProtocolError, ShmPlasmaError
+from shmplasma.errors import ShmPlasmaError
 from shmplasma.exchange import close_inherited
 from shmplasma.handshake import greet
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
@@ -222,7 +222,7 @@ def _before_fork() -> None:
         if any(map(_holds, lifeline.boards)):
             try:
                 prepared[lifeline] = Inheritance(lifeline, in_child=False)
-            except (ShmPlasmaError, ProtocolError, OSError) as error:
+            except (ShmPlasmaError, OSError) as error:
                 failures.append((lifeline, error))
     try:
         _warn(failures)
@@ -294,7 +294,7 @@ def _settle(lifeline: Lifeline, inherited: Inheritance | None) -> Exception | No
     failure: Exception | None = None
     try:
         own = Inheritance(lifeline, in_child=True)
-    except (ShmPlasmaError, ProtocolError, OSError) as error:
+    except (ShmPlasmaError, OSError) as error:
         if inherited is None:
             return error
         failure = error
