@@ -421,5 +421,6 @@ class Creations:
     def check(self) -> None:
         """Prove that the queue is in order, and that who waits for memory still has an object to wait with."""
         self._queue.check()
+        creators = self._objects.unsealed.creators
         for entry, (client, _, _) in self._waiting.items():
-            assert self._objects.creator(entry) == client, f"entry {entry} is nobody's"
+            assert creators.get(entry) == client, f"entry {entry} is nobody's"

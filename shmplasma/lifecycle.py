@@ -141,10 +141,6 @@ class Lifecycle:
         hidden = self._room.mover.hidden
         return hidden != NO_ENTRY and self._table.object_id(hidden) == object_id
 
-    def creator(self, entry: int) -> int | None:
-        """Return the client that is still writing the object."""
-        return self._creators.get(entry)
-
     def held_by(self, client: int) -> set[int]:
         """Return the entries that a client pins or has not sealed yet."""
         return self._boards.held_by(client).union(self.unsealed.of(client))

@@ -116,11 +116,11 @@ def test_an_object_is_there_once_it_is_sealed(house: Household) -> None:
     house.create(1, 100)
     entry = house.table.find(name(1))
     assert house.objects.find_sealed(name(1)) == NO_ENTRY
-    assert house.objects.creator(entry) == ALICE
+    assert house.objects.unsealed.creators == {entry: ALICE}
     assert house.objects.unsealed_bytes == 100
     assert house.objects.seal(ALICE, name(1), 5) == entry
     assert house.objects.find_sealed(name(1)) == entry
-    assert house.objects.creator(entry) is None
+    assert not house.objects.unsealed.creators
     assert house.objects.unsealed_bytes == 0
     house.objects.check()
 
