@@ -137,7 +137,7 @@ class Connection:
             data = self._sock.recv(
                 _READ_BYTES if self._hello_by is None else self._decoder.missing_bytes
             )
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return True
         if data:
             self.frames += self._decoder.feed(data)
@@ -166,7 +166,7 @@ class Connection:
         if not self._out:
             try:
                 sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 sent = 0
             if sent == len(data):
                 return
@@ -207,7 +207,7 @@ class Connection:
         while out:
             try:
                 sent = self._sock.send(out[0][:_PIECE_BYTES])
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 return
             if isinstance(out[0], bytes):
                 self._out_bytes -= sent

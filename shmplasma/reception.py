@@ -19,7 +19,7 @@ from shmplasma.replies import Failed, Failure
 __all__ = ["Reception"]
 
 _LOG = logging.getLogger("shmplasma")
-_NOBODY_TO_ACCEPT: Final = (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR)
+_NOBODY_TO_ACCEPT: Final = (errno.EAGAIN, errno.ECONNABORTED)
 
 
 class Reception:
