@@ -211,24 +211,19 @@ def _read_head(buffer: pa.Buffer) -> _Layout:
 # --- Arrow ------------------------------------------------------------------------------------------
 
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(allow_64bit=True, compression=None)
+"""Also more than 2**31 rows; and the environment cannot ask for the format of before 2019."""
 _PLAIN: Final = frozenset(
     kind.id
-    for kind in (
-        *(pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.float16(), pa.float32()),
-        *(
-            pa.uint8(),
-            pa.uint16(),
-            pa.uint32(),
-            pa.uint64(),
-            pa.float64(),
-            pa.date32(),
-            pa.date64(),
-        ),
-        *(pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.timestamp("ns")),
+    for kinds in (
+        (pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64()),
+        (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+        (pa.float16(), pa.float32(), pa.float64()),
+        (pa.date32(), pa.date64(), pa.timestamp("ns")),
+        (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()),
     )
+    for kind in kinds
 )
 """Types that any stream can hold, by their numbers."""
-"""Also more than 2**31 rows; and the environment cannot ask for the format of before 2019."""
 _CONTINUATION: Final = b"\xff\xff\xff\xff"
 """What each message of an Arrow stream begins with."""
 _DICTIONARY_BATCH: Final = 2
@@ -291,9 +286,8 @@ def _encode_stream(codec: Codec, table: pa.Table | pa.RecordBatch) -> Payload | 
         elif chunk == _CONTINUATION:
             messages.append((bytearray(), []))
         else:
-            messages[-1][0].extend(
-                chunk
-            )  # length, metadata; then padding of the body, cut off below
+            # Length, metadata; then padding of the body, cut off below.
+            messages[-1][0].extend(chunk)
     parts: list[tuple[int, int, Source | Payload]] = []
     position = 0
     for head, body in messages:
