@@ -188,9 +188,8 @@ class _Courier:
         finally:
             if timer is not None:
                 timer.cancel()
-            if (
-                self._channel.error
-            ):  # no reply will come, and what was to be done with one keeps the pins
+            if self._channel.error:
+                # No reply will come, and what was to be done with one keeps the pins.
                 self._channel.drop(request_id)
             del self._waiting[request_id]
             self._leave_if_idle()

@@ -105,9 +105,8 @@ class Census:
             return None
         n_entries = self._layout.n_entries
         end = read_end(self._words, _ENTRIES_USED, n_entries + 1)
-        if (
-            end > n_entries
-        ):  # damaged, or being written: where there is no memory nothing may be read
+        if end > n_entries:
+            # Damaged, or being written: where there is no memory nothing may be read.
             return None
         attempts = 0
         while attempts < _ATTEMPTS:

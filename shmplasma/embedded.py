@@ -149,9 +149,8 @@ class Store:
                 said.seek(0)
                 text = said.read().decode(errors="replace").strip()
                 if code == _USAGE:
-                    text = text.rpartition(f"{PROGRAM}: error: ")[
-                        2
-                    ]  # how to call it is no help here
+                    # How to call it is no help here.
+                    text = text.rpartition(f"{PROGRAM}: error: ")[2]
                 raise StoreNotStartedError(f"the store did not start (exit code {code}): {text}")
 
     def connect(self) -> PlasmaClient:

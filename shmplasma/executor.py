@@ -136,9 +136,8 @@ class StoreExecutor(Executor):
             self._submitted += 1
             if self._bar is not None:
                 self._bar(self._done, self._submitted)
-        future.add_done_callback(
-            self._count
-        )  # which keeps this executor, and its store, until then
+        # It keeps this executor, and its store, until then.
+        future.add_done_callback(self._count)
         return future
 
     def _count(self, _: object) -> None:

@@ -53,9 +53,8 @@ class Jobs:
         if spilling is None:
             return ()
         spilling.advance()
-        if (
-            spilling.stuck() is not None
-        ):  # nobody is refused for want of what was released meanwhile, or left, or is leased
+        if spilling.stuck() is not None:
+            # Nobody is refused for want of what was released meanwhile, or left, or is leased.
             self._objects.releases.wake()
             self._objects.unsealed.finish()
             spilling.advance()

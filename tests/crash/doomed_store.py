@@ -104,9 +104,8 @@ class _Stores(threading.Thread):
             self._ending = True
         self._process.terminate()
         self.join()
-        if (
-            self._process.returncode == -signal.SIGKILL
-        ):  # it died while it ended; somebody has to clean up
+        if self._process.returncode == -signal.SIGKILL:
+            # It died while it ended; somebody has to clean up.
             self._process = self._begin([sys.executable, "-m", "shmplasma.cli"], dict(os.environ))
             with shmplasma.connect(self._path):
                 self._process.terminate()

@@ -35,9 +35,8 @@ def _keep_full(path: str, stop: Event, said: Connection) -> None:
         while not stop.is_set():
             try:
                 client.put_raw_buffer(os.urandom(8) * (_FILLING_BYTES // 8))
-            except (
-                shmplasma.PlasmaStoreFull
-            ):  # somebody has waited for long enough while others were served
+            except shmplasma.PlasmaStoreFull:
+                # Somebody has waited for long enough while others were served.
                 counts["refused, fillings"] += 1
             else:
                 counts["fillings"] += 1

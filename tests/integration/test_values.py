@@ -985,9 +985,8 @@ def test_nothing_piles_up(
 ) -> None:
     """Whatever is done a thousand times leaves no descriptor, no pin and no room behind."""
     use(client)
-    client.get(
-        MISSING, 1
-    )  # the first get that waits opens a socket, by which it may hear of what it waits for
+    # The first get that waits opens a socket, by which it may hear of what it waits for.
+    client.get(MISSING, 1)
     gc.collect()
     descriptors = len(os.listdir("/dev/fd"))
     for _ in range(200):

@@ -677,9 +677,8 @@ def test_what_comes_back_has_objects_moved_that_are_pinned_in_passing(
         put(talk, peer, number, size)
     spilling = talk.store._objects.spilling
     assert spilling is not None
-    spilling.limits = ExternalLimits(
-        max_bytes=20_500, high_water=1.0
-    )  # so nothing more can be written
+    # Nothing more can be written.
+    spilling.limits = ExternalLimits(max_bytes=20_500, high_water=1.0)
     peer.ask(Delete([name(1), name(3)]), Done)
     mover, slot = talk.store._room.mover, reader.free_slots.pop()
 

@@ -190,9 +190,8 @@ def test_a_successor_gives_what_is_left_to_nobody(scene: Scene, n_turns: int) ->
     unsealed = later.store._objects.unsealed
     assert len(unsealed.of(board)) == 1
     assert set(unsealed.creators.values()) == {board, scene.board}
-    later.carry_out(
-        later.store.disconnect(scene.board, later.now_ns)
-    )  # whose process it sees no more
+    # It does not see its process any more.
+    later.carry_out(later.store.disconnect(scene.board, later.now_ns))
     later.turn()
     assert set(unsealed.creators.values()) == {board}
     later.store.check()
