@@ -469,9 +469,32 @@ class StoreMachine(RuleBasedStateMachine):
         fits &= not self.talk.store._room.mover.is_busy  # then free room may be held for somebody
         gone_before = self.gone
 
+        def judge_refusal(failure: Failure) -> None:
+            assert failure is Failure.FULL
+            assert object_id not in model.things
+            assert not fits
+            stays = self.unevictable()
+            beyond = thing.size > self.capacity  # if only by less than a cache line
+            assert beyond or self.largest_gap(stays) < wanted, "the store was not full"
+            if not self.unmovable() and thing.size <= self.capacity:
+                left = self.talk.layout.data_bytes - sum(align_up(size, 64) for _, size in stays)
+                assert left < wanted, "nothing is in the way"
+
+        self.send(peer, request, self.judge_of_creator(peer, thing, request, judge_refusal))
+        assert not fits or self.gone == gone_before, "an object was evicted while there was room"
+        self.work(slices)
+        if finishes:
+            self.talk.turn()
+
+    def judge_of_creator(
+        self, peer: Peer, thing: Thing, request: Create, judge_refusal: Callable[[Failure], None]
+    ) -> Callable[[Reply], None]:
+        """Return what judges the reply to a creation; `judge_refusal` is for want of room."""
+        object_id, model = request.object_id, self.model
+
         def judge_reply(reply: Reply) -> None:
-            held = sum(t.size for t in model.held_by(peer, self.is_of))
             limit = model.limits.get(peer.number, 0)
+            held = sum(t.size for t in model.held_by(peer, self.is_of))
             is_over = limit > 0 and held + thing.size > limit
             if isinstance(reply, Created):
                 assert object_id not in model.things
@@ -486,25 +509,13 @@ class StoreMachine(RuleBasedStateMachine):
             peer.free_slots.append(request.slot)
             if reply.failure is Failure.EXISTS:
                 assert object_id in model.things
-                return
-            assert object_id not in model.things
-            if reply.failure is Failure.OVER_QUOTA:
+            elif reply.failure is Failure.OVER_QUOTA:
                 assert is_over
-                return
-            assert reply.failure is Failure.FULL
-            assert not fits
-            stays = self.unevictable()
-            beyond = thing.size > self.capacity  # if only by less than a cache line
-            assert beyond or self.largest_gap(stays) < wanted, "the store was not full"
-            if not self.unmovable() and thing.size <= self.capacity:
-                left = self.talk.layout.data_bytes - sum(align_up(size, 64) for _, size in stays)
-                assert left < wanted, "nothing is in the way"
+                assert object_id not in model.things
+            else:
+                judge_refusal(reply.failure)
 
-        self.send(peer, request, judge_reply)
-        assert not fits or self.gone == gone_before, "an object was evicted while there was room"
-        self.work(slices)
-        if finishes:
-            self.talk.turn()
+        return judge_reply
 
     @rule(
         which=NUMBERS, object_ids=st.lists(IDS, min_size=1, unique=True), share=st.integers(1, 200)
@@ -544,7 +555,7 @@ class StoreMachine(RuleBasedStateMachine):
         self, which: int, object_id: bytes, is_fresh: bool, beyond: int, timeout_ns: int
     ) -> None:
         """Ask for a new object somewhat larger than there can be room for, and wait."""
-        peer, model = pick(self.active, which), self.model
+        peer = pick(self.active, which)
         if is_fresh:
             object_id = name(2000 + self.incarnations)
         size = max(0, min(self.largest_gap(self.unevictable()) + 64 * beyond, self.capacity))
@@ -555,29 +566,15 @@ class StoreMachine(RuleBasedStateMachine):
         deadline_ns = self.talk.steady_ns + timeout_ns
         key = peer.number, peer.last_id + 1
 
+        def judge_refusal(_: Failure) -> None:
+            is_late = timeout_ns != FOR_EVER and deadline_ns <= self.talk.steady_ns
+            assert key in self.given_up or is_late
+
+        judge = self.judge_of_creator(peer, thing, request, judge_refusal)
+
         def judge_reply(reply: Reply) -> None:
             del self.creators[key]
-            limit = model.limits.get(peer.number, 0)
-            held = sum(t.size for t in model.held_by(peer, self.is_of))
-            is_over = limit > 0 and held + thing.size > limit
-            if isinstance(reply, Created):
-                assert object_id not in model.things
-                assert not is_over
-                thing.offset = reply.offset
-                self.fill(thing)
-                model.things[object_id] = thing
-                model.pins[request.slot] = thing
-                return
-            assert isinstance(reply, Failed)
-            assert self.talk.read_slot(request.slot) == 0
-            peer.free_slots.append(request.slot)
-            if reply.failure is Failure.EXISTS:
-                assert object_id in model.things
-            elif reply.failure is Failure.OVER_QUOTA:
-                assert is_over
-            else:
-                is_late = timeout_ns != FOR_EVER and deadline_ns <= self.talk.steady_ns
-                assert key in self.given_up or is_late
+            judge(reply)
 
         self.creators[key] = thing
         self.send(peer, request, judge_reply)
