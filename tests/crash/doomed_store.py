@@ -24,6 +24,7 @@ import numpy as np
 import shmplasma
 from shmplasma import cli
 from shmplasma.parts import Parts
+from tests.command import PROGRAM
 from tests.crash.damage import Clock, Dying
 
 __all__ = ["Summary", "run"]
@@ -96,7 +97,7 @@ class _Stores(threading.Thread):
         while self._process.wait() and not self._ending:
             self.deaths += 1
             env = dict(os.environ)
-            self._process = self._begin([sys.executable, "-m", "shmplasma.cli"], env)
+            self._process = self._begin(PROGRAM, env)
 
     def end(self) -> None:
         """End the store that runs now; it must end well, or die as it was to."""
@@ -106,7 +107,7 @@ class _Stores(threading.Thread):
         self.join()
         if self._process.returncode == -signal.SIGKILL:
             # It died while it ended; somebody has to clean up.
-            self._process = self._begin([sys.executable, "-m", "shmplasma.cli"], dict(os.environ))
+            self._process = self._begin(PROGRAM, dict(os.environ))
             with shmplasma.connect(self._path):
                 self._process.terminate()
             self._process.wait()

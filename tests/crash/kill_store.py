@@ -34,6 +34,7 @@ from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError
 from shmplasma.objects import ObjectID
 from shmplasma.segment_name import SegmentName
+from tests.command import PROGRAM
 from tests.crash.workload import (
     Crew,
     Known,
@@ -183,7 +184,7 @@ class MortalStore:
         """Start the process; do not wait for it."""
         self._began = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "shmplasma.cli", *self._arguments],
+            [*PROGRAM, *self._arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log,

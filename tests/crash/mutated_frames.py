@@ -49,6 +49,7 @@ from shmplasma.protocol import (
 from shmplasma.replies import Leased, Reply, Welcome, decode_reply
 from shmplasma.requests import AnswerNow, Detach, Get, Grow, Hello, Request, Role, decode_request
 from shmplasma.segment_name import SegmentName
+from tests.command import PROGRAM
 from tests.processes import in_forked_child, until
 
 if TYPE_CHECKING:  # the attackers are forked, and must not have Arrow's threads
@@ -142,7 +143,7 @@ class StoreProcess:
         self.path = f"{self._directory.name}/s"
         self._log = Path(self._directory.name, "log")
         self._alive, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "shmplasma.cli", "-m", str(capacity), "-s", self.path]
+        command = [*PROGRAM, "-m", str(capacity), "-s", self.path]
         with theirs, self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--owner", str(theirs.fileno())],

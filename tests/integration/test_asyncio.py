@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Coroutine
@@ -27,6 +26,7 @@ from shmplasma import (
     system,
 )
 from tests.clients import MISSING, figure, new_id
+from tests.command import PROGRAM
 from tests.processes import until
 
 MANY = 1200
@@ -333,7 +333,7 @@ def test_the_store_dies_for_good() -> None:
 def test_the_store_dies_and_comes_back(tmp_path: Path) -> None:
     """Tasks go on waiting through the death of the store, and get what is put after it; the loop goes on."""
     path = str(tmp_path / "s")
-    program = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path]
+    program = [*PROGRAM, "-m", "10MB", "-s", path]
 
     async def main() -> None:
         first = subprocess.Popen(program, stderr=subprocess.DEVNULL)
@@ -360,7 +360,7 @@ def test_the_store_dies_and_comes_back(tmp_path: Path) -> None:
 def test_nothing_is_pinned_for_a_value_that_was_dropped(tmp_path: Path) -> None:
     """What a get has brought that waited through the death of the store goes with it, without the collector."""
     path = str(tmp_path / "s")
-    program = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path]
+    program = [*PROGRAM, "-m", "10MB", "-s", path]
 
     async def main() -> None:
         first = subprocess.Popen(program, stderr=subprocess.DEVNULL)

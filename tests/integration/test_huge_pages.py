@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +15,9 @@ import shmplasma as plasma
 from shmplasma import system
 from shmplasma.layout import Layout
 from tests.clients import figure
+from tests.command import PROGRAM
 from tests.mounts import huge_pages, mounted
 from tests.processes import until
-
-PROGRAM = [sys.executable, "-m", "shmplasma.cli"]
 
 
 @pytest.fixture(params=["2M", "1G"])

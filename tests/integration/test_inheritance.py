@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from shmplasma import (
     connect,
     inheritance,
 )
-from tests.command import killed, running
+from tests.command import PROGRAM, killed, running
 from tests.processes import Child, in_forked_child, run_python, until
 
 PARENT = """
@@ -524,7 +523,7 @@ def test_a_fork_while_another_thread_connects(store: Store, client: PlasmaClient
 def test_a_fork_without_a_store(tmp_path: Path, how: str) -> None:
     """The fork goes on; where the store may come back, and would not know of the child, a warning says so."""
     path = str(tmp_path / "s")
-    command = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path]
+    command = [*PROGRAM, "-m", "10MB", "-s", path]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, connect(path) as client:
         buffer = client.get_buffers(client.put_raw_buffer(b"held"))
         client.flush()

@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from shmplasma.serialization import serialize
 from shmplasma.session import Session
 from shmplasma.store_ref import StoreRef, _registry, home_of
 from tests.clients import figure
+from tests.command import PROGRAM
 from tests.processes import Child, in_forked_child, until
 
 RECEIVER = """
@@ -483,7 +483,7 @@ def test_a_child_that_lets_go(client: PlasmaClient) -> None:
 @contextmanager
 def served(path: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a store that is killed at the end of the block."""
-    command = [sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", path, *options]
+    command = [*PROGRAM, "-m", "10MB", "-s", path, *options]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             yield process

@@ -19,7 +19,7 @@ from shmplasma import ObjectID
 from shmplasma.segment_name import SegmentName
 from shmplasma.spiller import is_dead, note_of
 from tests.clients import new_id
-from tests.command import run, running, until_ready
+from tests.command import PROGRAM, run, running, until_ready
 from tests.processes import Child, until
 
 CAPACITY = 8_000_000
@@ -156,7 +156,7 @@ def test_a_disk_that_is_full(path: str, small_tmpfs: str) -> None:
 def test_a_place_that_is_none(path: str, tmp_path: Path) -> None:
     """A store that could not spill does not start."""
     (tmp_path / "external").write_text("a file")
-    program = [sys.executable, "-m", "shmplasma.cli", *arguments(path, tmp_path)]
+    program = [*PROGRAM, *arguments(path, tmp_path)]
     done = subprocess.run(program, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "cannot be written to" in done.stderr
@@ -190,7 +190,7 @@ def test_another_external_store(path: str, tmp_path: Path) -> None:
         first.wait()
 
     def refusal(*more: str) -> str:
-        program = [sys.executable, "-m", "shmplasma.cli", "-s", path, "-m", str(CAPACITY), *more]
+        program = [*PROGRAM, "-s", path, "-m", str(CAPACITY), *more]
         done = subprocess.run(program, check=False, capture_output=True, text=True)
         assert done.returncode == 1
         assert not os.path.exists(path)
@@ -203,7 +203,7 @@ def test_another_external_store(path: str, tmp_path: Path) -> None:
     with running(*arguments(path, tmp_path)) as (second, _), plasma.connect(path) as client:
         for object_id, data in contents.items():
             assert bytes(client.get_buffers(object_id)) == data
-        program = [sys.executable, "-m", "shmplasma.cli", "-s", path, "--replace", "-e", other]
+        program = [*PROGRAM, "-s", path, "--replace", "-e", other]
         done = subprocess.run(program, check=False, capture_output=True, text=True)
         assert done.returncode == 1
         assert "start with its -e" in done.stderr
