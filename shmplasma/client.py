@@ -261,9 +261,7 @@ class PlasmaClient(Reading, Writing):
 
         All objects that are sealed already come first.  A second call begins anew.
         """
-        if self._subscription is not None:
-            self._subscription.close()
-            self._subscription = None
+        self._unsubscribe()
         self._subscription = self._subscribe()
 
     def get_next_notification(self) -> tuple[ObjectID, int, int]:

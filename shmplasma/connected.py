@@ -95,6 +95,9 @@ class Connected:
         session, self._session = self._session, None
         if session is not None:
             session.detach()
+        self._unsubscribe()
+
+    def _unsubscribe(self) -> None:
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None
@@ -150,9 +153,7 @@ class Connected:
         """Leave, in a forked child, the parent's session and subscription to the parent."""
         self._session = None
         self._forget()
-        if self._subscription is not None:
-            self._subscription.close()
-            self._subscription = None
+        self._unsubscribe()
 
 
 def _lasting(path: str) -> str:
