@@ -179,14 +179,21 @@ class ObjectStore:
             else:
                 self._posts.heed(session, now_ns)
                 self._dispatch.request(session, frame.request_id, request, now_ns)
-        except Refused as refused:
-            self._outgoing.reply(client, frame.request_id, refused.failed)
-        except NoRoom as no_room:
-            failed = self._refusals.answer(no_room, now_ns)
-            self._outgoing.reply(client, frame.request_id, failed)
-        except ProtocolError as error:
-            self._outgoing.effects.append(Drop(client, str(error)))
+        except (Refused, NoRoom, ProtocolError) as error:
+            self._turn_down(client, frame.request_id, error, now_ns)
         return self._outgoing.take()
+
+    def _turn_down(
+        self, client: int, request_id: int, error: Refused | NoRoom | ProtocolError, now_ns: int
+    ) -> None:
+        """Answer a request that is not granted, or drop who may not make it."""
+        match error:
+            case Refused(failed=failed):
+                self._outgoing.reply(client, request_id, failed)
+            case NoRoom():
+                self._outgoing.reply(client, request_id, self._refusals.answer(error, now_ns))
+            case ProtocolError():
+                self._outgoing.effects.append(Drop(client, str(error)))
 
     def _heed_claimed(self, awaited: Session, now_ns: int) -> None:
         """Read what a client has posted that comes back; for what it may not post it does not, however often it tries."""
@@ -221,13 +228,9 @@ class ObjectStore:
             self._deletions.end()
             try:
                 self._dispatch.settle(session, request_id, request, now_ns)
-            except Refused as refused:
-                self._outgoing.reply(client, request_id, refused.failed)
-            except NoRoom as no_room:
-                failed = self._refusals.answer(no_room, now_ns)
-                self._outgoing.reply(client, request_id, failed)
-            except ProtocolError as error:  # as of what its client has asked for meanwhile
-                self._outgoing.effects.append(Drop(client, str(error)))
+            except (Refused, NoRoom, ProtocolError) as error:
+                # The last may be of what its client has asked for meanwhile.
+                self._turn_down(client, request_id, error, now_ns)
         return self._outgoing.take()
 
     def settled(self) -> Sequence[Effect]:
@@ -313,8 +316,6 @@ class ObjectStore:
 
     def take_jobs(self) -> tuple[Sequence[Job], Sequence[Effect]]:
         """Begin what is due with the external store, and return what is to be done: see `job_done`."""
-        if self._objects.spilling is None:
-            return (), NOTHING
         jobs = self._jobs.take(self._now_ns)
         return jobs, self._outgoing.take()
 
