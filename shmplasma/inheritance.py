@@ -62,7 +62,7 @@ from shmplasma.endpoint import may_come_back
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.exchange import close_inherited
 from shmplasma.handshake import greet
-from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, Layout
+from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, Layout
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import Lifeline, Pin, PinBoard
@@ -277,9 +277,9 @@ def _holds(board: PinBoard) -> bool:
 
 def _warn(failures: list[tuple[Lifeline, Exception]]) -> None:
     for lifeline, error in failures:
-        header = lifeline.attachment.words[: HEADER_BYTES // 8]
         is_there = isinstance(error, PlasmaStoreFull)  # but has no boards
-        if is_there or (not Layout.scratch(header) and may_come_back(lifeline.path)):
+        may_be_again = not Layout.scratch(lifeline.attachment.words)
+        if is_there or (may_be_again and may_come_back(lifeline.path)):
             warnings.warn(
                 f"buffers that the child inherits are not pinned for it: {error}",
                 RuntimeWarning,

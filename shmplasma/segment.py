@@ -169,10 +169,10 @@ class Segment:
                 raise AttachError(f"the segment {name.path} is damaged: it has only {size} bytes")
             raw = memoryview(map_segment(fd, 0, size, writable=True))
             words = raw[: size & -8].cast("Q")
-            if Layout.is_unfinished(words[: HEADER_BYTES // 8]):
+            if Layout.is_unfinished(words):
                 os.close(fd)
                 return None
-            layout, token = Layout.read(words[: HEADER_BYTES // 8])
+            layout, token = Layout.read(words)
             if layout.segment_bytes != size or SegmentName.plan(token, directory) != name:
                 raise AttachError(f"the segment {name.path} is damaged: size or identity is wrong")
         except BaseException:

@@ -47,7 +47,6 @@ from shmplasma.hinting import Hints
 from shmplasma.inheritance import register
 from shmplasma.layout import (
     CONTROL_BYTES,
-    HEADER_BYTES,
     ID_FIELD,
     ControlWord,
     EntryWord,
@@ -212,7 +211,7 @@ class Session:
             return attachment.words[word : word + 1]
 
         # An embedded store that was killed is started again by nobody.
-        returns = not Layout.scratch(attachment.words[: HEADER_BYTES // 8])
+        returns = not Layout.scratch(attachment.words)
         outbox = Outbox(
             attachment.outbox(board),
             attachment.words[count : count + 1],
