@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -16,7 +18,7 @@ from typing import Final
 import shmplasma
 from tests.command import killed, running
 
-__all__ = ["Member", "hammer"]
+__all__ = ["Member", "hammer", "new_parser", "report"]
 
 Member = tuple[Callable[..., None], tuple[object, ...]]
 """What a process does, and with what after the store's socket, the event that ends it, and a connection to say "ready" and what it has counted;
@@ -97,3 +99,18 @@ def hammer(members: Iterable[Member], seconds: float, *, kill: bool = False) -> 
             assert not client.list(), "somebody who has gone holds something"
             assert f"\nfree bytes: {_CAPACITY}\n" in text, f"room has got lost: {text}"
     return counts
+
+
+def new_parser(text: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that all these programs have; `text` is what one's module says of itself."""
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
+    parser.add_argument("--kill", action="store_true", help="kill the store every 0.4 s")
+    return parser
+
+
+def report(counts: Counter[str], *wrong: str) -> int:
+    """Write down what was counted, and return a program's exit code: 1 if anything was that is wrong."""
+    for what, count in sorted(counts.items()):
+        sys.stdout.write(f"{what}: {count:,}\n")
+    return int(any(counts[what] for what in wrong))

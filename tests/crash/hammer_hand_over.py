@@ -11,7 +11,6 @@ one takes its place::
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections import Counter, deque
@@ -25,7 +24,7 @@ import shmplasma
 from shmplasma.hinting import Hints
 from shmplasma.objects import ObjectID
 from shmplasma.pinning import Located
-from tests.crash.hammer import Member, hammer
+from tests.crash.hammer import Member, hammer, new_parser, report
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,15 +113,11 @@ def run(seconds: float, n_rings: int, *, kill: bool = False) -> Counter[str]:
 
 def main() -> int:
     """Run as the command line says; 1 if a byte was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
+    parser = new_parser(__doc__)
     parser.add_argument("--rings", type=int, default=2, help="of four processes each (default: 2)")
-    parser.add_argument("--kill", action="store_true", help="kill the store every 0.4 s")
     arguments = parser.parse_args()
     counts = run(arguments.seconds, arguments.rings, kill=arguments.kill)
-    for what, count in sorted(counts.items()):
-        sys.stdout.write(f"{what}: {count:,}\n")
-    return 1 if counts["wrong"] else 0
+    return report(counts, "wrong")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ is killed again and again, and another one takes its place::
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import random
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import shmplasma
 from shmplasma.objects import ObjectID
 from shmplasma.unread import Unread
-from tests.crash.hammer import Member, hammer
+from tests.crash.hammer import Member, hammer, new_parser, report
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,15 +124,11 @@ def run(seconds: float, n_pairs: int, *, kill: bool = False) -> Counter[str]:
 
 def main() -> int:
     """Run as the command line says; 1 if a byte was wrong, or something that was deleted was there."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
+    parser = new_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="of processes (default: 3)")
-    parser.add_argument("--kill", action="store_true", help="kill the store every 0.4 s")
     arguments = parser.parse_args()
     counts = run(arguments.seconds, arguments.pairs, kill=arguments.kill)
-    for what, count in sorted(counts.items()):
-        sys.stdout.write(f"{what}: {count:,}\n")
-    return 1 if counts["wrong"] or counts["deleted and found"] else 0
+    return report(counts, "wrong", "deleted and found")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ you like; with ``--kill`` the store is killed again and again, and another one t
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections import Counter, deque
@@ -23,7 +22,7 @@ import numpy as np
 import shmplasma
 from shmplasma import PlasmaStoreFull
 from shmplasma.objects import ObjectID
-from tests.crash.hammer import Member, hammer
+from tests.crash.hammer import Member, hammer, new_parser, report
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,14 +120,9 @@ def run(seconds: float, *, kill: bool = False) -> Counter[str]:
 
 def main() -> int:
     """Run as the command line says; 1 if a byte was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
-    parser.add_argument("--kill", action="store_true", help="kill the store every 0.4 s")
-    arguments = parser.parse_args()
+    arguments = new_parser(__doc__).parse_args()
     counts = run(arguments.seconds, kill=arguments.kill)
-    for what, count in sorted(counts.items()):
-        sys.stdout.write(f"{what}: {count:,}\n")
-    return 1 if counts["wrong"] else 0
+    return report(counts, "wrong")
 
 
 if __name__ == "__main__":
