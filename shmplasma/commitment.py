@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 from shmplasma.allocator import Allocator
+from shmplasma.errors import CommitError
 from shmplasma.layout import HeaderWord, Layout, mark_end, recover_end
 
 __all__ = ["COMMIT_STEP", "FLOOR_BYTES", "Commitment", "Pages"]
@@ -150,8 +151,11 @@ class Commitment:
         first, last = self._span(offset, size_bytes)
         missing = self._ready.find(0, first, last)
         if missing >= 0:
-            # Beyond the extent as well: the next one will lie there.
-            self._commit(missing, len(self._ready))
+            try:
+                # Beyond the extent as well: the next one will lie there.
+                self._commit(missing, len(self._ready))
+            except CommitError:
+                self._commit(missing, last)
             self.is_ahead = False
         return self._ready.find(0, first, last) < 0
 

@@ -106,6 +106,17 @@ def test_a_refused_commit_leaves_the_extent_unready() -> None:
     region.commitment.check()
 
 
+def test_what_lies_beyond_the_extent_is_not_insisted_on() -> None:
+    """Where there is memory for the extent, and not for what comes after it, the extent is ready."""
+    region = Region(100 * G)
+    region.memory.refuse_from = region.data + 2 * G
+    assert region.commitment.step(region.data + 100, G)
+    assert region.memory.commits == [(region.data, 2 * G)]
+    with pytest.raises(CommitError, match=f"cannot give {G} more bytes"):
+        region.commitment.step(region.data + 2 * G, 64)
+    region.commitment.check()
+
+
 def test_idle_memory_is_bounded() -> None:
     """While nothing is to do some of the free room is committed, the lowest, and no more."""
     region = Region(1 << 30)
