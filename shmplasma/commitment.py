@@ -52,6 +52,9 @@ _TRIM_STEP: Final = 16 << 20
 _LOOKS_A_STEP: Final = 128
 """Free extents that a sweep looks at in one go: 2 ms."""
 
+_LOOKS_AHEAD: Final = 1024
+"""Free extents of a granule or more that are looked at for what to commit ahead of need, the lowest: 2 ms."""
+
 _AHEAD: Final = 64 << 20
 """How much free room is committed ahead of need, while the store is idle."""
 
@@ -193,10 +196,11 @@ class Commitment:
         CommitError
             The file system cannot give the pages.
         """
-        position, left = self._start, self._ahead
+        position, left, looks = self._start, self._ahead, 0
         self._ahead_half = self._end
-        while left and (found := self._free_granules(position)):
+        while left and looks < _LOOKS_AHEAD and (found := self._free_granules(position)):
             position, first, last = found
+            looks += 1
             last = min(last, first + left)
             missing = self._ready.find(0, first, last)
             if missing >= 0:
@@ -288,15 +292,17 @@ class Commitment:
         return offset, min(self._start + last * self._granule, self._end) - offset
 
     def _free_granules(self, position: int) -> tuple[int, int, int] | None:
-        """Return the first granules beyond a position that one free extent covers, and its end before them."""
-        while found := self._allocator.next_free(position, self._granule):
-            offset, size = found
-            position = offset + size
-            first = -(-(offset - self._start) // self._granule)
-            last = (position - self._start) // self._granule
-            if first < last:
-                return position, first, last
-        return None
+        """Return where the first free extent of a granule or more beyond a position ends, and the granules that it covers.
+
+        It may cover none.
+        """
+        found = self._allocator.next_free(position, self._granule)
+        if found is None:
+            return None
+        offset, size = found
+        first = -(-(offset - self._start) // self._granule)
+        last = (offset + size - self._start) // self._granule
+        return offset + size, first, max(first, last)
 
     # -- recovering ----------------------------------------------------------------------------
 

@@ -260,6 +260,37 @@ def test_huge_pages_are_granules() -> None:
     assert all(size % page == 0 for _, size in region.memory.punches)
 
 
+def test_extents_that_cover_no_granule_are_looked_at_by_and_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many there are, each step of a sweep, or of what is committed ahead, looks at some of them."""
+    region = Region(1 << 30, floor_bytes=8 * MIB)
+    size = G + 64
+    free = list(range(region.data + 128, region.data + (1 << 30) - size, 2 * size))[:-1]
+    last = (region.data + (1 << 30) - 4 * G, 4 * G)
+    region.allocator.refill([*((offset, size) for offset in free), last])
+    region.commitment.step(*last)
+    looks: list[int] = []
+    next_free = Allocator.next_free
+
+    def counted(self: Allocator, position: int, size_bytes: int) -> tuple[int, int] | None:
+        looks[-1] += 1
+        return next_free(self, position, size_bytes)
+
+    monkeypatch.setattr(Allocator, "next_free", counted)
+    looks.append(0)
+    for _ in region.commitment.sweep(all_of_it=True):
+        looks.append(0)
+    assert sum(looks) > len(free) > 1500
+    assert max(looks) <= 128
+    assert region.memory.has(*last), "it is the lowest free room, hence stays"
+    while region.is_behind():
+        looks.append(0)
+        region.commitment.step_ahead()
+    assert max(looks) <= 1024
+    region.commitment.check()
+
+
 def test_a_machine_that_keeps_everything_is_asked_once() -> None:
     """Where no holes can be made nothing is given back, and nothing is lost."""
     region = Region(100 * G, floor_bytes=0)
