@@ -43,7 +43,7 @@ class Refusals:
 
     Notes
     -----
-    O(boards in use, and pinned or protected objects) for each refusal.
+    O(boards in use, and pinned objects) for each refusal.
     """
 
     def __init__(
@@ -107,8 +107,7 @@ class Refusals:
                 "written, or start the store with a larger -m"
             ).format(**figures)
         waiting = f", {len(self._waiting)} requests wait for room" if self._waiting else ""
-        if self._room.residents.protected:
-            n_bytes = self._objects.bytes_of(self._room.residents.protected)
+        if n_bytes := self._room.residents.protected_bytes:
             waiting = f", {n_bytes} belong to references, until these are released{waiting}"
         return (
             "the store is full: {requested_bytes} bytes were asked for; of {capacity} bytes "

@@ -91,7 +91,7 @@ class Residents:
         self._kept_bytes = 0
         self._kept: set[int] = set()
         self._protected: set[int] = set()
-        self._protected_bytes = 0
+        self._protected_bytes = self._protected_cached_bytes = 0
         self.busy: set[int] = set()
         self.external: External | None = None
 
@@ -161,14 +161,15 @@ class Residents:
             self._protected.add(entry)
         else:
             self._protected.remove(entry)
+        sign = 1 if protect else -1
+        self._protected_bytes += sign * self._table.size(entry)
         if is_cached:
-            size = self.extent_bytes(entry)
-            self._protected_bytes += size if protect else -size
+            self._protected_cached_bytes += sign * self.extent_bytes(entry)
 
     @property
-    def protected(self) -> AbstractSet[int]:
-        """The entries of sealed objects that are not evicted for now."""
-        return self._protected
+    def protected_bytes(self) -> int:
+        """Data and metadata of objects that are not evicted for now, in bytes; O(1)."""
+        return self._protected_bytes
 
     def read(self, entry: int) -> None:
         """Take note that the object was read."""
@@ -208,7 +209,7 @@ class Residents:
         held = pinned - self._protected
         return (
             self._cached_bytes
-            - self._protected_bytes
+            - self._protected_cached_bytes
             - sum(self.extent_bytes(entry) for entry in held if entry in self._queue)
         )
 
@@ -300,8 +301,10 @@ class Residents:
                 n_cached += 1
         queue.check()
         assert all(entry in queue or entry in self._kept for entry in self._protected)
-        protected_bytes = sum(self.extent_bytes(each) for each in self._protected if each in queue)
+        protected_bytes = sum(map(table.size, self._protected))
         assert protected_bytes == self._protected_bytes, "the sum of protected bytes is wrong"
+        protected_bytes = sum(self.extent_bytes(each) for each in self._protected if each in queue)
+        assert protected_bytes == self._protected_cached_bytes, "that of evictable ones is wrong"
         assert n_cached == len(queue), "the queue holds what is not there"
         assert n_kept == len(self._kept), "something is kept that is not there"
         assert cached_bytes == self._cached_bytes, "the sum of evictable bytes is wrong"

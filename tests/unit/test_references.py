@@ -21,6 +21,7 @@ from shmplasma.requests import (
     Role,
     holds_told,
 )
+from shmplasma.table import Table
 from shmplasma.tickets import LINGER_NS, TICKET_NS
 from tests.conversation import Conversation, Peer, name
 from tests.crash.damage import Reopened
@@ -478,6 +479,31 @@ def test_a_referenced_object_is_not_evicted(talk: Conversation) -> None:
     assert "60000 belong to references, until these are released" in text
     drop(talk, creator, X)
     put(other, Y, 10_000)
+
+
+def test_a_refusal_looks_at_no_referenced_object(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What belongs to references is not summed up for each that is refused."""
+    creator = talk.client()
+    held = [name(number) for number in range(200)]
+    for object_id in held:
+        put(creator, object_id, 320)
+    entries: list[int] = []
+    size = Table.size
+
+    def counted(self: Table, entry: int) -> int:
+        entries.append(entry)
+        return size(self, entry)
+
+    monkeypatch.setattr(Table, "size", counted)
+    text = creator.ask(creator.new(Y, 10_000), Failed).text
+    assert "64000 belong to references, until these are released" in text
+    assert len(entries) < len(held)
+    drop(talk, creator, held[0])
+    text = creator.ask(creator.new(Y, 10_000), Failed).text
+    assert "63680 belong to references" in text
+    talk.store.check()
 
 
 def test_a_client_with_too_many(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:

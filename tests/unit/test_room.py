@@ -353,6 +353,7 @@ DAMAGES: dict[str, Callable[[Storeroom], object]] = {
     "what is not there": lambda s: s.room.residents._queue.insert(9),
     "sum of evictable bytes": lambda s: setattr(s.room.residents, "_cached_bytes", 1),
     "sum of protected bytes": lambda s: setattr(s.room.residents, "_protected_bytes", 1),
+    "that of evictable ones": lambda s: setattr(s.room.residents, "_protected_cached_bytes", 1),
     "sum of kept bytes": lambda s: setattr(s.room.residents, "_kept_bytes", 1),
     "a gap or an overlap": lambda s: s.room.give_back(s.layout.data, 64),
 }
