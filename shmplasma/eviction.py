@@ -26,8 +26,12 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-__all__ = ["Sieve"]
+__all__ = ["PAUSE", "Sieve"]
 
+PAUSE: Final = -1
+"""What a sweep yields instead of an entry when it has passed as many as it is to pass at once."""
+
+_NO_PAUSE: Final = 1 << 32
 _NOWHERE: Final = 0xFFFF_FFFF
 """The links of a node outside the ring; as an index it is beyond any array."""
 _GROWTH: Final = 1024
@@ -163,14 +167,19 @@ class Sieve:
             self._hand = newer
         self._length -= 1
 
-    def sweep(self) -> Iterator[int]:
+    def sweep(self, at_once: int = _NO_PAUSE) -> Iterator[int]:
         """Move the hand, for two rounds at most, and yield each entry that it would evict.
+
+        Parameters
+        ----------
+        at_once : int, optional
+            How many entries are passed before a `PAUSE`; by default there is none.
 
         Yields
         ------
         int
             A candidate, still queued, with the hand behind it.  `remove` it to evict it; one that
-            is left in place (somebody has it pinned) is not offered again by this sweep.
+            is left in place (somebody has it pinned) is not offered again by this sweep.  Or `PAUSE`.
 
         Notes
         -----
@@ -183,7 +192,9 @@ class Sieve:
         newer, visited = self._newer, self._visited
         for _ in range(2):
             all_offered = True
-            for _ in range(self._length):
+            for passed in range(self._length):
+                if passed and not passed % at_once:
+                    yield PAUSE
                 node = self._hand or newer[0]
                 if not node:
                     return

@@ -270,7 +270,7 @@ class Lifecycle:
         if reserved and self._room.attainable_bytes < size_bytes + reserved:
             return None
         offset, evicted = self._room.allocate(size_bytes, self._room.most_at_once)
-        if evicted:
+        if evicted or self._residents.is_paused:
             self.note_evicted(evicted)
             if offset is None and self._room.may_make(size_bytes):
                 raise MakesRoom

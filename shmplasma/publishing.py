@@ -146,8 +146,9 @@ class Publishing:
 
     def evict_ahead(self) -> None:
         """Evict some objects for the next lease."""
-        # As much is free, or there is nothing that may go.
-        if not self._evict(self._ahead, _SLICE) or self._ahead <= self._room.free_bytes:
+        evicted = self._evict(self._ahead, _SLICE)
+        # There is nothing that may go, or as much is free.
+        if not (evicted or self._residents.is_paused) or self._ahead <= self._room.free_bytes:
             self._ahead = 0
 
     def _evict(self, free_bytes: int, at_most: int) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Set as AbstractSet
 from itertools import chain, islice
 from typing import Final, Protocol
 
-from shmplasma.eviction import Sieve
+from shmplasma.eviction import PAUSE, Sieve
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.table import Table
 
@@ -31,6 +31,10 @@ _READ_SHIFT: Final = 2
 """One that was read since the hand passed it is worth four times as much as one that was not."""
 _DIRTY_SHIFT: Final = 3
 """One that is not even being written costs eight times as much as one that has a copy."""
+_PASSED_AT_ONCE: Final = 16384
+"""How many objects are passed before others have their turn: 2 ms."""
+_PASSED_A_PIN: Final = 8
+"""And so many for each one that is pinned: each turn looks at all of these, which takes as long."""
 _KEPT_PRICE: Final = 1 << 62
 """More than all others together: what is kept is written last."""
 
@@ -81,6 +85,9 @@ class Residents:
         What has the copies, if there is an external store.
     busy : set of int
         Entries that the store itself reads: they are neither taken nor moved.
+    is_paused : bool
+        Whether `victims` has ended because many were passed that were read lately or are not to go, and goes on when it is
+        called again.  After two rounds in which nothing went it has ended.
     """
 
     def __init__(self, table: Table, visited: memoryview) -> None:
@@ -92,6 +99,8 @@ class Residents:
         self._kept: set[int] = set()
         self._protected: set[int] = set()
         self._protected_bytes = self._protected_cached_bytes = 0
+        self._in_vain = 0
+        self.is_paused = False
         self.busy: set[int] = set()
         self.external: External | None = None
 
@@ -117,6 +126,7 @@ class Residents:
 
     def forget(self, entry: int, extent_bytes: int) -> None:
         """Undo `sealed`."""
+        self._in_vain = 0
         if entry in self._protected:
             self.protect(entry, False)
         if entry in self._kept:
@@ -187,11 +197,31 @@ class Residents:
         """Yield the objects that are not kept, in the order of the eviction policy."""
         return self._queue.sweep()
 
-    def victims(self) -> Iterator[int]:
-        """Yield the objects that may go, in the order in which they should; some may be pinned or busy."""
+    def victims(self, held: AbstractSet[int], at_most: int | None) -> Iterator[int]:
+        """Yield the objects that may go and are not held, in the order in which they should; see `is_paused`.
+
+        Where others are to have their turn there are `at_most` of them; else as many as there are.
+        """
+        self.is_paused = False
         if self.external is not None:
-            return self.external.victims()
-        return (entry for entry in self._queue.sweep() if entry not in self._protected)
+            victims = self.external.victims()
+        elif at_most is None:
+            victims = self._cached_victims(self._queue.sweep(), 0)
+        else:
+            at_once = _PASSED_AT_ONCE + _PASSED_A_PIN * len(held)
+            victims = self._cached_victims(self._queue.sweep(at_once), at_once)
+        return islice((entry for entry in victims if entry not in held), at_most)
+
+    def _cached_victims(self, entries: Iterator[int], at_once: int) -> Iterator[int]:
+        for entry in entries:
+            if entry == PAUSE:
+                self._in_vain += at_once
+                self.is_paused = self._in_vain <= 2 * len(self._queue)
+                if not self.is_paused:
+                    self._in_vain = 0
+                return
+            if entry not in self._protected:
+                yield entry
 
     def may_go(self, entry: int) -> bool:
         """Tell whether an object may go, if nobody pins it."""

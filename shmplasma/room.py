@@ -388,7 +388,7 @@ class Room:
         evicted : list of bytes
             Their ids.
         goes_on : bool
-            Whether `at_most` has ended it, and more may go.
+            Whether `at_most`, or a pause, has ended it, and more may go.
         """
         return self._evict(self._table.size, size_bytes, objects, at_most)
 
@@ -435,9 +435,8 @@ class Room:
             batch.clear()
             return gone
 
-        victims = (entry for entry in residents.victims() if entry not in held)
         chosen = 0
-        for entry in islice(victims, at_most):
+        for entry in residents.victims(held, at_most):
             chosen += 1
             size = batch[entry] = measure(entry)
             batch_bytes += size
@@ -450,7 +449,7 @@ class Room:
                 batch_bytes = sum(batch.values())
         if batch:
             freed += take_batch()
-        return freed, evicted, chosen == at_most
+        return freed, evicted, residents.is_paused or chosen == at_most
 
     def displace(self, entries: Sequence[int]) -> list[bytes]:
         """Evict these objects if all of them may go; return the ids of those that went."""

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Container
+from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmplasma.eviction import Sieve
+from shmplasma.eviction import PAUSE, Sieve
 
 
 class PaperSieve:
@@ -222,6 +223,13 @@ def test_a_batch_can_be_removed_while_its_sweep_goes_on() -> None:
         sieve.remove(index)
         sieve.check()
     assert list(sweep) == [7, 2, 3]
+
+
+def test_a_sweep_pauses_when_it_has_passed_many() -> None:
+    """Whatever it passes counts, and one that is dropped in a pause is gone on with by the next."""
+    sieve, _ = filled(10, read=(0, 1, 2, 3, 4, 5, 7))
+    assert list(islice(sieve.sweep(4), 3)) == [PAUSE, 6, PAUSE]
+    assert list(islice(sieve.sweep(4), 5)) == [8, 9, 0, 1, PAUSE]
 
 
 def test_a_queue_that_is_emptied_ends_its_sweep() -> None:

@@ -153,6 +153,67 @@ def test_what_is_held_stays(street: Street) -> None:
     assert failed.failure is Failure.FULL
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Have few objects passed in a turn, and return how many."""
+    passed = 100
+    monkeypatch.setattr("shmplasma.residents._PASSED_AT_ONCE", passed)
+    monkeypatch.setattr("shmplasma.residents._PASSED_A_PIN", 0)
+    return passed
+
+
+def test_what_was_read_lately_is_passed_by_and_by(street: Street, few: int) -> None:
+    """Where all have their marks, so many lose them in a turn; then the oldest goes, as it would have at once."""
+    visited = street.store._room.residents._visited
+    visited[:N_OBJECTS] = b"\1" * N_OBJECTS
+    request_id = street.one.post(street.one.new(NEW))
+    marks = [sum(visited[:N_OBJECTS])]
+    assert sum(street.turns(street.one, request_id)) == 1
+    street.one.take(request_id, Created)
+    assert not street.store._objects.contains(IDS[0])
+    street.talk.turn()
+    street.store._parts.check()
+    visited[:N_OBJECTS] = b"\1" * N_OBJECTS
+    request_id = street.other.post(street.other.new(name(2000)))
+    while request_id not in street.other.replies:
+        marks.append(sum(visited[:N_OBJECTS]))
+        street.step()
+    assert len(marks) > N_OBJECTS // few
+    assert all(0 <= before - after <= few for before, after in pairwise(marks))
+    street.store._parts.check()
+
+
+@pytest.mark.parametrize("n_more", [0, 1])
+def test_what_may_not_go_is_passed_by_and_by(street: Street, few: int, n_more: int) -> None:
+    """What belongs to references is passed in turns as well, and who asks is answered though nothing goes."""
+    residents = street.store._room.residents
+    for entry in list(residents._queue)[: N_OBJECTS - n_more]:
+        residents.protect(entry, True)
+    request_id = street.one.post(Evict(1 << 40))
+    turns = street.turns(street.one, request_id)
+    assert street.one.take(request_id, Number).value == 64 * n_more
+    assert N_OBJECTS // few < len(turns) <= 2 * N_OBJECTS // few + 12
+    street.one.ask(street.one.new(NEW, 65536), Failed)
+    street.store._parts.check()
+
+
+def test_what_is_read_again_and_again_is_not_looked_at_for_ever(street: Street, few: int) -> None:
+    """After two rounds in which everything was read anew there is nothing that goes."""
+    visited = street.store._room.residents._visited
+    request_id = street.one.post(Evict(64))
+    street.turns(street.one, request_id)
+    street.one.take(request_id, Number)
+    visited[:N_OBJECTS] = b"\1" * N_OBJECTS
+    request_id = street.one.post(Evict(64))
+    turns = 0
+    while request_id not in street.one.replies:
+        visited[:N_OBJECTS] = b"\1" * N_OBJECTS
+        street.step()
+        turns += 1
+        assert turns <= 2 * N_OBJECTS // few + 2
+    assert street.one.take(request_id, Number).value == 0
+
+
 def test_a_time_that_is_over(street: Street) -> None:
     """When all that may go has gone, and others hold the rest, time runs."""
     slots = street.other.get(*IDS[:500])[1]
