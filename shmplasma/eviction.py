@@ -87,6 +87,13 @@ class Sieve:
             yield node - 1
             node = self._newer[node]
 
+    def upcoming(self) -> Iterator[int]:
+        """Yield the entries from the hand to the newest; the queue must not change meanwhile."""
+        node = self._hand or self._newer[0]
+        while node:
+            yield node - 1
+            node = self._newer[node]
+
     def insert(self, index: int) -> None:
         """Put an entry at the new end of the queue, not visited.
 

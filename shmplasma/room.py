@@ -220,7 +220,7 @@ class Room:
     def may_make(self, size_bytes: int) -> bool:
         """Tell whether too few bytes are free, and enough if all that may go were evicted; O(boards)."""
         missing = align_up(size_bytes, ALIGNMENT) - self.free_bytes
-        return 0 < missing <= self._evictable_bytes()
+        return missing > 0 and self.residents.may_make(missing, self._boards.pinned())
 
     def _place(self, size_bytes: int) -> int | None:
         """Take the lowest free extent; what is large begins on a page, unless one less of its size would fit then."""

@@ -241,6 +241,22 @@ def test_what_is_protected_is_not_looked_at_to_find_room() -> None:
     assert storeroom.room.make_room(7 * 64) == [name(number) for number in range(9, 16)]
 
 
+def test_what_is_pinned_is_summed_up_only_where_what_goes_next_is_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many objects are held: who needs room for a small one hears from those that go next that there is some."""
+    storeroom = Storeroom(1024)
+    for slot, entry in enumerate(storeroom.fill(64)[:8], 1):
+        storeroom.boards.pin(slot, entry)
+    assert storeroom.room.make_room(64) == [name(8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Residents, "evictable_bytes", lambda *_: pytest.fail("all were looked at"))
+        assert storeroom.room.may_make(8 * 64)
+    monkeypatch.setattr("shmplasma.residents._LOOKED_AT", 3)
+    assert storeroom.room.may_make(8 * 64)
+    assert not storeroom.room.may_make(9 * 64)
+
+
 def test_the_bytes_of_what_is_protected_are_known() -> None:
     """Whatever becomes of it: it is kept or cached, it is protected twice or no more, or goes."""
     storeroom = Storeroom(1024)
