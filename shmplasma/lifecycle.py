@@ -89,7 +89,7 @@ class Lifecycle:
         self.releases = Releases(words, table, boards, room, memory, gone)
         self.unsealed = Unsealed(table, boards, room, self.releases, memory)
         self._creators = self.unsealed.creators
-        # Its sets, which are looked at with each put.
+        # Its sets, which are looked at often.
         self._doomed = self.releases.doomed
         self._limbo = self.releases.limbo
         self.evictions = 0
@@ -262,9 +262,8 @@ class Lifecycle:
 
     def _allocate(self, size_bytes: int) -> int | None:
         """Find an extent, evicting what is needed when what was released meanwhile has gone."""
-        if self._doomed or self._limbo:
+        if size_bytes > self._room.largest_bytes:
             self.releases.wake()
-        if self.unsealed.are_left and size_bytes > self._room.largest_bytes:
             self.unsealed.finish()
         reserved = 0 if self.spilling is None else self.spilling.reserved_for(size_bytes)
         if reserved and self._room.attainable_bytes < size_bytes + reserved:
@@ -287,6 +286,7 @@ class Lifecycle:
             try:
                 # What is committed for the objects of leases stays theirs.
                 if not self._table.free_entries:
+                    self.releases.wake()
                     self.unsealed.finish()
                 if not self._table.prepare(self._leases.objects_left + 1):
                     if self.spilling is not None:

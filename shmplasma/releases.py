@@ -50,7 +50,8 @@ class Releases:
     Attributes
     ----------
     doomed, limbo : set of int
-        The entries that wait; the same sets for as long as this lives, and no others' to change.
+        The entries that wait; the same sets for as long as this lives, and no others' to change, but that `Room.take` takes
+        what goes out of the first.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Releases:
         self._room = room
         self._memory = memory
         self._gone = gone
-        self.doomed: set[int] = set()
+        self.doomed = room.doomed
         self.limbo = boards.limbo
         self._room_is_awaited = False
         self._number = 0
@@ -158,11 +159,8 @@ class Releases:
         self.note_gone()
 
     def note_gone(self) -> None:
-        """Take note of doomed objects that have gone, by whatever way; before their entries are used again."""
-        if self.doomed:
-            state = self._table.state
-            self.doomed &= {entry for entry in self.doomed if state(entry) == EntryState.DOOMED}
-            self._lower_wake_word()
+        """Take note that objects have gone, by whatever way: doomed ones may be among them."""
+        self._lower_wake_word()
 
     # -- proof ---------------------------------------------------------------------------------
 

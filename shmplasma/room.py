@@ -84,8 +84,8 @@ class Room:
 
     Attributes
     ----------
-    residents : Residents
-        The sealed objects in memory.
+    doomed : set of int
+        The entries of objects that go at their last release (see `shmplasma.releases`).
     commitment : Commitment
         Which parts of the region are committed.
     mover : Mover
@@ -119,9 +119,8 @@ class Room:
         self._allocator = Allocator(self._start, self._end)
         self.residents = residents
         self.most_at_once = _MOST_AT_ONCE
-        self.takes = 0
-        self.takes_that_met_a_pin = 0
-        self._not_displaced = 0
+        self.doomed: set[int] = set()
+        self.takes = self.takes_that_met_a_pin = self._not_displaced = 0
         self.commitment = Commitment(layout, words, self._allocator, memory, floor_bytes)
         self.finish_move = moves.finish
         self.mover = Mover(layout, table, self._allocator, moves, self, memory.barrier)
@@ -359,6 +358,7 @@ class Room:
                 if residents.external is not None:
                     residents.external.forget(entry)
                 table.remove(entry)
+                self.doomed.discard(entry)
             if size:
                 extents.append((offset, size))
             taken.append(entry)

@@ -11,6 +11,7 @@ from shmplasma.lifecycle import Lifecycle
 from shmplasma.posted import Release, Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Number
 from shmplasma.requests import Contains, Create, Delete, Evict, Flush, Trim
+from shmplasma.table import Table
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
@@ -259,6 +260,34 @@ def test_whoever_leaves_has_nothing_go_on(street: Street) -> None:
     assert street.left() == left
     assert not street.store._dispatch._freed
     street.store._parts.check()
+
+
+def test_what_waits_for_its_release_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who creates an object where there is room, or deletes one, is not held up by all that was deleted and is still held."""
+    talk = Conversation(1 << 20)
+    holder, other = talk.client(), talk.client()
+    for object_id in IDS[:302]:
+        other.put(object_id)
+    _, slots = holder.get(*IDS[:300])
+    other.ask(Delete(IDS[:300]), Done)
+    looked_at: list[int] = []
+    state = Table.state
+
+    def counted(self: Table, entry: int) -> int:
+        looked_at.append(entry)
+        return state(self, entry)
+
+    monkeypatch.setattr(Table, "state", counted)
+    other.ask(other.new(NEW), Created)
+    other.ask(Delete([IDS[300]]), Done)
+    assert other.ask(Evict(64), Number).value == 64
+    assert len(looked_at) < 100
+    assert talk.ids() == {*IDS[:300], NEW}
+    for slot in slots:
+        holder.release(slot)
+    other.ask(other.new(name(2000), 1 << 20), Failed)
+    assert talk.ids() == {NEW}
+    talk.store.check()
 
 
 def own(owner: Peer, object_id: bytes) -> None:
