@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Final, NoReturn, SupportsIndex
 
 from shmplasma.arrow_errors import NotConnectedError
-from shmplasma.connected import DEFAULT_RETRIES, checked, program_name, whole_bytes
+from shmplasma.connected import DEFAULT_RETRIES, checked, program_name, whole_number
 from shmplasma.endpoint import default_socket_path
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.listings import ObjectInfo, described
@@ -165,7 +165,7 @@ class PlasmaClient(Reading, Writing):
         int
             Data plus metadata of the objects that went, in bytes; less than asked for if no more could go.
         """
-        wanted = max(0, min(whole_bytes(num_bytes), MAX_SIZE))
+        wanted = max(0, min(whole_number(num_bytes), MAX_SIZE))
         return self._live().call(Evict(wanted), Number).value
 
     def trim(self) -> int:
@@ -227,7 +227,7 @@ class PlasmaClient(Reading, Writing):
         ValueError
             The limit is negative or beyond 2**62, or the name is longer than 255 bytes.
         """
-        limit = whole_bytes(limit_output_memory)
+        limit = whole_number(limit_output_memory)
         if not 0 <= limit <= MAX_SIZE:
             raise ValueError(f"a limit of {limit} bytes makes no sense; 0 is the default")
         if not isinstance(client_name, str):

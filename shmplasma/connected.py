@@ -188,19 +188,19 @@ def wait_seconds(timeout_ms: float | None) -> float | None:
     return max(0.0, float(timeout_ms / 1000))
 
 
-def whole_bytes(size: SupportsIndex | float) -> int:
-    """Return a number of bytes; of a float what is before the point, as Plasma takes it.
+def whole_number(number: SupportsIndex | float, unit: str = "bytes") -> int:
+    """Return a number of bytes, or of something else; of a float what is before the point, as Plasma takes it.
 
     Raises
     ------
     TypeError, ValueError
         It is no number, or not a finite one.
     """
-    if not isinstance(size, (float, np.floating)):
-        return index(size)
-    if not isfinite(size):
-        raise ValueError(f"there are no {size} bytes")
-    return int(size)
+    if not isinstance(number, (float, np.floating)):
+        return index(number)
+    if not isfinite(number):
+        raise ValueError(f"there are no {number} {unit}")
+    return int(number)
 
 
 def checked(object_id: ObjectID) -> ObjectID:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from shmplasma.arrow_errors import PlasmaStoreFull
 from shmplasma.codecs import ndarray_head
-from shmplasma.connected import Connected, checked, wait_seconds, whole_bytes
+from shmplasma.connected import Connected, checked, wait_seconds, whole_number
 from shmplasma.copying import Source
 from shmplasma.layout import REFERENCED
 from shmplasma.leasing import LARGE_BYTES
@@ -239,7 +239,7 @@ class Writing(Connected):
         value: Source,
         object_id: ObjectID | None = None,
         metadata: bytes | bytearray = b"",
-        memcopy_threads: int = 6,
+        memcopy_threads: SupportsIndex | float = 6,
         *,
         timeout_ms: float | None = 0,
         keep: bool = False,
@@ -290,7 +290,7 @@ class Writing(Connected):
         self,
         value: object,
         object_id: ObjectID | None = None,
-        memcopy_threads: int = 6,
+        memcopy_threads: SupportsIndex | float = 6,
         serialization_context: SerializationContext | None = None,
         *,
         timeout_ms: float | None = 0,
@@ -340,7 +340,7 @@ class Writing(Connected):
         payload: Payload,
         object_id: ObjectID | None,
         metadata: bytes | bytearray,
-        threads: int,
+        threads: SupportsIndex | float,
         *,
         timeout_ms: float | None,
         keep: bool = False,
@@ -351,7 +351,8 @@ class Writing(Connected):
         if type(timeout_ms) is not int:
             wait_seconds(timeout_ms)  # refuses what is no number, also where there is room
         codec = payload.codec | flags
-        threads = index(threads)
+        if type(threads) is not int:
+            threads = whole_number(threads, "threads")
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
         leasing = session.leasing
@@ -445,7 +446,7 @@ class Writing(Connected):
     ) -> npt.NDArray[np.uint8]:
         """Create an object, fill in its metadata, have `complete` fill and seal it if it is to, and return its data."""
         _checked_metadata(metadata)
-        size = whole_bytes(data_size)
+        size = whole_number(data_size)
         if size < 0:
             raise ValueError(f"an object cannot have {size} bytes")
         if size > MAX_SIZE:

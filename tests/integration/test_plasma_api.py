@@ -1104,6 +1104,21 @@ def test_sizes_that_are_floats(client: plasma.PlasmaClient, size: Any) -> None:
     assert not client.list()
 
 
+@pytest.mark.parametrize("threads", [2.5, np.float32(1.0), 0.5, np.int64(3), True])
+def test_threads_that_are_floats(client: plasma.PlasmaClient, threads: Any) -> None:
+    """As half of the processors may be; a number that is none is refused, and nothing is stored."""
+    value = np.arange(500_000)
+    assert np.array_equal(client.get(client.put(value, memcopy_threads=threads)), value)
+    object_id = client.put_raw_buffer(value, memcopy_threads=threads)
+    assert client.get_buffers([object_id])[0].to_pybytes() == value.tobytes()
+    client.evict(client.store_capacity())
+    for wrong in (float("nan"), float("inf")):
+        for put in (client.put, client.put_raw_buffer):
+            with pytest.raises(ValueError, match=r"no (nan|inf) threads"):
+                put(b"1", memcopy_threads=wrong)
+    assert not client.list()
+
+
 def test_errors_are_made_as_plasmas(client: plasma.PlasmaClient) -> None:
     """By hand, without an argument; and what fails to be pickled is one of Arrow's errors of that kind, too."""
     for cls in (plasma.PlasmaStoreFull, plasma.PlasmaObjectExists, plasma.PlasmaObjectNotFound):
