@@ -41,18 +41,18 @@ def decode(notification: bytes) -> tuple[list[ObjectID], list[int], list[int]]:
 
     Raises
     ------
-    ValueError
-        These bytes are not a notification.
+    TypeError, ValueError
+        These are no bytes, or not those of a notification.
 
     Examples
     --------
     >>> decode(NOTIFICATION.pack(20 * b"a", 5, 0))
     ([ObjectID(6161616161616161616161616161616161616161)], [5], [0])
     """
-    if len(notification) % NOTIFICATION.size:
+    size = memoryview(notification).nbytes
+    if size % NOTIFICATION.size:
         raise ValueError(
-            f"{len(notification)} bytes are no notification; pass what follows the 8-byte length, "
-            "all of it"
+            f"{size} bytes are no notification; pass what follows the 8-byte length, all of it"
         )
     records = list(NOTIFICATION.iter_unpack(notification))
     return (

@@ -1076,6 +1076,8 @@ WRONG: dict[str, Callable[[Any], object]] = {
     "delete: None": lambda client: client.delete(None),
     "set_client_options: name": lambda client: client.set_client_options(5, 5),
     "set_client_options: limit": lambda client: client.set_client_options("name", "5"),
+    "decode_notifications": lambda client: client.decode_notifications("text"),
+    "decode_notifications: as long as one": lambda client: client.decode_notifications(36 * "a"),
     "connect: bytes": lambda _: plasma.connect(MISSING, 0),  # type: ignore[arg-type]  # the point
 }
 
