@@ -7,6 +7,7 @@ expected leaves the object to a round trip, by which the store decides.
 from __future__ import annotations
 
 from functools import partial
+from time import time_ns
 from typing import Final
 
 import numpy as np
@@ -23,7 +24,7 @@ from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import Outbox
 from shmplasma.payloads import Payload
 from shmplasma.pinning import BoardPool
-from shmplasma.posted import CLAIM, Abort, Claim
+from shmplasma.posted import CLAIM, Abort, Claim, stamp_of
 from shmplasma.writable import Writable
 
 __all__ = ["Claimant"]
@@ -151,7 +152,7 @@ class Claimant:
                 leasing.take(size)
                 pin.board.words[pin.word] = pin_word(object_id.hash32, offset)
                 fields = object_id.id_bytes, offset, data_size, metadata_size, codec, pin.slot
-                claim, since = CLAIM.pack(*fields), self._outbox.written
+                claim, since = CLAIM.pack(*fields, stamp_of(time_ns())), self._outbox.written
                 self._link.post(_CLAIM, claim, is_urgent=False)
                 if len(self._unread) > _KEPT:
                     self._unlock()

@@ -72,7 +72,7 @@ __all__ = [
     "recover_end",
 ]
 
-LAYOUT_VERSION: Final = 12
+LAYOUT_VERSION: Final = 13
 MAGIC: Final = int.from_bytes(b"SHMPLASM", "little")
 TOKEN_BYTES: Final = 16
 

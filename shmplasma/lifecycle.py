@@ -231,9 +231,10 @@ class Lifecycle:
         if self.exists(message.object_id):
             self.reject(message, now_ns)
             return False
-        object_id, offset, data_size, metadata_size, codec, slot = message
+        object_id, offset, data_size, metadata_size, codec, slot, _ = message
+        created_ns = message.created_ns(now_ns)
         entry = self._table.insert(
-            object_id, codec, offset, data_size, metadata_size, now_ns, owner=slot + 1
+            object_id, codec, offset, data_size, metadata_size, created_ns, owner=slot + 1
         )
         self.unsealed.add(client, entry)
         return True

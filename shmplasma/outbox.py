@@ -30,7 +30,7 @@ A client that ends
 
 When the message is spared
     An object that is not sealed is of no use to others, and whoever looks for one under its id sees that a record is unread (`shmplasma.absence`,
-    `shmplasma.claims`); so of its creation the store hears with the seal.
+    `shmplasma.claims`); so of its creation, and when that was, the store hears with the seal.
     A store that has just read a record will read the next ones within a millisecond, unasked, and says so in
     the header's POLLED word; clients then send a message only when so many records wait that the store may sleep too
     long for the ring.  Before it goes to sleep for longer, the store clears POLLED, issues a barrier and

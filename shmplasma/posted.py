@@ -29,6 +29,7 @@ __all__ = [
     "Remove",
     "Seal",
     "decode_posted",
+    "stamp_of",
 ]
 
 PUBLISH: Final = Struct("<20sQQII?")
@@ -65,8 +66,17 @@ class Publish(_PublishFields):
         return cls._make(PUBLISH.unpack(body))
 
 
-CLAIM: Final = Struct("<20sQQIII")
-"""Object id, offset, data size, metadata size, codec, slot."""
+def stamp_of(time_ns: int) -> int:
+    """Return a time in milliseconds of 2^20 ns, which come again after 52 days."""
+    return time_ns >> _STAMP_SHIFT & _STAMPS - 1
+
+
+CLAIM: Final = Struct("<20sQQIIII")
+"""Object id, offset, data size, metadata size, codec, slot, stamp."""
+_STAMP_SHIFT: Final = 20
+_STAMPS: Final = 1 << 32
+_PROMPT: Final = 4
+"""What was read within so many stamps counts from then."""
 
 
 class _ClaimFields(NamedTuple):
@@ -76,16 +86,33 @@ class _ClaimFields(NamedTuple):
     metadata_size: int
     codec: int
     slot: int
+    stamp: int = 0
 
 
 class Claim(_ClaimFields):
     """A client creates an object in its lease, under an id that it has locked (see `shmplasma.claims`); always in the outbox.
 
-    `slot` pins it by its offset.  A tuple, like `Publish`, for the same reason.
+    `slot` pins it by its offset; `stamp` says when it was created, 0 that nobody knows.  A tuple, like `Publish`, for the same reason.
     """
 
     KIND: ClassVar[int] = 22
     __slots__ = ()
+
+    def created_ns(self, now_ns: int) -> int:
+        """Return when the object was created, to 2 ms, as the store may hear of it only with the seal.
+
+        It is after the record was written, so after whatever was read before that: no two objects of an id have the same time.
+
+        Examples
+        --------
+        >>> claim = Claim(20 * b"a", 0, 1, 0, 0, 0, stamp_of(5_000_000_000))
+        >>> 5_000_000_000 < claim.created_ns(9_000_000_000) < 5_002_100_000
+        True
+        """
+        age = (stamp_of(now_ns) - self.stamp) % _STAMPS if self.stamp else 0
+        if not _PROMPT <= age < _STAMPS // 2:  # the other half are clocks that were set back
+            return now_ns
+        return max(0, now_ns - ((age - 1) << _STAMP_SHIFT))
 
     def encode(self) -> bytes:
         """Return the body."""

@@ -262,6 +262,7 @@ def _valid(kind: type[Any], rng: random.Random, board: int, lease: Leased | None
         "needed_bytes": rng.choice((0, 100, 4000)),
         "start": rng.choice((0, 1, 4096)),
         "created_ns": rng.choice((0, 1, 10**18)),
+        "stamp": rng.choice((0, 1, rng.randrange(1 << 32))),
     }
     by_type: dict[str, Any] = {"int": 1, "bool": True, "str": "x", "bytes": bytes(ID_BYTES)}
     fields = _FIELDS[kind]

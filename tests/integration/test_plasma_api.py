@@ -579,6 +579,23 @@ def test_list(client: plasma.PlasmaClient, client2: plasma.PlasmaClient) -> None
     assert client.list()[sealed]["ref_count"] == 0
 
 
+@pytest.mark.parametrize("size", [10, 500_000])
+def test_how_long_it_took(client: plasma.PlasmaClient, size: int) -> None:
+    """From the create to the seal, whenever the store has heard of either."""
+    object_id = new_id()
+    # A lease, so that the next creation needs no message, and a store that sleeps.
+    client.create_and_seal(new_id(), bytes(100_000))
+    time.sleep(0.1)
+    before = int(time.time())
+    client.create(object_id, size)
+    created = time.time()
+    time.sleep(1.2)
+    client.seal(object_id)
+    info = client.list()[object_id]
+    assert before <= info["create_time"] <= created + 0.002
+    assert 1 <= info["construct_duration"] <= time.time() - before
+
+
 def test_a_long_list(client: plasma.PlasmaClient) -> None:
     """A list of many objects comes whole."""
     ids = {client.put_raw_buffer(b"") for _ in range(10_000)}

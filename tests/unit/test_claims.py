@@ -9,7 +9,7 @@ import pytest
 from shmplasma.layout import CONTROL_BYTES, ControlWord, HeaderWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.offset_pins import pin_word
-from shmplasma.posted import Abort, Claim, Publish, Seal
+from shmplasma.posted import Abort, Claim, Publish, Seal, stamp_of
 from shmplasma.replies import Created, Done, Failure, Leased, Number
 from shmplasma.requests import AskLease, Contains, Create, Delete, Evict, Flush
 from shmplasma.waiters import FOR_EVER
@@ -162,6 +162,38 @@ def test_a_claim_of_what_is_not_its_own_drops_the_sender(
     assert claimer.peer.dropped is not None
     assert claimer.talk.ids() == set()
     claimer.talk.store.check()
+
+
+STAMP_NS = 1 << 20
+"""The unit of a stamp."""
+
+
+@pytest.mark.parametrize("age", [0, 1, 3, 4, 5, 1000, 2**31 - 1])
+@pytest.mark.parametrize("rest", [0, 1, STAMP_NS - 1])
+def test_a_claim_says_when_it_was_made(age: int, rest: int) -> None:
+    """To two stamps, and after its writing; what is read soon counts from then."""
+    now_ns = (5 << 52) + 123_456
+    written_ns = (((now_ns >> 20) - age) << 20) + rest
+    created_ns = Claim(A, 0, SIZE, 0, 3, 0, stamp_of(written_ns)).created_ns(now_ns)
+    assert created_ns <= now_ns
+    if age < 4:
+        assert created_ns == now_ns
+    else:
+        assert written_ns < created_ns <= written_ns + 2 * STAMP_NS
+
+
+@pytest.mark.parametrize("ahead", [1, 1000, 2**31])
+def test_a_claim_by_a_clock_that_is_ahead_counts_from_its_reading(ahead: int) -> None:
+    """As does one that does not say when it was made."""
+    now_ns = (5 << 52) + 123_456
+    stamp = stamp_of(now_ns + ahead * STAMP_NS)
+    assert Claim(A, 0, SIZE, 0, 3, 0, stamp).created_ns(now_ns) == now_ns
+    assert Claim(A, 0, SIZE, 0, 3, 0).created_ns(now_ns) == now_ns
+
+
+def test_a_claim_that_says_nonsense_was_made_at_the_beginning() -> None:
+    """A time is never negative, whatever the clocks say."""
+    assert Claim(A, 0, SIZE, 0, 3, 0, 2**31 + 1).created_ns(123_456) == 0
 
 
 def test_pins_by_offset_mean_what_lies_there_now(claimer: Claimer, other: Peer) -> None:

@@ -91,7 +91,7 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Detach: st.just(Detach()),
     AskLease: st.builds(AskLease, U64),
     Publish: st.builds(Publish, IDS, U64, U64, U32, U32, st.booleans()),
-    Claim: st.builds(Claim, IDS, U64, U64, U32, U32, U32),
+    Claim: st.builds(Claim, IDS, U64, U64, U32, U32, U32, U32),
     Flush: st.just(Flush()),
     Post: st.just(Post()),
     Keep: st.builds(Keep, st.booleans(), st.lists(IDS, max_size=8)),
