@@ -282,11 +282,7 @@ register_serialization_family(_FAMILY, _dumps, _loads)
 
 def _kept(value: Any, sharing: Sharing) -> tuple[Any, Sequence[Any]] | None:
     """Return a value as it lies in the store, and its parts there; None if it is to stay as it is."""
-    try:
-        apart = _stored(value, sharing)
-    except NotConnectedError:
-        # The first call says that a store has gone, the next one finds its successor.
-        apart = _stored(value, sharing)
+    apart = _stored(value, sharing)
     if apart is None:
         return None
     body, parts, kept = apart

@@ -242,6 +242,11 @@ class Session:
         """Whether the store has ended the connection, and said so; what this client holds stays its own until its last buffer has gone."""
         return self._link.channel.is_final
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has come that was not read, the end of the connection included."""
+        return self._link.channel.is_quiet
+
     # -- requests ------------------------------------------------------------------------------
 
     def call(self, request: Request, expected: type[_ReplyT]) -> _ReplyT:

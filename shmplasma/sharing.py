@@ -203,11 +203,13 @@ class Sharing:
 
     def _serves(self, ref: StoreRef, value: Any, is_same: Callable[[Any, StoreRef], bool]) -> bool:
         """Tell whether a reference still stands for a value: its object is there, and is the same."""
+        self._home.renew()
         with suppress(PlasmaObjectNotFound):  # it may go meanwhile
             return self._home.contains(ref.object_id) and is_same(value, ref)
         return False
 
     def _put(self, value: Any) -> StoreRef | None:
+        self._home.renew()
         try:
             return self._home.put_ref(value)
         except PlasmaStoreFull:

@@ -27,7 +27,7 @@ from typing import Any, Final, Self
 
 import pyarrow as pa
 
-from shmplasma.arrow_errors import PlasmaObjectNotFound
+from shmplasma.arrow_errors import NotConnectedError, PlasmaObjectNotFound
 from shmplasma.connected import DEFAULT_RETRIES
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import REFERENCED
@@ -37,7 +37,7 @@ from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.reading import Mode, ObjectNotAvailable, Reading
 from shmplasma.replies import Done
-from shmplasma.requests import Bequeath, Hold, holds_told
+from shmplasma.requests import Bequeath, Flush, Hold, holds_told
 from shmplasma.serialization import SerializationContext, deserialize, serialize
 from shmplasma.session import Session
 from shmplasma.writing import Writing
@@ -118,6 +118,16 @@ class Home(Reading, Writing):
             raise
         return ref
 
+    def renew(self) -> None:
+        """Turn to the successor of a store that has ended; else the next request would only say that it has."""
+        session = self._session
+        if session is not None and not session.is_quiet:
+            try:
+                session.call(Flush(), Done)
+            except NotConnectedError:
+                if self._session is session:  # it may come back
+                    raise
+
     def begin(self, object_id: ObjectID, number: int) -> None:
         """Take note of a handle."""
         self._held.add((object_id.id_bytes, number))
@@ -145,6 +155,7 @@ class Home(Reading, Writing):
         -----
         Goes by this process's pins: what a living buffer shows is pinned, and so is where it was.  O(pins).
         """
+        self.renew()
         session = self._session
         if session is None:
             return None
@@ -189,6 +200,7 @@ class Home(Reading, Writing):
 
     def receive(self, object_id: ObjectID, ticket: int) -> StoreRef:
         """Return a handle that has come with a ticket."""
+        self.renew()
         number = next(self._numbers)
         ref = StoreRef(self, object_id, number)
         self._live().post(Redeem.KIND, Redeem(object_id.id_bytes, ticket, number).encode())

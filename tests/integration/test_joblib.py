@@ -317,6 +317,23 @@ def test_a_store_of_its_own_that_was_killed_is_replaced() -> None:
             server.process.wait()
 
 
+def test_a_store_that_was_started_anew(tmp_path: Path) -> None:
+    """The next call goes by it, with the same workers."""
+    array = np.ones(N)
+    path = str(tmp_path / "store")
+    store = Store("50MB", socket=path)
+    with using(store), joblib.Parallel() as parallel:
+        for _ in range(3):
+            seen = parallel(joblib.delayed(look)(array) for _ in range(4))
+            assert all(place.startswith("shmplasma-") for _, place, _ in seen)
+            results = parallel(joblib.delayed(np.negative)(array) for _ in range(2))
+            assert [each.sum() for each in results] == [-N, -N]
+            del results
+            store.close()
+            store = Store("50MB", socket=path)
+    store.close()
+
+
 PROGRAM = """
     import sys
     import joblib, numpy as np

@@ -194,6 +194,35 @@ def test_what_was_sent_and_has_gone_is_sent_anew(client: PlasmaClient) -> None:
             client.flush()
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_pool_outlasts_its_store(method: str) -> None:
+    """The first tasks after the store was started anew pass by the new one, those with views of the old one included."""
+    run_python(
+        f"""
+        import multiprocessing, tempfile
+        import numpy as np
+        import shmplasma as plasma
+
+        if __name__ == "__main__":
+            array = np.ones(100_000)
+            with tempfile.TemporaryDirectory() as directory:
+                path = directory + "/store"
+                store = plasma.Store("50MB", socket=path)
+                with store.connect() as client, plasma.share(client):
+                    view = client.put_ref(array).get()
+                    with multiprocessing.get_context("{method}").Pool(2) as pool:
+                        for _ in range(2):
+                            done = pool.map_async(np.negative, [array, view] * 4, chunksize=1)
+                            assert [each.sum() for each in done.get(60)] == [-100_000] * 8
+                            store.close()
+                            store = plasma.Store("50MB", socket=path)
+                        pool.close()
+                        pool.join()
+                store.close()
+        """
+    )
+
+
 def test_a_view_of_a_reference_that_was_released(client: PlasmaClient) -> None:
     """It is stored once more, as nobody can be given what it was a view of."""
     with client.put_ref(np.arange(100_000)) as ref:
