@@ -74,8 +74,10 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
     memory : int or str, optional
         Capacity of the store that is started, in bytes or as "4GB"; 30 % of the free shared memory if not given.  Only the
         first call starts one.
-    **options
-        What joblib gives every backend: ``nesting_level``, ``inner_max_num_threads``.
+    idle_worker_timeout : float, optional
+        After how many seconds without work a worker ends; 300 if not given.
+    nesting_level, inner_max_num_threads : int, optional
+        What joblib gives every backend.
 
     Notes
     -----
@@ -93,11 +95,20 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
     retrieve_result_callback = LokyBackend.retrieve_result_callback
 
     def __init__(
-        self, *, socket: str | None = None, memory: int | str | None = None, **options: Any
+        self,
+        *,
+        socket: str | None = None,
+        memory: int | str | None = None,
+        idle_worker_timeout: float = _IDLE_SECONDS,
+        nesting_level: int | None = None,
+        inner_max_num_threads: int | None = None,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(
+            nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads
+        )
         self._socket = socket
         self._memory = memory
+        self._idle_seconds = idle_worker_timeout
         self._workers: ProcessPoolExecutor | None = None
         self._pool: _Pool | None = None
         self._wanted: _Settings | None = None
@@ -124,7 +135,7 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         self.parallel = parallel
         self._wanted = _Settings(
             n_jobs,
-            _IDLE_SECONDS if idle_worker_timeout is None else idle_worker_timeout,
+            self._idle_seconds if idle_worker_timeout is None else idle_worker_timeout,
             tuple(sorted(self._prepare_worker_env(n_jobs).items())),
             _store_path(self._socket, self._memory),
             _NEVER if max_nbytes is None or mmap_mode is None else max_nbytes,

@@ -142,6 +142,19 @@ def test_the_threshold_is_joblibs(store: Store) -> None:
     assert above[1].startswith("shmplasma-")
 
 
+def test_an_option_that_there_is_not(store: Store) -> None:
+    """Is refused: the store that was meant would not be the one that is used."""
+    with pytest.raises(TypeError, match="'sock'"), using(None, sock=store.store_socket_name):
+        pass
+
+
+def test_workers_end_when_they_were_idle(store: Store) -> None:
+    """After as long as the backend was told."""
+    with using(store, idle_worker_timeout=0.1):
+        seen = joblib.Parallel()(joblib.delayed(look)(np.zeros(1)) for _ in range(2))
+        until(lambda: not any(psutil.pid_exists(pid) for pid, *_ in seen), "they end")
+
+
 def test_writing_to_arguments_is_refused(store: Store) -> None:
     """By name: joblib has modes for it, and a store has none."""
     with using(store, mmap_mode="r+"), pytest.raises(ValueError, match=r"mmap_mode='r\+'"):
