@@ -25,6 +25,7 @@ __all__ = [
     "DEFAULT_RETRIES",
     "Connected",
     "checked",
+    "lasting",
     "program_name",
     "wait_seconds",
     "whole_bytes",
@@ -55,7 +56,7 @@ class Connected:
 
     def __init__(self, store_socket_name: str, num_retries: int) -> None:
         self._given_path = store_socket_name
-        self._path = _lasting(store_socket_name)
+        self._path = lasting(store_socket_name)
         self._left = False
         self._session: Session | None = self._open(num_retries)
         self._capacity = self._session.layout.capacity
@@ -156,7 +157,7 @@ class Connected:
         self._unsubscribe()
 
 
-def _lasting(path: str) -> str:
+def lasting(path: str) -> str:
     """Return a path of a socket that outlasts a change of the directory, unless it is too long, or closed to this user."""
     absolute = os.path.abspath(path)
     with suppress(FileNotFoundError, ValueError):  # it need not be there yet

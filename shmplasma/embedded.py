@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Final, Self
 
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.client import PlasmaClient, connect
+from shmplasma.connected import lasting
 from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError, StoreNotStartedError
 from shmplasma.options import PROGRAM, check_seconds
@@ -114,7 +115,7 @@ class Store:
             scratch = Path(tempfile.mkdtemp(prefix="shmplasma-"))
             socket = scratch / "store.sock"
             arguments.append("--scratch")
-        socket = os.fspath(socket)
+        socket = lasting(os.fspath(socket))
         self.store_socket_name = socket
         self._scratch = scratch
         self._closed = False
@@ -175,7 +176,8 @@ class Store:
         self.process.terminate()
         killed = self.process.wait() != 0
         self._alive.close()
-        if killed:
+        # Where others wait for this process's children, or nobody has to, how it ended is not known.
+        if killed or os.path.lexists(self.store_socket_name):
             self._sweep()
 
     def _sweep(self) -> None:

@@ -103,9 +103,7 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
     ) -> None:
-        super().__init__(
-            nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads
-        )
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
         self._socket = socket
         self._memory = memory
         self._idle_seconds = idle_worker_timeout

@@ -232,17 +232,47 @@ def test_an_exception_in_the_block() -> None:
     assert store.process.returncode == 0
 
 
-def test_a_server_that_was_killed() -> None:
-    """Closing a store whose server was killed is no error, and sweeps up what the server left."""
-    with Store("10MB") as store, store.connect() as client:
+def segment_of(store: Store) -> Path:
+    """Return where the segment of a store lies."""
+    with store.connect() as client:
         session = client._session
         assert session is not None
-        name = os.readlink(f"/proc/self/fd/{session.attachment._fd}")
+        return Path(os.readlink(f"/proc/self/fd/{session.attachment._fd}"))
+
+
+def test_a_server_that_was_killed() -> None:
+    """Closing a store whose server was killed is no error, and sweeps up what the server left."""
+    with Store("10MB") as store:
+        segment = segment_of(store)
         store.process.kill()
         store.process.wait()
-        assert Path(name).exists()
-    assert not Path(name).exists()
+        assert segment.exists()
+    assert not segment.exists()
     assert not Path(store.store_socket_name).parent.exists()
+
+
+def test_a_server_that_was_killed_and_for_which_nobody_waits() -> None:
+    """What it left is swept up as well, though how it ended is not known."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Store("10MB") as store:
+            segment = segment_of(store)
+            store.process.kill()
+        assert not segment.exists()
+        assert not Path(store.store_socket_name).parent.exists()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is that of the directory in which the store was started, wherever its owner goes."""
+    monkeypatch.chdir(tmp_path)
+    with Store("10MB", socket="s") as store:
+        monkeypatch.chdir("/")
+        segment = segment_of(store)
+        store.process.kill()
+    assert not segment.exists()
+    assert not list(tmp_path.glob("s*"))
 
 
 def test_not_bound_to_a_thread() -> None:
