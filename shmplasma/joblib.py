@@ -31,7 +31,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -146,6 +146,15 @@ class StoreBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         self._pool = _pool(self._wanted)
         self._pool.n_calls += 1
         self._workers = self._pool.workers
+
+    def start_call(self) -> None:
+        """Have workers of the store that there is by now: one of our own that was killed has another path (for joblib)."""
+        assert self._wanted is not None
+        wanted = replace(self._wanted, path=_store_path(self._socket, self._memory))
+        if wanted != self._wanted:
+            self.terminate()
+            self._wanted = wanted
+            self._begin()
 
     def stop_call(self) -> None:
         """Forget what was stored for a call (for joblib)."""

@@ -330,6 +330,20 @@ def test_a_store_of_its_own_that_was_killed_is_replaced() -> None:
             server.process.wait()
 
 
+def test_a_store_of_its_own_is_replaced_within_a_parallel() -> None:
+    """Whose next call has workers anew, and stores what is large."""
+    array = np.ones(N)
+    with using(None, memory="50MB"), joblib.Parallel() as parallel:
+        for _ in range(2):
+            seen = parallel(joblib.delayed(look)(array) for _ in range(2))
+            assert all(place.startswith("shmplasma-") for _, place, _ in seen)
+            server = shmplasma.joblib._store
+            assert server is not None
+            server.process.kill()
+            server.process.wait()
+        assert len(shmplasma.joblib._pools) == 1
+
+
 def test_a_store_that_was_started_anew(tmp_path: Path) -> None:
     """The next call goes by it, with the same workers."""
     array = np.ones(N)
