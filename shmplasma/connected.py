@@ -28,7 +28,7 @@ __all__ = [
     "lasting",
     "program_name",
     "wait_seconds",
-    "whole_bytes",
+    "whole_number",
 ]
 
 DEFAULT_RETRIES: Final = 80

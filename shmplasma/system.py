@@ -490,8 +490,7 @@ def _read(path: str, letters: int = -1) -> str | None:
 
 
 def _status(pid: int) -> list[str]:
-    """Return what ``/proc`` says of a process behind its command: its state, and so on; nothing where it says nothing."""
-    # The command, in parentheses, may itself hold spaces and parentheses.
+    """Return what ``/proc`` says of a process behind its command, which may hold parentheses: its state, and so on; or nothing."""
     return (_read(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
 
 
