@@ -1,8 +1,7 @@
 """What is measured, and how: the same for every peer.
 
-A case returns samples in seconds an operation, bytes a second, operations a second or bytes, as its rows say.  An
-operation is prepared before and cleaned up after the time is taken.  Hot gets hold no reference between two gets: while one
-is held, Plasma answers without its store.
+A case returns samples in seconds an operation, bytes a second, operations a second or bytes, as its rows say.  An operation is prepared
+before and cleaned up after the time is taken.  Hot gets hold no reference between two gets: while one is held, Plasma answers without its store.
 """
 
 from __future__ import annotations
@@ -40,8 +39,10 @@ _KIBIBYTE: Final = 1024 * b"x"
 _ARRAY_ITEMS: Final = 1_000_000
 _FRAME_ROWS: Final = 1_000_000
 _PUT_MIB: Final = (1, 8, 64, 512)
-_TURNS: Final = 3
+_TURNS: Final = 6
 """In a virtual machine two threads may copy twice as fast in one second as in the next; so each peer has a turn in more than one of these."""
+_TURN_SECONDS: Final = 0.5
+"""After so long in a turn no further put is begun: a peer that is so slow needs no more samples."""
 _WARM_UP_MIB: Final = 64
 """So much is put before large puts are timed: what is used again and again has been touched then, by all peers."""
 _CLIENTS: Final = (1, 2, 4, 8)
@@ -258,6 +259,19 @@ def _create(bench: Bench) -> list[float]:
     return samples
 
 
+def _each_put(put: Callable[[], Any], bench: Bench, number: int, warm_up: int = 1) -> list[float]:
+    """Return how many seconds each of so many puts takes, or of fewer where they are slow."""
+    for _ in range(bench.less(warm_up)):
+        bench.client.drop([put()])
+    samples: list[float] = []
+    last = time.perf_counter() + _TURN_SECONDS
+    while len(samples) < bench.less(number) and (began := time.perf_counter()) < last:
+        key = put()
+        samples.append(time.perf_counter() - began)
+        bench.client.drop([key])
+    return samples
+
+
 def _put_large(mib: int, *, as_array: bool) -> Callable[[Bench], list[float]]:
     def put_large(bench: Bench) -> list[float]:
         size = mib * _MIB
@@ -265,15 +279,8 @@ def _put_large(mib: int, *, as_array: bool) -> Callable[[Bench], list[float]]:
             raise UnsupportedError
         array = np.arange(size // 8, dtype=np.float64)
         put = bench.client.put_array(array) if as_array else bench.client.put_raw(array.tobytes())
-        for _ in range(bench.less(max(1, min(16, _WARM_UP_MIB // mib)))):
-            bench.client.drop([put()])
-        samples = []
-        for _ in range(bench.less(max(4, min(20, 1024 // mib)))):
-            began = time.perf_counter()
-            key = put()
-            samples.append(size / (time.perf_counter() - began))
-            bench.client.drop([key])
-        return samples
+        number, warm_up = max(4, min(20, 1024 // mib)), max(1, min(16, _WARM_UP_MIB // mib))
+        return [size / seconds for seconds in _each_put(put, bench, number, warm_up)]
 
     return put_large
 
@@ -290,14 +297,7 @@ def _frame(bench: Bench) -> Any:
 
 
 def _put_frame(bench: Bench) -> list[float]:
-    put, samples = bench.client.put_object(_frame(bench)), []
-    bench.client.drop([put()])
-    for _ in range(bench.less(5)):
-        began = time.perf_counter()
-        key = put()
-        samples.append(time.perf_counter() - began)
-        bench.client.drop([key])
-    return samples
+    return _each_put(bench.client.put_object(_frame(bench)), bench, 5)
 
 
 def _get_frame(bench: Bench) -> list[float]:

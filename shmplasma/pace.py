@@ -8,6 +8,9 @@ it, one is as good as two.
 
 A virtual machine may have two processors of its host at one time, and the halves of one at another: then two threads copy 45 GB/s or 25, and one
 copies 25 all the time, from one second to the next.  So where one is about as good as two, two copy.
+
+What several threads take is measured at each of their copies, so it is seen when they become slow.  One thread that was far slower than they is
+tried again seldom: it would not become faster by itself, and each trial costs a copy's time.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ _WORTH: Final = 1.15
 """So many times as fast as several threads one has to be."""
 _AGAIN: Final = 16
 """One of so many copies goes the way that was slower, as that may change."""
+_FAR: Final = 1.5
+_SELDOM: Final = 128
+"""One of so many is made by one thread where that took at least `_FAR` times as long."""
 
 
 class Pace:
@@ -63,7 +69,7 @@ class Pace:
             return most
         if one is None:
             return most if copies < _TRIAL else 1
-        is_slower_one = copies % _AGAIN == 0
+        is_slower_one = copies % (_SELDOM if one > several * _FAR else _AGAIN) == 0
         return most if (several < one * _WORTH) != is_slower_one else 1
 
     def took(self, size_bytes: int, threads: int, ns: int) -> None:

@@ -47,6 +47,16 @@ def test_the_slower_way_is_tried_again() -> None:
     assert _copies(pace, {1: 7, 2: 1}, 16)[1:] == 15 * [2]
 
 
+def test_one_thread_that_is_far_slower_is_tried_seldom() -> None:
+    """It costs as much as two copies; once several are about as slow, it is tried as often as ever."""
+    pace = Pace()
+    costs = {1: 20, 2: 10}
+    assert _copies(pace, costs, 8)[-2:] == [1, 2]
+    assert _copies(pace, costs, 256).count(1) == 2
+    costs[2] = 19
+    assert _copies(pace, costs, 64)[-48:].count(1) == 3
+
+
 def test_the_chosen_way_that_becomes_slow_is_left() -> None:
     """The chosen way is measured at each copy."""
     pace = Pace()
