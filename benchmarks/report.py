@@ -79,6 +79,7 @@ def page(
     command: str,
     rounds: int,
     allocator: str,
+    picture: str,
 ) -> str:
     """Return the whole page.
 
@@ -98,10 +99,15 @@ def page(
         How often each case was measured.
     allocator : str
         The allocator's table, or nothing.
+    picture : str
+        Where the first pass is drawn, or nothing.
     """
     machine_table = _table(["", ""], [[name, value] for name, value in machine.items()])
     versions = ", ".join(f"{title}: {version}" for title, version in peers.values())
-    parts = [_INTRODUCTION.format(command=command, rounds=rounds), machine_table, f"{versions}.\n"]
+    parts = [_INTRODUCTION.format(command=command, rounds=rounds)]
+    if picture:
+        parts.append(f"![What some operations take with each peer]({picture})\n")
+    parts += [machine_table, f"{versions}.\n"]
     for results in passes:
         rows = [
             [

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks import machine, report
+from benchmarks import machine, picture, report
 from benchmarks.cases import CASES
 from benchmarks.peers import PEERS
 from benchmarks.worker import Worker
@@ -59,7 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     allocator = "" if options.quick or options.only else _allocator()
     command = " ".join(["scripts/bench", *(sys.argv[1:] if arguments is None else arguments)])
-    text = report.page(passes, cases, peers, machine.describe(), command, options.rounds, allocator)
+    described = machine.describe()
+    picture_path = ""
+    if options.output:
+        picture_path = f"img/{options.output.stem}.svg"
+        target = options.output.parent / picture_path
+        target.parent.mkdir(exist_ok=True)
+        picture.draw(all_cores, cases, peers, described["date"], target)
+    text = report.page(
+        passes, cases, peers, described, command, options.rounds, allocator, picture_path
+    )
     if options.output:
         options.output.write_text(text)
         print(f"wrote {options.output}")

@@ -52,6 +52,11 @@ def test_a_benchmark_gives_figures(tmp_path: Path) -> None:
         assert len(rows) == len(cases) + 2, "a hand-over has two rows"
         for row in rows:
             assert float(row[2].replace(",", "")) > 0, row
+    drawn = (page.parent / "img" / f"{page.stem}.svg").read_text()
+    assert all(
+        f">{words}</text>" in drawn
+        for words in ("shmplasma", "put of 1 MiB, array", "get of 100 B, raw")
+    )
 
 
 def test_the_benchmarks_name_their_cases() -> None:
