@@ -39,7 +39,7 @@ from pyarrow.lib import ArrowSerializationError
 from shmplasma.copying import Piece, Source, writer_over
 from shmplasma.errors import ShmPlasmaError
 from shmplasma.layout import ALIGNMENT, align_up, alignment_of
-from shmplasma.payloads import Codec, Payload
+from shmplasma.payloads import BytesPayload, Codec, Payload
 
 __all__ = [
     "DECODERS",
@@ -79,10 +79,7 @@ class WriteChunks(list[Any]):
     """
 
     closed = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_bytes = 0
+    n_bytes = 0
 
     def write(self, chunk: Any) -> None:
         """Keep a piece: bytes of some kind, or a buffer of Arrow's."""
@@ -106,6 +103,8 @@ _Layout: TypeAlias = "tuple[tuple[int, ...], np.dtype[Any], int, Literal['C', 'F
 _LAYOUTS: Final[dict[bytes, _Layout]] = {}
 """What headers say, by all of them that is not zeros, in whole lines: to parse one takes longer than all the rest of decoding."""
 _MAX_LAYOUTS: Final = 4096  # shapes may differ without end
+_FEW_BYTES: Final = 4096
+"""Up to so many are copied beside their header first, in 0.2 us: to copy two parts into an object takes 1.9 us, one takes 0.1."""
 
 
 def ndarray_head(
@@ -161,6 +160,8 @@ def _encode_ndarray(array: npt.NDArray[Any]) -> Payload | None:
         return None
     if dtype.isbuiltin != 1 and MAIN in head:  # or one that means nothing to other processes
         return None
+    if size <= _FEW_BYTES and flags.forc:
+        return BytesPayload(_NDARRAY, head + array.tobytes("A"))
     start = len(head)
     return Payload(
         _NDARRAY,

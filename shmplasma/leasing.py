@@ -4,8 +4,8 @@ The order of the steps is that of the table there: BUSY, EPOCH, room, fill, publ
 a time is between the first and the last; another one that wants to put meanwhile goes by the store, as does
 whoever finds no room.  So do finalizers that put something while their own thread is at it.
 
-Most puts are of small values under fresh ids.  `put_small` does what `put` does for any object, in one piece: it repeats the steps, as each call of a
-function would take a tenth of the time.
+Most puts are of small values under fresh ids, which come to one `bytes`.  `put_bytes` does for these what `put` does for any object, in one piece: it
+repeats the steps, as each call of a function would take a tenth of the time.
 
 An interrupt leaves a hole at worst: room is taken before it is filled, and the store skips what was not published.
 
@@ -184,9 +184,9 @@ class LeaseWriter:
             self._board[BUSY_WORD] = 0
             self._lock.release()
 
-    def put_small(self, object_id: bytes, payload: Payload, codec: int, keep: bool) -> bool:
-        """Put an object of up to `LARGE_BYTES` without metadata; otherwise as `put`."""
-        size_bytes = payload.size_bytes
+    def put_bytes(self, object_id: bytes, data: bytes, codec: int, keep: bool) -> bool:
+        """Put up to `LARGE_BYTES` without metadata; otherwise as `put`."""
+        size_bytes = len(data)
         acquired: list[bool] = []
         try:
             acquired.extend(map(self._lock.acquire, _AT_ONCE))
@@ -206,8 +206,8 @@ class LeaseWriter:
                 end = offset + size_bytes
             cursor = self._cursor = (end + _ROUND_UP) & -ALIGNMENT
             self._objects -= 1
-            data = self._data
-            payload.fill(self._memory[offset - data : end - data])
+            start = self._data
+            self._memory[offset - start : end - start] = data
             self._link.publish(object_id, offset, size_bytes, 0, codec, keep)
             if cursor + size_bytes > self._mapped or not self._objects:
                 self._make_ready(size_bytes)

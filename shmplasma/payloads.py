@@ -117,23 +117,25 @@ class BytesPayload(Payload):
         All of it.
     """
 
-    __slots__ = ("_data",)
+    __slots__ = ("data",)
 
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
         self.size_bytes = len(data)
-        self._data = data
+        self.data = data
 
     def write_leaving(
         self, later: list[Piece], target: npt.NDArray[np.uint8], threads: int
     ) -> None:
         """Fill `target`; as `Payload.write_leaving`."""
-        part = 0, self.size_bytes, self._data
-        Payload(self.codec, self.size_bytes, (part,)).write_leaving(later, target, threads)
+        if self.size_bytes >= SHARED_BYTES and threads > 1:
+            later.append((target, self.data))
+        else:
+            copy_into(target, self.data)
 
     def fill(self, room: memoryview, threads: int = 1) -> None:
         """Fill `room` without an array over it, which takes as long as the copy of a small value."""
         if self.size_bytes == room.nbytes < SLICE_BYTES:
-            room[:] = self._data
+            room[:] = self.data
         else:
             super().fill(room, threads)

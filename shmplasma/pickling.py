@@ -45,7 +45,7 @@ from shmplasma.codecs import (
 from shmplasma.copying import Source
 from shmplasma.layout import align_up, alignment_of
 from shmplasma.lending import LENDERS, Loans
-from shmplasma.payloads import Codec, Payload
+from shmplasma.payloads import BytesPayload, Codec, Payload
 
 __all__ = [
     "BUILT_IN",
@@ -71,6 +71,7 @@ Reducer: TypeAlias = Callable[[Any], Any]
 Deserializers: TypeAlias = Mapping[object, Callable[[Any], object]]
 """Deserializers of users' types by type id."""
 
+_PICKLE: Final = Codec.PICKLE  # an attribute of an enumeration takes 0.1 us to look up
 _MAGIC: Final = b"spPP"
 _HEAD: Final = Struct("<4sIQ")
 _PLACE: Final = Struct("<QQ")
@@ -276,10 +277,7 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
     try:
         try:
             chunks, parts = _dump(value, find, loans, by_value=False)
-            frames = [chunk for chunk in chunks if chunk.startswith(_FRAME)]
-            by_value = any(_GLOBAL in frame for frame in frames) and any(
-                MAIN in frame for frame in frames
-            )
+            by_value = _mentions_main(chunks)
         except Exception:  # noqa: BLE001  # cloudpickle stores the value, or raises it again
             chunks, parts, by_value = WriteChunks(), [], True
         if by_value:
@@ -289,6 +287,14 @@ def dump(value: object, find: Callable[[type], Reducer | None]) -> Payload:
         return _LendingPayload(payload, tuple(loans)) if loans else payload
     finally:
         loans.clear()  # which cloudpickle's classes keep until the collector comes
+
+
+def _mentions_main(chunks: WriteChunks) -> bool:
+    """Tell whether a pickle names anything, and anything of a main module; it may say so where it does not."""
+    if len(chunks) == 1:  # as nearly always
+        return _GLOBAL in chunks[0] and MAIN in chunks[0]
+    frames = [chunk for chunk in chunks if chunk.startswith(_FRAME)]
+    return any(_GLOBAL in frame for frame in frames) and any(MAIN in frame for frame in frames)
 
 
 class _LendingPayload(Payload):
@@ -346,6 +352,8 @@ def _dump(
 
 
 def _join(chunks: WriteChunks, parts: list[Payload | memoryview]) -> Payload:
+    if not parts and len(chunks) == 1:  # its only frame
+        return BytesPayload(_PICKLE, chunks[0])
     if sum(map(len, chunks)) != chunks.n_bytes:
         raise BufferError("a bytearray in it changed its size meanwhile; put a copy of it")
     places: list[tuple[int, int, Source | Payload]] = []
@@ -355,7 +363,7 @@ def _join(chunks: WriteChunks, parts: list[Payload | memoryview]) -> Payload:
         places.append((end, len(chunk), chunk))
         end += len(chunk)
     if not parts:
-        return Payload(Codec.PICKLE, end, places)
+        return Payload(_PICKLE, end, places)
     head = _HEAD.pack(_MAGIC, len(parts), end - _HEAD.size - 16 * len(parts))
     for part in parts:
         size = part.size_bytes if isinstance(part, Payload) else part.nbytes

@@ -60,8 +60,7 @@ class Writing(Connected):
         metadata : bytes or bytearray, optional
             Kept beside the data; takes up room too.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
-            without limit.
+            How long to wait for room, in milliseconds: 0 (the default) not at all; None or -1 without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -161,8 +160,7 @@ class Writing(Connected):
         dtype : data-type, optional
             The type of the elements; none with Python objects.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
-            without limit.
+            How long to wait for room, in milliseconds: 0 (the default) not at all; None or -1 without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -222,8 +220,7 @@ class Writing(Connected):
         metadata : bytes or bytearray, optional
             Kept beside it.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
-            without limit.
+            How long to wait for room, in milliseconds: 0 (the default) not at all; None or -1 without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -257,8 +254,7 @@ class Writing(Connected):
         memcopy_threads : int, optional
             Upper limit on the threads that copy a large value; there are never more than processors.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
-            without limit.
+            How long to wait for room, in milliseconds: 0 (the default) not at all; None or -1 without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -278,6 +274,8 @@ class Writing(Connected):
             _checked_metadata(metadata)
         payload: Payload
         if type(value) is bytes:
+            if object_id is None and not metadata:
+                return self._put_bytes(value, _RAW, memcopy_threads, timeout_ms, keep)
             payload = BytesPayload(_RAW, value)
         else:
             size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
@@ -309,8 +307,7 @@ class Writing(Connected):
         serialization_context : SerializationContext, optional
             Serializers for your own types; the process's default context if not given.
         timeout_ms : float or None, optional
-            How long to wait for room, in milliseconds, if there is none: 0 (the default) not at all; None or -1
-            without limit.
+            How long to wait for room, in milliseconds: 0 (the default) not at all; None or -1 without limit.
         keep : bool, optional
             Whether the object is never to be evicted (see `PlasmaClient.keep`).
 
@@ -333,7 +330,33 @@ class Writing(Connected):
         any other takes a round trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, checked_context(serialization_context))
+        if type(payload) is BytesPayload and object_id is None:
+            return self._put_bytes(payload.data, payload.codec, memcopy_threads, timeout_ms, keep)
         return self._put(payload, object_id, b"", memcopy_threads, timeout_ms=timeout_ms, keep=keep)
+
+    def _put_bytes(
+        self,
+        data: bytes,
+        codec: Codec,
+        threads: SupportsIndex | float,
+        timeout_ms: float | None,
+        keep: bool,
+    ) -> ObjectID:
+        """Store bytes under a fresh id, which is what most puts come to, in as few steps as may be; otherwise as `_put`."""
+        if type(timeout_ms) is not int:
+            wait_seconds(timeout_ms)
+        if type(threads) is not int:
+            whole_number(threads, "threads")
+        leasing = (self._session or self._live()).leasing
+        may_lease = len(data) > LARGE_BYTES
+        if leasing is not None and not may_lease:
+            object_id = fresh_id()
+            if leasing.put_bytes(object_id.id_bytes, data, codec, keep):
+                return object_id
+        payload = BytesPayload(codec, data)
+        return self._put(
+            payload, None, b"", threads, timeout_ms=timeout_ms, keep=keep, may_lease=may_lease
+        )
 
     def _put(
         self,
@@ -346,6 +369,7 @@ class Writing(Connected):
         keep: bool = False,
         flags: int = 0,
         fresh: bool = False,
+        may_lease: bool = True,
     ) -> ObjectID:
         """Store a payload: in the lease if that has room for it, else in room that a round trip gets."""
         if type(timeout_ms) is not int:
@@ -356,13 +380,10 @@ class Writing(Connected):
         session = self._session or self._live()
         target_id = fresh_id() if object_id is None else checked(object_id)
         leasing = session.leasing
-        if leasing is None:
+        if leasing is None or not may_lease:
             is_put = False
         elif object_id is None or fresh:
-            if metadata or payload.size_bytes > LARGE_BYTES:
-                is_put = leasing.put(target_id.id_bytes, payload, metadata, threads, codec, keep)
-            else:
-                is_put = leasing.put_small(target_id.id_bytes, payload, codec, keep)
+            is_put = leasing.put(target_id.id_bytes, payload, metadata, threads, codec, keep)
         else:
             claims = None if keep else session.claims
             is_put = claims is not None and claims.put(target_id, payload, metadata, threads, codec)

@@ -99,7 +99,7 @@ def _mapped_by_others(names: set[str]) -> set[str]:
     found: set[str] = set()
     for pid in set(psutil.pids()) - ours:
         with suppress(OSError):  # it has ended, or is not ours to look at
-            maps = Path(f"/proc/{pid}/maps").read_text()
+            maps = os.fsdecode(Path(f"/proc/{pid}/maps").read_bytes())
             found |= {name for name in names if f"{_SHARED_MEMORY}/{name}" in maps}
     return found
 

@@ -118,8 +118,7 @@ def check_others(context: Any) -> None:
     assert result.sum() == 2 * SIZE
     assert not result.flags.writeable
     process.join()
-    again = pickle.loads(pickle.dumps(result))
-    assert again.flags.writeable, "plain pickles know nothing of all this"
+    assert len(pickle.dumps(result)) > result.nbytes, "plain pickles know nothing of all this"
     for end in (ours, theirs):
         end.close()
     queue.close()
