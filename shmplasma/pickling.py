@@ -172,6 +172,12 @@ def _reduce_subclass(array: np.ndarray[Any, Any]) -> Any:
     return _as_subclass, (type(array), array.view(np.ndarray))
 
 
+def _reduce_masked(array: np.ma.MaskedArray[Any, Any]) -> Any:
+    if array.dtype.hasobject:
+        return array.__reduce_ex__(PROTOCOL)
+    return _masked, (array.data, array.mask, array.fill_value)
+
+
 def native_reducer(cls: type, base: type) -> Reducer | None:
     """Return what reduces values of a class to what an encoder makes of them.
 
@@ -193,6 +199,8 @@ def native_reducer(cls: type, base: type) -> Reducer | None:
         return _reduce_ndarray
     if cls in copyreg.dispatch_table:
         return None
+    if cls is np.ma.MaskedArray:  # its own way copies it twice
+        return _reduce_masked
     inherited = ("__reduce__", "__reduce_ex__", "__setstate__")
     if all(getattr(cls, name) is getattr(np.ndarray, name) for name in inherited):
         return _reduce_subclass
@@ -454,6 +462,10 @@ def _small_array(
 
 def _as_subclass(cls: type[np.ndarray[Any, Any]], array: np.ndarray[Any, Any]) -> object:
     return array.view(cls)
+
+
+def _masked(data: np.ndarray[Any, Any], mask: Any, fill_value: Any) -> object:
+    return np.ma.MaskedArray(data, mask, keep_mask=False, fill_value=fill_value)
 
 
 def _restored(type_id: object, form: object) -> object:

@@ -319,13 +319,43 @@ def test_subclasses_of_ndarray_are_views_of_their_own_type(array: npt.NDArray[An
     check_view(result, buffer)
 
 
-def test_masked_arrays_keep_their_mask() -> None:
-    """A subclass that pickles itself in its own way is left to it."""
-    array = np.ma.masked_greater(np.arange(1000.0), 500)
+MASKED: dict[str, Any] = {
+    "float": np.ma.masked_greater(np.arange(10_000.0), 500),
+    "no mask": np.ma.MaskedArray(np.arange(10_000)),
+    "fill value": np.ma.MaskedArray(np.arange(10_000), np.arange(10_000) % 3 == 0, fill_value=-7),
+    "records": np.ma.array(  # type: ignore[call-overload]  # which knows no values of records
+        np.zeros(10_000, "i4, f8"), mask=(True, False), fill_value=(5, 7)
+    ),
+    "F order": np.ma.masked_less(np.asfortranarray(np.ones((100, 200))), 0),
+    "small": np.ma.MaskedArray([1, 2], [True, False]),
+    "matrix": np.ma.MaskedArray(np.ones((100, 200)).view(np.matrix), np.zeros((100, 200), bool)),
+}
+
+
+@pytest.mark.parametrize("array", MASKED.values(), ids=MASKED)
+def test_masked_arrays(array: np.ma.MaskedArray[Any, Any]) -> None:
+    """A masked array comes back with its mask, and both are views."""
+    buffer, codec = stored(array)
+    for result, within in ((deserialize(buffer, codec), buffer), (round_trip([array])[0], None)):
+        assert type(result) is np.ma.MaskedArray
+        assert result.dtype == array.dtype
+        assert result.baseclass is array.baseclass
+        assert result.flags.f_contiguous == array.flags.f_contiguous
+        assert result.data.tobytes() == array.data.tobytes()
+        assert np.array_equal(result.mask, array.mask)
+        assert (result.mask is np.ma.nomask) == (array.mask is np.ma.nomask)
+        assert result.fill_value == array.fill_value
+        for part in (result.data, np.asarray(result.mask)):
+            assert not part.flags.writeable or not part.ndim
+            if within is not None and part.nbytes >= 4096:
+                check_view(part, within)
+
+
+def test_masked_arrays_of_objects_are_pickled() -> None:
+    """One of Python objects is left to the way of its own."""
+    array = np.ma.MaskedArray(np.array([1, "a", None], object), [True, False, False])
     result = round_trip(array)
-    assert type(result) is np.ma.MaskedArray
-    assert np.ma.allequal(result, array)
-    assert (result.mask == array.mask).all()
+    assert result.tolist() == array.tolist() == [None, "a", None]
 
 
 def test_memory_mapped_arrays(tmp_path: Path) -> None:
