@@ -6,7 +6,7 @@ import builtins
 import os
 import socket
 from collections.abc import AsyncGenerator, Iterable
-from typing import Final, NoReturn, SupportsIndex
+from typing import Final, NoReturn, SupportsFloat, SupportsIndex
 
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.connected import DEFAULT_RETRIES, checked, program_name, whole_number
@@ -365,4 +365,6 @@ def connect(
     path = default_socket_path() if store_socket_name is None else os.fspath(store_socket_name)
     if not isinstance(path, str):
         raise TypeError(f"a socket's path is a str, not {type(path).__name__}")
+    if not isinstance(num_retries, SupportsFloat):
+        raise TypeError(f"num_retries is a number, not {type(num_retries).__name__}")
     return PlasmaClient(path, DEFAULT_RETRIES if num_retries < 0 else num_retries)

@@ -198,7 +198,12 @@ def whole_number(number: SupportsIndex | float, unit: str = "bytes") -> int:
         It is no number, or not a finite one.
     """
     if not isinstance(number, (float, np.floating)):
-        return index(number)
+        try:
+            return index(number)
+        except TypeError:
+            raise TypeError(
+                f"a number of {unit} is needed here, not {type(number).__name__}"
+            ) from None
     if not isfinite(number):
         raise ValueError(f"there are no {number} {unit}")
     return int(number)
@@ -207,7 +212,9 @@ def whole_number(number: SupportsIndex | float, unit: str = "bytes") -> int:
 def checked(object_id: ObjectID) -> ObjectID:
     """Return an id that is one; raise TypeError for anything else."""
     if not isinstance(object_id, ObjectID):
-        raise TypeError(f"an ObjectID is needed here, not {type(object_id).__name__}")
+        raise TypeError(
+            f"an ObjectID is needed here, not {type(object_id).__name__}; ObjectID(data) makes one of 20 bytes"
+        )
     return object_id
 
 

@@ -18,7 +18,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, Self
+from typing import IO, TYPE_CHECKING, Final, NoReturn, Self
 
 from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.client import PlasmaClient, connect
@@ -197,10 +197,22 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Store owns its server and cannot be pickled; pass its store_socket_name, and connect there"
+        )
+
 
 def _size(value: int | str) -> int:
-    """Return a size in bytes; raise ValueError if it is none."""
-    return parse_size(value if isinstance(value, str) else str(index(value)))
+    """Return a size in bytes; raise TypeError or ValueError if it is none."""
+    if isinstance(value, str):
+        return parse_size(value)
+    try:
+        return parse_size(str(index(value)))
+    except TypeError:
+        raise TypeError(
+            f"a size is a whole number of bytes, or a text such as '2GB', not {type(value).__name__}"
+        ) from None
 
 
 def _spawn(arguments: list[str], owner: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:

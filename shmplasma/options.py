@@ -6,7 +6,7 @@ import argparse
 import grp
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, SupportsFloat
 
 from shmplasma import __version__, system
 from shmplasma.sizes import parse_size
@@ -51,7 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_seconds(seconds: float) -> float:
-    """Return how long a reference may wait for its receiver; raise ValueError if it is no such number."""
+    """Return how long a reference may wait for its receiver; raise TypeError or ValueError if it is no such number."""
+    if not isinstance(seconds, SupportsFloat):
+        raise TypeError(f"a number of seconds is needed here, not {type(seconds).__name__}")
     if not 0 <= seconds < 1e9:
         raise ValueError(f"{seconds} is no number of seconds; write 600 or 0.5")
     return seconds

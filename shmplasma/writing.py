@@ -278,7 +278,12 @@ class Writing(Connected):
                 return self._put_bytes(value, _RAW, memcopy_threads, timeout_ms, keep)
             payload = BytesPayload(_RAW, value)
         else:
-            size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
+            try:
+                size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
+            except TypeError:
+                raise TypeError(
+                    f"bytes or a buffer of them are needed here, not {type(value).__name__}; put takes any value"
+                ) from None
             payload = Payload(_RAW, size, ((0, size, value),))
         return self._put(
             payload, object_id, metadata, memcopy_threads, timeout_ms=timeout_ms, keep=keep

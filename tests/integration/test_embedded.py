@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -165,6 +166,29 @@ def test_values_that_are_none(arguments: dict[str, Any], says: str) -> None:
     """They are refused before anything starts."""
     with pytest.raises(ValueError, match=says):
         Store(**{"memory": "10MB", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"memory": 2e9}, "a whole number of bytes, or a text such as '2GB', not float"),
+        ({"client_limit": b"1"}, "a whole number of bytes, or a text such as '2GB', not bytes"),
+        ({"ticket_seconds": "600"}, "a number of seconds is needed here, not str"),
+    ],
+)
+def test_values_of_wrong_types(arguments: dict[str, Any], says: str) -> None:
+    """The error says what is needed, and not what Python could not do with the argument."""
+    with pytest.raises(TypeError, match=says):
+        Store(**{"memory": "10MB", **arguments})
+
+
+def test_a_store_that_is_pickled() -> None:
+    """It is not, and the error says what to pass in its place."""
+    with (
+        Store("1MB") as store,
+        pytest.raises(TypeError, match="pass its store_socket_name, and connect there"),
+    ):
+        pickle.dumps(store)
 
 
 def test_no_limit_and_no_places() -> None:

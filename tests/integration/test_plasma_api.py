@@ -1108,6 +1108,39 @@ def test_wrong_types(client: plasma.PlasmaClient, use: Callable[[Any], object]) 
     assert client.get(client.put("works on")) == "works on"
 
 
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (
+            lambda client: client.get(20 * b"a"),
+            r"an ObjectID is needed here, not int; ObjectID\(data\) makes one of 20 bytes",
+        ),
+        (
+            lambda client: client.create(new_id(), "5"),
+            "a number of bytes is needed here, not str",
+        ),
+        (
+            lambda client: client.put(1, None, "x"),
+            "a number of threads is needed here, not str",
+        ),
+        (
+            lambda client: client.put_raw_buffer("text"),
+            "bytes or a buffer of them are needed here, not str; put takes any value",
+        ),
+        (
+            lambda client: plasma.connect(client.store_socket_name, "3"),  # type: ignore[arg-type]  # the point
+            "num_retries is a number, not str",
+        ),
+    ],
+)
+def test_what_is_said_of_wrong_types(
+    client: plasma.PlasmaClient, use: Callable[[Any], object], said: str
+) -> None:
+    """The error says what is needed, and not what Python could not do with the argument."""
+    with pytest.raises(TypeError, match=f"^{said}$"):
+        use(client)
+
+
 @pytest.mark.parametrize("size", [10.0, np.ceil(9.5), np.float32(10.9), np.int64(10)])
 def test_sizes_that_are_floats(client: plasma.PlasmaClient, size: Any) -> None:
     """What is behind the point does not count; a number that is none is refused."""
