@@ -115,7 +115,8 @@ class Segment:
             check_room(layout, directory)
             self = cls(name, token, layout, open_segment(name, create=True), directory)
         except (OSError, posix_ipc.Error) as error:
-            elsewhere = "" if directory is None else "; name another directory with -d"
+            which = "a" if directory is None else "another"
+            elsewhere = f"; name {which} directory with -d"
             raise refusal("create", name, error, elsewhere) from error
         try:
             if scratch:
