@@ -140,7 +140,10 @@ class Endpoint:
         """
         fault = _wrong_length(path)
         if fault:
-            raise EndpointError(f"{fault}; name another with -s")
+            directory = os.environ.get("TMPDIR", "")
+            within = directory and path.startswith(directory)
+            shorter = ", or set TMPDIR to a shorter one" if within else ""
+            raise EndpointError(f"{fault}; name another with -s{shorter}")
         parent = os.path.dirname(path) or "."
         if not os.path.isdir(parent):
             raise EndpointError(f"there is no directory {parent}; make it, or {_OTHER_PATH}")

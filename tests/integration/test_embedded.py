@@ -182,6 +182,19 @@ def test_values_of_wrong_types(arguments: dict[str, Any], says: str) -> None:
         Store(**{"memory": "10MB", **arguments})
 
 
+def test_a_temporary_directory_with_a_long_name(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No socket has room in it, and the error says what to set."""
+    deep = temporary / (100 * "d")
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(StoreNotStartedError, match="set TMPDIR to a shorter one"):
+        Store("1MB")
+    deep.rmdir()
+
+
 def test_a_store_that_is_pickled() -> None:
     """It is not, and the error says what to pass in its place."""
     with (
