@@ -80,10 +80,10 @@ class Writing(Connected):
 
         Notes
         -----
-        An object of up to 256 KiB, or up to 16 MiB if its client creates many such objects, takes a record and no
-        waiting; any other takes a round trip (see `shmplasma.claims`).  Until it is sealed the object belongs to this
-        client, and is removed when the client leaves or dies.  Requests for room are served in order (see
-        `shmplasma.waiters`); other threads may use the client meanwhile, and Ctrl-C interrupts the wait.
+        An object of up to 256 KiB, or up to 16 MiB if its client creates many such objects, takes a record and no waiting; any other takes a
+        round trip (see `shmplasma.claims`).  Until it is sealed the object belongs to this client, and is removed when the client leaves or
+        dies.  Requests for room are served in order (see `shmplasma.waiters`); other threads may use the client meanwhile, and Ctrl-C
+        interrupts the wait.
         """
         session = self._session or self._live()
         claims = session.claims
@@ -128,15 +128,13 @@ class Writing(Connected):
     ) -> pa.Buffer:
         """Make a new object to be filled with what `get_encoded` has returned, perhaps elsewhere.
 
-        Otherwise as `create`, except that an unknown codec raises a ValueError too.  Whether the bytes are what the
-        codec says is found out by whoever gets the object.
+        Otherwise as `create`, but an unknown codec is a ValueError too.  Whether the bytes are what the codec says is seen by whoever gets them.
         """
         codec = index(codec)
         if not 0 <= codec < REFERENCED:
             raise ValueError(f"no object has the codec {codec}; pass on that of get_encoded")
-        session = self._live()
         room = self._create(
-            session, object_id, data_size, metadata, codec, timeout_ms=timeout_ms, keep=keep
+            self._live(), object_id, data_size, metadata, codec, timeout_ms=timeout_ms, keep=keep
         )
         return pa.py_buffer(room.data)
 
@@ -167,8 +165,7 @@ class Writing(Connected):
         Returns
         -------
         ObjectArray
-            Uninitialized.  As a context manager it seals on success and aborts on an exception; otherwise call the
-            client's ``seal(object_id)``.  `get` then returns the array.
+            Uninitialized.  As a context manager it seals on success and aborts on an exception; otherwise call ``seal``.  Then `get` returns it.
 
         Raises
         ------
@@ -272,11 +269,10 @@ class Writing(Connected):
         """
         if type(metadata) is not bytes:
             _checked_metadata(metadata)
-        payload: Payload
         if type(value) is bytes:
             if object_id is None and not metadata:
                 return self._put_bytes(value, _RAW, memcopy_threads, timeout_ms, keep)
-            payload = BytesPayload(_RAW, value)
+            payload: Payload = BytesPayload(_RAW, value)
         else:
             try:
                 size = value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
@@ -330,9 +326,8 @@ class Writing(Connected):
 
         Notes
         -----
-        An array that is not contiguous is stored in C order; its copy takes as long as any such.
-        A value of up to 256 KiB, or of up to 16 MiB if its client puts many such values, takes a record and no waiting;
-        any other takes a round trip.  Each byte of a large part is copied once.
+        An array that is not contiguous is stored in C order; its copy takes as long as any such.  A value of up to 256 KiB, or of up to 16 MiB
+        if its client puts many such values, takes a record and no waiting; any other takes a round trip.  Each byte of a large part is copied once.
         """
         payload = serialize(value, checked_context(serialization_context))
         if type(payload) is BytesPayload and object_id is None:
