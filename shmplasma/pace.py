@@ -74,8 +74,6 @@ class Pace:
 
     def took(self, size_bytes: int, threads: int, ns: int) -> None:
         """Take note of how long a copy took, in nanoseconds."""
-        if size_bytes < MEASURED_BYTES:
-            return
         way = size_bytes.bit_length(), threads > 1
         now = ns / size_bytes
         before = self._ns_a_byte.get(way, now)
