@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shmplasma import ObjectID, PlasmaClient
 
-__all__ = ["MISSING", "figure", "new_id"]
+__all__ = ["MISSING", "figure", "figures_of", "new_id"]
 
 MISSING = ObjectID(20 * b"?")
 """No object has this id for long."""
@@ -17,5 +17,10 @@ def new_id() -> ObjectID:
 
 def figure(client: PlasmaClient, name: str) -> int:
     """Return one of the figures in the store's description of itself."""
-    (line,) = (line for line in client.debug_string().splitlines() if line.startswith(f"{name}: "))
-    return int(line.removeprefix(f"{name}: "))
+    return figures_of(client)[name]
+
+
+def figures_of(client: PlasmaClient) -> dict[str, int]:
+    """Return all of them."""
+    lines = (line.partition(": ") for line in client.debug_string().splitlines())
+    return {name: int(value) for name, _, value in lines if value.isdecimal()}

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import shmplasma
 from shmplasma.objects import ObjectID
+from tests.clients import figures_of
 from tests.crash.workload import (
     Crew,
     Known,
@@ -29,7 +30,6 @@ from tests.crash.workload import (
     Member,
     Report,
     Said,
-    figures_of,
     in_small_process,
     prove_accounts,
     prove_empty,

@@ -34,6 +34,7 @@ from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError
 from shmplasma.objects import ObjectID
 from shmplasma.segment_name import SegmentName
+from tests.clients import figures_of
 from tests.command import PROGRAM
 from tests.crash.workload import (
     Crew,
@@ -44,7 +45,6 @@ from tests.crash.workload import (
     Report,
     Said,
     content,
-    figures_of,
     in_small_process,
     prove_accounts,
     prove_empty,

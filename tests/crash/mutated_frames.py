@@ -813,26 +813,22 @@ def _attack_beside(
     assert all(process.exitcode == 0 for process in processes), "the attackers have failed"
 
 
-def _figures(client: PlasmaClient) -> dict[str, int]:
-    lines = (line.partition(": ") for line in client.debug_string().splitlines())
-    return {name: int(value) for name, _, value in lines if value.isdecimal()}
-
-
 def _prove_in_order(path: str) -> None:
     """Prove that nobody holds anything any more, and that all room comes back."""
     from shmplasma import ObjectID, connect
+    from tests.clients import figures_of
 
     with connect(path) as client:
 
         def is_left_alone() -> bool:
-            figures = _figures(client)
+            figures = figures_of(client)
             names: Iterable[str] = ("pinned objects", "leased bytes", "unsealed bytes")
             return not any(figures[name] for name in names)
 
         until(is_left_alone, "nobody else holds anything", 10)
         client.delete(client.list())
         assert not client.list(), "an object cannot be deleted"
-        figures = _figures(client)
+        figures = figures_of(client)
         assert figures["free bytes"] == figures["capacity bytes"], f"room is lost: {figures}"
         whole = ObjectID(bytes(ID_BYTES))
         assert len(client.create(whole, CAPACITY)) == CAPACITY

@@ -32,8 +32,9 @@ import numpy as np
 
 import shmplasma
 from shmplasma.arrow_errors import PlasmaObjectExists, PlasmaStoreFull
+from tests.clients import figure
 from tests.crash.mutated_frames import StoreProcess
-from tests.crash.stress_fast_path import key_id, mark, parse, wrong_words
+from tests.crash.stress_fast_path import key_id, mark, wrong_words
 from tests.processes import until
 
 __all__ = ["TOLERANCES", "Sample", "Summary", "run"]
@@ -348,7 +349,7 @@ def run(
             samples.append(sample())
         finally:
             crowd.end()
-        evictions = parse(client.debug_string())["evictions"]
+        evictions = figure(client, "evictions")
         until(lambda: store.footprint().fds <= fds_before, "the store lets go of the dead", 10)
         fds_after = store.footprint().fds
         _prove_in_order(client)
@@ -397,7 +398,7 @@ def _pages(names: set[str]) -> int:
 def _prove_in_order(client: shmplasma.PlasmaClient) -> None:
     """Prove that no pin is left of those that have gone, and that all room comes back."""
     client.delete(list(client.list()))
-    until(lambda: not parse(client.debug_string())["pinned objects"], "nobody holds anything", 10)
+    until(lambda: not figure(client, "pinned objects"), "nobody holds anything", 10)
     client.delete(list(client.list()))
     assert not client.list(), "an object cannot be deleted"
     whole = shmplasma.ObjectID.from_random()

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import shmplasma
 from shmplasma.arrow_errors import PlasmaObjectExists, PlasmaStoreFull
 from shmplasma.layout import align_up
+from tests.clients import figures_of
 
 __all__ = ["Summary", "run"]
 
@@ -214,7 +215,7 @@ def run(seconds: float, n_readers: int, n_writers: int) -> Summary:
             for _, ours in processes:
                 assert ours.recv() == "ready"
             stop.wait(seconds)
-            figures = parse(client.debug_string())
+            figures = figures_of(client)
             stop.set()
             for _, ours in processes:
                 counts.update(ours.recv())
@@ -228,17 +229,11 @@ def run(seconds: float, n_readers: int, n_writers: int) -> Summary:
     return Summary(counts, figures["takes"], figures["takes that met a pin"], figures["evictions"])
 
 
-def parse(description: str) -> dict[str, int]:
-    """Return the figures in a store's description."""
-    lines = (line.partition(": ") for line in description.splitlines())
-    return {name: int(value) for name, _, value in lines if value.isdecimal()}
-
-
 def prove_in_order(client: shmplasma.PlasmaClient) -> None:
     """Prove that the room is used by objects only, that no pin is left, and that nothing is lost."""
     deadline = time.monotonic() + 30
     # A process that has ended may not have been noticed yet.
-    while (figures := parse(client.debug_string()))["leased bytes"] or figures["pinned objects"]:
+    while (figures := figures_of(client))["leased bytes"] or figures["pinned objects"]:
         assert time.monotonic() < deadline, f"pins or leases of the dead: {figures}"
     objects = client.list()
     sizes = [info["data_size"] + info["metadata_size"] for info in objects.values()]

@@ -30,6 +30,7 @@ import pyarrow as pa
 import shmplasma
 from shmplasma.layout import align_up
 from shmplasma.objects import ObjectID
+from tests.clients import figures_of
 
 __all__ = [
     "Crew",
@@ -38,7 +39,6 @@ __all__ = [
     "Load",
     "Member",
     "Said",
-    "figures_of",
     "in_small_process",
     "prove_accounts",
     "prove_empty",
@@ -474,12 +474,6 @@ def _metadata(known: Known) -> bytes:
 
 
 # -- the store's accounts --------------------------------------------------------------------------
-
-
-def figures_of(client: shmplasma.PlasmaClient) -> dict[str, int]:
-    """Return the figures in a store's description."""
-    lines = (line.partition(": ") for line in client.debug_string().splitlines())
-    return {name: int(value) for name, _, value in lines if value.isdecimal()}
 
 
 def prove_accounts(

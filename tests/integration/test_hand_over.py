@@ -107,6 +107,13 @@ def lease(client: PlasmaClient) -> None:
     client.flush()
 
 
+@pytest.fixture
+def client2(client2: PlasmaClient) -> PlasmaClient:
+    """Return the one that puts, with a lease."""
+    lease(client2)
+    return client2
+
+
 def fill(client: PlasmaClient) -> None:
     """Have everything evicted that nobody holds, and its room used."""
     client.evict(100_000_000)
@@ -148,7 +155,6 @@ def test_a_getter_has_its_object_while_the_store_is_stopped(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """Bytes, metadata and values, by each way to get them; the store counts them as held when it goes on."""
-    lease(client2)
     array = np.arange(500)
     ways: list[tuple[str, Callable[[Any], bool]]] = [
         ("get_buffers", lambda got: bytes(got) == b"raw"),
@@ -185,7 +191,6 @@ def test_what_is_created_and_sealed_is_handed_over_as_well(
     is_read: bool,
 ) -> None:
     """Whether or not the store has read of its creation, and whoever has found room for it."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     room = client2.create(object_id, size)
@@ -214,7 +219,6 @@ def test_nothing_is_told_of_a_creation_before_its_seal(
     sent: list[Frame],  # noqa: F811 - the fixture
 ) -> None:
     """Although somebody waits; who looks for what is there has the store read of it."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     sent.clear()
@@ -234,7 +238,6 @@ def test_nothing_is_sent_but_what_was_sent_before(
     sent: list[Frame],  # noqa: F811 - the fixture
 ) -> None:
     """The question, and the word that there is a record; a lease is there already."""
-    lease(client2)
     sent.clear()
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
@@ -272,7 +275,6 @@ def test_it_can_be_deleted_and_evicted_as_any_other(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """Not before its getter has let go of it, and at once then."""
-    lease(client2)
     kept, deleted = new_id(), new_id()
     waits = [wait_in(pool, client, object_id) for object_id in (kept, deleted)]
     with stopped(store):
@@ -295,7 +297,6 @@ def test_one_of_many_has_it_at_once_and_all_have_it_later(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """Threads and clients that wait for the same object."""
-    lease(client2)
     object_id = new_id()
     waits = [wait_in(pool, client, object_id)]
     others = [pool.submit(each.get_buffers, object_id, 30_000) for each in (client, client2)]
@@ -311,7 +312,6 @@ def test_threads_of_one_client_have_each_its_own(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """Whichever of them reads for the others."""
-    lease(client2)
     ids = [ObjectID(bytes([number]) * 20) for number in range(6)]
     waits = [wait_in(pool, client, object_id) for object_id in ids]
     with stopped(store):
@@ -337,7 +337,6 @@ def test_a_value_that_was_handed_over_is_passed_on_by_reference(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """What shows where a buffer comes from knows of it."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     with stopped(store):
@@ -417,7 +416,6 @@ def test_who_shares_interpreter_or_processor_is_hinted_at_when_there_is_somethin
     hinted_at: list[tuple[int, int]],
 ) -> None:
     """Woken before, he would only keep the putter from going on."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     client2.put_raw_buffer(b"x", object_id)
@@ -435,7 +433,6 @@ def test_a_record_that_does_not_come_is_waited_for_elsewhere(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """The next hint is heard as well, but not one after the other without an end."""
-    lease(client2)
     listens_to = session_of(client)._link.channel._hints
     for n_vain in (1, 3, 5, 50):
         object_id = new_id()
@@ -460,7 +457,6 @@ def test_the_record_of_another_object_is_no_reason_to_hear_no_more(
     pool: ThreadPoolExecutor,
 ) -> None:
     """Ids may share the word that says who waits, and threads of a putter their outbox."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     with stopped(store), forging(client, object_id) as hint:
@@ -478,7 +474,6 @@ def test_a_record_that_comes_while_it_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """There is no other hint at it, nor an answer of the store."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     looks = Spin.looks
@@ -540,7 +535,6 @@ def test_what_nobody_is_hinted_at_comes_as_ever(
     put: Callable[[PlasmaClient, ObjectID], object],
 ) -> None:
     """What has no bytes, is large, is sealed, or is to be kept."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     put(client2, object_id)
@@ -562,7 +556,6 @@ def test_hints_are_only_hints(
 
     method = {"ear": "listen", "mouth": "tell", "hint": "take"}[missing]
     monkeypatch.setattr(Hints, method, refuse)
-    lease(client2)
     for number in range(10):
         object_id = new_id()
         if missing == "ear":
@@ -579,7 +572,6 @@ def test_nobody_is_misled(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """Whatever is sent to where hints are heard: the getter waits on, and has its object when it is put."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     attachment = session_of(client).attachment
@@ -608,7 +600,6 @@ def test_nobody_is_hinted_at_what_has_gone(
     client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """A record stays where it is after the store has read it; its object may have been deleted since."""
-    lease(client2)
     object_id = new_id()
     client2.put_raw_buffer(b"old", object_id)
     client2.flush()
@@ -627,7 +618,6 @@ def test_who_is_sent_nothing_but_nonsense_stops_listening(
     client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """The store says what there is, as ever."""
-    lease(client2)
     for _ in range(2):
         object_id = new_id()
         waits = wait_in(pool, client, object_id)
@@ -738,7 +728,6 @@ def test_a_forked_child_keeps_what_was_handed_over(
     store: Store, client: PlasmaClient, client2: PlasmaClient, pool: ThreadPoolExecutor
 ) -> None:
     """Though its parent lets go of it."""
-    lease(client2)
     object_id = new_id()
     waits = wait_in(pool, client, object_id)
     with stopped(store):

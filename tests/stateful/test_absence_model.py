@@ -99,7 +99,7 @@ def explore_case(case: Case) -> Report:
     words |= {f"{word} {place}": 0 for place in range(PLACES) for word in ("number", "record")}
     words |= {f"{word} {number}": 0 for number in range(OBJECTS + 1) for word in ("object", "read")}
     stages = [Stage(put, (case, 1)), Stage(heed, (case, 0)), Stage(ask, (case,))]
-    return explore(stages, words, buffer_size=3, at_end=lambda _words, _results: None)
+    return explore(stages, words, buffer_size=3)
 
 
 def test_what_was_put_before_is_not_held_to_be_absent() -> None:

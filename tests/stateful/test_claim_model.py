@@ -275,7 +275,7 @@ def explore_look(case: Look) -> Report:
     for entry, following in ((1, 0), (2, 1)):
         words |= {f"id {entry}": entry, f"next of {entry}": following, f"state {entry}": 2}
     stages = [Stage(look, (case, 2)), Stage(reuse, (case,))]
-    return explore(stages, words, buffer_size=2, at_end=lambda _words, _results: None)
+    return explore(stages, words, buffer_size=2)
 
 
 def test_an_id_that_is_taken_is_not_free() -> None:

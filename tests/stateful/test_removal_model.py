@@ -187,7 +187,7 @@ def explore_case(case: Case, store: Stage, number: int, by: str, *, deletes: int
         words |= {f"{name} {each}": 0 for name in ("slot", "record", "told")}
     second = Stage(delete, (case, 2)) if deletes > 1 else Stage(rest)
     stages = [store, Stage(delete, (case, 1)), second, Stage(read, (case, number, by))]
-    return explore(stages, words, buffer_size=3, at_end=lambda _words, _results: None)
+    return explore(stages, words, buffer_size=3)
 
 
 def rest() -> Program:

@@ -268,7 +268,7 @@ def explore(
     words: Mapping[str, int],
     *,
     buffer_size: int,
-    at_end: Callable[[Mapping[str, int], Sequence[Any]], None],
+    at_end: Callable[[Mapping[str, int], Sequence[Any]], None] = lambda _words, _results: None,
 ) -> Report:
     """Visit every state that is reachable, breadth first, until one violates something.
 
@@ -280,7 +280,7 @@ def explore(
         The memory in the beginning.
     buffer_size : int
         How many stores a CPU can hold back.
-    at_end : callable
+    at_end : callable, optional
         ``at_end(words, results)`` states by `require` what must hold in a state without successor; a result is
         what the CPU's program has returned, None if it waits for ever.
 

@@ -85,6 +85,14 @@ def spilled(talk: Conversation) -> list[int]:
     ]
 
 
+def succeed(talk: Conversation) -> dict[int, int]:
+    """Have another store take over from one that has died with its clients, and return these."""
+    talk.store = talk.new_store(talk.words, talk.raw)
+    talk.peers.clear()
+    talk._connections = talk.layout.n_boards
+    return talk.store.recover(lambda *_: False, talk.now_ns)[0]
+
+
 def test_more_than_fits_is_there(talk: Conversation) -> None:
     """Everything is listed, contained and got, whatever was put after it; its id is taken."""
     peer = talk.client()
@@ -400,9 +408,7 @@ def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     clean_bytes = clean.clean_bytes
     orphan = max(talk.containers) + 7
     talk.containers[orphan] = b"nobody's"
-    talk.store = talk.new_store(talk.words, talk.raw)
-    talk.peers.clear()
-    talk.store.recover(lambda *_: False, talk.now_ns)
+    succeed(talk)
     talk.store.tidy_external({n: len(data) for n, data in talk.containers.items()})
     talk.settle_outside()
     talk.store.check()
@@ -410,7 +416,6 @@ def test_a_restart_knows_what_is_where(talk: Conversation) -> None:
     assert set(spilled(talk)) == there
     assert talk.store._objects.spilling is not None
     assert talk.store._objects.spilling.clean_bytes == clean_bytes
-    talk._connections = talk.layout.n_boards
     other = talk.client()
     get(talk, other, range(MANY - 50, MANY))
     get(talk, other, sorted(there)[:30])
@@ -427,10 +432,7 @@ def test_a_restart_without_the_copies_loses_nothing_that_is_in_memory(left: int)
     assert not spilled(talk)
     found = {number: left for number in talk.containers if left}
     talk.containers.clear()
-    talk.store = talk.new_store(talk.words, talk.raw)
-    talk.peers.clear()
-    talk._connections = talk.layout.n_boards
-    for client in talk.store.recover(lambda *_: False, talk.now_ns)[0]:
+    for client in succeed(talk):
         talk.store.disconnect(client, talk.now_ns)
     talk.store.tidy_external(found)
     talk.store.check()
@@ -833,9 +835,7 @@ def test_nobodys_objects_go_after_a_restart_though_they_are_spilled(talk: Conver
     for number in range(90):
         put(talk, peer, number, codec=REFERENCED)
     assert spilled(talk)
-    talk.store = talk.new_store(talk.words, talk.raw)
-    talk.peers.clear()
-    talk.store.recover(lambda *_: False, talk.now_ns)
+    succeed(talk)
     for owner in list(talk.store._greeter.sessions):
         talk.carry_out(talk.store.disconnect(owner, talk.now_ns))
     talk.later(2 * TICKET_NS / 1e9)
@@ -887,15 +887,12 @@ def test_a_successor_empties_containers_too(talk: Conversation) -> None:
     peer = talk.client()
     fill(talk, peer, 90)
     there = spilled(talk)
-    talk.store = talk.new_store(talk.words, talk.raw)
-    talk.peers.clear()
-    talk.store.recover(lambda *_: False, talk.now_ns)
+    succeed(talk)
     talk.store.tidy_external({n: 10 * len(data) for n, data in talk.containers.items()})
     before = set(talk.containers)
     for _ in before:
         talk.settle_outside()
     talk.store.check()
     assert not before & talk.containers.keys()
-    talk._connections = talk.layout.n_boards
     other = talk.client()
     get(talk, other, there)
