@@ -19,6 +19,7 @@ import pytest
 
 from shmplasma import __version__, connect, system
 from shmplasma.layout import LAYOUT_VERSION, HeaderWord
+from shmplasma.options import parse
 from shmplasma.segment_name import SegmentName
 from tests.command import (
     PROGRAM,
@@ -796,3 +797,11 @@ class TestOwner:
             assert reader.read() == b""
         assert not os.listdir(Path(path).parent)
         assert os.listdir(tmp_path) == ["d"]
+
+
+def test_the_share_above_which_objects_are_written() -> None:
+    """Any from 0 to 1, and 0.8 if nobody names one."""
+    external = ["-e", "memory://spilled"]
+    assert parse(external).spill_above == 0.8
+    named = [parse([*external, "--spill-above", share]).spill_above for share in ("0", "0.5", "1")]
+    assert named == [0, 0.5, 1]

@@ -32,7 +32,7 @@ from shmplasma import (
     system,
 )
 from shmplasma.layout import HeaderWord
-from shmplasma.leases import MIN_LEASE_BYTES
+from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.outbox import ANNOUNCED_AT, PLACES
 from shmplasma.pins import slots_of
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
@@ -311,6 +311,31 @@ def test_pages_are_mapped_when_an_object_was_told_of(client: PlasmaClient, chose
         assert leasing._end != end or False not in mapped
         n_after += mapped.count(True)
     assert n_after
+
+
+@needs_fast_path
+@pytest.mark.parametrize("metadata", [b"", b"m"], ids=["small", "any"])
+def test_who_puts_is_busy_before_he_looks_whether_his_lease_was_recalled(
+    client: PlasmaClient, metadata: bytes
+) -> None:
+    """The other way round, the store could take a lease back between the two."""
+    client.put_raw_buffer(b"x", metadata=metadata)
+    leasing = session_of(client).leasing
+    assert leasing is not None
+    words, epoch, board = leasing._words, leasing._epoch_word, leasing._board
+    looks: list[int] = []
+
+    class Words:
+        def __getitem__(self, at: int) -> int:
+            assert at == epoch
+            looks.append(board[BUSY_WORD])
+            return words[at]
+
+    looked_at: Any = Words()
+    leasing._words = looked_at
+    client.put_raw_buffer(b"x", metadata=metadata)
+    assert looks == [1]
+    assert not board[BUSY_WORD]
 
 
 @needs_fast_path

@@ -89,6 +89,7 @@ def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[int] = []
     share(2 * [partial(done.append, 1)])
     assert done == [1, 1]
+    assert not helpers._helpers
 
 
 @needs_two

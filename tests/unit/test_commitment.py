@@ -353,6 +353,17 @@ def test_a_death_between_a_commit_and_its_note_hides_nothing() -> None:
     assert seen == [0]
 
 
+def test_what_a_refused_commit_has_left_is_given_back() -> None:
+    """Some of its pages may be there."""
+    region = Region(100 * G, floor_bytes=0)
+    region.memory.refuse_from = region.data
+    with pytest.raises(CommitError):
+        region.commitment.step(region.data, G)
+    left = region.commitment.committed_bytes
+    assert left >= G
+    assert sum(region.commitment.sweep(all_of_it=True)) == left
+
+
 # -- proof -----------------------------------------------------------------------------------------
 
 

@@ -196,6 +196,19 @@ def test_a_pinned_candidate_stays_and_is_not_offered_again() -> None:
     sieve.check()
 
 
+def test_an_entry_that_has_gone_and_comes_again_is_offered_again() -> None:
+    """It is another object by then."""
+    sieve, _ = filled(3, read=(1,))
+    offered = []
+    for index in sieve.sweep():
+        offered.append(index)
+        if offered == [0]:
+            sieve.remove(0)
+        elif offered == [0, 2]:
+            sieve.insert(0)
+    assert offered == [0, 2, 1, 0]
+
+
 def test_a_sweep_ends_although_everything_is_read_all_the_time() -> None:
     """Readers who visit every entry again after each candidate cannot keep the hand going round."""
     sieve, visited = filled(50)

@@ -10,6 +10,7 @@ from shmplasma.moves import PIECE_BYTES
 from shmplasma.posted import Release, Seal
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Leased, Number, Objects, Text
 from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get, Keep
+from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY
 from shmplasma.waiters import FOR_EVER
 from tests.conversation import Conversation, Peer, name
@@ -584,3 +585,26 @@ def test_between_two_that_slide_a_compaction_is_given_up(sliding: Rooms) -> None
         sliding.advance()
     assert sliding.mover.moves == 1
     sliding.store.check()
+
+
+def test_what_is_given_up_while_memory_is_committed_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The place that an object was to have is free again."""
+    rooms = Rooms(2, 1, 2, 1)
+    rooms.delete(0, 2)
+    asked: list[int] = []
+
+    def prepare(_: Room, offset: int, _size_bytes: int) -> bool:
+        asked.append(offset)
+        return False
+
+    monkeypatch.setattr(Room, "prepare", prepare)
+    rooms.one.post(rooms.one.new(name(9), 3 * LINE))
+    while not asked:
+        rooms.advance()
+    assert rooms.mover.holding.n_bytes
+    rooms.mover.cancel()
+    rooms.mover.advance()
+    assert not rooms.mover.is_busy
+    assert not rooms.mover.holding.n_bytes

@@ -163,6 +163,7 @@ def test_a_record_that_was_not_counted_is_noticed(before: int, is_handled: bool)
         page.handle()
     assert page.outbox.append(2, b"interrupted")
     page.outbox._count -= 1
+    assert page.outbox.written == before + 1
     if is_handled:
         assert page.handle() == (2, b"interrupted")
     assert page.outbox.append(3, b"next")
@@ -228,6 +229,17 @@ def test_nobody_is_silent_to_a_store_that_he_does_not_know() -> None:
     assert not is_silent()
     outbox.connected()
     assert is_silent()
+
+
+def test_a_store_that_stops_looking_says_so_before_the_barrier() -> None:
+    """A client of a record that its last look misses sees that, and announces it."""
+    header = memoryview(bytearray(4096)).cast("Q")
+    seen: list[int] = []
+    polling = Polling(header, lambda: seen.append(header[HeaderWord.POLLED]), possible=True)
+    polling.start()
+    assert header[HeaderWord.POLLED]
+    polling.stop()
+    assert seen == [0]
 
 
 def test_a_store_that_lags_is_woken_once() -> None:

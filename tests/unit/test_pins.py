@@ -103,9 +103,24 @@ def test_clients_look_no_further_than_there_are_boards() -> None:
         Control(LAYOUT, pinboard.words),
         pinboard.memory.commit,
     )
+    pinboard.memory.commits.clear()
     assert later.recover().keys() == {0, 1, 2}
+    assert pinboard.memory.commits == [
+        (LAYOUT.boards, 3 * BOARD_BYTES),
+        (LAYOUT.outboxes, 3 * OUTBOX_BYTES),
+    ]
     assert later.n_free == LAYOUT.n_boards - 3
     later.check()
+
+
+def test_a_board_of_which_nobody_knows_is_cleared_before_it_is_granted() -> None:
+    """The word that says how far boards were granted may be damaged, when a store has died."""
+    pinboard = Pinboard()
+    pinboard.write(slots_of(0)[0], 77)
+    pinboard.raw[LAYOUT.outboxes] = 1
+    assert pinboard.boards.grant(ALICE, 4711, 1) == 0
+    assert not pinboard.read(slots_of(0)[0])
+    assert not pinboard.raw[LAYOUT.outboxes]
 
 
 def test_there_are_only_so_many_boards() -> None:

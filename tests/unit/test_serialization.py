@@ -585,6 +585,24 @@ def test_small_arrays_in_containers_are_read_only_too() -> None:
     assert result[0].tolist() == [0, 1, 2]
 
 
+def test_a_header_that_is_cut_off() -> None:
+    """What lies behind the object is not looked at."""
+    buffer, codec = stored(RECORDS)
+    with pytest.raises(DeserializationError, match="does not begin with the header of an array"):
+        deserialize(buffer.slice(0, 64), codec)
+
+
+def test_what_is_read_after_a_private_copy_is_read_only() -> None:
+    """Only the arrays of the copy can be written to."""
+    buffer, codec = stored([np.arange(3)])
+    private = pa.py_buffer(bytearray(buffer))
+    flags = [
+        deserialize(each, codec, SerializationContext())[0].flags.writeable
+        for each in (private, buffer)
+    ]
+    assert flags == [True, False]
+
+
 def test_circular_structures() -> None:
     """A list may contain itself."""
     value: list[Any] = [np.arange(1000)]

@@ -1716,6 +1716,19 @@ def test_publishing_outside_of_the_lease_drops_the_sender(
     tenant.talk.store.check()
 
 
+def test_publishing_too_often_drops_the_sender(tenant: Tenant) -> None:
+    """Although its lease has room, and others may publish still: these entries are theirs."""
+    other = Tenant(tenant.talk)
+    for number in range(tenant.lease.objects):
+        tenant.publish(name(100 + number))
+    assert len(tenant.talk.ids()) == tenant.lease.objects
+    tenant.publish(A)
+    assert tenant.peer.dropped is not None
+    assert "outside of its lease" in tenant.peer.dropped
+    assert flags(other.peer, A) == [0]
+    tenant.talk.store.check()
+
+
 def test_publishing_without_a_lease_drops_the_sender(talk: Conversation) -> None:
     """A small store grants none, and says so with a size of 0."""
     peer = talk.client()
@@ -1864,6 +1877,14 @@ def test_a_full_store_evicts_for_a_lease() -> None:
     talk.store.check()
 
 
+def test_leases_take_an_eighth_of_the_capacity_at_most() -> None:
+    """Who comes after that gets none."""
+    talk = Conversation(1 << 20)
+    sizes = [talk.client().ask(AskLease(100), Leased).size_bytes for _ in range(9)]
+    assert sizes == [*8 * [MIN_LEASE_BYTES], 0]
+    talk.store.check()
+
+
 def test_nothing_goes_for_a_lease_while_the_object_has_room() -> None:
     """A store that is filled to the last byte by clients with leases loses nothing for the sake of the next lease."""
     talk = Conversation(1 << 20)
@@ -1978,6 +1999,17 @@ def test_leases_of_a_dead_store_find_the_entries_that_they_had(claims: bool) -> 
     assert liar.peer.dropped is not None
     assert "outside of its lease" in liar.peer.dropped
     later.store.check()
+
+
+def test_a_successor_writes_down_how_far_a_lease_was_published(tenant: Tenant) -> None:
+    """The store died when the object was in the table, and before it could say so; the one after next is to know it all the same."""
+    talk = tenant.talk
+    tenant.publish(A)
+    assert tenant.control(ControlWord.LEASE_CURSOR) == tenant.next
+    talk.words[talk.layout.control // 8 + ControlWord.LEASE_CURSOR] = tenant.lease.offset
+    assert tenant.control(ControlWord.LEASE_CURSOR) == tenant.lease.offset
+    Reopened(talk.layout, talk.words, talk.raw)
+    assert tenant.control(ControlWord.LEASE_CURSOR) == tenant.next
 
 
 def test_a_lease_of_a_dead_store_goes_on_with_small_objects(tenant: Tenant) -> None:

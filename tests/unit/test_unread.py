@@ -11,7 +11,7 @@ import pytest
 
 from shmplasma import unread
 from shmplasma.absence import Absence
-from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, EntryState
+from shmplasma.layout import BOARD_WORDS, CONTROL_BYTES, ControlWord, EntryState, HeaderWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import RECORDS
@@ -261,6 +261,22 @@ def _claimed_from_another(scene: Scene) -> None:
     scene.write(Seal(A))
 
 
+def _claimed_twice(scene: Scene) -> None:
+    scene.claim()
+    scene.claim()
+    scene.write(Seal(A))
+
+
+def _created_and_going(scene: Scene) -> None:
+    _created(scene)
+    scene.talk.store._parts.table.set_state(scene.entry_of(A), EntryState.EVICTING)
+
+
+def _while_chains_are_written_anew(scene: Scene) -> None:
+    _published(scene)
+    scene.talk.words[HeaderWord.INSERTIONS] |= 1
+
+
 @pytest.mark.parametrize(
     "happens",
     [
@@ -278,6 +294,9 @@ def _claimed_from_another(scene: Scene) -> None:
         _sealed_by_another,
         _taken_by_another,
         _claimed_from_another,
+        _claimed_twice,
+        _created_and_going,
+        _while_chains_are_written_anew,
     ],
 )
 def test_what_the_store_has_to_say(scene: Scene, happens: Callable[[Scene], None]) -> None:
@@ -301,6 +320,28 @@ def test_what_is_read_meanwhile_is_in_the_table(
     assert scene.take() is None
     assert scene.pinned == set()
     assert scene.other.ask(Contains(A), Number).value == 1
+
+
+def test_an_object_that_comes_while_its_chain_is_looked_at(scene: Scene) -> None:
+    """An empty chain says that the id is free only if nothing was inserted since before that look."""
+    _published(scene)
+    places = scene.unread.places()
+    assert places
+    words, seen = scene.talk.words, list[int]()
+    chain = scene.talk.layout.buckets // 8 + (crc32(A) & scene.talk.layout.n_buckets - 1)
+
+    class Words:
+        def __getitem__(self, at: int) -> int:
+            word = words[at]
+            if at == chain and not seen:
+                seen.append(word)
+                scene.other.create(A, SIZE)
+            return word
+
+    looked_at: Any = Words()
+    scene.unread._words = looked_at
+    assert scene.unread.take(A, places) is None
+    assert seen == [0]
 
 
 def test_a_board_that_has_changed_hands_says_nothing(scene: Scene) -> None:
