@@ -820,7 +820,7 @@ def test_a_client_that_leaves_while_it_puts(
     client.put_raw_buffer(bytes(2000))
     client.flush()
     filling, may_fill = threading.Event(), threading.Event()
-    fill_whole = payloads.BytesPayload.fill
+    fill_whole = payloads.Payload.fill
 
     def fill_slowly(payload: Any, room: memoryview, threads: int = 1) -> None:
         if payload.size_bytes == 2048:
@@ -828,8 +828,8 @@ def test_a_client_that_leaves_while_it_puts(
             assert may_fill.wait(20)
         fill_whole(payload, room, threads)
 
-    monkeypatch.setattr(payloads.BytesPayload, "fill", fill_slowly)
-    putting = pool.submit(client.put_raw_buffer, b"!" * 2048)
+    monkeypatch.setattr(payloads.Payload, "fill", fill_slowly)
+    putting = pool.submit(client.put_raw_buffer, bytearray(b"!" * 2048))
     assert filling.wait(20)
     client.disconnect()
     ids = [client2.put_raw_buffer(b"." * 100_000) for _ in range(900)]
