@@ -95,7 +95,6 @@ def pinned(client: PlasmaClient) -> int:
     return int(line.rpartition(" ")[2])
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_parent_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> None:
     """What a child inherited is neither evicted nor overwritten when its parent lets go of it."""
     object_id = client.put(np.arange(1_000_000))
@@ -113,7 +112,6 @@ def test_a_parent_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> N
     until(lambda: pinned(client2) == 0, "nothing is pinned when the child has ended")
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_child_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> None:
     """A child's release is its own: the parent's buffer stays."""
     object_id = client.put_raw_buffer(b"of both")
@@ -131,7 +129,6 @@ def test_a_child_that_lets_go(client: PlasmaClient, client2: PlasmaClient) -> No
     assert bytes(buffers[0]) == b"of both"
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_what_a_child_lets_go_of_goes_without_the_collector(client: PlasmaClient) -> None:
     """With its last buffer its connection ends at once."""
     held = client.get_buffers([client.put_raw_buffer(b"x")])
@@ -402,7 +399,6 @@ def test_a_store_without_boards(store: Store) -> None:
     run_python(BEFORE_THE_FORK + end, store.store_socket_name)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_what_a_parent_keeps(client: PlasmaClient) -> None:
     """A fork leaves nothing open in the parent, however many children live."""
     buffer = client.get_buffers(client.put_raw_buffer(b"held"))
@@ -423,7 +419,6 @@ def test_what_a_parent_keeps(client: PlasmaClient) -> None:
     assert bytes(buffer) == b"held"
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_generations(client: PlasmaClient, client2: PlasmaClient) -> None:
     """A grandchild inherits from a child what that has inherited."""
     object_id = client.put_raw_buffer(b"from generation to generation")

@@ -373,7 +373,6 @@ def test_one_pickle_for_many(client: PlasmaClient) -> None:
     gone(client, object_id)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork(client: PlasmaClient, client2: PlasmaClient) -> None:
     """A child has its parent's references, whatever becomes of the parent's."""
     refs = [client.put_ref(np.arange(1000)), client.put_ref("other")]
@@ -409,7 +408,6 @@ def fork_with(task: Callable[[], object]) -> int:
     return pid
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_with_many(
     client: PlasmaClient, client2: PlasmaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,7 +435,6 @@ def test_a_fork_with_many(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_handle_that_dies_while_a_child_tells(
     client: PlasmaClient, client2: PlasmaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -714,7 +711,6 @@ def test_many_that_are_let_go_at_once(client: PlasmaClient) -> None:
         until(lambda: not other.list(), "all have gone")
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_home_that_cannot_be_asked_keeps_nothing_from_the_others(
     client: PlasmaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
