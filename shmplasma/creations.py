@@ -206,7 +206,7 @@ class Creations:
         except Claimed:
             if not all_read or self._publishing.recall():
                 raise
-            if self._publishing.are_recalled:  # its client was stopped
+            if self._publishing.leases.are_recalled:  # its client was stopped
                 raise existing(request.object_id) from None
         return self._objects.create(client, request, limit, now_ns, for_nothing=True)
 

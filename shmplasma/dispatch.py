@@ -8,24 +8,16 @@ many objects: between two requests only so many go (`Room.most_at_once`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final, assert_never
 
-from shmplasma.answers import Answers
-from shmplasma.creations import Creations
-from shmplasma.deletions import Deletions
 from shmplasma.effects import Descriptor
 from shmplasma.errors import ProtocolError
-from shmplasma.gets import PendingGet
-from shmplasma.greeting import Greeter, Session
-from shmplasma.layout import REFERENCED, Layout, alignment_of
-from shmplasma.ledger import Ledger
-from shmplasma.lifecycle import Lifecycle
-from shmplasma.outgoing import Outgoing
-from shmplasma.pins import Boards
+from shmplasma.greeting import Session
+from shmplasma.layout import REFERENCED, alignment_of
+from shmplasma.parts import Parts, Unsettled
 from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Remove, Seal
 from shmplasma.protocol import ONE_WAY
-from shmplasma.publishing import Publishing
 from shmplasma.replies import Done, Leased, Listing, Number, Text
 from shmplasma.reports import describe, list_objects, printable
 from shmplasma.requests import (
@@ -52,14 +44,9 @@ from shmplasma.requests import (
     SetOptions,
     Trim,
 )
-from shmplasma.room import Room
-from shmplasma.table import NO_ENTRY, Table
-from shmplasma.trims import Trims
+from shmplasma.table import NO_ENTRY
 
-__all__ = ["Dispatch", "Unsettled"]
-
-Unsettled = tuple[int, int, Request, int]
-"""Client, request id, request and its time: what waits until all outboxes are read."""
+__all__ = ["Dispatch"]
 
 _DONE: Final = Done()
 
@@ -69,56 +56,36 @@ class Dispatch:
 
     Parameters
     ----------
-    layout : Layout
-        The segment's layout.
-    table, boards, room, objects, deletions, publishing, greeter, answers, creations, ledger, trims, outgoing
-        The parts of the store that it joins.
+    parts : Parts
+        The parts of the store, which it joins.
     heed_all : callable
         ``heed_all(now_ns)`` reads all outboxes.
 
     Attributes
     ----------
-    unsettled : list of Unsettled
-        Requests that are to be settled.
     evictions : list of Unsettled
-        Those that wait until objects are written to the external store.
+        Requests that wait until objects are written to the external store.
     n_holds : int
         How many clients have told of references, ever.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        table: Table,
-        boards: Boards,
-        room: Room,
-        objects: Lifecycle,
-        deletions: Deletions,
-        publishing: Publishing,
-        greeter: Greeter,
-        answers: Answers,
-        creations: Creations,
-        ledger: Ledger,
-        trims: Trims,
-        outgoing: Outgoing,
-        heed_all: Callable[[int], object],
-    ) -> None:
-        self._layout = layout
-        self._table = table
-        self._boards = boards
-        self._room = room
-        self._objects = objects
-        self._deletions = deletions
-        self._publishing = publishing
-        self._greeter = greeter
-        self._sessions = greeter.sessions
-        self._answers = answers
-        self._creations = creations
-        self._ledger = ledger
-        self._trims = trims
-        self._outgoing = outgoing
+    def __init__(self, parts: Parts, heed_all: Callable[[int], object]) -> None:
+        self._layout = parts.layout
+        self._table = parts.table
+        self._boards = parts.boards
+        self._room = parts.room
+        self._objects = parts.objects
+        self._deletions = parts.deletions
+        self._publishing = parts.publishing
+        self._greeter = parts.greeter
+        self._sessions = parts.greeter.sessions
+        self._answers = parts.answers
+        self._creations = parts.creations
+        self._ledger = parts.ledger
+        self._trims = parts.trims
+        self._outgoing = parts.outgoing
+        self._unsettled = parts.unsettled
         self._heed_all = heed_all
-        self.unsettled: list[Unsettled] = []
         self.evictions: list[Unsettled] = []
         self.n_holds = 0
         self._failures: dict[tuple[int, int], int] = {}
@@ -159,7 +126,7 @@ class Dispatch:
                 if (
                     is_short and self._ledger.references.has_suspects
                 ) or not self._creations.create(session, request_id, request, now_ns):
-                    self.unsettled.append((client, request_id, request, now_ns))
+                    self._unsettled.append((client, request_id, request, now_ns))
             case Seal():
                 if (
                     self._creations.await_memory
@@ -182,7 +149,7 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, _DONE)
             case Get():
                 if not self._answers.get(client, request_id, request):
-                    self.unsettled.append((client, request_id, request, now_ns))
+                    self._unsettled.append((client, request_id, request, now_ns))
             case AskLease():
                 # What a client with a limit stores is counted object by object; and who waits for room is first.
                 awaited = self._creations.await_room or self._publishing.are_awaited
@@ -202,7 +169,7 @@ class Dispatch:
             case (
                 Contains() | Delete() | Remove() | Evict() | List() | AnswerNow() | Debug() | Keep()
             ):
-                self.unsettled.append((client, request_id, request, now_ns))
+                self._unsettled.append((client, request_id, request, now_ns))
             case Abort():
                 self._creations.take_back(client, self._table.find(request.object_id))
                 self._objects.abort(client, request.object_id)
@@ -252,17 +219,17 @@ class Dispatch:
         client = session.client
         match request:
             case _ if self._is_early(client, request_id, request):
-                self.unsettled.append((client, request_id, request, now_ns))
+                self._unsettled.append((client, request_id, request, now_ns))
             case Create():
                 if not self._creations.create(session, request_id, request, now_ns, all_read=True):
-                    self.unsettled.append((client, request_id, request, now_ns))
+                    self._unsettled.append((client, request_id, request, now_ns))
             case Contains():
                 found = self._objects.contains(request.object_id)
                 self._outgoing.reply(client, request_id, Number(found))
             case Get():
                 self._answers.answer_now(client, request_id)
             case AnswerNow() if self._is_unsettled_creation(client, request.request_id):
-                self.unsettled.append((client, request_id, request, now_ns))
+                self._unsettled.append((client, request_id, request, now_ns))
             case AnswerNow():
                 self._answers.answer_now(client, request.request_id)
                 self._creations.answer_now(client, request.request_id, now_ns)
@@ -270,7 +237,7 @@ class Dispatch:
                 at_once = self._room.most_at_once
                 self._deletions.begin(request.object_ids[:at_once])
                 if rest := request.object_ids[at_once:]:
-                    self.unsettled.append((client, request_id, Delete(rest), now_ns))
+                    self._unsettled.append((client, request_id, Delete(rest), now_ns))
                 else:
                     self._outgoing.reply(client, request_id, _DONE)
             case Remove():
@@ -289,7 +256,7 @@ class Dispatch:
                 if goes_on:
                     self._freed[client, request_id] = freed_before + freed
                     request = Evict(request.size_bytes - freed)
-                    self.unsettled.append((client, request_id, request, now_ns))
+                    self._unsettled.append((client, request_id, request, now_ns))
                 else:
                     self._outgoing.reply(client, request_id, Number(freed_before + freed))
             case List():
@@ -298,13 +265,6 @@ class Dispatch:
                 self._outgoing.reply(client, request_id, Text(self.describe()))
             case _:
                 raise AssertionError(f"{request} is answered at once")
-
-    def answer_later(self, gets: Iterable[PendingGet]) -> None:
-        """Have gets that do not wait any more answered once all outboxes are read."""
-        self.unsettled += [
-            (get.client, get.request_id, get.request, 0)  # whose answer asks for no time
-            for get in gets
-        ]
 
     def _spills_for(self, client: int, request_id: int, size_bytes: int) -> bool:
         """Tell whether objects are being written to the external store so that so many bytes can be evicted.
@@ -330,7 +290,7 @@ class Dispatch:
         """Tell whether a creation is still kept back for the lock of its id, or for leases."""
         return any(
             (owner, number) == (client, request_id) and isinstance(request, Create)
-            for owner, number, request, _ in self.unsettled
+            for owner, number, request, _ in self._unsettled
         )
 
     def _is_early(self, client: int, request_id: int, request: Request) -> bool:

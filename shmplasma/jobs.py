@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-from shmplasma.answers import Answers
 from shmplasma.denials import NoRoom
-from shmplasma.gets import PendingGet
-from shmplasma.lifecycle import Lifecycle
-from shmplasma.publishing import Publishing
-from shmplasma.refusals import Refusals
+from shmplasma.parts import Parts
 from shmplasma.replies import Failed, Failure
-from shmplasma.table import Table
 from shmplasma.transfers import Job, Read, Write
 
 __all__ = ["Jobs"]
@@ -25,27 +20,17 @@ class Jobs:
 
     Parameters
     ----------
-    table, objects, publishing, answers, refusals
-        The parts of the store that it joins.
-    answer_later : callable
-        Has gets answered that wait no more.
+    parts : Parts
+        The parts of the store, some of which it joins.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        objects: Lifecycle,
-        publishing: Publishing,
-        answers: Answers,
-        refusals: Refusals,
-        answer_later: Callable[[Iterable[PendingGet]], None],
-    ) -> None:
-        self._table = table
-        self._objects = objects
-        self._publishing = publishing
-        self._answers = answers
-        self._refusals = refusals
-        self._answer_later = answer_later
+    def __init__(self, parts: Parts) -> None:
+        self._table = parts.table
+        self._objects = parts.objects
+        self._publishing = parts.publishing
+        self._answers = parts.answers
+        self._refusals = parts.refusals
+        self._answer_later = parts.answer_later
 
     def take(self, now_ns: int) -> Sequence[Job]:
         """Begin what is due and return what is to be done; refuse those for whom there is no room, and none to come from leases."""
@@ -84,11 +69,6 @@ class Jobs:
                 # Had it been deleted meanwhile, who waits for its id would not be concerned.
                 failed = Failed(Failure.EXTERNAL, failure)
                 self._answers.fail(job.part.object_id, failed)
-
-    def tidy(self, found: Mapping[int, int]) -> int:
-        """Delete what the external store has and nobody names; these containers there are.  As `Spilling.tidy`."""
-        spilling = self._objects.spilling
-        return 0 if spilling is None else spilling.tidy(found)
 
     @property
     def await_commit(self) -> bool:

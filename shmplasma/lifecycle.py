@@ -159,11 +159,6 @@ class Lifecycle:
         """Bytes that are leased and not published."""
         return self._leases.held_bytes
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of sealed objects that are never evicted."""
-        return self._residents.kept_bytes
-
     # -- create ------------------------------------------------------------------------
 
     def create(

@@ -1,22 +1,22 @@
 """The parts that a store is made of: each owns a piece of its state; here they are joined.  Pure.
 
 They are made from the bottom up, and each is given those that it asks.  What goes the other way is a callable: of an object that
-leaves all are told who may wait for it or own it; and a request may have the outboxes read, whose records are requests again.
+leaves all are told who may wait for it or own it.  What works on nearly all of them (`shmplasma.dispatch`, `shmplasma.posts`,
+`shmplasma.jobs`, `shmplasma.upkeep`) is given them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from shmplasma.answers import Answers
 from shmplasma.commitment import FLOOR_BYTES
 from shmplasma.control import Control
 from shmplasma.creations import Creations, Creator
 from shmplasma.deletions import Deletions
-from shmplasma.dispatch import Dispatch
+from shmplasma.gets import PendingGet
 from shmplasma.greeting import Greeter
 from shmplasma.hints import Wanted
-from shmplasma.jobs import Jobs
 from shmplasma.layout import Layout
 from shmplasma.leases import Leases
 from shmplasma.ledger import Ledger
@@ -26,19 +26,21 @@ from shmplasma.moves import Moves
 from shmplasma.outbox import Polling
 from shmplasma.outgoing import Outgoing
 from shmplasma.pins import Boards
-from shmplasma.posts import Posts
 from shmplasma.publishing import Publishing
 from shmplasma.refusals import Refusals
+from shmplasma.requests import Request
 from shmplasma.residents import Residents
 from shmplasma.room import Room
 from shmplasma.spilling import ExternalLimits, Spilling
 from shmplasma.table import Table
 from shmplasma.tickets import TICKET_NS
 from shmplasma.trims import Trims
-from shmplasma.upkeep import Upkeep
 from shmplasma.waiters import RoomQueue
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "Unsettled"]
+
+Unsettled = tuple[int, int, Request, int]
+"""Client, request id, request and its time: what waits until all outboxes are read."""
 
 
 class Parts:
@@ -66,6 +68,11 @@ class Parts:
         How much memory that is not used stays committed.
     external : ExternalLimits, optional
         What an external store may take, if there is one.
+
+    Attributes
+    ----------
+    unsettled : list of Unsettled
+        Requests that are to be settled; the same list for as long as this lives.
     """
 
     def __init__(
@@ -78,23 +85,27 @@ class Parts:
         segment_path: str,
         memory: Memory,
         clock: Callable[[], int],
+        *,
         client_limit_bytes: int = 0,
         ticket_ns: int = TICKET_NS,
         floor_bytes: int = FLOOR_BYTES,
         external: ExternalLimits | None = None,
     ) -> None:
+        self.layout = layout
+        self.words, self.raw = words, raw
         self.memory = memory
+        self.unsettled: list[Unsettled] = []
         self.outgoing = Outgoing()
         self.table = Table(layout, words, raw, memory.commit)
-        control = Control(layout, words)
-        self.boards = Boards(layout, words, raw, control, memory.commit)
+        self.control = Control(layout, words)
+        self.boards = Boards(layout, words, raw, self.control, memory.commit)
         visited = raw[layout.visited : layout.visited + layout.n_entries]
         self.moves = Moves(words, raw, self.table)
         residents = Residents(self.table, visited)
         self.room = Room(
             layout, words, self.table, self.boards, residents, memory, self.moves, floor_bytes
         )
-        leases = Leases(layout, words, control)
+        leases = Leases(layout, words, self.control)
         self.objects = Lifecycle(
             layout,
             words,
@@ -148,64 +159,20 @@ class Parts:
             queue,
         )
         self.trims = Trims(self.room.commitment, self.outgoing)
-        self.dispatch = Dispatch(
-            layout,
-            self.table,
-            self.boards,
-            self.room,
-            self.objects,
-            self.deletions,
-            self.publishing,
-            self.greeter,
-            self.answers,
-            self.creations,
-            self.ledger,
-            self.trims,
-            self.outgoing,
-            self._heed_all,
-        )
         self.polling = Polling(words, memory.barrier, possible=memory.has_barrier)
-        self.posts = Posts(
-            layout,
-            words,
-            raw,
-            control,
-            self.publishing,
-            self.deletions,
-            self.outgoing,
-            sessions,
-            self.polling,
-            self.dispatch.publish,
-            self.dispatch.request,
-        )
-        self.jobs = Jobs(
-            self.table,
-            self.objects,
-            self.publishing,
-            self.answers,
-            self.refusals,
-            self.dispatch.answer_later,
-        )
-        self.upkeep = Upkeep(
-            self.room,
-            self.objects,
-            self.deletions,
-            self.publishing,
-            self.answers,
-            self.creations,
-            self.jobs,
-            self.trims,
-            self.outgoing,
-        )
 
-    def _heed_all(self, now_ns: int) -> int:
-        return self.posts.heed_all(now_ns)
+    def answer_later(self, gets: Iterable[PendingGet]) -> None:
+        """Have gets that do not wait any more answered once all outboxes are read."""
+        self.unsettled += [
+            (get.client, get.request_id, get.request, 0)  # whose answer asks for no time
+            for get in gets
+        ]
 
     def _gone(self, object_id: bytes) -> None:
         self.ledger.references.forget_object(object_id)
         self.outgoing.gone(object_id)
         if self.answers:
-            self.dispatch.answer_later(self.answers.gone(object_id))
+            self.answer_later(self.answers.gone(object_id))
 
     def check(self) -> None:
         """Prove the invariants of all parts."""

@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Final
 
-from shmplasma.control import Control
-from shmplasma.deletions import Deletions
 from shmplasma.denials import Refused
+from shmplasma.dispatch import Dispatch
 from shmplasma.effects import Drop, Forget
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
-from shmplasma.layout import OUTBOX_BYTES, Layout
-from shmplasma.outbox import RECORDS, Polling, is_written, read_record
-from shmplasma.outgoing import Outgoing
+from shmplasma.layout import OUTBOX_BYTES
+from shmplasma.outbox import RECORDS, is_written, read_record
+from shmplasma.parts import Parts
 from shmplasma.posted import Claim, Gone, Publish, Remove, Seal, decode_posted
 from shmplasma.protocol import ONE_WAY
-from shmplasma.publishing import Publishing
-from shmplasma.requests import Request, Role
+from shmplasma.requests import Role
 
 __all__ = ["Posts"]
 
@@ -35,51 +33,28 @@ class Posts:
 
     Parameters
     ----------
-    layout : Layout
-        The segment's layout.
-    words, raw : memoryview
-        The segment as native 8-byte words and as bytes.
-    control, publishing, deletions, outgoing
-        The parts of the store that it needs.
-    sessions : mapping
-        All connections.
-    polling : Polling
-        Whether the store looks by itself.
-    publish : callable
-        ``publish(session, message, now_ns)`` carries out what most of them are.
-    carry_out : callable
-        ``carry_out(session, request_id, request, now_ns)``; it may raise `Refused` and `ProtocolError`.
+    parts : Parts
+        The parts of the store.
+    dispatch : Dispatch
+        Carries out what they say.
 
     Notes
     -----
     O(1) for an outbox in which there is nothing.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        words: memoryview,
-        raw: memoryview,
-        control: Control,
-        publishing: Publishing,
-        deletions: Deletions,
-        outgoing: Outgoing,
-        sessions: Mapping[int, Session],
-        polling: Polling,
-        publish: Callable[[Session, Publish, int], None],
-        carry_out: Callable[[Session, int, Request, int], None],
-    ) -> None:
-        self._words = words
-        self._raw = raw
-        self._outboxes = layout.outboxes
-        self._control = control
-        self._publishing = publishing
-        self._deletions = deletions
-        self._outgoing = outgoing
-        self._sessions = sessions
-        self._polling = polling
-        self._publish = publish
-        self._carry_out = carry_out
+    def __init__(self, parts: Parts, dispatch: Dispatch) -> None:
+        self._words = parts.words
+        self._raw = parts.raw
+        self._outboxes = parts.layout.outboxes
+        self._control = parts.control
+        self._publishing = parts.publishing
+        self._deletions = parts.deletions
+        self._outgoing = parts.outgoing
+        self._sessions = parts.greeter.sessions
+        self._polling = parts.polling
+        self._publish = dispatch.publish
+        self._carry_out = dispatch.request
         self._glances = False
 
     def heed(self, session: Session, now_ns: int) -> int:
@@ -157,7 +132,7 @@ class Posts:
                 continue  # for which its client is dropped when it is read
             if isinstance(message, (Publish, Seal)) and message.object_id in referenced:
                 holders.add(session.client)
-            if isinstance(message, (Publish, Claim)) and self._publishing.was_published(
+            if isinstance(message, (Publish, Claim)) and self._publishing.leases.was_published(
                 session.client, message.offset
             ):
                 self._control.acknowledge(board, acknowledged + 1)

@@ -66,6 +66,8 @@ class Publishing:
 
     Attributes
     ----------
+    leases : Leases
+        What is leased to whom.
     are_awaited : bool
         Whether an object that comes back waits until leases were taken back: none is granted meanwhile.
     """
@@ -81,7 +83,7 @@ class Publishing:
         self._table = table
         self._room = room
         self._residents = room.residents
-        self._leases = leases
+        self.leases = leases
         self._objects = objects
         self._memory = memory
         self.are_awaited = False
@@ -94,7 +96,7 @@ class Publishing:
         Where much is free, in pieces that are too small for it, nothing is evicted, as there is room for objects that are
         created one by one, and they are moved for larger ones.
         """
-        room, leases, needed_bytes = self._room, self._leases, request.needed_bytes
+        room, leases, needed_bytes = self._room, self.leases, request.needed_bytes
         room.give_back(*leases.end(client))
         size, used = leases.size_for(client, needed_bytes), leases.used_bytes(client)
         none = Leased(0, 0, 0, 0)
@@ -185,7 +187,7 @@ class Publishing:
         """
         object_id, offset, data_size, metadata_size, codec, keep = message
         size = data_size + metadata_size
-        start, skipped = self._leases.publish(client, offset, size)
+        start, skipped = self.leases.publish(client, offset, size)
         if skipped:
             self._room.give_back(start, skipped)
         if self._objects.exists(object_id):
@@ -195,7 +197,7 @@ class Publishing:
         entry = self._table.insert(
             object_id, codec, offset, data_size, metadata_size, now_ns, _SEALED, keep=keep
         )
-        self._leases.note_published(client)
+        self.leases.note_published(client)
         if keep:
             self._residents.sealed(entry)
         else:
@@ -213,12 +215,12 @@ class Publishing:
             It is not in the client's lease.
         """
         offset, size = message.offset, message.data_size + message.metadata_size
-        start, skipped = self._leases.publish(client, offset, size)
+        start, skipped = self.leases.publish(client, offset, size)
         if skipped:
             self._room.give_back(start, skipped)
         if not self._objects.claim(client, message, now_ns):
             raise existing(message.object_id)
-        self._leases.note_published(client)
+        self.leases.note_published(client)
 
     def note_refused(self, client: int) -> None:
         """Give back the room of what was refused, when nobody pins it; its record is acknowledged.
@@ -226,40 +228,27 @@ class Publishing:
         A successor of a store that dies before this takes the room for a part of the lease, and reads the record again if that is not
         acknowledged.
         """
-        self._leases.note_published(client)
+        self.leases.note_published(client)
         self._objects.releases.settle()
-
-    def was_published(self, client: int, offset: int) -> bool:
-        """Tell whether a store that has died had entered the object that a client wrote there."""
-        return self._leases.was_published(client, offset)
 
     def recall(self) -> bool:
         """Ask for all leases back; tell whether some may come back soon."""
-        self._leases.recall()
+        self.leases.recall()
         self._memory.barrier()
-        return self._leases.worth_waiting
+        return self.leases.worth_waiting
 
     def recall_of(self, client: int) -> None:
-        """Ask for the lease of one client back, and see whether it is at rest; as after `note_idle`."""
-        self._leases.recall_of(client)
+        """Ask for the lease of one client back, and see whether it is at rest; as after `Leases.note_idle`."""
+        self.leases.recall_of(client)
         self._memory.barrier()
-        self._leases.note_idle()
-
-    @property
-    def are_recalled(self) -> bool:
-        """Whether leases were recalled that have not come back."""
-        return self._leases.are_recalled
-
-    def note_idle(self) -> None:
-        """See which recalled leases are at rest; all outboxes are to be read after this."""
-        self._leases.note_idle()
+        self.leases.note_idle()
 
     def take_idle(self) -> None:
         """Take back the recalled leases that were at rest when all outboxes were read; who awaits them looks again after this."""
         self.are_awaited = False
-        for start, size in self._leases.take_idle():
+        for start, size in self.leases.take_idle():
             self._room.give_back(start, size)
 
     def end(self, client: int) -> None:
         """Take back the lease of a client that has left."""
-        self._room.give_back(*self._leases.forget(client))
+        self._room.give_back(*self.leases.forget(client))

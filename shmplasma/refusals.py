@@ -73,8 +73,8 @@ class Refusals:
             "pinned_bytes": objects.bytes_of(pinned),
             "unsealed_bytes": objects.unsealed_bytes,
             "leased_bytes": objects.leased_bytes,
-            "kept_bytes": objects.kept_bytes,
-            "spillable_bytes": objects.kept_bytes - objects.bytes_of(residents.kept & pinned),
+            "kept_bytes": residents.kept_bytes,
+            "spillable_bytes": residents.kept_bytes - objects.bytes_of(residents.kept & pinned),
             "limit_bytes": no_room.limit_bytes,
             "held_bytes": no_room.held_bytes,
         }

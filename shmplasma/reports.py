@@ -86,7 +86,7 @@ def describe(
             f"pinned bytes: {objects.bytes_of(held)}",
             f"unsealed bytes: {objects.unsealed_bytes}",
             f"leased bytes: {objects.leased_bytes}",
-            f"kept bytes: {objects.kept_bytes}",
+            f"kept bytes: {room.residents.kept_bytes}",
             f"objects: {len(table)}",
             f"pinned objects: {len(held)}",
             f"objects that wait for a release: {objects.releases.n_waiting}",

@@ -170,10 +170,10 @@ class Server:
             segment.name.path,
             memory,
             time.monotonic_ns,
-            client_limit_bytes,
-            round(ticket_seconds * 1e9),
-            floor_bytes,
-            None if spiller is None else spiller.limits,
+            client_limit_bytes=client_limit_bytes,
+            ticket_ns=round(ticket_seconds * 1e9),
+            floor_bytes=floor_bytes,
+            external=None if spiller is None else spiller.limits,
         )
         self._store = ObjectStore(parts)
         self._upkeep = self._store.upkeep
@@ -232,7 +232,7 @@ class Server:
         CommitError
             There is not so much memory.
         """
-        return self._upkeep.commit_all()
+        return self._store.commitment.commit_all()
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call `callback` in the loop whenever `fd` is readable."""
@@ -312,7 +312,7 @@ class Server:
     def _finish_turn(self, *, idle: bool) -> None:
         """Do what messages, time, or the want of both have made due."""
         store = self._store
-        if store.wait_ns is not None:
+        if store.ledger.wait_ns is not None:
             store.expire(time.time_ns())
         if self._spiller is not None:
             self._hear(self._spiller)
@@ -402,7 +402,7 @@ class Server:
     def _has_more_to_do(self) -> bool:
         """Whether there is something to do that waits for nobody."""
         store = self._store
-        if self._switchboard.backlog or (self._commit_ahead and self._upkeep.has_idle_work):
+        if self._switchboard.backlog or (self._commit_ahead and not store.commitment.is_ahead):
             return True
         return not store.is_quiet and (store.has_unsettled or self._upkeep.has_urgent_work)
 
@@ -426,9 +426,9 @@ class Server:
         steady_ns = time.monotonic_ns()
         if (deadline_ns := store.deadline_ns) is not None:
             timeouts.append(max(0.0, (deadline_ns - steady_ns) / 1e9))
-        if (wait_ns := store.wait_ns) is not None:
+        if (wait_ns := store.ledger.wait_ns) is not None:
             timeouts.append(max(0.001, wait_ns / 1e9))
-        if (trim_ns := self._upkeep.trim_ns(steady_ns)) is not None:
+        if (trim_ns := store.trims.idle_ns(steady_ns)) is not None:
             timeouts.append(trim_ns / 1e9)
         return min(timeouts)
 
@@ -446,19 +446,19 @@ class Server:
     # -- memory --------------------------------------------------------------------------------
 
     def _advance(self, *, idle: bool) -> None:
-        upkeep = self._upkeep
-        if upkeep.has_urgent_work:
+        store = self._store
+        if self._upkeep.has_urgent_work:
             self._commit_ahead = True
-            self._carry_out(upkeep.advance(time.time_ns()))
-        elif idle and self._commit_ahead and upkeep.has_idle_work:
+            self._carry_out(self._upkeep.advance(time.time_ns()))
+        elif idle and self._commit_ahead and not store.commitment.is_ahead:
             try:
-                upkeep.commit_ahead()
+                store.commitment.step_ahead()
             except CommitError as error:
                 _LOG.info("no memory is committed ahead of need: %s", error)
                 self._commit_ahead = False
         if idle:
             self._look_at = time.monotonic() + _LOOK_AGAIN_SECONDS
-            upkeep.trim(time.monotonic_ns())
+            store.trims.advance_idle(time.monotonic_ns())
             self._segment.check_size()
             self._switchboard.reception.open()
-            self._carry_out(self._store.wake())
+            self._carry_out(store.wake())

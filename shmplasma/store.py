@@ -27,15 +27,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from shmplasma.denials import NoRoom, Refused
-from shmplasma.dispatch import Unsettled
+from shmplasma.dispatch import Dispatch
 from shmplasma.effects import Await, Drop, Effect
 from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
+from shmplasma.jobs import Jobs
 from shmplasma.outgoing import NOTHING
-from shmplasma.parts import Parts
+from shmplasma.parts import Parts, Unsettled
+from shmplasma.posts import Posts
 from shmplasma.protocol import Frame
 from shmplasma.requests import Hello, Post, Role, decode_request
 from shmplasma.transfers import Delete, Job
+from shmplasma.upkeep import Upkeep
 
 __all__ = ["ObjectStore"]
 
@@ -51,7 +54,15 @@ class ObjectStore:
     Attributes
     ----------
     upkeep : Upkeep
-        What there is to do between requests.
+        What there is to do between requests because somebody waits.
+    commitment, trims
+        What there is to do while nobody does: how memory is committed ahead of need, and given back.
+    ledger : Ledger
+        The references to objects.
+    deleting : set of int
+        The entries for which `settled` is due.
+    subscribers : set of int
+        The clients that are told of each object that is sealed or goes.
 
     Notes
     -----
@@ -60,28 +71,34 @@ class ObjectStore:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self.upkeep = parts.upkeep
         self._outgoing = parts.outgoing
         self._room = parts.room
         self._objects = parts.objects
         self._publishing = parts.publishing
-        self._ledger = parts.ledger
         self._boards = parts.boards
         self._greeter = parts.greeter
         self._answers = parts.answers
         self._creations = parts.creations
         self._refusals = parts.refusals
-        self._trims = parts.trims
-        self._dispatch = parts.dispatch
+        self._unsettled = parts.unsettled
         self._polling = parts.polling
-        self._posts = parts.posts
-        self._jobs = parts.jobs
         self._queue = parts.queue
         self._memory = parts.memory
         self._deletions = parts.deletions
+        self._dispatch = Dispatch(parts, self._heed_all)
+        self._posts = Posts(parts, self._dispatch)
+        self._jobs = Jobs(parts)
+        self.upkeep = Upkeep(parts, self._jobs)
+        self.commitment = parts.room.commitment
+        self.trims = parts.trims
+        self.ledger = parts.ledger
         self.deleting = parts.deletions.begun
+        self.subscribers = parts.outgoing.subscribers
         self._latest = -1
         self._now_ns = 0
+
+    def _heed_all(self, now_ns: int) -> int:
+        return self._posts.heed_all(now_ns)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -122,10 +139,10 @@ class ObjectStore:
         if session.role is Role.CLIENT:
             self._posts.heed_out(session, now_ns)
         del self._greeter.sessions[client]
-        self._outgoing.subscribers.discard(client)
+        self.subscribers.discard(client)
         self._boards.clear(client)
         self._dispatch.forget(client, now_ns)
-        self._ledger.end(client, session.pid, session.start_time)
+        self.ledger.end(client, session.pid, session.start_time)
         self._publishing.end(client)
         self._objects.unsealed.end(client)
         return self.wake()
@@ -148,7 +165,7 @@ class ObjectStore:
         """
         session = self._greeter.sessions[client]
         session.detached = True
-        self._outgoing.subscribers.discard(client)
+        self.subscribers.discard(client)
         self._answers.forget(client)
         self._creations.abandon(client)
         return session.role is Role.CLIENT
@@ -168,7 +185,7 @@ class ObjectStore:
                 self._greeter.hello(session, frame.request_id, request)
                 if session.claims is not None:
                     self._heed_claimed(self._greeter.sessions[session.claims], now_ns)
-                    self._ledger.references.come_back(session.claims)
+                    self.ledger.references.come_back(session.claims)
             elif session.claims is not None:
                 return self.handle(self._greeter.resume(session), frame, now_ns)
             elif session.role is not Role.CLIENT:
@@ -205,9 +222,10 @@ class ObjectStore:
 
     def take_unsettled(self) -> list[Unsettled]:
         """Return the requests that wait until all outboxes are read, for `settle`."""
-        unsettled, self._dispatch.unsettled = self._dispatch.unsettled, []
+        unsettled = self._unsettled.copy()
+        self._unsettled.clear()
         if unsettled or self._publishing.are_awaited:
-            self._publishing.note_idle()
+            self._publishing.leases.note_idle()
         return unsettled
 
     def settle(self, unsettled: Sequence[Unsettled]) -> Sequence[Effect]:
@@ -215,10 +233,10 @@ class ObjectStore:
 
         Some may have to wait once more: see `has_unsettled`.  `settled` is to follow, before anything else.
         """
-        self._ledger.references.begin_reading()
+        self.ledger.references.begin_reading()
         self._posts.heed_all(self._now_ns)
-        if self._ledger.delete_nobodys(self._room.most_at_once, asked=bool(unsettled)):
-            self._dispatch.unsettled[:0] = unsettled
+        if self.ledger.delete_nobodys(self._room.most_at_once, asked=bool(unsettled)):
+            self._unsettled[:0] = unsettled
             return self._outgoing.take()
         self._publishing.take_idle()
         for client, request_id, request, now_ns in unsettled:
@@ -239,21 +257,16 @@ class ObjectStore:
         return self._outgoing.take()
 
     @property
-    def subscribers(self) -> set[int]:
-        """The clients that are told of each object that is sealed or goes."""
-        return self._outgoing.subscribers
-
-    @property
     def n_long(self) -> int:
         """Goes up with each request of which a client has only one in a turn: one that is unsettled, or tells of many references."""
-        return len(self._dispatch.unsettled) + self._dispatch.n_holds
+        return len(self._unsettled) + self._dispatch.n_holds
 
     @property
     def has_unsettled(self) -> bool:
         """Whether something waits until all outboxes are read, or goes on in the next turn."""
         return (
-            bool(self._dispatch.unsettled)
-            or self._ledger.references.has_suspects
+            bool(self._unsettled)
+            or self.ledger.references.has_suspects
             or self._creations.makes_room
             or self._publishing.are_awaited
         )
@@ -263,11 +276,11 @@ class ObjectStore:
         """Whether nothing is to be done but to handle messages: nobody waits, and nothing has its time."""
         creations = self._creations
         return not (
-            self._dispatch.unsettled
+            self._unsettled
             or creations.await_memory
             or creations.await_room
-            or self._ledger.references.is_awake
-            or self._trims
+            or self.ledger.references.is_awake
+            or self.trims
             or self._room.mover.is_busy
             or self._publishing.is_to_evict
             or self._objects.unsealed.are_left
@@ -289,7 +302,7 @@ class ObjectStore:
     def _has_listeners(self) -> bool:
         """Whether somebody waits for what others do."""
         return bool(
-            self._outgoing.subscribers
+            self.subscribers
             or self._answers
             or self._creations.await_memory
             or self._creations.await_room
@@ -332,7 +345,7 @@ class ObjectStore:
             Why it failed; empty if it did not.
         """
         if not isinstance(job, Delete):
-            self._dispatch.unsettled += self._dispatch.evictions
+            self._unsettled += self._dispatch.evictions
             self._dispatch.evictions = []
         self._jobs.done(job, places, failure)
         return self._outgoing.take()
@@ -345,7 +358,8 @@ class ObjectStore:
         int
             How many objects were there alone, and are not any more, or not whole.
         """
-        return self._jobs.tidy(found)
+        spilling = self._objects.spilling
+        return 0 if spilling is None else spilling.tidy(found)
 
     # -- waiting for room ----------------------------------------------------------------------
 
@@ -369,7 +383,7 @@ class ObjectStore:
         now_ns : int
             The time.
         """
-        self._publishing.note_idle()
+        self._publishing.leases.note_idle()
         self._posts.heed_all(now_ns)
         self._publishing.take_idle()
         self._creations.offer(steady_ns, now_ns)
@@ -388,26 +402,17 @@ class ObjectStore:
         """Whether something waits for a release which may not wake the store."""
         if not self._objects.releases.are_awaited:
             return False
-        if self._publishing.are_recalled:  # a lease that comes to rest says nothing
+        if self._publishing.leases.are_recalled:  # a lease that comes to rest says nothing
             return True
         # Who has not come back since a recovery has the wake-up pipe of the store that died.
         return not self._memory.has_barrier or self._greeter.expects_somebody
 
     # -- references ----------------------------------------------------------------------------
 
-    @property
-    def wait_ns(self) -> int | None:
-        """In how many nanoseconds `expire` is to be called; None if not for the sake of time."""
-        return self._ledger.wait_ns
-
     def expire(self, now_ns: int) -> None:
         """Let references that were never received come to their end, so many at a time; `settle` has to follow."""
         self._now_ns = now_ns
-        self._ledger.expire()
-
-    def end_process(self, sender: int) -> None:
-        """Take note that a process has ended, as an `Await` has asked for, or that this cannot be seen."""
-        self._ledger.end_process(sender)
+        self.ledger.expire()
 
     # -- recovering ----------------------------------------------------------------------------
 
@@ -443,7 +448,7 @@ class ObjectStore:
         holders = self._posts.acknowledge_published(set(found.referenced))
         holders.update(board for board, owner in found.owners.items() if owner.holds)
         self._objects.releases.settle()
-        self._ledger.recover(found.referenced, holders)
+        self.ledger.recover(found.referenced, holders)
         n_posted, dropped = 0, ""
         self._polling.succeed()
         # The locks of those that have ended are gone, and what others have claimed since is theirs (`shmplasma.claims`).

@@ -104,7 +104,7 @@ class Switchboard:
         self.backlog: set[int] = set()
         self.awaited: set[Connection] = set()
         self.exits = Exits(selector, self._forget)
-        self._senders = Exits(selector, store.end_process)
+        self._senders = Exits(selector, store.ledger.end_process)
         self.reception = Reception(listener, selector, shared=shared, admit=self._admit)
 
     def close(self, *, keep: bool) -> None:
@@ -158,7 +158,7 @@ class Switchboard:
         """Wait for the end of a process of which a connection has ended."""
         is_alive = system.is_alive(sender.pid, sender.start_time)
         if not (is_alive and self._senders.watch(sender.client, sender.pid)):
-            self._store.end_process(sender.client)
+            self._store.ledger.end_process(sender.client)
 
     def _hang_up(self, client: int, last: bytes = b"") -> None:
         connection = self._connections.pop(client)

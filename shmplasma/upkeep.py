@@ -1,23 +1,16 @@
-"""Upkeep: what a store does between requests, one short step at a time.  Pure.
+"""Upkeep: what a store does between requests because somebody waits, one short step at a time.  Pure.
 
-Urgent work is somebody's who waits; first comes what he waits for himself, last what is only to be ready when somebody asks.
-Idle work is nobody's: memory is committed ahead of need, and given back when it was not used for a while.
+First comes what he waits for himself, last what is only to be ready when somebody asks.  What nobody waits for is left to an idle store:
+memory is committed ahead of need (`shmplasma.commitment`), and given back when it was not used for a while (`shmplasma.trims`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from shmplasma.answers import Answers
-from shmplasma.creations import Creations
-from shmplasma.deletions import Deletions
 from shmplasma.effects import Effect
 from shmplasma.jobs import Jobs
-from shmplasma.lifecycle import Lifecycle
-from shmplasma.outgoing import Outgoing
-from shmplasma.publishing import Publishing
-from shmplasma.room import Room
-from shmplasma.trims import Trims
+from shmplasma.parts import Parts
 
 __all__ = ["Upkeep"]
 
@@ -27,33 +20,22 @@ class Upkeep:
 
     Parameters
     ----------
-    room, objects, deletions, publishing, answers, creations, jobs, trims, outgoing
-        The parts of the store that it needs.
+    parts : Parts
+        The parts of the store.
+    jobs : Jobs
+        What the external store is to do.
     """
 
-    def __init__(
-        self,
-        room: Room,
-        objects: Lifecycle,
-        deletions: Deletions,
-        publishing: Publishing,
-        answers: Answers,
-        creations: Creations,
-        jobs: Jobs,
-        trims: Trims,
-        outgoing: Outgoing,
-    ) -> None:
-        self._room = room
-        self._objects = objects
-        self._deletions = deletions
-        self._publishing = publishing
-        self._answers = answers
-        self._creations = creations
+    def __init__(self, parts: Parts, jobs: Jobs) -> None:
+        self._room = parts.room
+        self._objects = parts.objects
+        self._deletions = parts.deletions
+        self._publishing = parts.publishing
+        self._answers = parts.answers
+        self._creations = parts.creations
         self._jobs = jobs
-        self._trims = trims
-        self._outgoing = outgoing
-
-    # -- urgent --------------------------------------------------------------------------------
+        self._trims = parts.trims
+        self._outgoing = parts.outgoing
 
     @property
     def has_urgent_work(self) -> bool:
@@ -87,41 +69,3 @@ class Upkeep:
         else:
             self._publishing.evict_ahead()
         return self._outgoing.take()
-
-    # -- idle ----------------------------------------------------------------------------------
-
-    @property
-    def has_idle_work(self) -> bool:
-        """Whether memory should be committed ahead of need."""
-        return not self._room.commitment.is_ahead
-
-    def commit_ahead(self) -> None:
-        """Commit one step of memory ahead of need.
-
-        Raises
-        ------
-        CommitError
-            There is no memory.
-        """
-        self._room.commitment.step_ahead()
-
-    def commit_all(self) -> Iterator[int]:
-        """Commit the whole data region by steps; yield how many bytes that are so far.
-
-        Raises
-        ------
-        CommitError
-            There is no memory.
-        """
-        return self._room.commitment.commit_all()
-
-    def trim_ns(self, now_ns: int) -> int | None:
-        """Return when an idle store has to `trim`, in nanoseconds from now; None if not before it is used.
-
-        Any clock will do that does not go back.
-        """
-        return self._trims.idle_ns(now_ns)
-
-    def trim(self, now_ns: int) -> None:
-        """Give back one step of memory that was not used for a while, if it is time to look for some."""
-        self._trims.advance_idle(now_ns)

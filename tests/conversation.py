@@ -16,7 +16,6 @@ from shmplasma.absence import Absence
 from shmplasma.attachment import Attachment
 from shmplasma.census import Census
 from shmplasma.commitment import FLOOR_BYTES
-from shmplasma.dispatch import Unsettled
 from shmplasma.effects import (
     Adopt,
     Await,
@@ -40,7 +39,7 @@ from shmplasma.layout import (
     Layout,
 )
 from shmplasma.outbox import Outbox
-from shmplasma.parts import Parts
+from shmplasma.parts import Parts, Unsettled
 from shmplasma.pins import slots_of
 from shmplasma.posted import Posted, Remove, Seal
 from shmplasma.protocol import (
@@ -541,14 +540,14 @@ class Conversation:
 
     def commit_ahead(self) -> None:
         """Commit memory as an idle store does, until that is enough."""
-        while self.store.upkeep.has_idle_work:
-            self.store.upkeep.commit_ahead()
+        while not self.store.commitment.is_ahead:
+            self.store.commitment.step_ahead()
 
     def trim(self, seconds: float = 60) -> None:
         """Let the store be idle until so many seconds have passed, and give memory back as it does then."""
         self.idle_ns += int(seconds * 1e9)
-        while self.store.upkeep.trim_ns(self.idle_ns) == 0:
-            self.store.upkeep.trim(self.idle_ns)
+        while self.store.trims.idle_ns(self.idle_ns) == 0:
+            self.store.trims.advance_idle(self.idle_ns)
 
     def advance(self) -> None:
         """Do one step of the store's urgent work, and offer what room that has made."""
@@ -564,7 +563,7 @@ class Conversation:
         """Let time pass, and the store do what it then has to do."""
         self.now_ns += round(seconds * 1e9)
         self.steady_ns += round(seconds * 1e9)
-        while self.store.wait_ns == 0:
+        while self.store.ledger.wait_ns == 0:
             self.store.expire(self.now_ns)
         self.turn()
 
@@ -615,7 +614,7 @@ class Conversation:
     def end_process(self, sender: Await) -> None:
         """End a process that lives on when its connection has ended."""
         self.awaited.remove(sender)
-        self.store.end_process(sender.client)
+        self.store.ledger.end_process(sender.client)
 
     # -- the segment ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import pytest
 
 from shmplasma import NotConnectedError, Store, connect, system
 from shmplasma.connections import Connection
+from shmplasma.ledger import Ledger
 from shmplasma.outbox import MISSED
 from shmplasma.protocol import PROTOCOL_VERSION, encode_frame
 from shmplasma.requests import Hello, Role
@@ -82,13 +83,13 @@ def idle_server(tmp_path: Path) -> Iterator[Server]:
             server.close()
 
 
-@pytest.mark.parametrize("due", ["wait_ns", "deadline_ns"])
+@pytest.mark.parametrize(("asked", "due"), [(Ledger, "wait_ns"), (ObjectStore, "deadline_ns")])
 def test_sleeps_however_far_off_the_next_thing_to_do_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: type, due: str
 ) -> None:
     """What is due in more seconds than the system waits for at once does not end the store."""
     with idle_server(tmp_path) as server:
-        monkeypatch.setattr(ObjectStore, due, time.time_ns() + A_CENTURY_NS)
+        monkeypatch.setattr(asked, due, time.time_ns() + A_CENTURY_NS)
         server.stop()  # so that it wakes up at once
         assert server._sleep()
 

@@ -1115,7 +1115,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def commit_all(self) -> None:
         """Commit all memory: the model knows nothing of objects that wait for theirs."""
-        for _ in self.talk.store.upkeep.commit_all():
+        for _ in self.talk.store.commitment.commit_all():
             pass
 
     # -- what always holds -------------------------------------------------------------------------

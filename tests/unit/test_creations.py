@@ -369,7 +369,7 @@ def test_a_default_limit_holds_for_who_has_none() -> None:
         "/segment",
         talk.memory,
         lambda: 0,
-        1000,
+        client_limit_bytes=1000,
     )
     talk.store = ObjectStore(parts)
     peer = talk.client()

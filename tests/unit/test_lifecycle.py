@@ -353,7 +353,7 @@ def test_what_goes_while_it_is_kept(house: Household) -> None:
     house.memory.at_barrier = lambda: house.release(slots[0])
     house.objects.keep(ALICE, [name(1), name(2), name(3)], keep=True)
     assert house.gone == [name(1)]
-    assert house.objects.kept_bytes == 128
+    assert house.room.residents.kept_bytes == 128
     house.objects.check()
 
 

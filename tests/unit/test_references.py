@@ -244,7 +244,7 @@ def test_a_sender_whose_loans_were_taken_is_not_remembered(
     sender.write(Lend(X, 7, receivers))
     receiver.write(Redeem(X, 7, 1))
     talk.disconnect(sender)
-    assert not talk.store._ledger.references.tickets._minted_by
+    assert not talk.store.ledger.references.tickets._minted_by
     talk.store.check()
 
 
@@ -375,7 +375,7 @@ def test_many_tickets_that_end_at_once(talk: Conversation) -> None:
     talk.steady_ns += TICKET_NS
     talk.store._room.most_at_once = 3
     left = []
-    while talk.store.wait_ns == 0:
+    while talk.store.ledger.wait_ns == 0:
         talk.store.expire(talk.now_ns)
         left.append(len(talk.store._parts.ledger.references.tickets))
     assert left == [5, 2, 0]

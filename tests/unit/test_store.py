@@ -1233,9 +1233,9 @@ def test_a_refused_commit_ahead_of_need_is_the_callers_affair() -> None:
     """Nobody waits for it, so it is raised and not told to a client."""
     talk = Conversation(COMMIT_STEP)
     talk.memory.refuse_from = talk.layout.data
-    assert talk.store.upkeep.has_idle_work
+    assert not talk.store.commitment.is_ahead
     with pytest.raises(CommitError):
-        talk.store.upkeep.commit_ahead()
+        talk.store.commitment.step_ahead()
     talk.store.check()
 
 
