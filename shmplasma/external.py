@@ -18,7 +18,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from struct import Struct
 from typing import Final, Protocol, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
@@ -30,8 +29,9 @@ from pyarrow import ArrowException, fs
 from shmplasma.errors import ExternalStoreError
 from shmplasma.layout import ALIGNMENT
 from shmplasma.spilling import HEADER_BYTES
+from shmplasma.transfers import Part
 
-__all__ = ["ExternalStore", "Item", "has_containers", "open_external", "without_secrets"]
+__all__ = ["ExternalStore", "has_containers", "open_external", "without_secrets"]
 
 _MAGIC: Final = b"SHMSPILL"
 _VERSION: Final = 1
@@ -49,33 +49,11 @@ def _checksum(contents: memoryview) -> int:
     return state.intdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """An object on its way out or in.
-
-    Attributes
-    ----------
-    object_id : bytes
-        20 bytes.
-    codec : int
-        What its creator named.
-    data_size, metadata_size : int
-        Bytes.
-    contents : memoryview
-        Data and metadata, as they lie in the segment; to be read, or to be filled.
-    """
-
-    object_id: bytes
-    codec: int
-    data_size: int
-    metadata_size: int
-    contents: memoryview
-
-    def header(self, checksum: int) -> bytes:
-        """Return what stands before the contents of this checksum."""
-        fields = (self.codec, self.object_id, self.data_size, self.metadata_size, checksum)
-        check = crc32(_HEADER.pack(_MAGIC, _VERSION, *fields, 0))
-        return _HEADER.pack(_MAGIC, _VERSION, *fields, check).ljust(HEADER_BYTES, b"\0")
+def _header(part: Part, contents: memoryview) -> bytes:
+    """Return what stands before an object with these contents."""
+    fields = (part.codec, part.object_id, part.data_size, part.metadata_size, _checksum(contents))
+    check = crc32(_HEADER.pack(_MAGIC, _VERSION, *fields, 0))
+    return _HEADER.pack(_MAGIC, _VERSION, *fields, check).ljust(HEADER_BYTES, b"\0")
 
 
 class _Place(Protocol):
@@ -377,8 +355,8 @@ class ExternalStore:
                 "exists and this user may write there"
             ) from error
 
-    def write(self, number: int, items: Sequence[Item]) -> list[int]:
-        """Write a container; return where in it each object is, in bytes.
+    def write(self, number: int, objects: Sequence[Part], raw: memoryview) -> list[int]:
+        """Write a container of objects in a segment; return where in it each of them is, in bytes.
 
         Raises
         ------
@@ -388,24 +366,24 @@ class ExternalStore:
         parts: list[bytes | memoryview] = []
         places: list[int] = []
         end = 0
-        for item in items:
-            size = len(item.contents)
+        for each in objects:
+            contents = each.contents(raw)
             places.append(end)
-            filling = bytes(-size % ALIGNMENT)
-            parts += [item.header(_checksum(item.contents)), item.contents, filling]
-            end += HEADER_BYTES + size + len(filling)
+            filling = bytes(-len(contents) % ALIGNMENT)
+            parts += [_header(each, contents), contents, filling]
+            end += HEADER_BYTES + len(contents) + len(filling)
         name = self._name(number)
         try:
             self._place.write(name, parts)
         except (ArrowException, OSError) as error:
             self.delete([number])
             raise ExternalStoreError(
-                f"{len(items)} objects ({end} bytes) cannot be written to the external store {self.uri}: {error}"
+                f"{len(objects)} objects ({end} bytes) cannot be written to the external store {self.uri}: {error}"
             ) from error
         return places
 
-    def read(self, number: int, offset: int, item: Item) -> None:
-        """Fill in the contents of an object.
+    def read(self, number: int, offset: int, part: Part, raw: memoryview) -> None:
+        """Fill in the contents of an object in a segment.
 
         Raises
         ------
@@ -413,16 +391,17 @@ class ExternalStore:
             The container is missing, cannot be read, or is damaged.
         """
         what = (
-            f"object {item.object_id.hex()} in container {number} of the external store {self.uri}"
+            f"object {part.object_id.hex()} in container {number} of the external store {self.uri}"
         )
         header = bytearray(HEADER_BYTES)
-        into = memoryview(header), item.contents
+        contents = part.contents(raw)
+        into = memoryview(header), contents
         try:
             n_bytes = self._place.read(self._name(number), offset, into)
         except (ArrowException, OSError) as error:
             raise ExternalStoreError(f"{what} cannot be read: {error}") from error
-        is_whole = n_bytes == HEADER_BYTES + len(item.contents)
-        if not is_whole or header != item.header(_checksum(item.contents)):
+        is_whole = n_bytes == HEADER_BYTES + len(contents)
+        if not is_whole or header != _header(part, contents):
             raise ExternalStoreError(f"{what} is damaged: its checksum is not that of its contents")
 
     def delete(self, numbers: Sequence[int]) -> None:

@@ -162,7 +162,7 @@ class Returns:
         self._reads -= 1
         is_gone = self._table.state_word(each.entry) != each.state_word
         if failure or is_gone:
-            self._room.give_back(job.part.offset, job.part.data_size + job.part.metadata_size)
+            self._room.give_back(job.part.offset, job.part.size_bytes)
             return False
         self._table.relocate(each.entry, job.part.offset)
         self._room.residents.sealed(each.entry)

@@ -18,10 +18,10 @@ from typing import Final
 from shmplasma import system
 from shmplasma.endings import EndedEarly, wait_for
 from shmplasma.errors import ExternalStoreError
-from shmplasma.external import ExternalStore, Item, open_external, without_secrets
+from shmplasma.external import ExternalStore, open_external, without_secrets
 from shmplasma.segment_name import SegmentName
 from shmplasma.spilling import ExternalLimits
-from shmplasma.transfers import Job, Part, Read, Write
+from shmplasma.transfers import Job, Read, Write
 
 __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
@@ -161,17 +161,12 @@ class Spiller:
 
     def _run(self, job: Job) -> list[int]:
         if isinstance(job, Write):
-            return self._store.write(job.number, [self._item(part) for part in job.parts])
+            return self._store.write(job.number, job.parts, self._raw)
         if isinstance(job, Read):
-            self._store.read(job.number, job.place, self._item(job.part))
+            self._store.read(job.number, job.place, job.part, self._raw)
         else:
             self._store.delete(job.numbers)
         return []
-
-    def _item(self, part: Part) -> Item:
-        end = part.offset + part.data_size + part.metadata_size
-        contents = self._raw[part.offset : end]
-        return Item(part.object_id, part.codec, part.data_size, part.metadata_size, contents)
 
     def _note(self, job: Job, future: Future[list[int]]) -> None:
         if future.cancelled():

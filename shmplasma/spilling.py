@@ -420,7 +420,7 @@ class Spilling:
         """Take note of what came of a read; tell whether the object is in memory now."""
         if not self.returns.was_read(job, failure):
             return False
-        entry, size = job.part.entry, job.part.data_size + job.part.metadata_size
+        entry, size = job.part.entry, job.part.size_bytes
         self._clean[entry] = extent = align_up(size, ALIGNMENT)
         self._clean_bytes += extent
         self.spilled_bytes -= size

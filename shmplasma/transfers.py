@@ -18,6 +18,15 @@ class Part(NamedTuple):
     data_size: int
     metadata_size: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of data and metadata."""
+        return self.data_size + self.metadata_size
+
+    def contents(self, raw: memoryview) -> memoryview:
+        """Return data and metadata, as they lie in the segment."""
+        return raw[self.offset : self.offset + self.size_bytes]
+
 
 @dataclass(frozen=True, slots=True)
 class Write:

@@ -520,15 +520,13 @@ class Conversation:
             for part in job.parts:
                 places.append(len(data))
                 data += bytes(HEADER_BYTES)
-                size = part.data_size + part.metadata_size
-                data += bytes(self.raw[part.offset : part.offset + size])
+                data += bytes(part.contents(self.raw))
                 data += bytes(-len(data) % ALIGNMENT)
             self.containers[job.number] = data
         elif isinstance(job, Read) and not self.failure:
-            size = job.part.data_size + job.part.metadata_size
             start = job.place + HEADER_BYTES
-            data = self.containers[job.number][start : start + size]
-            self.raw[job.part.offset : job.part.offset + size] = data
+            data = self.containers[job.number][start : start + job.part.size_bytes]
+            job.part.contents(self.raw)[:] = data
         failure = "" if isinstance(job, Delete) else self.failure
         self.carry_out(self.store.job_done(job, places, failure))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,24 +9,22 @@ import pytest
 
 from shmplasma import external
 from shmplasma.errors import ExternalStoreError
-from shmplasma.external import ExternalStore, Item, open_external
+from shmplasma.external import ExternalStore, open_external
+from shmplasma.transfers import Part
 
 TOKEN, OTHER = bytes(16), bytes(15) + b"1"
 CONTENTS = (b"first", b"", 5000 * b"third")
+RAW = memoryview(b"".join(CONTENTS))
+PARTS = [
+    Part(n, bytes([n]) * 20, n, end - len(each), max(0, len(each) - 1), min(1, len(each)))
+    for n, (each, end) in enumerate(zip(CONTENTS, accumulate(map(len, CONTENTS)), strict=True))
+]
+"""Objects with these contents, one behind the other, the last byte of each its metadata."""
 
 
-def items(contents: tuple[bytes, ...] = CONTENTS) -> list[Item]:
-    """Return objects with these contents, the last byte of each its metadata."""
-    return [
-        Item(bytes([n]) * 20, n, max(0, len(each) - 1), min(1, len(each)), memoryview(each))
-        for n, each in enumerate(contents)
-    ]
-
-
-def empty(item: Item) -> Item:
-    """Return an object that is to be filled."""
-    room = memoryview(bytearray(len(item.contents)))
-    return Item(item.object_id, item.codec, item.data_size, item.metadata_size, room)
+def room() -> memoryview:
+    """Return memory that is to be filled."""
+    return memoryview(bytearray(len(RAW)))
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -33,21 +32,21 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ExternalStore:
     """Return an external store with one container, of number 7."""
     uri = f"{request.param}://{tmp_path}"
     store = open_external(uri, TOKEN, b"mine")
-    assert store.write(7, items()) == [0, 192, 320]
+    assert store.write(7, PARTS, RAW) == [0, 192, 320]
     return store
 
 
 def test_what_was_written_is_read(store: ExternalStore) -> None:
     """Each object comes back from its place, and a container is there until it is deleted."""
-    for place, item in zip([0, 192, 320], items(), strict=True):
-        filled = empty(item)
-        store.read(7, place, filled)
-        assert filled.contents == item.contents
+    filled = room()
+    for place, part in zip([0, 192, 320], PARTS, strict=True):
+        store.read(7, place, part, filled)
+        assert part.contents(filled) == part.contents(RAW)
     assert list(store.containers()) == [7]
     store.delete([7, 8])
     assert list(store.containers()) == []
     with pytest.raises(ExternalStoreError, match="cannot be read"):
-        store.read(7, 0, empty(items()[0]))
+        store.read(7, 0, PARTS[0], room())
     store.remove()
 
 
@@ -63,30 +62,30 @@ def test_nothing_is_left_of_a_write_that_fails(
 
     monkeypatch.setattr(store._place, "write", write_a_part)
     with pytest.raises(ExternalStoreError, match=r"3 objects .* no space left"):
-        store.write(8, items())
+        store.write(8, PARTS, RAW)
     assert list(store.containers()) == [7]
 
 
 def test_another_object_is_not_taken_for_it(store: ExternalStore) -> None:
     """What lies at a place has to be the object that is asked for, whole."""
-    first, second, third = items()
-    for place, item in ((192, first), (0, second), (9999, first), (0, third)):
+    first, second, third = PARTS
+    for place, part in ((192, first), (0, second), (9999, first), (0, third)):
         with pytest.raises(ExternalStoreError, match="is damaged"):
-            store.read(7, place, empty(item))
+            store.read(7, place, part, room())
 
 
 @pytest.mark.parametrize("position", [0, 9, 40, 70, 130])
 def test_a_damaged_file(tmp_path: Path, position: int) -> None:
     """One byte that has changed, in header or contents, is found; the other objects can be read."""
     store = open_external(f"file://{tmp_path}", TOKEN, b"mine")
-    store.write(1, items())
+    store.write(1, PARTS, RAW)
     (path,) = tmp_path.glob("*/1")
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(ExternalStoreError, match=r"object 0{40} in container 1 of .* is damaged"):
-        store.read(1, 0, empty(items()[0]))
-    store.read(1, 320, empty(items()[2]))
+        store.read(1, 0, PARTS[0], room())
+    store.read(1, 320, PARTS[2], room())
 
 
 def test_places_that_are_none(tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_only_the_last_directory_is_made(tmp_path: Path) -> None:
 def test_plasmas_name_for_memory() -> None:
     """``hashtable://`` is ``memory://``."""
     store = open_external("hashtable://test", TOKEN, b"mine")
-    store.write(1, items())
+    store.write(1, PARTS, RAW)
     assert list(open_external("memory://test", TOKEN, b"mine").containers()) == [1]
     store.remove()
     assert not list(store.containers())
@@ -149,7 +148,7 @@ def test_what_dead_stores_have_left(store: ExternalStore) -> None:
     """Their files are removed; those of the living, and one's own, are not."""
     other = ExternalStore(store._place, "other", OTHER)
     other.claim(b"theirs")
-    other.write(1, items())
+    other.write(1, PARTS, RAW)
     assert list(store.sweep(lambda note: note == b"nobody's")) == []
     assert list(other.containers()) == [1]
     assert list(store.sweep(lambda _: True)) == [f"shmplasma-{OTHER.hex()}"]
