@@ -158,8 +158,7 @@ class Creations:
             and (may_wait or not queue.may_be_passed)
             and not self._objects.exists(request.object_id)
         ):
-            size = request.data_size + request.metadata_size
-            self._objects.refuse_what_cannot_come(client, size, session.limit_bytes)
+            self._objects.refuse_what_cannot_come(client, request.size_bytes, session.limit_bytes)
             self._join(session, request_id, request)
             return True
         try:
@@ -231,8 +230,7 @@ class Creations:
 
         Nothing more is written for whom a write has failed since there were so many failures.
         """
-        spilling = self._objects.spilling
-        size = request.data_size + request.metadata_size
+        spilling, size = self._objects.spilling, request.size_bytes
         # What is written has to be some day, and moves nothing; objects are moved where that does not help.
         if spilling is not None and failures == self._failures and spilling.demand(size):
             return True
@@ -290,8 +288,7 @@ class Creations:
 
         def serve(creator: Creator) -> Offer:
             nonlocal attainable
-            request = creator.request
-            size = request.data_size + request.metadata_size
+            request, size = creator.request, creator.request.size_bytes
             if not self._objects.exists(request.object_id):
                 if size > attainable:
                     creator.text = ""
@@ -360,8 +357,8 @@ class Creations:
 
     def _refuse(self, creator: Creator, now_ns: int) -> None:
         self._left(creator)
-        size = creator.request.data_size + creator.request.metadata_size
-        failed = self._refusals.answer(NoRoom(size, creator.text), now_ns)
+        no_room = NoRoom(creator.request.size_bytes, creator.text)
+        failed = self._refusals.answer(no_room, now_ns)
         self._outgoing.reply(creator.client, creator.request_id, failed)
 
     def _withdraw(self, client: int) -> list[Creator]:

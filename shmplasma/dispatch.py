@@ -282,7 +282,7 @@ class Dispatch:
 
     def _lacks_room(self, request: Create) -> bool:
         """Tell whether something may have to go for an object."""
-        size = request.data_size + request.metadata_size
+        size = request.size_bytes
         is_short = size + alignment_of(size) > self._room.largest_bytes
         return is_short or not self._table.free_entries
 

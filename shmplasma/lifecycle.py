@@ -187,7 +187,7 @@ class Lifecycle:
             There is none, or the client would exceed `limit_bytes` (0: none).
         """
         object_id = request.object_id
-        size = request.data_size + request.metadata_size
+        size = request.size_bytes
         if self.exists(object_id):
             entry = self._table.find(object_id)
             if not self.unsealed.is_repeated(client, entry, request):

@@ -136,6 +136,11 @@ class Create(_CreateFields):
     KIND: ClassVar[int] = 3
     __slots__ = ()
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of data and metadata."""
+        return self.data_size + self.metadata_size
+
     def encode(self) -> bytes:
         """Return the body."""
         return _CREATE.pack(*self)
