@@ -249,8 +249,6 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
             if apart is not None:
                 body, _, kept = apart
                 return {}, [body, _referred(kept, sharing)]
-    # Nothing is left to be written here: this error is how a family says that a value is not its own.  `distributed` looks for
-    # this type alone, and goes on with "dask" and "pickle"; at any other it gives the value up.
     raise NotImplementedError("there is no store in common, nothing large, or no room in it")
 
 

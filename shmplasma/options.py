@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, SupportsFloat
 
 from shmplasma import __version__, system
 from shmplasma.sizes import parse_size
+from shmplasma.spilling import ExternalLimits
 from shmplasma.tickets import TICKET_NS
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ __all__ = ["PROGRAM", "check_seconds", "parse"]
 
 PROGRAM: Final = "shmplasma-store"
 
-_SPILL_ABOVE: Final = 0.8
+_SPILL_ABOVE: Final = ExternalLimits().high_water
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
