@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_LOG: Final = logging.getLogger(__name__)
+_LOG: Final = logging.getLogger("shmplasma")
 
 _LIMITS: Final = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",

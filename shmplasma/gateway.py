@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CannotServeError", "serve"]
 
-_LOG: Final = logging.getLogger(__name__)
+_LOG: Final = logging.getLogger("shmplasma")
 _GRACE_SECONDS: Final = 5.0
 """How long transfers may go on after the end was asked for."""
 

@@ -14,7 +14,7 @@ from shmplasma.errors import CommitError
 
 __all__ = ["prefault"]
 
-_LOG: Final = logging.getLogger(__name__)
+_LOG: Final = logging.getLogger("shmplasma")
 
 _TERMINAL_SECONDS: Final = 0.1
 _LOG_SECONDS: Final = 10.0

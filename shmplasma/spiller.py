@@ -25,7 +25,7 @@ from shmplasma.transfers import Job, Read, Write
 
 __all__ = ["Spiller", "is_dead", "note_of", "open_spiller"]
 
-_LOG: Final = logging.getLogger(__name__)
+_LOG: Final = logging.getLogger("shmplasma")
 _THREADS: Final = 4
 _PATIENCE_SECONDS: Final = 8.0
 """Supervisors kill what has not ended after 10 seconds and more."""
