@@ -11,8 +11,10 @@ Invariants
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+from typing import Final
 
 import posix_ipc
 
@@ -28,7 +30,23 @@ from shmplasma.layout import (
 )
 from shmplasma.segment_name import SegmentName, map_segment, open_segment, refusal
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "not_mapped"]
+
+_REMEDIES: Final = {
+    errno.EMFILE: "close some files, or raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close some files, or raise the system's limit of open files (fs.file-max)",
+    errno.ENOMEM: "free some memory, or raise the limit of a process's memory (ulimit -v) or that of its mappings (vm.max_map_count)",
+}
+"""The limits that a client may have met that maps a segment, and what helps."""
+
+
+def not_mapped(error: OSError, size_bytes: int) -> OSError:
+    """Return the error that says why so many bytes of a segment cannot be mapped, and what helps."""
+    remedy = _REMEDIES.get(error.errno or 0, "see the kernel's log (dmesg)")
+    return OSError(
+        error.errno,
+        f"{size_bytes} bytes of the store's segment cannot be mapped here ({error.strerror}); {remedy}",
+    )
 
 
 class Attachment:
@@ -68,7 +86,7 @@ class Attachment:
         size = os.fstat(fd).st_size
         if size < HEADER_BYTES:
             raise AttachError(f"this is not a segment: it has only {size} bytes")
-        self.read_map = map_segment(fd, 0, size, writable=False)
+        self.read_map = _map(fd, 0, size, writable=False)
         header = memoryview(self.read_map)[:HEADER_BYTES].cast("Q")
         self.layout, self.token = Layout.read(header)
         if self.token != token:
@@ -229,7 +247,7 @@ class Attachment:
     def _map_writable(self, offset: int, size: int) -> mmap.mmap:
         if self._fd < 0:
             raise ValueError("the attachment is closed")
-        return map_segment(self._fd, offset, size, writable=True)
+        return _map(self._fd, offset, size, writable=True)
 
     def close(self) -> None:
         """Close the file and let go of the mappings; each ends with the last view of it."""
@@ -239,3 +257,10 @@ class Attachment:
             self._write_map = self._visited = self._marks = None
             self._own.clear()
             del self.read_map, self.words
+
+
+def _map(fd: int, offset: int, size: int, *, writable: bool) -> mmap.mmap:
+    try:
+        return map_segment(fd, offset, size, writable=writable)
+    except OSError as error:
+        raise not_mapped(error, size) from error

@@ -116,9 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _remedy(error: BaseException | None) -> str:
-    """Return what helps where a call has met a limit of this process, to be added to a message; else nothing."""
-    remedy = _LIMITS.get(error.errno or 0) if isinstance(error, OSError) else None
-    return "" if remedy is None else f"; {remedy}"
+    """Return what helps where a call has met a limit of this process, at the root of an error, to be added to a message; else nothing."""
+    while error is not None:
+        remedy = _LIMITS.get(error.errno or 0) if isinstance(error, OSError) else None
+        if remedy is not None:
+            return f"; {remedy}"
+        error = error.__cause__
+    return ""
 
 
 def _fail(text: str) -> int:

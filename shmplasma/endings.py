@@ -47,7 +47,8 @@ def wait_for(work: Callable[[], _T], is_ending: Callable[[], bool]) -> _T:
     Parameters
     ----------
     work : callable
-        Runs in a thread of its own: a host that does not answer takes minutes to give up.
+        Runs in a thread of its own: a host that does not answer takes minutes to give up.  Where none can be had it runs here, and is
+        waited for.
     is_ending : callable
         Whether this process is to end.
 
@@ -64,7 +65,10 @@ def wait_for(work: Callable[[], _T], is_ending: Callable[[], bool]) -> _T:
         except BaseException as error:  # noqa: BLE001 - it is the caller's
             done.set_exception(error)
 
-    threading.Thread(target=run, name="open", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="open", daemon=True).start()
+    except RuntimeError:  # there can be no more threads
+        run()
     while not wait([done], _LOOK_SECONDS).done:
         if is_ending():
             raise EndedEarly

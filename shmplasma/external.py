@@ -352,7 +352,7 @@ class ExternalStore:
         except (ArrowException, OSError) as error:
             raise ExternalStoreError(
                 f"the external store {self.uri} cannot be written to ({error}); see whether it "
-                "exists and this user may write there"
+                "exists and has room, and this user may write there"
             ) from error
 
     def write(self, number: int, objects: Sequence[Part], raw: memoryview) -> list[int]:

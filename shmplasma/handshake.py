@@ -46,7 +46,7 @@ def greet(
     NotConnectedError
         No store answers there, or none ever can.
     OSError
-        There is no descriptor for a connection.
+        There is no descriptor, or no memory, for a connection.
     """
     fault = fault_of(path)
     if fault:
@@ -60,9 +60,11 @@ def greet(
                 "--group NAME --mode 0660, or with --mode 0666"
             ) from error
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                text = f"there is no descriptor for a connection to {path!r}; too many files are open here"
-                raise OSError(error.errno, text) from error
+            _raise_own(error, path)
+            if error.errno == errno.EAGAIN:
+                raise NotConnectedError(
+                    f"the store at {path!r} has too many connections waiting; its log may say why; connect again later"
+                ) from error
             raise NotConnectedError(
                 f"no store answers at {path!r} ({error}); start one with: shmplasma-store -s {shlex.quote(path)}"
             ) from error
@@ -73,6 +75,7 @@ def greet(
             exchange.close()
             if isinstance(error, NotConnectedError):
                 raise
+            _raise_own(error, path)
             # One that listens and does not answer may still be starting; a store that died just now may be back soon.
             is_slow = isinstance(error, TimeoutError)
             may_answer = is_slow or (isinstance(error, ConnectionError) and may_come_back(path))
@@ -85,6 +88,17 @@ def greet(
             raise
         num_retries -= 1
         time.sleep(RETRY_SECONDS)
+
+
+def _raise_own(error: Exception, path: str) -> None:
+    """Raise what a user is to see if it is this process, and not the store, to which a connection has failed."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        text = f"there is no descriptor for a connection to {path!r}; too many files are open here"
+        raise OSError(number, text) from error
+    if number in (errno.ENOMEM, errno.ENOBUFS):
+        text = f"there is no memory for a connection to {path!r}; free some, and connect again"
+        raise OSError(number, text) from error
 
 
 def greet_again(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from shmplasma.attachment import Attachment
@@ -243,7 +244,8 @@ class LeaseWriter:
     def _make_ready(self, size_bytes: int) -> None:
         """Have the next pages mapped for another object like the last one, or ask for the next lease if this one has no room."""
         if self._objects and self._cursor + size_bytes <= self._end:
-            self._map(self._cursor, size_bytes)
+            with suppress(OSError):  # the last one is put; whoever needs the pages tries again
+                self._map(self._cursor, size_bytes)
         else:
             self._drop()
             self._link.begin(AskLease(size_bytes, ahead=True), Leased, self._awaited)

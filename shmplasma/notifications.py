@@ -166,5 +166,8 @@ class Subscription:
 def _process(sock: socket.socket) -> tuple[int, int] | None:
     """Return pid and start time of the store at the other end, where they can be seen."""
     pid = system.peer(sock).pid
-    start_time = system.start_time(pid) if pid else None
+    try:
+        start_time = system.start_time(pid) if pid else None
+    except OSError:  # there is no descriptor to look with
+        return None
     return (pid, start_time) if pid and start_time else None

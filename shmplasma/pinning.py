@@ -299,6 +299,7 @@ class BoardPool:
         self._lifeline = lifeline
         self._grant = grant
         self._growing = threading.Lock()
+        self._granted: list[int] = []
         self._boards = [PinBoard(lifeline, number)]
 
     def with_room(self) -> PinBoard:
@@ -306,6 +307,8 @@ class BoardPool:
 
         Raises
         ------
+        OSError
+            The new one cannot be mapped.
         RuntimeError
             A call of this thread was interrupted in it.
         """
@@ -315,8 +318,11 @@ class BoardPool:
             for board in self._boards:
                 if board.free:
                     return board
-            board = PinBoard(self._lifeline, self._grant())
+            if not self._granted:  # one that could not be mapped is tried again
+                self._granted.append(self._grant())
+            board = PinBoard(self._lifeline, self._granted[0])
             self._boards.append(board)
+            self._granted.clear()
             return board
 
     def take(self, count: int) -> list[Pin]:

@@ -11,7 +11,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -59,7 +60,7 @@ def open_spiller(
     Raises
     ------
     ExternalStoreError
-        There is no such place, or it cannot be written to.
+        There is no such place, it cannot be written to, or no thread can be had to do so.
     EndedEarly
         This store is to end.
     """
@@ -132,7 +133,7 @@ class Spiller:
 
     Notes
     -----
-    One thread, that of the loop, calls all methods.
+    One thread, that of the loop, calls all methods.  It has one worker from its beginning on, and more as long as the system gives more.
     """
 
     def __init__(
@@ -144,6 +145,12 @@ class Spiller:
         self._raw = memoryview(b"")
         self._wake: Callable[[], None] = lambda: None
         self._pool = ThreadPoolExecutor(_THREADS, "spill")
+        try:
+            self._pool.submit(bool)
+        except RuntimeError as error:
+            raise ExternalStoreError(
+                "there is no thread to serve the external store; raise the limit of processes (ulimit -u), or that of the control group (pids.max)"
+            ) from error
         self._done: deque[Done] = deque()
 
     def start(self, raw: memoryview, wake: Callable[[], None]) -> Mapping[int, int]:
@@ -157,7 +164,20 @@ class Spiller:
 
     def submit(self, job: Job) -> None:
         """Have a job carried out."""
-        self._pool.submit(self._run, job).add_done_callback(lambda future: self._note(job, future))
+        with suppress(RuntimeError):  # it is in the queue, and one worker less takes from that
+            self._pool.submit(self._carry_out, job)
+
+    def _carry_out(self, job: Job) -> None:
+        places: list[int] = []
+        failure = ""
+        try:
+            places = self._run(job)
+        except ExternalStoreError as error:
+            failure = str(error)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the store's to say
+            failure = repr(error)
+        self._done.append((job, places, failure))
+        self._wake()
 
     def _run(self, job: Job) -> list[int]:
         if isinstance(job, Write):
@@ -167,17 +187,6 @@ class Spiller:
         else:
             self._store.delete(job.numbers)
         return []
-
-    def _note(self, job: Job, future: Future[list[int]]) -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is None:
-            self._done.append((job, future.result(), ""))
-        else:
-            text = str(error) if isinstance(error, ExternalStoreError) else repr(error)
-            self._done.append((job, [], text))
-        self._wake()
 
     def done(self) -> list[Done]:
         """Return the jobs that have ended since the last call."""

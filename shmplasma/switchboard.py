@@ -121,6 +121,7 @@ class Switchboard:
     # -- connections ---------------------------------------------------------------------------
 
     def _admit(self, sock: socket.socket, peer: system.Peer) -> None:
+        started = system.start_time(peer.pid) or 0  # without it nobody is told from another one
         connection = Connection(self._last_number + 1, peer.pid, sock, self._selector)
         self._last_number += 1
         self._connections[connection.client] = connection
@@ -129,7 +130,7 @@ class Switchboard:
         self._store.connect(
             connection.client,
             peer.pid,
-            system.start_time(peer.pid) or 0,
+            started,
             time.time_ns(),
             command=system.command(peer.pid),
             trusted=trusted,

@@ -115,8 +115,7 @@ def fast_path_available() -> bool:
 
     Notes
     -----
-    Both ends need it: a store that cannot call `membarrier` has to forbid the fast path to its
-    clients.
+    Both ends need it: a store that cannot call `membarrier` has to forbid the fast path to its clients.
     """
     return _membarrier_works() and os.environ.get("SHMPLASMA_FAST_PATH") != "0"
 
@@ -141,14 +140,12 @@ def membarrier() -> None:
     Raises
     ------
     OSError
-        The kernel refused although it had answered before; nothing may be taken on the strength of
-        it.
+        The kernel refused although it had answered before; nothing may be taken on the strength of it.
 
     Notes
     -----
-    To be called only where `fast_path_available`; elsewhere nobody pins without asking, and there
-    is nothing to order against.  0.5 us for the call; a barrier interrupts the other processors,
-    which takes a few microseconds more while registered threads run on them.
+    To be called only where `fast_path_available`; elsewhere nobody pins without asking, and there is nothing to order against.  0.5 us
+    for the call; a barrier interrupts the other processors, which takes a few microseconds more while registered threads run on them.
     """
     if _syscall(_MEMBARRIER, _GLOBAL_EXPEDITED, _NO_FLAGS):
         raise OSError("the kernel refused a membarrier, which it had granted before")
@@ -227,8 +224,7 @@ class Peer:
     Attributes
     ----------
     pid : int
-        Process that connected or made the socket pair; 0 if it is invisible here (another pid
-        namespace).
+        Process that connected or made the socket pair; 0 if it is invisible here (another pid namespace).
     uid : int
         Its effective user at that moment.
     """
@@ -265,8 +261,7 @@ def populate(address: int, size: int) -> bool:
     Returns
     -------
     bool
-        False where the kernel cannot do this (before Linux 5.14, and elsewhere): nothing has been
-        done.
+        False where the kernel cannot do this (before Linux 5.14, and elsewhere): nothing has been done.
 
     Raises
     ------
@@ -358,10 +353,12 @@ def boot_id() -> str:
 def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; with the pid it names it for good.
 
-    None if there is no such process or no ``/proc``.
+    None if there is no such process or no ``/proc``, or it may not be looked at.  An OSError says that there is no descriptor to look with.
     """
-    fields = _status(pid)
-    return int(fields[19]) if fields else None
+    try:
+        return int(_status(pid)[19])
+    except (ProcessLookupError, PermissionError):
+        return None
 
 
 def command(pid: int) -> str:
@@ -382,16 +379,16 @@ def is_alive(pid: int, started: int) -> bool:
     """
     if not pid:
         return True
-    if not started:
-        try:
+    try:
+        if not started:
             os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
             return True
+        fields = _status(pid)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's, or there is no descriptor to look with
         return True
-    fields = _status(pid)
-    return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == started
+    return fields[0] not in "ZX" and int(fields[19]) == started
 
 
 def file_system(path: str) -> str | None:
@@ -458,9 +455,8 @@ def available_memory() -> int:
 
     Notes
     -----
-    The least of what the kernel calls available and of what the control groups (version 2) above
-    this process still allow, where clean file pages count as free.  Elsewhere than on Linux: all
-    memory that the machine has.
+    The least of what the kernel calls available and of what the control groups (version 2) above this process still allow, where
+    clean file pages count as free.  Elsewhere than on Linux: all memory that the machine has.
     """
     memory = _meminfo()
     if not memory:
@@ -490,8 +486,12 @@ def _read(path: str, letters: int = -1) -> str | None:
 
 
 def _status(pid: int) -> list[str]:
-    """Return what ``/proc`` says of a process behind its command, which may hold parentheses: its state, and so on; or nothing."""
-    return (_read(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+    """Return what ``/proc`` says of a process behind its command, which may hold parentheses: its state, and so on."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rpartition(")")[2].split()
+    except FileNotFoundError as error:
+        raise ProcessLookupError from error
 
 
 def _meminfo() -> dict[str, int]:

@@ -24,6 +24,7 @@ listens to that as well, and a hint is handed to its request as a reply would be
 
 from __future__ import annotations
 
+import errno
 import itertools
 import select
 import socket
@@ -56,6 +57,9 @@ _READING: Final = frozenset(("_try_lead", "read_until", "hear_out"))
 """Who takes the locks."""
 _MISHEARD: Final = 1000
 """After so many hints in a row at nothing that anybody waits for, somebody sends nonsense, and nobody listens any more."""
+_NO_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
+_TRIES, _PAUSE_SECONDS = 100, 0.01
+"""How often the system is asked for memory for a message, and how far apart."""
 _MAX_REQUEST_ID: Final = 0xFFFF_FFFF
 
 
@@ -114,10 +118,7 @@ class Channel:
             self._send_later()
 
     def announce(self) -> None:
-        """Send an empty message, which says that there is something in the outbox, from anywhere; it waits for nothing.
-
-        If the socket is full there are unread ones, each of which says as much.
-        """
+        """Send an empty message, which says that there is something in the outbox, from anywhere; a full socket has unread ones, each of which says it."""
         if self._try_push([_ANNOUNCEMENT], _DONT_WAIT) is None:
             self._later.append(_ANNOUNCEMENT)
         self._send_later()
@@ -174,10 +175,7 @@ class Channel:
         self._send(encode_frame(kind, request_id, body), taken)
 
     def offer(self, messages: list[bytes]) -> bool:
-        """Send without blocking; tell whether nothing is left to be sent.
-
-        Takes the messages out of the list, unless another thread is sending.  What the socket does not take goes first next time.
-        """
+        """Take messages out of the list, unless another thread is sending, and send what the socket takes; tell whether nothing is left."""
         is_sent = self._try_push(messages, _DONT_WAIT)
         self._send_later()
         return bool(is_sent)
@@ -200,6 +198,7 @@ class Channel:
             data = unsent[sum(sent) :] + data
         if taken is not None:
             taken += (None,)  # between this and the assignment below is no call, hence no interrupt
+        tries = _TRIES
         while data:
             # One assignment changes what is to be sent and what of it has been: there is no moment at
             # which the two do not fit.
@@ -210,6 +209,10 @@ class Channel:
             except BlockingIOError:
                 return False
             except OSError as error:
+                tries -= 1
+                if tries and error.errno in _NO_MEMORY:
+                    time.sleep(_PAUSE_SECONDS)
+                    continue
                 self._fail(str(error))
                 raise ConnectionError(str(error)) from error
             data = data[sum(sent) :]
@@ -410,10 +413,7 @@ class Channel:
         return True
 
     def _deliver(self) -> None:
-        """Hand out the replies in what was received.
-
-        What was received is dropped by one assignment at the end; an interrupt before that has the same replies handed out once more.
-        """
+        """Hand out the replies in what was received, which one assignment drops at the end: an interrupt before it hands them out once more."""
         received = self._received
         if not received:
             return

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from shmplasma import system
-from shmplasma.attachment import Attachment
+from shmplasma.attachment import Attachment, not_mapped
 from shmplasma.layout import HeaderWord
 from shmplasma.pinning import Pin
 
@@ -55,7 +55,12 @@ class Pages:
         mapping = np.frombuffer(self._attachment.write_map, np.uint8)
         # Not by `ctypes`, which imports something: a finalizer may not when the interpreter ends.
         address = mapping.__array_interface__["data"][0]
-        if system.populate(address + start, min(end, mapping.size) - start):
+        size = min(end, mapping.size) - start
+        try:
+            is_done = system.populate(address + start, size)
+        except OSError as error:
+            raise not_mapped(error, size) from error
+        if is_done:
             self._populated[first:last] = b"\1" * (last - first)
 
     def give_back(self, offset: int, size_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -210,8 +211,28 @@ def test_a_request_that_was_not_taken_to_be_sent(
     assert read_until(theirs, Post.KIND)[0] == Frame(Flush.KIND, 2, b"")
 
 
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
+def test_a_system_that_is_short_of_memory(pair: tuple[Channel, socket.socket], number: int) -> None:
+    """A message for which there is no memory is sent when there is some, once, and before what comes after it."""
+    channel, theirs = pair
+    sock = channel._sock
+    refusals = [number] * 3
+
+    def send(data: bytes, flags: int) -> int:
+        if refusals:
+            raise OSError(refusals.pop(), "no memory")
+        return sock.send(data, flags)
+
+    channel._sock = SimpleSocket(send)  # type: ignore[assignment]  # it only sends
+    channel.request(Flush.KIND, 1, b"", [])
+    refusals.append(number)
+    channel.announce()
+    assert [frame.kind for frame in read_until(theirs, Post.KIND)] == [Flush.KIND, Post.KIND]
+    assert not channel.error
+
+
 class SimpleSocket:
     """What a channel sends by."""
 
-    def __init__(self, send: Callable[..., None]) -> None:
+    def __init__(self, send: Callable[..., object]) -> None:
         self.send = send

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,13 @@ import pytest
 
 import shmplasma as plasma
 from shmplasma.embedded import Store
+from shmplasma.errors import ExternalStoreError
+from shmplasma.external import open_external
+from shmplasma.segment_name import SegmentName
+from shmplasma.spiller import Done, Spiller, open_spiller
+from shmplasma.spilling import ExternalLimits
+from shmplasma.transfers import Part, Write
+from tests.processes import until
 
 CAPACITY = 8_000_000
 N_OBJECTS = 24
@@ -163,3 +171,52 @@ def test_a_permission_that_is_lost(tmp_path: Path) -> None:
         finally:
             process.terminate()
     assert not list(tmp_path.glob("shmplasma-*"))
+
+
+def allow_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let so many threads begin, and no more."""
+    begin, begun = threading.Thread.start, 0
+
+    def start(thread: threading.Thread) -> None:
+        nonlocal begun
+        if begun == most:
+            raise RuntimeError("can't start new thread")
+        begun += 1
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_whatever_threads_there_are_do_all_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A store does not end because the system gives it no further thread; no job is lost."""
+    allow_threads(monkeypatch, most)
+    place = open_external(f"file://{tmp_path}", bytes(16), b"note")
+    spiller = Spiller(place, ExternalLimits(), {})
+    raw = memoryview(bytearray(b"object" * 100))
+    spiller.start(raw, lambda: None)
+    jobs = [Write(n, (Part(0, bytes(20), 0, 0, 600, 0),)) for n in range(1, 20)]
+    for job in jobs:
+        spiller.submit(job)
+    done: list[Done] = []
+
+    def all_are_done() -> bool:
+        done.extend(spiller.done())
+        return len(done) == len(jobs)
+
+    until(all_are_done, "all jobs are done")
+    assert all(each[1:] == ([0], "") for each in done), done
+    assert {job.number for job, *_ in done if isinstance(job, Write)} == set(range(1, 20))
+    assert len(place.containers()) == len(jobs)
+    spiller.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_thread_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store does not begin to serve, and says what helps."""
+    allow_threads(monkeypatch, 0)
+    name = SegmentName.plan(bytes(16), None)
+    with pytest.raises(ExternalStoreError, match=r"there is no thread .* \(ulimit -u\)"):
+        open_spiller(f"file://{tmp_path}", bytes(16), name, ExternalLimits(), lambda: False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import gc
 import os
@@ -336,6 +337,35 @@ def test_who_puts_is_busy_before_he_looks_whether_his_lease_was_recalled(
     client.put_raw_buffer(b"x", metadata=metadata)
     assert looks == [1]
     assert not board[BUSY_WORD]
+
+
+@needs_fast_path
+@pytest.mark.parametrize("n_bytes", [60_000, 600_000])
+def test_pages_that_cannot_be_mapped(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    """A put that fails for want of pages has put nothing, and what was put does not fail for those of the next one."""
+    populate, calls = system.populate, [0]
+
+    def refused(address: int, size: int) -> bool:
+        calls[0] += 1
+        if calls[0] % 2:
+            raise OSError(errno.ENOMEM, "no memory")
+        return populate(address, size)
+
+    monkeypatch.setattr(system, "populate", refused)
+    n_failed = 0
+    for number in range(1, 21):
+        object_id = ObjectID(number.to_bytes(20, "big"))
+        try:
+            client.put_raw_buffer(bytes(n_bytes), object_id)
+        except OSError as error:
+            assert "cannot be mapped here (no memory); free some memory" in str(error)  # noqa: PT017 - not each of them fails
+            n_failed += 1
+            assert not client.contains(object_id)
+            client.put_raw_buffer(bytes(n_bytes), object_id)
+        assert client.contains(object_id)
+    assert 0 < n_failed < calls[0]
 
 
 @needs_fast_path

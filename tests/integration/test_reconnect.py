@@ -6,8 +6,9 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -15,6 +16,7 @@ import pytest
 
 import shmplasma as plasma
 from shmplasma import exchange, handshake
+from shmplasma.owned_socket import OwnedSocket
 from shmplasma.session import Session
 from tests.clients import figure, new_id
 from tests.command import killed, running
@@ -356,19 +358,45 @@ def test_a_path_of_an_impossible_length(path: str) -> None:
         plasma.connect(path)
 
 
-def test_no_descriptor_for_a_connection(
-    client: plasma.PlasmaClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.EMFILE, "too many files are open here"),
+        (errno.ENOMEM, "there is no memory for a connection"),
+        (errno.ENOBUFS, "there is no memory for a connection"),
+    ],
+)
+@pytest.mark.parametrize("call", ["connect", "recvmsg"])
+def test_nothing_for_a_connection(
+    client: plasma.PlasmaClient,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    text: str,
+    call: str,
 ) -> None:
-    """Who has too many files open is told so, and not that there is no store."""
+    """Who has too many files open, or no memory, is told so, and not that there is no store."""
 
-    def no_socket(*_: object) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(exchange, "OwnedSocket", no_socket)
-    with pytest.raises(OSError, match="too many files are open here") as raised:
+    monkeypatch.setattr(OwnedSocket, call, refused)
+    with pytest.raises(OSError, match=text) as raised:
         plasma.connect(client.store_socket_name)
-    assert raised.value.errno == errno.EMFILE
+    assert raised.value.errno == number
     assert not isinstance(raised.value, plasma.NotConnectedError)
+
+
+def test_a_store_that_does_not_accept(tmp_path: Path) -> None:
+    """Where too many wait already it is not said that there is no store, nor that one is to be started."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(path)
+        listener.listen(0)
+        with suppress(BlockingIOError):
+            while True:
+                stack.enter_context(closing(exchange.Exchange.connect(path, 0, 1)))
+        with pytest.raises(plasma.NotConnectedError, match="has too many connections waiting"):
+            plasma.connect(path, num_retries=0)
 
 
 def test_what_is_no_socket(tmp_path: Path) -> None:

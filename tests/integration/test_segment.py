@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import resource
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shmplasma import attachment as attachments
 from shmplasma import layout as layouts
 from shmplasma import system
 from shmplasma.attachment import Attachment
@@ -20,6 +22,7 @@ from shmplasma.errors import AttachError, CommitError, LayoutError
 from shmplasma.layout import BOARD_WORDS, HEADER_BYTES, MAX_SEGMENT_BYTES, Layout
 from shmplasma.segment import Segment
 from shmplasma.segment_name import SegmentName
+from shmplasma.writable import Pages
 from tests.mounts import huge_pages, mounted
 
 if TYPE_CHECKING:
@@ -163,6 +166,38 @@ def test_attach_the_wrong_one(segment: Segment) -> None:
     with pytest.raises(AttachError, match="another store"):
         Attachment.open(segment.name, bytes(16))
     assert n_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOMEM, r"ulimit -v"), (errno.EMFILE, r"ulimit -n"), (errno.EIO, "dmesg")],
+)
+def test_a_mapping_that_is_refused(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    """Who cannot map what a client needs is told what that is, why, and what helps."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    attachment = attach(segment)
+    with monkeypatch.context() as patch:
+        patch.setattr(attachments, "map_segment", refused)
+        text = rf"bytes of the store's segment cannot be mapped here \({os.strerror(number)}\); .*{remedy}"
+        attempts = (
+            lambda: attach(segment),
+            lambda: attachment.board(0),
+            lambda: attachment.write_map,
+        )
+        for attempt in attempts:
+            with pytest.raises(OSError, match=text) as raised:
+                attempt()
+            assert raised.value.errno == number
+    assert len(attachment.write_map) == segment.layout.segment_bytes - segment.layout.data
+    monkeypatch.setattr(system, "populate", refused)
+    with pytest.raises(OSError, match=text):
+        Pages(attachment).populate(segment.layout.data, 100)
+    attachment.close()
 
 
 def test_attach_a_symlink(tmp_path: Path) -> None:

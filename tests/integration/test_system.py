@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -225,6 +226,22 @@ def test_watch_exit_of_nobody() -> None:
 
 
 @needs_linux
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_process_that_cannot_be_looked_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no descriptor to look with nobody is held for dead, nor for a process of no start time."""
+    pid, started = os.getpid(), system.start_time(os.getpid())
+    assert started is not None
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("builtins.open", refused)
+    assert system.is_alive(pid, started)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        system.start_time(pid)
+
+
+@needs_linux
 def test_start_time_of_a_process_with_an_awkward_name() -> None:
     """Spaces and parentheses in a command's name do not shift the fields."""
     before, after = run("""
@@ -333,7 +350,11 @@ def test_portable_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with mmap.mmap(-1, PAGE) as mapping:
         assert not system.populate(address_of(mapping), PAGE)
     assert system.watch_exit(os.getpid()) is None
-    monkeypatch.setattr(system, "_read", lambda _path: None)
+
+    def nothing(path: str, **_: object) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("builtins.open", nothing)
     assert system.start_time(os.getpid()) is None
     assert system.file_system("/") is None
     assert system.available_memory() == os.sysconf("SC_PHYS_PAGES") * PAGE

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from shmplasma.layout import BOARD_BYTES, HEADER_BYTES, HeaderWord
+from shmplasma.layout import BOARD_BYTES, BOARD_WORDS, HEADER_BYTES, HeaderWord
 from shmplasma.owned_socket import OwnedSocket
-from shmplasma.pinning import Lifeline, Pin, PinBoard
+from shmplasma.pinning import BoardPool, Lifeline, Pin, PinBoard
+from shmplasma.pins import FIRST_SLOT
 
 
 class Connection:
@@ -30,6 +31,33 @@ class Connection:
     def end(self) -> None:
         """Be told."""
         self.found.append(self.find())
+
+
+def test_a_board_that_cannot_be_mapped() -> None:
+    """It is tried again, and the store is asked for no other one meanwhile."""
+    words = memoryview(bytearray(HEADER_BYTES)).cast("Q")
+    refusals: list[OSError] = []
+
+    def board(_: int) -> memoryview:
+        if refusals:
+            raise refusals.pop()
+        return memoryview(bytearray(BOARD_BYTES)).cast("Q")
+
+    attachment: Any = SimpleNamespace(words=words, board=board, close=lambda: None)
+    reading, writing = os.pipe()
+    lifeline = Lifeline(attachment, writing, None, "path", "name")
+    lifeline.connection = Connection(bool)
+    numbers = iter((7, 8))
+    boards = BoardPool(lifeline, 3, lambda: next(numbers))
+    held = boards.take(BOARD_WORDS - FIRST_SLOT)
+    for _ in range(2):
+        refusals.append(OSError())
+        with pytest.raises(OSError, match=r"^$"):
+            boards.take(1)
+    held += boards.take(1)
+    assert held[-1].board.first_slot == 7 * BOARD_WORDS
+    assert next(numbers) == 8
+    os.close(reading)
 
 
 @pytest.mark.parametrize("pin_is_first", [True, False])
