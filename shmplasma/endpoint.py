@@ -209,8 +209,19 @@ class Endpoint:
         self._noted = False
 
     def read_note(self) -> bytes:
-        """Return the text of a predecessor who did not close, until `write_note`; empty if none."""
-        return os.pread(self._lock, _NOTE_BYTES, 0)
+        """Return the text of a predecessor who did not close, until `write_note`; empty if none.
+
+        Raises
+        ------
+        EndpointError
+            The lock file cannot be read.
+        """
+        try:
+            return os.pread(self._lock, _NOTE_BYTES, 0)
+        except OSError as error:
+            raise EndpointError(
+                f"cannot read the lock file {_lock_path(self.path)}: {error.strerror}; see the kernel's log (dmesg), or {_OTHER_PATH}"
+            ) from error
 
     def close(self) -> None:
         """Remove the socket and the lock file, and give up the claim.  A second call does nothing.
@@ -340,8 +351,12 @@ def _lock(path: str) -> int:
         except BlockingIOError as error:
             os.close(fd)
             raise EndpointError(f"a store serves {path} already; {_OTHER_PATH}") from error
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, OSError) and not isinstance(error, EndpointError):
+                raise EndpointError(
+                    f"cannot lock the lock file {lock_path}: {error.strerror}; {_OTHER_PATH}, on a file system that has locks"
+                ) from error
             raise
         os.close(fd)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 import stat
@@ -421,3 +423,33 @@ class TestDefaultSocketPath:
         monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
         with pytest.raises(EndpointError, match="cannot make"):
             default_socket_path()
+
+
+def test_a_lock_that_cannot_be_had(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system has no locks the file is named, and what helps; nothing stays open."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    text = (
+        rf"cannot lock the lock file {path}\.lock: No locks available; name another socket with -s"
+    )
+    with pytest.raises(EndpointError, match=text):
+        Endpoint.claim(path)
+
+
+def test_a_note_that_cannot_be_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is named, and stays as it is."""
+    run(DIE, path)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Endpoint.claim(path) as endpoint:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", refused)
+            text = rf"cannot read the lock file {path}\.lock: Input/output error"
+            with pytest.raises(EndpointError, match=text):
+                endpoint.read_note()
+        assert endpoint.read_note() == b"the note"

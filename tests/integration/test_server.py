@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import socket
 import subprocess
@@ -92,6 +94,36 @@ def test_sleeps_however_far_off_the_next_thing_to_do_is(
         monkeypatch.setattr(asked, due, time.time_ns() + A_CENTURY_NS)
         server.stop()  # so that it wakes up at once
         assert server._sleep()
+
+
+def test_who_cannot_be_looked_at_connects_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a descriptor to look with nobody is admitted who could not be told from another one later."""
+
+    def refused(_: int) -> None:
+        raise OSError(errno.EMFILE, "too many files are open")
+
+    path = str(tmp_path / "s")
+    with idle_server(tmp_path) as server:
+
+        def accept() -> None:
+            for key, _ in server._selector.select(5):
+                key.data()
+
+        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as client:
+            patch.setattr(system, "start_time", refused)
+            # What is logged would keep the error, and that the segment.
+            patch.setattr(logging.getLogger("shmplasma"), "disabled", True)
+            client.connect(path)
+            accept()
+            assert not client.recv(1)
+        assert not server._switchboard.awaited
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            accept()
+            (connection,) = server._switchboard.awaited
+            assert connection.pid == os.getpid()
 
 
 def test_who_has_introduced_himself_is_not_waited_for(tmp_path: Path) -> None:
