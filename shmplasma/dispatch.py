@@ -16,7 +16,7 @@ from shmplasma.errors import ProtocolError
 from shmplasma.greeting import Session
 from shmplasma.layout import REFERENCED, alignment_of
 from shmplasma.parts import Parts, Unsettled
-from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Remove, Seal
+from shmplasma.posted import Abort, Claim, Detach, Lend, Publish, Redeem, Release, Remove, Seal
 from shmplasma.protocol import ONE_WAY
 from shmplasma.replies import Done, Leased, Listing, Number, Text
 from shmplasma.reports import describe, list_objects, printable
@@ -29,7 +29,6 @@ from shmplasma.requests import (
     Create,
     Debug,
     Delete,
-    Detach,
     Evict,
     Flush,
     Get,
@@ -191,20 +190,17 @@ class Dispatch:
                     raise ProtocolError("a second Attach")
                 session.attached = True
                 self._outgoing.reply(client, request_id, Done(), Descriptor.SEGMENT)
+            case Detach() if request_id == ONE_WAY:  # it may be read while other outboxes are
+                self._unsettled.append((client, request_id, request, now_ns))
             case Detach():
-                session.detached = True
-                self.forget(client, now_ns)
-                # Another thread of the client may be in the midst of a put: then its lease comes back later.
-                self._publishing.recall_of(client)
-                self._heed_all(now_ns)
-                self._publishing.take_idle()
+                self._detach(session, now_ns)
                 self._outgoing.reply(client, request_id, _DONE)
             case Hello() | Post():
                 raise AssertionError("it was handled before")
             case _:
                 assert_never(request)
 
-    def settle(  # noqa: PLR0912 - as above
+    def settle(  # noqa: PLR0912, PLR0915 - as above
         self, session: Session, request_id: int, request: Request, now_ns: int
     ) -> None:
         """Answer a request that was left unsettled, now that all outboxes are read.
@@ -259,6 +255,8 @@ class Dispatch:
                     self._unsettled.append((client, request_id, request, now_ns))
                 else:
                     self._outgoing.reply(client, request_id, Number(freed_before + freed))
+            case Detach():
+                self._detach(session, now_ns)
             case List():
                 self._outgoing.reply(client, request_id, self._list(request.start))
             case Debug():
@@ -325,6 +323,15 @@ class Dispatch:
         if message.codec & REFERENCED:
             self._ledger.sealed(session.client, entry)
         self._answers.announce(entry)
+
+    def _detach(self, session: Session, now_ns: int) -> None:
+        """Let a client go that leaves, but for what it pins."""
+        session.detached = True
+        self.forget(session.client, now_ns)
+        # Another thread of the client may be in the midst of a put: then its lease comes back later.
+        self._publishing.recall_of(session.client)
+        self._heed_all(now_ns)
+        self._publishing.take_idle()
 
     def forget(self, client: int, now_ns: int) -> None:
         """Drop what a client waits for, what it has not sealed, and what it holds."""

@@ -42,10 +42,10 @@ from shmplasma.handshake import greet_again
 from shmplasma.nesting import NESTED, is_inside
 from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect, gone, not_reclaimed
-from shmplasma.posted import Abort, Gone
+from shmplasma.posted import Abort, Detach, Gone
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
-from shmplasma.requests import AnswerNow, Detach, Flush, Hold, Request, Role, SetOptions, holds_told
+from shmplasma.requests import AnswerNow, Flush, Hold, Request, Role, SetOptions, holds_told
 from shmplasma.transport import Channel
 
 __all__ = ["GIVE_UP_SECONDS", "Link"]
@@ -345,15 +345,16 @@ class Link:
                 return
 
     def leave(self) -> None:
-        """Drop what was not sealed and end all requests; a store that is not there is not waited for.
+        """Drop what was not sealed and end all requests; a store that is not there is not waited for, and its successor told.
 
-        Inside another call of this thread the store is not told before the connection ends.
+        Inside another call of this thread the store is not waited for either.
         """
         channel = self.channel
-        if not channel.is_entered:
-            with suppress(ConnectionError):
-                _exchange(channel, Detach.KIND, b"")
+        if channel.is_entered or not _is_told(channel, Detach.KIND):
+            self._append_soon(Detach.KIND, b"", is_last=True)
         channel.retire()
+        if (latest := self.channel) is not channel:  # another thread has just connected again
+            latest.retire()
 
     def end(self) -> None:
         """Write the last record, when nothing of this client is left: a store that has died cannot see the connection end."""
@@ -388,12 +389,17 @@ class Link:
             try:
                 channel = self._connect_again(reason, error)
                 channel.ear = broken.ear
-                # Others may use it from here on, so nothing here may close it.
-                self.channel = channel
+                self._go_on(broken, channel)
             finally:
                 self._untold = None
             for message in untold:
                 channel.send_soon(*message)
+
+    def _go_on(self, broken: Channel, channel: Channel) -> None:
+        """Use another connection; others may from here on, so nobody may close it."""
+        self.channel = channel
+        if broken.is_final:  # by `leave` in another thread, meanwhile
+            channel.retire()
 
     def _connect_again(self, reason: str, error: ConnectionError) -> Channel:
         """Return a connection to the store that has come back."""
@@ -443,6 +449,15 @@ class Link:
 
 def _ignore(_: Frame) -> None:
     """Have a reply for nothing."""
+
+
+def _is_told(channel: Channel, kind: int) -> bool:
+    """Make a request without a body; tell whether it was answered."""
+    try:
+        _exchange(channel, kind, b"")
+    except ConnectionError:
+        return False
+    return True
 
 
 def _exchange(

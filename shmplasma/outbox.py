@@ -24,9 +24,9 @@ Why nothing is lost, and nothing done twice
 
 A client that ends
     closes its connection, and so tells a store that lives.  Of one that has died nobody would tell its successor, which waits for
-    its clients for as long as their processes live.  So the last record of each client says that nothing of it is left; a place of
-    the ring is kept for it, as nobody waits for the store any more.  It is not acknowledged: a store that dies before it
-    has taken back what the client had leaves it to be read again.
+    its clients for as long as their processes live.  So the last record of each client says that nothing of it is left, and one before it that it
+    leaves, if no store has answered that; places of the ring are kept for them, as nobody waits for the store any more.  The last one is not
+    acknowledged: a store that dies before it has taken back what the client had leaves it to be read again.
 
 When the message is spared
     An object that is not sealed is of no use to others, and whoever looks for one under its id sees that a record is unread (`shmplasma.absence`,
@@ -72,8 +72,8 @@ RECORD_BYTES: Final = 64
 RECORDS: Final = OUTBOX_BYTES // RECORD_BYTES
 ANNOUNCED_AT: Final = RECORDS // 2
 """How many records may wait for a store that looks by itself before a message wakes it."""
-PLACES: Final = RECORDS - 1
-"""For all that a client writes but its last record."""
+PLACES: Final = RECORDS - 2
+"""For all that a client writes but its last two records: that it leaves, and that nothing of it is left."""
 _FRUITLESS: Final = 2
 """How often a store looks in vain before it has itself be told."""
 MISSED: Final = b"m"

@@ -20,6 +20,7 @@ __all__ = [
     "REMOVE",
     "Abort",
     "Claim",
+    "Detach",
     "Gone",
     "Lend",
     "Posted",
@@ -238,13 +239,20 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Detach(Empty):
+    """The client leaves: its unsealed objects go; buffers that it still holds stay pinned; in the outbox if no store is there to hear it."""
+
+    KIND: ClassVar[int] = 15
+
+
+@dataclass(frozen=True, slots=True)
 class Gone(Empty):
     """Nothing of the client is left, neither a thread in a call nor a buffer: its last record (see `shmplasma.outbox`)."""
 
     KIND: ClassVar[int] = 45
 
 
-Posted = Publish | Claim | Seal | Abort | Remove | Lend | Redeem | Release | Gone
+Posted = Publish | Claim | Seal | Abort | Remove | Lend | Redeem | Release | Detach | Gone
 
 _KINDS: Final[dict[int, type[Posted]]] = {cls.KIND: cls for cls in get_args(Posted)}
 _PUBLISH: Final = Publish.KIND

@@ -34,7 +34,7 @@ __all__ = [
     "split_frames",
 ]
 
-PROTOCOL_VERSION: Final = 9
+PROTOCOL_VERSION: Final = 10
 ONE_WAY: Final = 0
 
 MAX_REQUEST_BYTES: Final = 2 << 20

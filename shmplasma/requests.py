@@ -14,6 +14,7 @@ from shmplasma.posted import (
     HOLD,
     Abort,
     Claim,
+    Detach,
     Lend,
     Publish,
     Redeem,
@@ -35,7 +36,6 @@ __all__ = [
     "Create",
     "Debug",
     "Delete",
-    "Detach",
     "Evict",
     "Flush",
     "Get",
@@ -423,13 +423,6 @@ class Grow(Empty):
     """Ask for one more board."""
 
     KIND: ClassVar[int] = 14
-
-
-@dataclass(frozen=True, slots=True)
-class Detach(Empty):
-    """The client leaves: its unsealed objects go; buffers that it still holds stay pinned."""
-
-    KIND: ClassVar[int] = 15
 
 
 Request = (

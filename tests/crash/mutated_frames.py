@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, get_args
 from shmplasma.endpoint import Endpoint
 from shmplasma.errors import EndpointError, ProtocolError
 from shmplasma.layout import BOARD_WORDS, ID_BYTES, REFERENCED
-from shmplasma.posted import Publish
+from shmplasma.posted import Detach, Publish
 from shmplasma.protocol import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
@@ -47,7 +47,7 @@ from shmplasma.protocol import (
     split_frames,
 )
 from shmplasma.replies import Leased, Reply, Welcome, decode_reply
-from shmplasma.requests import AnswerNow, Detach, Get, Grow, Hello, Request, Role, decode_request
+from shmplasma.requests import AnswerNow, Get, Grow, Hello, Request, Role, decode_request
 from shmplasma.segment_name import SegmentName
 from tests.command import PROGRAM
 from tests.processes import in_forked_child, until

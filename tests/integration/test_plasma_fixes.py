@@ -31,7 +31,7 @@ import shmplasma as plasma
 from shmplasma.attachment import Attachment
 from shmplasma.layout import BOARD_BYTES, BOARD_WORDS
 from shmplasma.pins import slots_of
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.posted import Abort, Detach, Publish, Seal
 from shmplasma.protocol import MAX_REQUEST_BYTES, PROTOCOL_VERSION, encode_frame
 from shmplasma.replies import Created, Done, Failed, Failure, Number, Objects, Welcome
 from shmplasma.requests import (
@@ -40,7 +40,6 @@ from shmplasma.requests import (
     Create,
     Debug,
     Delete,
-    Detach,
     Evict,
     Get,
     Hello,

@@ -120,6 +120,47 @@ def test_a_client_that_goes_on_and_ends_at_once(tmp_path: Path) -> None:
         assert process.poll() is None
 
 
+def test_who_disconnects_while_its_store_is_dead(tmp_path: Path) -> None:
+    """The next store waits for its last buffer alone: what it had not sealed, and what only it held, goes."""
+    path = str(tmp_path / "s")
+    unsealed, kept = new_id(), new_id()
+    with killed("-m", "1MB", "-s", path):
+        leaver = plasma.connect(path)
+        leaver.put_raw_buffer(b"kept" * 1000, kept)
+        (held,) = leaver.get_buffers([kept])
+        leaver.create(unsealed, 100_000)
+    leaver.disconnect()
+    with running("-s", path), plasma.connect(path) as client:
+        client.create(unsealed, 900_000)
+        client.seal(unsealed)
+        assert held.to_pybytes() == b"kept" * 1000
+
+
+def test_who_disconnects_while_another_thread_waits_for_the_next_store(tmp_path: Path) -> None:
+    """The other thread's call ends when there is one, and says why."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        leaver = plasma.connect(path)
+        held = leaver.put_raw_buffer(b"held")
+    said: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(plasma.NotConnectedError) as caught:
+            leaver.flush()
+        said.append(str(caught.value))
+
+    session = leaver._session
+    assert session is not None
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(session._link._connecting.locked, "it waits for a store")
+    leaver.disconnect()
+    with running("-s", path), plasma.connect(path) as client:
+        thread.join()
+        assert client.contains(held)
+    assert len(said) == 1
+
+
 def test_who_disconnects_while_another_thread_connects_anew(
     store: plasma.Store, client: plasma.PlasmaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from shmplasma.leases import BUSY_WORD
 from shmplasma.mover import SLICE_BYTES
 from shmplasma.moves import PIECE_BYTES
 from shmplasma.offset_pins import AT_OFFSET, pin_word
-from shmplasma.posted import Abort, Claim, Publish, Seal
+from shmplasma.posted import Abort, Claim, Detach, Publish, Seal
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -51,7 +51,6 @@ from shmplasma.requests import (
     Contains,
     Create,
     Delete,
-    Detach,
     Evict,
     Get,
     Keep,

@@ -7,9 +7,9 @@ import pytest
 from shmplasma.errors import Holder
 from shmplasma.leases import BUSY_WORD
 from shmplasma.parts import Parts
-from shmplasma.posted import Abort, Publish, Seal
+from shmplasma.posted import Abort, Detach, Publish, Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Leased
-from shmplasma.requests import AnswerNow, AskLease, Create, Delete, Detach, Get, Keep, SetOptions
+from shmplasma.requests import AnswerNow, AskLease, Create, Delete, Get, Keep, SetOptions
 from shmplasma.store import ObjectStore
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name

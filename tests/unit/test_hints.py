@@ -11,10 +11,10 @@ from shmplasma.hints import TAKEN, wanted_at, wanted_word
 from shmplasma.layout import BOARD_WORDS, WANTED_WORDS, HeaderWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.offset_pins import pin_word
-from shmplasma.posted import Claim, Publish, Seal
+from shmplasma.posted import Claim, Detach, Publish, Seal
 from shmplasma.protocol import ONE_WAY
 from shmplasma.replies import ABSENT, Done, Failure, Leased, Number, Objects
-from shmplasma.requests import AskLease, Contains, Delete, Detach, Evict, Flush, Get
+from shmplasma.requests import AskLease, Contains, Delete, Evict, Flush, Get
 from shmplasma.store import ObjectStore
 from tests.conversation import Conversation, Peer, name
 from tests.crash.damage import Reopened

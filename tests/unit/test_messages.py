@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shmplasma.errors import Holder, ProtocolError
 from shmplasma.layout import ENTRY_BYTES, ID_BYTES
 from shmplasma.messages import Message
-from shmplasma.posted import Abort, Claim, Lend, Publish, Redeem, Release, Remove, Seal
+from shmplasma.posted import Abort, Claim, Detach, Lend, Publish, Redeem, Release, Remove, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -37,7 +37,6 @@ from shmplasma.requests import (
     Create,
     Debug,
     Delete,
-    Detach,
     Evict,
     Flush,
     Get,

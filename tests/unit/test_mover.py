@@ -7,9 +7,9 @@ import pytest
 from shmplasma.layout import REFERENCED, EntryState
 from shmplasma.mover import SLICE_BYTES
 from shmplasma.moves import PIECE_BYTES
-from shmplasma.posted import Release, Seal
+from shmplasma.posted import Detach, Release, Seal
 from shmplasma.replies import ABSENT, Created, Done, Failed, Failure, Leased, Number, Objects, Text
-from shmplasma.requests import AskLease, Contains, Debug, Delete, Detach, Evict, Get, Keep
+from shmplasma.requests import AskLease, Contains, Debug, Delete, Evict, Get, Keep
 from shmplasma.room import Room
 from shmplasma.table import NO_ENTRY
 from shmplasma.waiters import FOR_EVER

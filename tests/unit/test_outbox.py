@@ -99,11 +99,12 @@ def test_a_full_ring_takes_nothing_until_something_is_handled(before: int) -> No
     assert page.handle() is None
 
 
-def test_a_place_is_kept_for_the_last_record() -> None:
-    """A client that ends says so, though nobody reads what it has written; and there is room for it once."""
+def test_places_are_kept_for_the_last_records() -> None:
+    """A client that leaves, and ends, says so, though nobody reads what it has written; and there is room for each once."""
     page = Page()
     for number in range(PLACES):
         assert page.outbox.append(number, b"")
+    assert page.outbox.append(77, b"last but one", is_last=True)
     assert page.outbox.append(78, b"last", is_last=True)
     assert not page.outbox.append(79, b"too much", is_last=True)
     assert [page.handle() for _ in range(RECORDS)][-1] == (78, b"last")
@@ -251,7 +252,7 @@ def test_a_store_that_lags_is_woken_once() -> None:
     Polling(header, lambda: None, possible=True).start()
     outbox = Outbox(page.words, page.counter, polled, incarnation)
     told = []
-    for handled in (0, 1, ANNOUNCED_AT, RECORDS + ANNOUNCED_AT):
+    for handled in (0, 2, ANNOUNCED_AT, RECORDS + ANNOUNCED_AT):
         page.counter[0] = handled
         while outbox.append(1, b""):
             if outbox.is_to_be_announced:

@@ -4,7 +4,7 @@ import pytest
 
 from shmplasma.layout import BOARD_WORDS, REFERENCED
 from shmplasma.outbox import PLACES
-from shmplasma.posted import Gone, Lend, Publish, Redeem, Release, Seal
+from shmplasma.posted import Detach, Gone, Lend, Publish, Redeem, Release, Seal
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.references import MAX_OF_A_CLIENT, References
 from shmplasma.replies import Created, Done, Failed, Failure, Leased, Number, Welcome
@@ -717,13 +717,14 @@ def test_who_tells_that_he_holds_nothing_is_not_waited_for_by_the_next_store(
 
 @pytest.mark.parametrize("noticed", [False, True])
 def test_who_ends_while_no_store_is_there(talk: Conversation, noticed: bool) -> None:
-    """Its last record tells a successor that it has gone, though its process lives; a place for it is always free."""
+    """Its last records tell a successor that it has gone, though its process lives; places for them are always free."""
     peer, other = talk.client(), talk.client()
     put(peer, X)
     peer.release(peer.create(Y))
     later = talk if noticed else reopen(talk)
     for _ in range(PLACES):
         peer.write_silently(Release(X, 99))
+    assert peer.outbox.append(Detach.KIND, b"", is_last=True)
     assert peer.outbox.append(Gone.KIND, b"", is_last=True)
     if noticed:
         talk.store.poll(talk.now_ns)  # and dies before it has done what comes of it
@@ -738,6 +739,46 @@ def test_who_ends_while_no_store_is_there(talk: Conversation, noticed: bool) -> 
     forget_what_was_on_its_way(later)
     assert not later.ids()
     assert later.store.describe().endswith("\nclients: unnamed (pid 4711)")
+    later.store.check()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_who_leaves_while_no_store_is_there(talk: Conversation, at_once: bool) -> None:
+    """A record says so: what it wrote and held goes, what it pins stays."""
+    peer, other = talk.client(), talk.client()
+    put(peer, X)
+    peer.release(peer.create(Y))
+    peer.put(name(1))
+    (slot,) = peer.get(name(1))[1]
+    later = talk if at_once else reopen(talk)
+    for _ in range(PLACES):
+        peer.write_silently(Release(X, 99))
+    assert peer.outbox.append(Detach.KIND, b"", is_last=True)
+    if at_once:
+        later = reopen(talk)
+    later.poll()
+    other = welcome(later, other)
+    tell(other)
+    forget_what_was_on_its_way(later)
+    assert later.ids() == {name(1)}
+    other.ask(Delete([name(1)]), Done)
+    assert other.refused(other.new(X, 65536)) is Failure.FULL
+    peer.release(slot)
+    later.wake()
+    other.ask(other.new(X, 65536), Created)
+    later.store.check()
+
+
+def test_who_goes_on_having_left(talk: Conversation) -> None:
+    """Who asks to go on after its record was read is a client that has nothing."""
+    peer = talk.client()
+    peer.create(Y)
+    later = reopen(talk)
+    assert peer.outbox.append(Detach.KIND, b"", is_last=True)
+    again = welcome(later, peer)
+    again.post(Flush())
+    later.turn()
+    assert again.dropped
     later.store.check()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from shmplasma.layout import REFERENCED, EntryState
 from shmplasma.leases import BUSY_WORD
-from shmplasma.posted import Release, Seal
+from shmplasma.posted import Detach, Release, Seal
 from shmplasma.replies import (
     ABSENT,
     Created,
@@ -19,7 +19,7 @@ from shmplasma.replies import (
     Number,
     Objects,
 )
-from shmplasma.requests import AnswerNow, AskLease, Contains, Delete, Detach, Evict, Keep, List
+from shmplasma.requests import AnswerNow, AskLease, Contains, Delete, Evict, Keep, List
 from shmplasma.spilling import HEADER_BYTES, ExternalLimits
 from shmplasma.tickets import TICKET_NS
 from shmplasma.transfers import Job, Read, Write

@@ -21,7 +21,7 @@ from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import ANNOUNCED_AT, PLACES, RECORDS
 from shmplasma.pins import slots_of
-from shmplasma.posted import Abort, Claim, Publish, Seal
+from shmplasma.posted import Abort, Claim, Detach, Publish, Seal
 from shmplasma.protocol import MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 from shmplasma.replies import (
     ABSENT,
@@ -46,7 +46,6 @@ from shmplasma.requests import (
     Create,
     Debug,
     Delete,
-    Detach,
     Evict,
     Flush,
     Get,
@@ -1466,12 +1465,12 @@ def test_a_store_that_looks_is_not_told(roomy: Tenant) -> None:
     roomy.peer.write(Publish(name(0), roomy.next, 64, 0, 3))
     assert store.polls
     told = []
-    for number in range(1, RECORDS):
+    for number in range(1, PLACES):
         roomy.peer.write_silently(Publish(name(number), roomy.next + 64 * number, 64, 0, 3))
         told.append(outbox.is_to_be_announced)
     assert [number for number, is_told in enumerate(told, 1) if is_told] == [ANNOUNCED_AT]
     roomy.talk.poll()
-    assert roomy.control(ControlWord.ACKNOWLEDGED) == RECORDS
+    assert roomy.control(ControlWord.ACKNOWLEDGED) == PLACES
     barriers = roomy.talk.memory.barriers
     looks = 0
     while roomy.talk.words[HeaderWord.POLLED]:
@@ -1480,7 +1479,7 @@ def test_a_store_that_looks_is_not_told(roomy: Tenant) -> None:
         looks += 1
     assert looks == 3
     assert roomy.talk.memory.barriers == barriers + 1
-    roomy.peer.write_silently(Publish(name(RECORDS), roomy.next + 64 * RECORDS, 64, 0, 3))
+    roomy.peer.write_silently(Publish(name(PLACES), roomy.next + 64 * PLACES, 64, 0, 3))
     assert outbox.is_to_be_announced
     store.check()
 

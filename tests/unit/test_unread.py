@@ -16,9 +16,9 @@ from shmplasma.leases import BUSY_WORD
 from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import RECORDS
 from shmplasma.pinning import Pin
-from shmplasma.posted import Abort, Claim, Posted, Publish, Seal
+from shmplasma.posted import Abort, Claim, Detach, Posted, Publish, Seal
 from shmplasma.replies import Done, Leased, Number
-from shmplasma.requests import AskLease, Contains, Delete, Detach, Evict, Flush
+from shmplasma.requests import AskLease, Contains, Delete, Evict, Flush
 from shmplasma.table import NO_ENTRY
 from shmplasma.unread import Unread
 from tests.conversation import Conversation, name

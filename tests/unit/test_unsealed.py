@@ -9,10 +9,10 @@ import pytest
 
 from shmplasma.layout import BOARD_WORDS
 from shmplasma.pins import slots_of
-from shmplasma.posted import Publish, Seal
+from shmplasma.posted import Detach, Publish, Seal
 from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.replies import Created, Done, Failure, Leased, Reply, Welcome
-from shmplasma.requests import AskLease, Create, Detach, Flush, Hello, Request, Role
+from shmplasma.requests import AskLease, Create, Flush, Hello, Request, Role
 from shmplasma.store import ObjectStore
 from shmplasma.table import NO_ENTRY
 from tests.conversation import Conversation, Peer, name
