@@ -3,22 +3,30 @@
 The workers are loky's: they take functions and classes of any kind, as cloudpickle does, and the death of a worker is
 noticed.  What was submitted and not done then fails with loky's `TerminatedWorkerError`; what is submitted after
 that goes to new workers.
+
+A task, and a result, is a pickle of its own in what loky sends: what refers to the store in it is lent when that pickle is whole.  Of one that
+fails nothing is on its way to anybody (`shmplasma.lending`).
 """
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from shmplasma.client import PlasmaClient
 from shmplasma.embedded import Store
 from shmplasma.extras import needed_by
+from shmplasma.lending import Loans
 from shmplasma.sharing import DEFAULT_MIN_BYTES, Sharing
+from shmplasma.store_ref import Loan, StoreRef
 
 with needed_by("StoreExecutor", "loky"):
+    from loky.backend.reduction import dumps
     from loky.process_executor import ProcessPoolExecutor
 
 __all__ = ["StoreExecutor"]
@@ -50,6 +58,41 @@ class _Bar:
     def stop(self) -> None:
         """Leave the bar as it is now."""
         self._progress.stop()
+
+
+class _Whole:
+    """A task, or a result; it arrives as what is in it."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: object) -> None:
+        self.content = content
+
+
+class _Passing(Sharing):
+    """Reducers that lend nothing for a pickle that fails."""
+
+    @property
+    def reducers(self) -> dict[type, Callable[[Any], Any]]:
+        """What to enter into a pickler's table, by type."""
+        return {**super().reducers, _Whole: self.reduce_whole}
+
+    def reduce_whole(self, whole: _Whole) -> Any:
+        """Reduce a task or a result."""
+        loans: Loans = []
+        lenders: dict[type, Callable[[Any], Any]] = {
+            StoreRef: lambda ref: ref.reduce(1, loans),
+            Loan: lambda loan: loan.reduce(loans),
+        }
+        data = dumps(whole.content, {**super().reducers, **lenders})
+        for lend in loans:
+            lend()
+        return pickle.loads, (pickle.PickleBuffer(data),)
+
+
+def _run(task: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
+    function, args, kwargs = task
+    return _Whole(function(*args, **kwargs))
 
 
 class StoreExecutor(Executor):
@@ -97,7 +140,7 @@ class StoreExecutor(Executor):
         self.store = Store(memory)
         try:
             self.client: PlasmaClient = self.store.connect()
-            self._sharing = Sharing(self.store.store_socket_name, min_bytes)
+            self._sharing = _Passing(self.store.store_socket_name, min_bytes)
             self._workers = self._new_workers()
             if progress is True:  # the last, as it draws until it is stopped
                 self._bar = _Bar()
@@ -124,23 +167,27 @@ class StoreExecutor(Executor):
         RuntimeError
             The executor was shut down.
         """
+        task = _Whole((fn, args, kwargs))
         with self._lock:
             if self._ended:
                 raise RuntimeError("this executor was shut down; make another one")
             try:
-                future: Future[_T] = self._workers.submit(fn, *args, **kwargs)
+                future: Future[_T] = self._workers.submit(_run, task)
             except BrokenProcessPool:
                 self._workers.shutdown(wait=False)
                 self._workers = self._new_workers()
-                future = self._workers.submit(fn, *args, **kwargs)
+                future = self._workers.submit(_run, task)
             self._submitted += 1
             if self._bar is not None:
                 self._bar(self._done, self._submitted)
         # It keeps this executor, and its store, until then.
-        future.add_done_callback(self._count)
+        future.add_done_callback(partial(self._count, task))
         return future
 
-    def _count(self, _: object) -> None:
+    def _count(self, task: _Whole, _: object) -> None:
+        task.content = (
+            None  # the thread that could not pickle it keeps it until there is another one
+        )
         with self._lock:
             self._done += 1
             done, submitted = self._done, self._submitted

@@ -77,6 +77,35 @@ def test_an_executor() -> None:
     )
 
 
+def test_a_task_that_cannot_be_pickled() -> None:
+    """Nor can a result: what was stored of it before that showed goes with the arrays, and not with the executor."""
+    run_python(
+        """
+        import gc, threading, time
+        import numpy as np
+        import shmplasma as plasma
+
+        def fail(i):
+            return np.full(100_000, i), threading.Lock()
+
+        with plasma.StoreExecutor(1, memory="50MB") as executor:
+            array = np.arange(100_000.0)
+            kept = executor.client.put_ref(np.zeros(100_000))
+            futures = [executor.submit(len, array, kept, threading.Lock())]
+            futures += [executor.submit(fail, i) for i in range(3)]
+            for future in futures:
+                assert "pickle" in repr(future.exception()), future.exception()
+            assert executor.submit(lambda ref: ref.get().sum(), kept).result() == 0
+            del array, kept, future
+            executor.submit(gc.collect).result()  # what the last error has kept
+            deadline = time.monotonic() + 30
+            while executor.client.list():
+                assert time.monotonic() < deadline, executor.client.debug_string()
+                time.sleep(0.01)
+        """
+    )
+
+
 def test_an_executor_that_draws_a_bar() -> None:
     """At its end the bar says that all is done, also of what has failed; standard output is the program's."""
     said = run_python(
