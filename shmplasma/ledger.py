@@ -85,8 +85,8 @@ class Ledger:
                 references.release(object_id, client, number)
             case Hold(ticket, holds):
                 references.hold(client, ticket, holds, now_ns)
-            case Bequeath(ticket):
-                references.bequeath(client, ticket, now_ns)
+            case Bequeath(ticket, object_ids):
+                references.bequeath(client, ticket, object_ids, now_ns)
 
     def delete_nobodys(self, at_most: int, *, asked: bool) -> bool:
         """Delete what nobody owns, so many objects at most, but while a move hides an object; all outboxes have been read just now.

@@ -36,8 +36,8 @@ Why no object is deleted that somebody holds, or is yet to receive
     The next one: a Redeem that is read in a reading may be younger than that reading's look at the lender's outbox.
 
 Fork
-    Before a fork the parent lends all that it holds by one ticket (Bequeath), and waits for the answer.  The child
-    tells what handles it has inherited (Hold), under its own connection, and then uses up the ticket, by a Hold of nothing.
+    Before a fork the parent lends all that it holds by a ticket for each so many objects (Bequeath), and waits for the answers.  The child
+    tells what handles it has inherited (Hold), under its own connection, and then uses up each ticket, by a Hold of nothing.
 
 Deaths
     The holds of a client end with its connection, after its outbox was read; many of them by and by.  What a store that dies knew is gone.
@@ -166,10 +166,10 @@ class References:
             owners.holds.discard((client, number))
             self._review(object_id, owners)
 
-    def bequeath(self, client: int, ticket: int, now_ns: int) -> None:
-        """Lend all that a client holds by one ticket, to a child that takes it at once or never."""
-        held = {object_id for object_id, _ in self._holds_of.get(client, ())}
-        self.tickets.mint(ticket, held, 1, client, now_ns, is_brief=True)
+    def bequeath(self, client: int, ticket: int, object_ids: Iterable[bytes], now_ns: int) -> None:
+        """Lend what a client names by one ticket, to a child that takes it at once or never."""
+        known = {object_id for object_id in object_ids if object_id in self._objects}
+        self.tickets.mint(ticket, known, 1, client, now_ns, is_brief=True)
 
     def hold(
         self, client: int, ticket: int, holds: Iterable[tuple[bytes, int]], now_ns: int

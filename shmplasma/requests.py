@@ -374,19 +374,24 @@ def holds_told(holds: Sequence[tuple[bytes, int]]) -> list[Hold]:
 
 @dataclass(frozen=True, slots=True)
 class Bequeath:
-    """Lend all that this client holds, by one ticket, to a child that is about to be forked."""
+    """Lend up to `MAX_HOLDS` objects, by one ticket, to a child that is about to be forked."""
 
     KIND: ClassVar[int] = 44
     ticket: int
+    object_ids: Sequence[bytes]
 
     def encode(self) -> bytes:
         """Return the body."""
-        return _TICKET.pack(self.ticket)
+        return _TICKET.pack(self.ticket) + b"".join(self.object_ids)
 
     @classmethod
     def decode(cls, body: bytes) -> Bequeath:
         """Return the message of a body."""
-        return cls(*_TICKET.unpack(body))
+        (ticket,) = _TICKET.unpack(body[:8])
+        object_ids = _ids(body[8:])
+        if len(object_ids) > MAX_HOLDS:
+            raise ValueError(f"it lends more than {MAX_HOLDS} objects")
+        return cls(ticket, object_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from shmplasma.objects import ObjectID, fresh_id
 from shmplasma.posted import Lend, Redeem, Release
 from shmplasma.reading import Mode, ObjectNotAvailable, Reading
 from shmplasma.replies import Done
-from shmplasma.requests import Bequeath, Flush, Hold, holds_told
+from shmplasma.requests import MAX_HOLDS, Bequeath, Flush, Hold, holds_told
 from shmplasma.serialization import SerializationContext, deserialize, serialize
 from shmplasma.session import Session
 from shmplasma.writing import Writing
@@ -63,7 +63,7 @@ class Home(Reading, Writing):
     def __init__(self, path: str) -> None:
         self._held: set[tuple[bytes, int]] = set()
         self._numbers = count(1)
-        self._ticket = 0
+        self._tickets: list[int] = []
         self._dropped: Session | None = None
         self._refs: weakref.WeakValueDictionary[bytes, StoreRef] = weakref.WeakValueDictionary()
         super().__init__(path, DEFAULT_RETRIES)
@@ -74,9 +74,9 @@ class Home(Reading, Writing):
         told = self._holds()
         for request in holds_told(told):
             session.call(request, Done)
-        if self._ticket:
-            session.call(Hold(self._ticket, ()), Done)
-            self._ticket = 0
+        while self._tickets:
+            session.call(Hold(self._tickets[-1], ()), Done)
+            self._tickets.pop()
         self._session = session  # from here on `end` tells it
         self._dropped = None
         for hold in set(told) - self._held:
@@ -206,18 +206,21 @@ class Home(Reading, Writing):
         self._live().post(Redeem.KIND, Redeem(object_id.id_bytes, ticket, number).encode())
         return ref
 
-    def bequeath(self) -> int:
-        """Lend all that this process holds to a child; return the ticket, 0 where there is nothing to lend."""
+    def bequeath(self) -> list[int]:
+        """Lend all that this process holds to a child; return the tickets."""
         session = self._session
-        if session is None or not self._held:
-            return 0
-        ticket = _new_ticket()
-        session.call(Bequeath(ticket), Done)
-        return ticket
+        object_ids = list({object_id for object_id, _ in self._holds()})
+        tickets: list[int] = []
+        if session is not None:
+            for start in range(0, len(object_ids), MAX_HOLDS):
+                tickets.append(_new_ticket())
+                lent = object_ids[start : start + MAX_HOLDS]
+                session.call(Bequeath(tickets[-1], lent), Done)
+        return tickets
 
-    def inherit(self, ticket: int) -> None:
+    def inherit(self, tickets: list[int]) -> None:
         """Hold, in a forked child, what the parent has lent."""
-        self._ticket = ticket
+        self._tickets = tickets
         self._live()
 
 
@@ -439,7 +442,7 @@ class _Registry:
     def __init__(self) -> None:
         self.homes: weakref.WeakValueDictionary[str, Home] = weakref.WeakValueDictionary()
         self.lock = threading.Lock()
-        self.lent: dict[int, list[tuple[Home, int]]] = {}  # by the thread that forks
+        self.lent: dict[int, list[tuple[Home, list[int]]]] = {}  # by the thread that forks
 
     def home_of(self, path: str) -> Home:
         """Return the home at the store of a socket, made if there is none."""
@@ -456,12 +459,12 @@ class _Registry:
         lent = self.lent[threading.get_ident()] = []
         for home in list(self.homes.values()):
             try:
-                ticket = home.bequeath()
+                tickets = home.bequeath()
             except (ShmPlasmaError, OSError, RuntimeError) as error:  # the last in a signal handler
                 _warn(error)
                 continue
-            if ticket:
-                lent.append((home, ticket))
+            if tickets:
+                lent.append((home, tickets))
 
     def after_fork_in_parent(self) -> None:
         """Forget what was lent."""
@@ -472,9 +475,9 @@ class _Registry:
         self.lock = threading.Lock()
         lent = self.lent.pop(threading.get_ident(), [])
         self.lent.clear()  # what other threads of the parent have lent to their children
-        for home, ticket in lent:
+        for home, tickets in lent:
             try:
-                home.inherit(ticket)
+                home.inherit(tickets)
             except (ShmPlasmaError, OSError) as error:
                 _warn(error)
 

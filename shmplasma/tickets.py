@@ -183,12 +183,11 @@ class Tickets:
         return self._due.next_ns
 
     def expire(self, now_ns: int, at_most: int) -> None:
-        """Let tickets end, or protect no more, whose time has come; so many at most."""
-        for _ in range(at_most):
-            number = self._due.take(now_ns)
-            if number is None:
-                return
+        """Let tickets end, or protect no more, whose time has come; no more when they were for so many objects."""
+        count = 0
+        while count < at_most and (number := self._due.take(now_ns)) is not None:
             ticket = self._tickets[number]
+            count += len(ticket.object_ids)
             if ticket.sender is None or ticket.is_brief:
                 self._remove(number)
             else:

@@ -30,7 +30,7 @@ from shmplasma import (
 )
 from shmplasma.nesting import NESTED
 from shmplasma.replies import Done
-from shmplasma.requests import MAX_HOLDS, Flush, Hold
+from shmplasma.requests import MAX_HOLDS, Bequeath, Flush, Hold
 from shmplasma.serialization import serialize
 from shmplasma.session import Session
 from shmplasma.store_ref import StoreRef, _registry, home_of
@@ -416,9 +416,12 @@ def test_a_fork_with_many(
     reader, writer = os.pipe()
     parent, call = os.getpid(), Session.call
     told: list[object] = []
+    lent: list[int] = []
 
     def in_between(self: Session, request: Any, expected: Any) -> Any:
         reply = call(self, request, expected)
+        if isinstance(request, Bequeath):
+            lent.append(len(request.object_ids))
         if os.getpid() != parent and isinstance(request, Hold) and not told:
             told.append(request)
             os.close(writer)
@@ -428,6 +431,7 @@ def test_a_fork_with_many(
     monkeypatch.setattr(Session, "call", in_between)
     pid = fork_with(lambda: told and [ref.get() for ref in refs] == list(range(len(refs))))
     os.close(reader)
+    assert lent == [MAX_HOLDS, 10]
     refs.clear()
     until(lambda: figure(client2, "references") == MAX_HOLDS, "only the child has any")
     assert len(client2.list()) == MAX_HOLDS + 10

@@ -161,7 +161,7 @@ class ReferenceMachine(RuleBasedStateMachine):
         parent, _ = self.handle(at)
         self.come_back(parent)
         self.count += 1
-        parent.peer.ask(Bequeath(self.count), Done)
+        parent.peer.ask(Bequeath(self.count, sorted({each for each, _ in parent.handles})), Done)
         child = Client(self.talk.client(), set(parent.handles), last_number=parent.last_number)
         child.sent.append(Hold(self.count, sorted(child.handles)))
         self.clients.append(child)

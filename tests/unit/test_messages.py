@@ -99,7 +99,7 @@ REQUESTS: dict[type[Any], st.SearchStrategy[Request]] = {
     Redeem: st.builds(Redeem, IDS, U64, U64),
     Release: st.builds(Release, IDS, U64),
     Hold: st.builds(Hold, U64, st.lists(st.tuples(IDS, U64), max_size=8)),
-    Bequeath: st.builds(Bequeath, U64),
+    Bequeath: st.builds(Bequeath, U64, st.lists(IDS, max_size=8)),
     Trim: st.just(Trim()),
 }
 

@@ -297,7 +297,7 @@ def test_a_fork(talk: Conversation) -> None:
     parent, child = talk.client(), talk.client()
     put(parent, X)
     put(parent, Y)
-    parent.ask(Bequeath(7), Done)
+    parent.ask(Bequeath(7, [X, Y]), Done)
     drop(talk, parent, X)
     drop(talk, parent, Y)
     assert talk.ids() == {X, Y}
@@ -314,7 +314,7 @@ def test_a_fork_whose_child_tells_in_parts(talk: Conversation) -> None:
     parent, child = talk.client(), talk.client()
     put(parent, X)
     put(parent, Y)
-    parent.ask(Bequeath(7), Done)
+    parent.ask(Bequeath(7, [X, Y]), Done)
     talk.disconnect(parent)
     child.ask(Hold(0, [(X, 0)]), Done)
     assert talk.ids() == {X, Y}
@@ -328,7 +328,7 @@ def test_a_fork_whose_child_never_tells(talk: Conversation) -> None:
     """It was killed, or there is none: what it was lent stays for a while, and not for as long as its parent lives."""
     parent = talk.client()
     put(parent, X)
-    parent.ask(Bequeath(7), Done)
+    parent.ask(Bequeath(7, [X]), Done)
     drop(talk, parent, X)
     talk.later(TICKET_SECONDS - 1)
     assert talk.ids() == {X}
@@ -337,11 +337,35 @@ def test_a_fork_whose_child_never_tells(talk: Conversation) -> None:
     assert not talk.store._parts.ledger.references.tickets.n_of(parent.number)
 
 
+def test_a_fork_of_more_than_is_lent_at_once(talk: Conversation) -> None:
+    """A ticket is for so many objects at most, and only so many end in a turn: here one ticket, though two are due."""
+    parent = talk.client()
+    ids = [name(number) for number in range(4)]
+    for object_id in ids:
+        put(parent, object_id)
+    parent.ask(Bequeath(7, ids[:2]), Done)
+    parent.ask(Bequeath(8, [*ids[2:], name(99)]), Done)
+    for object_id in ids:
+        drop(talk, parent, object_id)
+    assert talk.ids() == set(ids)
+    talk.store._room.most_at_once = 2
+    talk.now_ns += TICKET_NS
+    talk.steady_ns += TICKET_NS
+    for left in ids[2:], ():
+        assert talk.store.ledger.wait_ns == 0
+        talk.store.expire(talk.now_ns)
+        talk.turn()
+        assert talk.ids() == set(left)
+    assert talk.store.ledger.wait_ns is None
+    parent.tell(Bequeath(9, [X] * (MAX_HOLDS + 1)))
+    assert parent.dropped
+
+
 def test_a_fork_of_who_ends_later(talk: Conversation) -> None:
     """The time of what it has lent to a child is that of the fork still."""
     parent = talk.client()
     put(parent, X)
-    parent.ask(Bequeath(7), Done)
+    parent.ask(Bequeath(7, [X]), Done)
     talk.later(TICKET_SECONDS - 1)
     talk.disconnect(parent)
     assert talk.ids() == {X}
@@ -444,14 +468,14 @@ def test_an_id_that_is_used_anew_while_its_old_object_is_on_its_way(talk: Conver
     parent, child = talk.client(), talk.client()
     put(parent, X)
     put(parent, Y)
-    parent.ask(Bequeath(7), Done)
+    parent.ask(Bequeath(7, [X, Y]), Done)
     parent.ask(Delete([X]), Done)
     put(parent, X)
     talk.store.check()
     child.ask(Hold(7, [(Y, 0)]), Done)
     drop(talk, parent, X)
     assert talk.ids() == {Y}
-    parent.ask(Bequeath(8), Done)
+    parent.ask(Bequeath(8, [Y]), Done)
     parent.ask(Delete([Y]), Done)
     assert not talk.ids()
     assert "references on their way: 0\n" in talk.store.describe()
