@@ -1,4 +1,4 @@
-"""The door of a store: who may connect, and whether there is a descriptor for him."""
+"""The door of a store: who may connect, and whether there are descriptors for him."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Reception:
     Attributes
     ----------
     is_open : bool
-        Whether connections are accepted.  Where there is no descriptor for one it waits in the listener's queue, until
+        Whether connections are accepted.  Where there are no descriptors for one it waits in the listener's queue, until
         `open`.
     """
 
@@ -71,7 +71,11 @@ class Reception:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            to_look_with = os.open(os.devnull, os.O_RDONLY)  # at his process, once he is accepted
+            try:
+                sock, _ = self._listener.accept()
+            finally:
+                os.close(to_look_with)
         except OSError as error:
             if error.errno not in _NOBODY_TO_ACCEPT:
                 _LOG.warning(
