@@ -11,15 +11,13 @@ Invariants
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-from typing import Final
 
 import posix_ipc
 
 from shmplasma import system
-from shmplasma.errors import AttachError
+from shmplasma.errors import AttachError, what_helps
 from shmplasma.layout import (
     BOARD_BYTES,
     HEADER_BYTES,
@@ -32,20 +30,13 @@ from shmplasma.segment_name import SegmentName, map_segment, open_segment, refus
 
 __all__ = ["Attachment", "not_mapped"]
 
-_REMEDIES: Final = {
-    errno.EMFILE: "close some files, or raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "close some files, or raise the system's limit of open files (fs.file-max)",
-    errno.ENOMEM: "free some memory, or raise the limit of a process's memory (ulimit -v) or that of its mappings (vm.max_map_count)",
-}
-"""The limits that a client may have met that maps a segment, and what helps."""
-
 
 def not_mapped(error: OSError, size_bytes: int) -> OSError:
     """Return the error that says why so many bytes of a segment cannot be mapped, and what helps."""
-    remedy = _REMEDIES.get(error.errno or 0, "see the kernel's log (dmesg)")
+    remedy = what_helps(error) or "; see the kernel's log (dmesg)"
     return OSError(
         error.errno,
-        f"{size_bytes} bytes of the store's segment cannot be mapped here ({error.strerror}); {remedy}",
+        f"{size_bytes} bytes of the store's segment cannot be mapped here ({error.strerror}){remedy}",
     )
 
 

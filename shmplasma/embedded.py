@@ -24,7 +24,7 @@ from shmplasma.arrow_errors import NotConnectedError
 from shmplasma.client import PlasmaClient, connect
 from shmplasma.connected import lasting
 from shmplasma.endpoint import Endpoint
-from shmplasma.errors import EndpointError, StoreNotStartedError
+from shmplasma.errors import EndpointError, StoreNotStartedError, what_helps
 from shmplasma.options import PROGRAM, check_seconds
 from shmplasma.segment_name import SegmentName
 from shmplasma.sizes import parse_size
@@ -73,7 +73,7 @@ class Store:
     Raises
     ------
     StoreNotStartedError
-        The server did not start; the message is what it said.
+        The server did not start; the message is what it said, or what the system refused.
     ValueError
         A size is none, or less than a byte; `ticket_seconds` is no number of seconds; or `max_spill_bytes` is given without
         an external store.
@@ -122,23 +122,31 @@ class Store:
         self._owner_pid = os.getpid()
         try:
             self._start([*arguments, "-s", socket])
-        except BaseException:
+        except BaseException as error:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise StoreNotStartedError(
+                    f"the store did not start: {error}{what_helps(error)}"
+                ) from error
             raise
 
     def _start(self, arguments: list[str]) -> None:
-        self._alive, theirs = sockets.socketpair()
         # A file and not a pipe: nobody reads on once the server is ready, and it must not block
         # then.
         with tempfile.TemporaryFile() as said:
-            with theirs:
-                # The lowest are the server's standard streams, also where this process has none.
-                inherited = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3)
+            self._alive, theirs = sockets.socketpair()
             try:
-                self.process = _spawn(arguments, inherited, said)
-            finally:
-                os.close(inherited)
+                with theirs:
+                    # The lowest are the server's standard streams, also where this process has none.
+                    inherited = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3)
+                try:
+                    self.process = _spawn(arguments, inherited, said)
+                finally:
+                    os.close(inherited)
+            except BaseException:
+                self._alive.close()
+                raise
             try:
                 ready = self._alive.recv(len(_READY)) == _READY
             except BaseException:

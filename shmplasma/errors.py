@@ -7,7 +7,8 @@ a user of the client meets under Plasma's names need Arrow's base classes and li
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import errno
+from typing import Final, NamedTuple
 
 __all__ = [
     "AttachError",
@@ -19,7 +20,22 @@ __all__ = [
     "ProtocolError",
     "ShmPlasmaError",
     "StoreNotStartedError",
+    "what_helps",
 ]
+
+_LIMITS: Final = {
+    errno.EMFILE: "close some files, or raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close some files, or raise the system's limit of open files (fs.file-max)",
+    errno.ENOMEM: "free some memory, or raise the limit of a process's memory (ulimit -v) or that of its mappings (vm.max_map_count)",
+    errno.EAGAIN: "end some processes, or raise their limit (ulimit -u), or that of the control group (pids.max)",
+}
+"""The limits that a client may have met, and what helps."""
+
+
+def what_helps(error: OSError) -> str:
+    """Return what helps a client that has met a limit, to be added to a message; empty if it is none."""
+    remedy = _LIMITS.get(error.errno or 0)
+    return "" if remedy is None else f"; {remedy}"
 
 
 class ShmPlasmaError(Exception):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -145,6 +146,23 @@ def test_a_store_that_cannot_start() -> None:
         Store("10MB", directory="/nowhere")
     with pytest.raises(StoreNotStartedError, match=r"exit code 2\): .*huge pages need"):
         Store("10MB", huge_pages=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EMFILE, r"ulimit -n"), (errno.EAGAIN, r"ulimit -u")]
+)
+def test_a_system_that_starts_no_process(
+    monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    """It is said what was refused and what helps, and nothing is left."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    text = rf"the store did not start: \[Errno {number}\] {os.strerror(number)}; .*{remedy}"
+    with pytest.raises(StoreNotStartedError, match=text):
+        Store("10MB")
 
 
 @pytest.mark.parametrize(
