@@ -151,11 +151,11 @@ class Answers:
 
     def announce(self, entry: int) -> None:
         """Tell those who wait for an object, and the subscribers, that it is sealed."""
-        if not (self._outgoing.subscribers or self._queue.waiting):
+        if not (self._outgoing.to_be_told or self._queue.waiting):
             return
         object_id = self._table.object_id(entry)
         _, data_size, metadata_size = self._table.location(entry)
-        self._outgoing.notify(object_id, data_size, metadata_size)
+        self._outgoing.sealed(entry, object_id, data_size, metadata_size)
         self._give(object_id, entry)
 
     def _give(self, object_id: bytes, entry: int) -> None:

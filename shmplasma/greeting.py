@@ -141,14 +141,12 @@ class Greeter:
             return
         if hello.role is Role.CLIENT:
             session.board = self.grant(session)
-            descriptor = Descriptor.WAKE
-        else:
-            descriptor = None
-            self._outgoing.subscribers.add(client)
         session.role, session.name = hello.role, hello.name
-        self._outgoing.reply(client, request_id, self._welcome(session), descriptor)
-        if hello.role is Role.SUBSCRIBER:
-            self._outgoing.replay(client, self._table)
+        welcome = self._welcome(session)
+        if hello.role is Role.CLIENT:
+            self._outgoing.reply(client, request_id, welcome, Descriptor.WAKE)
+        else:
+            self._outgoing.subscribe(client, request_id, welcome, self._table)
 
     def expect(self, owners: Mapping[int, Owner], now_ns: int) -> None:
         """Await the clients of a store that has died; they are known by the numbers of their first boards."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from shmplasma.layout import EntryState, Layout
@@ -53,14 +53,17 @@ def notification(object_id: bytes, data_size: int, metadata_size: int) -> bytes:
     return len(record).to_bytes(8, "little") + record
 
 
-def sealed_notifications(table: Table) -> bytes:
-    """Return a notification for each object that is sealed, wherever it lies, in a row: 44 bytes and 0.5 us each."""
+def sealed_notifications(
+    summaries: Iterable[tuple[int, bytes, int, int]], told: set[bytes]
+) -> bytes:
+    """Return a notification for each object that is sealed, wherever it lies, in a row, and note of which: 44 bytes and 0.5 us each."""
     pack, length, sealed = NOTIFICATION.pack, NOTIFICATION.size.to_bytes(8, "little"), _SEALED
-    return b"".join(
-        length + pack(object_id, data_size, metadata_size)
-        for state, object_id, data_size, metadata_size in table.summaries()
-        if state in sealed
-    )
+    parts = []
+    for state, object_id, data_size, metadata_size in summaries:
+        if state in sealed:
+            told.add(object_id)
+            parts.append(length + pack(object_id, data_size, metadata_size))
+    return b"".join(parts)
 
 
 def describe(

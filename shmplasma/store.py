@@ -139,7 +139,7 @@ class ObjectStore:
         if session.role is Role.CLIENT:
             self._posts.heed_out(session, now_ns)
         del self._greeter.sessions[client]
-        self.subscribers.discard(client)
+        self._outgoing.unsubscribe(client)
         self._boards.clear(client)
         self._dispatch.forget(client, now_ns)
         self.ledger.end(client, session.pid, session.start_time)
@@ -165,7 +165,7 @@ class ObjectStore:
         """
         session = self._greeter.sessions[client]
         session.detached = True
-        self.subscribers.discard(client)
+        self._outgoing.unsubscribe(client)
         self._answers.forget(client)
         self._creations.abandon(client)
         return session.role is Role.CLIENT
@@ -285,6 +285,7 @@ class ObjectStore:
             or self._publishing.is_to_evict
             or self._objects.unsealed.are_left
             or self._objects.spilling is not None
+            or self._outgoing.is_listing
             or (self._polling.is_on and self._has_listeners)
         )
 

@@ -227,10 +227,10 @@ class Table:
                 break
         return found, b"".join(parts)
 
-    def summaries(self) -> Iterator[tuple[int, bytes, int, int]]:
-        """Iterate over state, id, data size and metadata size of all entries that were ever used, by index; 0.1 us each."""
-        start = self._layout.entries
-        entries = self._raw[start : start + self._used_once * ENTRY_BYTES]
+    def summaries(self, start: int, stop: int) -> Iterator[tuple[int, bytes, int, int]]:
+        """Iterate over state, id, data size and metadata size of entries that were ever used, by index; 0.1 us each."""
+        first = self._layout.entries + start * ENTRY_BYTES
+        entries = self._raw[first : self._layout.entries + min(stop, self._used_once) * ENTRY_BYTES]
         for word, object_id, data_size, metadata_size in _SUMMARY.iter_unpack(entries):
             yield word & STATE_MASK, object_id, data_size, metadata_size
 

@@ -39,7 +39,7 @@ class Upkeep:
 
     @property
     def has_urgent_work(self) -> bool:
-        """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved or removed."""
+        """Whether a creator waits for memory to be committed, or a client for it to be given back, or objects are moved, removed or listed."""
         return (
             self._creations.await_memory
             or self._room.mover.is_busy
@@ -47,6 +47,7 @@ class Upkeep:
             or self._objects.unsealed.are_left
             or self._publishing.is_to_evict
             or self._jobs.await_commit
+            or self._outgoing.is_listing
         )
 
     def advance(self, now_ns: int) -> Sequence[Effect]:
@@ -54,7 +55,9 @@ class Upkeep:
 
         Room that this makes is whose who waits for it, if `offer_room` is called before another request is handled.
         """
-        if self._creations.await_memory:
+        if self._outgoing.is_listing:  # what has an end comes first
+            self._outgoing.advance()
+        elif self._creations.await_memory:
             self._creations.advance()
         elif self._jobs.await_commit:
             self._jobs.commit(now_ns)

@@ -6,6 +6,7 @@ from zlib import crc32
 
 import pytest
 
+from shmplasma import outgoing
 from shmplasma.commitment import COMMIT_STEP
 from shmplasma.effects import Descriptor, Replay, Send
 from shmplasma.errors import CommitError
@@ -975,7 +976,7 @@ def test_a_new_subscriber_is_told_what_is_there(talk: Conversation) -> None:
 
 
 def test_a_subscription_begins_with_a_copy(talk: Conversation) -> None:
-    """What is there is one effect, however much, so that it can wait for the subscriber; no later change is in it."""
+    """What is there is an effect of its own, so that it can wait for the subscriber; no later change is in it."""
     peer, watcher = talk.client(), talk.connect()
     for number in range(100):
         peer.put(name(number), number)
@@ -988,6 +989,60 @@ def test_a_subscription_begins_with_a_copy(talk: Conversation) -> None:
     assert replay == Replay(
         watcher.number, b"".join(notification(name(number), number, 0) for number in range(100))
     )
+
+
+def test_a_subscription_takes_turns(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many entries are listed at a time; what changes meanwhile is told, each once, where that concerns what was listed."""
+    monkeypatch.setattr(outgoing, "_LISTED_AT_ONCE", 3)
+    peer, watcher = talk.client(), talk.connect()
+    for number in range(8):
+        peer.put(name(number), number)
+    watcher._role = Role.SUBSCRIBER
+
+    def put(object_id: bytes) -> None:
+        request = peer.new(object_id)
+        peer.take(peer.post(request), Created)
+        peer.write(Seal(object_id))
+        peer.release(request.slot)
+
+    request_id = watcher.post(Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, ""))
+    for object_ids in [name(0), name(7)], [name(1)]:
+        peer.post(Delete(object_ids))
+        talk.settle()
+    put(name(1))
+    put(name(9))
+    turns = 0
+    while request_id not in watcher.replies:
+        assert talk.store.upkeep.has_urgent_work
+        talk.advance()
+        turns += 1
+    assert turns == 2
+    assert not talk.store.is_quiet
+    talk.turn()
+    peer.put(name(10))
+    there: set[bytes] = set()
+    for object_id, data_size, _ in watcher.notifications:
+        assert (object_id in there) == (data_size < 0)
+        there ^= {object_id}
+    assert there == talk.ids()
+    assert name(7) not in [object_id for object_id, _, _ in watcher.notifications]
+    peer.ask(Delete([name(2), name(9)]), Done)
+    assert watcher.notifications[-3:] == [(name(10), 64, 0), (name(2), -1, -1), (name(9), -1, -1)]
+
+
+def test_a_subscriber_that_leaves_before_it_is_answered(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody goes on with its list."""
+    monkeypatch.setattr(outgoing, "_LISTED_AT_ONCE", 1)
+    peer, watcher = talk.client(), talk.connect()
+    for number in range(3):
+        peer.put(name(number))
+    watcher.post(Hello(PROTOCOL_VERSION, Role.SUBSCRIBER, ""))
+    talk.disconnect(watcher)
+    assert talk.store.is_quiet
+    assert not talk.store.upkeep.has_urgent_work
+    peer.put(name(3))
 
 
 # -- leaving ---------------------------------------------------------------------------------------
