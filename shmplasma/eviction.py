@@ -26,12 +26,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-__all__ = ["PAUSE", "Sieve"]
+__all__ = ["NO_PAUSE", "PAUSE", "Sieve"]
 
 PAUSE: Final = -1
 """What a sweep yields instead of an entry when it has passed as many as it is to pass at once."""
 
-_NO_PAUSE: Final = 1 << 32
+NO_PAUSE: Final = 1 << 32
+"""More than there are entries."""
 _NOWHERE: Final = 0xFFFF_FFFF
 """The links of a node outside the ring; as an index it is beyond any array."""
 _GROWTH: Final = 1024
@@ -174,7 +175,7 @@ class Sieve:
             self._hand = newer
         self._length -= 1
 
-    def sweep(self, at_once: int = _NO_PAUSE) -> Iterator[int]:
+    def sweep(self, at_once: int = NO_PAUSE) -> Iterator[int]:
         """Move the hand, for two rounds at most, and yield each entry that it would evict.
 
         Parameters

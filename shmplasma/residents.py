@@ -18,7 +18,7 @@ from collections.abc import Set as AbstractSet
 from itertools import chain, islice
 from typing import Final, Protocol
 
-from shmplasma.eviction import PAUSE, Sieve
+from shmplasma.eviction import NO_PAUSE, PAUSE, Sieve
 from shmplasma.layout import ALIGNMENT, EntryState, align_up
 from shmplasma.table import Table
 
@@ -90,6 +90,8 @@ class Residents:
     is_paused : bool
         Whether `victims` has ended because many were passed that were read lately or are not to go, and goes on when it is
         called again.  After two rounds in which nothing went it has ended.
+    pauses : int
+        How often in a row `to_write` has ended so, and is to be called again; 0 if it has not.
     """
 
     def __init__(self, table: Table, visited: memoryview) -> None:
@@ -103,6 +105,7 @@ class Residents:
         self._protected_bytes = self._protected_cached_bytes = 0
         self._in_vain = 0
         self.is_paused = False
+        self.pauses = 0
         self.busy: set[int] = set()
         self.external: External | None = None
 
@@ -195,9 +198,21 @@ class Residents:
 
     # -- who may go ----------------------------------------------------------------------------
 
-    def sweep(self) -> Iterator[int]:
-        """Yield the objects that are not kept, in the order of the eviction policy."""
-        return self._queue.sweep()
+    def to_write(self, *, by_and_by: bool) -> Iterator[int]:
+        """Return what may be written: in the order of the eviction policy, and then what is kept; for whom nobody waits `pauses` says more."""
+        pauses, self.pauses = self.pauses, 0
+        return self._to_write(_PASSED_AT_ONCE, pauses) if by_and_by else self._to_write()
+
+    def _to_write(self, at_once: int = NO_PAUSE, pauses: int = 0) -> Iterator[int]:
+        for entry in self._queue.sweep(at_once):
+            if entry != PAUSE:
+                yield entry
+            elif pauses * at_once <= 2 * len(self._queue):
+                self.pauses = pauses + 1
+                return
+            else:
+                break
+        yield from tuple(self._kept)
 
     def victims(self, held: AbstractSet[int], at_most: int | None) -> Iterator[int]:
         """Yield the objects that may go and are not held, in the order in which they should; see `is_paused`.

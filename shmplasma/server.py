@@ -404,7 +404,9 @@ class Server:
         store = self._store
         if self._switchboard.backlog or (self._commit_ahead and not store.commitment.is_ahead):
             return True
-        return not store.is_quiet and (store.has_unsettled or self._upkeep.has_urgent_work)
+        return not store.is_quiet and (
+            store.has_unsettled or self._upkeep.has_urgent_work or store.is_to_take_jobs
+        )
 
     @property
     def _looks_again(self) -> bool:

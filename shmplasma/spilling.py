@@ -52,7 +52,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Final
 
 from shmplasma.containers import Containers
@@ -296,15 +295,14 @@ class Spilling:
             # For the next one as well, for which there may be no room any more.
             if self._lacking and self.limits.max_bytes:
                 wanted = max(wanted, self._largest_stored - self.room.free_bytes)
-        if wanted <= 0 or self._writes >= _MAX_WRITES or self._is_fruitless:
-            return
-        # What is pinned makes no room, clean or not.
-        clean_bytes = self.room.attainable_bytes - self.room.free_bytes
-        missing = wanted - clean_bytes - self._writing_bytes
-        if missing > 0:
-            residents = self.room.residents
-            left = self._write(chain(residents.sweep(), tuple(residents.kept)), missing)
-            self._is_fruitless = self._writes < _MAX_WRITES and left > 0
+        residents, missing = self.room.residents, 0
+        if wanted > 0 and self._writes < _MAX_WRITES and not self._is_fruitless:
+            # What is pinned makes no room, clean or not.
+            clean_bytes = self.room.attainable_bytes - self.room.free_bytes
+            missing = wanted - clean_bytes - self._writing_bytes
+        candidates = residents.to_write(by_and_by=self._demand <= self.room.largest_bytes)
+        left = self._write(candidates, missing) if missing > 0 else 0
+        self._is_fruitless |= left > 0 and self._writes < _MAX_WRITES and not residents.pauses
 
     def _write_stretch(self) -> None:
         """Begin to write what lies in the way of one extent: there are bytes enough, but what is clean lies scattered."""

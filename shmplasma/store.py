@@ -351,6 +351,11 @@ class ObjectStore:
         self._jobs.done(job, places, failure)
         return self._outgoing.take()
 
+    @property
+    def is_to_take_jobs(self) -> bool:
+        """Whether `take_jobs` has ended so that others have their turn, and goes on when it is called again."""
+        return self._room.residents.pauses > 0
+
     def tidy_external(self, found: Mapping[int, int]) -> int:
         """Delete what the external store has and nobody names; these containers there are, of so many bytes.
 

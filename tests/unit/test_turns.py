@@ -11,7 +11,9 @@ from shmplasma.lifecycle import Lifecycle
 from shmplasma.posted import Release, Seal
 from shmplasma.replies import Created, Done, Failed, Failure, Number
 from shmplasma.requests import Contains, Create, Delete, Evict, Flush, Trim
+from shmplasma.spilling import ExternalLimits
 from shmplasma.table import Table
+from shmplasma.transfers import Write
 from shmplasma.waiters import FOR_EVER, MAX_PASSES
 from tests.conversation import Conversation, Peer, name
 
@@ -161,6 +163,50 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("shmplasma.residents._PASSED_AT_ONCE", passed)
     monkeypatch.setattr("shmplasma.residents._PASSED_A_PIN", 0)
     return passed
+
+
+def writes_ahead() -> Conversation:
+    """Return a store whose 500 objects were all read, and are to be written ahead of need."""
+    talk = Conversation(external=ExternalLimits(high_water=1.0))
+    peer = talk.client()
+    for object_id in IDS[:500]:
+        peer.put(object_id)
+    spilling = talk.store._objects.spilling
+    assert spilling is not None
+    talk.store._room.residents._visited[:500] = b"\1" * 500
+    spilling.limits = ExternalLimits(high_water=0.0)
+    spilling.look_again()
+    return talk
+
+
+def test_what_was_read_lately_is_written_ahead_by_and_by(few: int) -> None:
+    """So many lose their marks in a turn, and then the oldest are written; nobody waits for that."""
+    talk = writes_ahead()
+    visited = talk.store._room.residents._visited
+    marks, jobs = [500], talk.take_jobs()
+    while not jobs:
+        assert talk.store.is_to_take_jobs
+        marks.append(sum(visited[:500]))
+        jobs = talk.take_jobs()
+    assert marks == list(range(500, -1, -few))
+    while talk.store.is_to_take_jobs:
+        jobs += talk.take_jobs()
+    written = [part.object_id for job in jobs if isinstance(job, Write) for part in job.parts]
+    assert written == IDS[: len(written)]
+    assert len(written) > few
+
+
+def test_what_nothing_can_be_written_of_is_passed_twice(few: int) -> None:
+    """After that the store waits for something else to come."""
+    talk = writes_ahead()
+    talk.store._room.residents.busy.update(range(500))
+    turns = 1
+    assert not talk.take_jobs()
+    while talk.store.is_to_take_jobs:
+        assert not talk.take_jobs()
+        turns += 1
+        assert turns < 5 * 500 // few
+    assert turns >= 2 * 500 // few
 
 
 def test_what_was_read_lately_is_passed_by_and_by(street: Street, few: int) -> None:
