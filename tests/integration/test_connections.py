@@ -103,6 +103,10 @@ def test_who_does_not_read_is_awaited(
     assert connection.is_awaited(now)
     with pytest.raises(StalledError, match="does not read"):
         connection.is_awaited(now + 11)
+    connection.paused_at = now - 11
+    size -= len(theirs.recv(1 << 20))
+    connection.flush()
+    assert connection.is_awaited(now), "it has read something"
     while size:
         size -= len(theirs.recv(1 << 20))
         connection.flush()
@@ -117,6 +121,18 @@ def test_what_waits_has_an_end(ends: tuple[Connection, socket.socket, socket.soc
         connection.send(b"reply", [ours.fileno()])
     with pytest.raises(StalledError, match="bytes wait for it"):
         connection.send(bytes(9 << 20))
+
+
+def test_a_descriptor_does_not_wait_for_a_full_socket(
+    ends: tuple[Connection, socket.socket, socket.socket],
+) -> None:
+    """It goes with the first byte of its message or not at all."""
+    connection, ours, _ = ends
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 16))
+    with pytest.raises(StalledError, match="descriptor"):
+        connection.send(b"reply", [ours.fileno()])
 
 
 def test_what_is_replayed_is_nobodys_fault(

@@ -152,3 +152,22 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(deadline=None, stateful_step_count=30, max_examples=60)
+
+
+def test_who_is_refused_has_passed_nobody() -> None:
+    """It has taken no room from those before it."""
+    queue = RoomQueue[Waiter]()
+    for client in (1, 2):
+        queue.join(Waiter(client, 7, FOR_EVER))
+    queue.offer(lambda waiter: Offer.REFUSED if waiter.client == 2 else Offer.NOT_ENOUGH)
+    assert [(waiter.client, waiter.passed) for waiter in queue] == [(1, 0)]
+
+
+def test_no_time_ends_while_room_is_being_made() -> None:
+    """It ends when that is over, if it has come by then."""
+    queue = RoomQueue[Waiter]()
+    waiter = Waiter(1, 7, 10, is_served=True)
+    queue.join(waiter)
+    assert queue.expire(0) == queue.expire(10) == []
+    waiter.is_served = False
+    assert queue.expire(11) == [waiter]

@@ -213,3 +213,14 @@ def test_what_is_read_all_the_time_is_not_seen(talk: Conversation, peer: Peer) -
 
     words: Any = Reading()
     assert unread(words, talk.layout, 1) is None
+
+
+@pytest.mark.parametrize("reads", range(3))
+def test_what_is_put_meanwhile_is_not_taken_for_absent(
+    talk: Conversation, peer: Peer, reads: int
+) -> None:
+    """Whoever has followed a chain looks whether it was still the same."""
+    absence = absence_in(talk)
+    words: Any = Changing(talk.words, reads, lambda: peer.put(A, 64))
+    absence._words = words
+    assert not absence.is_free(A)

@@ -177,6 +177,10 @@ def _of_another_id(scene: Scene) -> None:
     scene.putter.write_silently(Seal(B))
 
 
+def _put_under_another_id(scene: Scene) -> None:
+    scene.putter.write_silently(Publish(B, scene.offset, SIZE, 0, CODEC))
+
+
 def _read_already(scene: Scene) -> None:
     _created(scene)
     scene.putter.write_silently(Seal(A))
@@ -200,6 +204,7 @@ def _sealed_meanwhile(scene: Scene) -> None:
         _claimed_and_aborted,
         _of_no_bytes,
         _of_another_id,
+        _put_under_another_id,
         _read_already,
         _sealed_meanwhile,
     ],
@@ -233,3 +238,25 @@ def test_who_is_too_late_has_nothing(
     monkeypatch.setattr(Unread, "made_by", read_meanwhile)
     assert scene.take() is None
     assert scene.slots() == (0, 0)
+
+
+def test_who_is_too_late_for_what_was_put_has_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store may have given its room away since."""
+    _put(scene)
+    published = Unread.published
+
+    def read_meanwhile(unread: Unread, *arguments: Any) -> Any:
+        found = published(unread, *arguments)
+        scene.putter.ask(Flush(), Done)
+        return found
+
+    monkeypatch.setattr(Unread, "published", read_meanwhile)
+    assert scene.take() is None
+    assert scene.slots() == (0, 0)
+
+
+def test_a_hint_at_an_outbox_that_there_is_not_is_nothing(scene: Scene) -> None:
+    """Anybody can say one."""
+    assert not scene.hints.is_there(HINT.pack(scene.request_id, (1 << 32) - 1, 1))

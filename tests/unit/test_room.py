@@ -279,6 +279,75 @@ def test_the_bytes_of_what_is_protected_are_known() -> None:
     assert room.attainable_bytes == 1024 - 64
 
 
+# -- moving ----------------------------------------------------------------------------------------
+
+
+def test_what_a_compaction_holds_can_be_had_when_it_is_done() -> None:
+    """Also what an object is just being copied to."""
+    storeroom = Storeroom(1024)
+    mover = storeroom.room.mover
+    mover.slice_bytes = 1
+    storeroom.room.take(storeroom.fill(64)[1::2])
+    mover.begin(192, storeroom.pinned_extents)
+    while mover.advance() is None:
+        assert storeroom.room.attainable_bytes == 1024
+
+
+def test_all_of_a_run_slide_at_once() -> None:
+    """However many they are, each of them is moved once."""
+    storeroom = Storeroom(20 * 4 * ALIGNMENT)
+    entries = [storeroom.put(lines * ALIGNMENT) for _ in range(20) for lines in (3, 1)]
+    storeroom.room.take(entries[1::2])
+    assert storeroom.allocate(20 * ALIGNMENT) == storeroom.layout.data + 60 * ALIGNMENT
+    assert storeroom.room.mover.moves == 19
+
+
+def test_what_was_pinned_again_and_again_is_moved_when_it_is_not() -> None:
+    """What was taken for one that cannot be moved is tried again before the compaction ends in vain."""
+    storeroom = Storeroom(8 * ALIGNMENT)
+    entries = [storeroom.put(lines * ALIGNMENT) for lines in (3, 2, 3)]
+    storeroom.room.take(entries[::2])
+    mover, boards = storeroom.room.mover, storeroom.boards
+
+    def let_go() -> list[tuple[int, int]]:
+        boards.unpin_all(CLIENT, entries[1])
+        return []
+
+    mover.begin(5 * ALIGNMENT, let_go)
+    done = None
+    while done is None:
+        if mover.pins_met < 8:
+            storeroom.memory.at_barrier = lambda: boards.pin(1, entries[1])
+        done = mover.advance()
+    assert (done, mover.pins_met) == (True, 8)
+    storeroom.check()
+
+
+def test_nothing_goes_for_room_that_was_given_away_meanwhile() -> None:
+    """When there are too few bytes left, the compaction ends."""
+    storeroom = Storeroom(1024)
+    storeroom.room.take(storeroom.fill(64)[1::2])
+    gone, mover = storeroom.gone(), storeroom.room.mover
+    mover.begin(192, storeroom.pinned_extents, 1024)
+    for _ in range(6):
+        storeroom.put(64)
+    while (done := mover.advance()) is None:
+        storeroom.check()
+    assert not done
+    assert storeroom.gone() == gone
+
+
+def test_no_more_goes_than_may_be_spared_in_all() -> None:
+    """What was evicted for one window counts for the next."""
+    storeroom = Storeroom(256)
+    entries, mover, table = storeroom.fill(64), storeroom.room.mover, storeroom.table
+    objects = [(table.location(entry)[0], 64, table.state_word(entry), entry) for entry in entries]
+    mover.begin(64, storeroom.pinned_extents, 128)
+    told = [mover._displace([each], mover._spare_bytes) for each in objects]
+    assert told == [True, True, False, False]
+    assert storeroom.gone() == [0, 1]
+
+
 # -- taking ----------------------------------------------------------------------------------------
 
 
