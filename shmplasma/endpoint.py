@@ -133,10 +133,6 @@ class Endpoint:
         ------
         EndpointError
             The path is served, is somebody else's, is no socket, or cannot be used.
-
-        Notes
-        -----
-        Sets the umask for a moment, which is the whole process's: call it before starting threads.
         """
         fault = _wrong_length(path)
         if fault:
@@ -162,11 +158,7 @@ class Endpoint:
         return self
 
     def _listen(self, mode: int, group: int | None) -> None:
-        umask = os.umask(0o177)
-        try:
-            self.listener.bind(self.path)
-        finally:
-            os.umask(umask)
+        self.listener.bind(self.path)
         try:
             self._bound = _identity(self.path)
         except BaseException:

@@ -107,10 +107,41 @@ def test_who_does_not_read_is_awaited(
     size -= len(theirs.recv(1 << 20))
     connection.flush()
     assert connection.is_awaited(now), "it has read something"
+    assert not connection.owes_nothing
     while size:
         size -= len(theirs.recv(1 << 20))
         connection.flush()
     assert not connection.is_awaited(now + 11)
+    assert connection.owes_nothing
+
+
+def test_who_is_waited_for_is_not_read_from(
+    ends: tuple[Connection, socket.socket, socket.socket],
+) -> None:
+    """Until it reads, or reads no more."""
+    connection, ours, theirs = ends
+    theirs.sendall(HELLO)
+    read_first(connection)
+    connection.send(bytes(8 << 20))
+    connection.pause()
+    assert connection._selector.get_key(ours).events == selectors.EVENT_WRITE
+    connection.send_no_more()
+    assert connection._selector.get_key(ours).events == selectors.EVENT_READ
+    assert connection.owes_nothing
+    assert not connection.is_slow
+
+
+def test_a_last_message_breaks_into_no_other() -> None:
+    """It is left out where another one is half sent."""
+    ours, theirs = socket.socketpair()
+    with selectors.DefaultSelector() as selector, theirs:
+        connection = Connection(1, 0, ours, selector)
+        connection.send(bytes(8 << 20))
+        received = theirs.recv(1 << 20)
+        connection.hang_up(b"last")
+        while piece := theirs.recv(1 << 20):
+            received += piece
+    assert received == bytes(len(received))
 
 
 def test_what_waits_has_an_end(ends: tuple[Connection, socket.socket, socket.socket]) -> None:

@@ -121,6 +121,37 @@ def test_mode_and_group(path: str, umask: int) -> None:
     assert stat.S_IMODE(lock.st_mode) == 0o600
 
 
+def test_nobody_connects_before_the_mode_is_right(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket has it when its owner begins to listen."""
+    listen, modes = socket.socket.listen, list[int]()
+
+    def note_and_listen(sock: socket.socket, backlog: int) -> None:
+        modes.append(stat.S_IMODE(os.stat(path).st_mode))
+        listen(sock, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", note_and_listen)
+    with Endpoint.claim(path, 0o640):
+        assert modes == [0o640]
+
+
+def test_a_lock_file_that_was_removed_in_between_claims_nothing(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner has closed while it was opened: another one is made, and locked."""
+    flock, owners = fcntl.flock, [path]
+
+    def close_and_lock(fd: int, how: int) -> None:
+        if owners:
+            os.unlink(f"{owners.pop()}.lock")
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", close_and_lock)
+    with Endpoint.claim(path), pytest.raises(EndpointError, match="already"):
+        Endpoint.claim(path)
+
+
 def test_a_claimed_path_is_refused(path: str) -> None:
     """A second claim is refused, and the first goes on."""
     with Endpoint.claim(path) as endpoint:
@@ -396,10 +427,11 @@ class TestDefaultSocketPath:
         assert first == default_socket_path() == str(private / "store.sock")
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
 
-    def test_open_to_others(self, private: Path) -> None:
+    @pytest.mark.parametrize("mode", [0o710, 0o701])
+    def test_open_to_others(self, private: Path, mode: int) -> None:
         """A directory that others may enter is refused."""
         private.mkdir()
-        private.chmod(0o755)
+        private.chmod(mode)
         with pytest.raises(EndpointError, match="chmod 700"):
             default_socket_path()
 
@@ -453,3 +485,36 @@ def test_a_note_that_cannot_be_read(path: str, monkeypatch: pytest.MonkeyPatch) 
             with pytest.raises(EndpointError, match=text):
                 endpoint.read_note()
         assert endpoint.read_note() == b"the note"
+
+
+def test_a_note_that_cannot_be_replaced(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before stays as it is: what it names is not lost."""
+    run(DIE, path)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Endpoint.claim(path) as endpoint:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", refused)
+            with pytest.raises(EndpointError, match="cannot write the lock file"):
+                endpoint.write_note(b"new")
+        assert endpoint.read_note() == b"the note"
+
+
+def test_a_socket_that_cannot_be_looked_at_does_not_stay(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be known to nobody, who could remove it."""
+    lstat = os.lstat
+
+    def refused(at: str) -> os.stat_result:
+        if at == path and os.path.exists(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return lstat(at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", refused)
+        with pytest.raises(EndpointError, match="cannot listen"):
+            Endpoint.claim(path)
+    assert not beside(path)

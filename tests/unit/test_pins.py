@@ -113,6 +113,23 @@ def test_clients_look_no_further_than_there_are_boards() -> None:
     later.check()
 
 
+def test_a_successor_knows_the_first_board_though_it_is_not_the_lowest() -> None:
+    """By it the client is known, whatever board it was granted after that."""
+    pinboard = Pinboard()
+    control = Control(LAYOUT, pinboard.words)
+    for client in (ALICE, BOB):
+        pinboard.boards.grant(client, 4711, 1)
+    pinboard.boards.revoke(ALICE)
+    assert pinboard.boards.grant(BOB, 4711, 1) == 0
+    later = Boards(LAYOUT, pinboard.words, pinboard.raw, control, pinboard.memory.commit)
+    assert later.recover().keys() == {1}
+    board = later.grant(1, 4711, 1)
+    assert board is not None
+    owner = control.owner(board)
+    assert owner is not None
+    assert owner.first_board == 1
+
+
 def test_a_board_of_which_nobody_knows_is_cleared_before_it_is_granted() -> None:
     """The word that says how far boards were granted may be damaged, when a store has died."""
     pinboard = Pinboard()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from shmplasma.layout import REFERENCED, EntryState
+from shmplasma.layout import REFERENCED, EntryState, EntryWord
 from shmplasma.leases import BUSY_WORD
 from shmplasma.posted import Detach, Release, Seal
 from shmplasma.replies import (
@@ -859,6 +859,38 @@ def test_a_store_without_the_external_store_protects_only_what_is_in_memory() ->
     assert later.store._parts.table.find(name(1)) == entry
     assert peer.ask(Evict(30_000), Number).value == 30_000
     later.store.check()
+
+
+def test_a_copy_of_which_nothing_is_known_is_none(talk: Conversation) -> None:
+    """A successor that finds the word damaged writes the object anew before it goes."""
+    put(talk, talk.client(), 0, 30_000)
+    talk.client().post(Evict(30_000))
+    talk.settle_outside()
+    get(talk, talk.client(), [0])
+    table = talk.store._parts.table
+    entry = table.find(name(0))
+    assert table.copy_of(entry)[0]
+    talk.words[talk.layout.entry(entry) // 8 + EntryWord.COPY_CHECK] ^= 1
+    succeed(talk)
+    assert talk.store._parts.table.copy_of(entry) == (0, 0)
+    talk.store.check()
+
+
+def test_what_goes_though_it_has_a_copy_leaves_it_to_nobody(talk: Conversation) -> None:
+    """A successor keeps its room for who holds it, and its container is deleted."""
+    peer = talk.client()
+    put(talk, peer, 0, 30_000)
+    peer.post(Evict(30_000))
+    talk.settle_outside()
+    get(talk, peer, [0])
+    peer.get(name(0))
+    table = talk.store._parts.table
+    entry = table.find(name(0))
+    table.spoil(entry)
+    successor = talk.new_store(talk.words, talk.raw)
+    successor.recover(lambda *_: True, talk.now_ns)
+    assert successor._objects.releases.limbo == {entry}
+    successor.check()
 
 
 def test_a_container_of_which_little_is_left_is_emptied(talk: Conversation) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -16,6 +17,7 @@ from shmplasma.layout import (
     CONTROL_BYTES,
     ControlWord,
     EntryState,
+    EntryWord,
     HeaderWord,
 )
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
@@ -1474,6 +1476,34 @@ def roomy() -> Tenant:
     return tenant
 
 
+def test_what_was_aborted_counts_as_long_as_its_writer_holds_it(tenant: Tenant) -> None:
+    """Its room is not free, and he is who could give it back."""
+    peer, objects = tenant.peer, tenant.talk.store._objects
+    slot = peer.free_slots.pop()
+    tenant.talk.write_slot(slot, pin_word(crc32(A), tenant.next))
+    peer.write(Claim(A, tenant.next, 64, 0, 3, slot))
+    peer.write(Abort(A))
+    assert objects.bytes_of(objects.held_by(peer.number)) == 64
+    tenant.talk.write_slot(slot, 0)
+    assert not objects.held_by(peer.number)
+
+
+def test_who_writes_on_and_on_keeps_nobody_waiting(talk: Conversation) -> None:
+    """Of one outbox so many records are read that it may have held, before others have their turn."""
+    peer = talk.client()
+    posts, session = talk.store._posts, talk.store._greeter.sessions[peer.number]
+    carry_out, written = posts._carry_out, count()
+
+    def write_on(*arguments: Any) -> None:
+        if next(written) < 2 * RECORDS:
+            peer.write_silently(Seal(A))
+        carry_out(*arguments)
+
+    posts._carry_out = write_on  # type: ignore[method-assign]
+    peer.write_silently(Seal(A))
+    assert posts.heed(session, talk.now_ns) == RECORDS
+
+
 def test_a_lease_lies_in_committed_memory(tenant: Tenant) -> None:
     """Its client may write at once, and it does not count as free."""
     assert tenant.lease.size_bytes == MIN_LEASE_BYTES
@@ -2064,6 +2094,45 @@ def test_a_successor_writes_down_how_far_a_lease_was_published(tenant: Tenant) -
     assert tenant.control(ControlWord.LEASE_CURSOR) == tenant.lease.offset
     Reopened(talk.layout, talk.words, talk.raw)
     assert tenant.control(ControlWord.LEASE_CURSOR) == tenant.next
+
+
+def test_a_lease_of_a_dead_store_does_not_grow() -> None:
+    """Not by what was deleted before it."""
+    talk = Conversation(1 << 20)
+    peer = talk.client()
+    for object_id in (A, B):
+        peer.put(object_id, 1000)
+    lease = Tenant(talk).lease
+    peer.ask(Delete([B]), Done)
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    leases = later.store._parts.publishing.leases
+    assert leases.extents() == [(lease.offset, lease.size_bytes)]
+
+
+def test_of_leases_that_overlap_one_goes_on() -> None:
+    """The words that say so cannot both be right."""
+    talk = Conversation(16 << 20)
+    first, second = Tenant(talk), Tenant(talk)
+    end = first.lease.offset + first.lease.size_bytes
+    board = (second.board_word - talk.layout.boards // 8) // BOARD_WORDS
+    talk.store._parts.control.lease(board, first.lease.offset + 64, end)
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    leases = later.store._parts.publishing.leases
+    assert leases.extents() == [(first.lease.offset, first.lease.size_bytes)]
+
+
+def test_what_cannot_be_is_written_by_nobody(talk: Conversation) -> None:
+    """An unsealed object where another one lies: its room is kept as long as its creator holds it."""
+    peer = talk.client()
+    peer.put(A, 1000)
+    peer.create(B, 1000)
+    table = talk.store._parts.table
+    first, second = table.find(A), table.find(B)
+    talk.words[talk.layout.entry(first) // 8 + EntryWord.OFFSET] = table.location(second)[0]
+    table.seal(first, 1)
+    later = Reopened(talk.layout, talk.words, talk.raw)
+    assert not later.store._objects.unsealed.creators
+    assert later.ids() == {A}
 
 
 def test_a_lease_of_a_dead_store_goes_on_with_small_objects(tenant: Tenant) -> None:
