@@ -60,6 +60,35 @@ def test_an_announcement_waits_for_nothing(ends: tuple[Channel, socket.socket]) 
     assert frames[-1] == Frame(Flush.KIND, 7, b"")
 
 
+def test_an_announcement_while_another_thread_sends_comes_after_that(
+    pair: tuple[Channel, socket.socket],
+) -> None:
+    """By whoever sends something next, at the latest."""
+    channel, theirs = pair
+    with channel._sending:
+        channel.announce()
+    channel.offer([])
+    assert [frame.kind for frame in read_until(theirs, Post.KIND)] == [Post.KIND]
+
+
+def test_what_is_said_inside_another_call_comes_after_what_that_sends(
+    pair: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for no lock that its own thread has."""
+    channel, theirs = pair
+    push, inside = channel._push, [Release.KIND]
+
+    def interrupted(*arguments: Any) -> bool:
+        if inside:
+            channel.send(inside.pop(), b"")
+        return push(*arguments)
+
+    monkeypatch.setattr(channel, "_push", interrupted)
+    channel.send(Flush.KIND, b"")
+    kinds = {frame.kind for frame in read_until(theirs, Release.KIND)}
+    assert kinds == {Flush.KIND, Release.KIND}
+
+
 @pytest.mark.parametrize("way", ["itself", "by whoever announces something"])
 def test_what_a_finalizer_says_is_not_left_behind(
     ends: tuple[Channel, socket.socket], way: str

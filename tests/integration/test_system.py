@@ -242,6 +242,16 @@ def test_a_process_that_cannot_be_looked_at(number: int, monkeypatch: pytest.Mon
 
 
 @needs_linux
+def test_who_has_ended_is_not_alive_though_nobody_has_waited_for_it() -> None:
+    """The kernel keeps its pid and start time until then."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        started = system.start_time(process.pid)
+        assert started is not None
+        assert not system.is_alive(process.pid, started)
+
+
+@needs_linux
 def test_start_time_of_a_process_with_an_awkward_name() -> None:
     """Spaces and parentheses in a command's name do not shift the fields."""
     before, after = run("""

@@ -373,6 +373,19 @@ def test_taking_announces_itself_before_it_looks() -> None:
     storeroom.check()
 
 
+def test_what_is_deleted_stays_so_while_it_is_taken() -> None:
+    """A successor of a store that dies then sees it; nothing is left of that when it has gone."""
+    storeroom = Storeroom(64)
+    (entry,) = storeroom.fill(64)
+    storeroom.table.set_state(entry, EntryState.DOOMED)
+    storeroom.room.doomed.add(entry)
+    seen: list[int] = []
+    storeroom.memory.at_barrier = lambda: seen.append(storeroom.table.state(entry))
+    assert storeroom.room.take([entry]) == [entry]
+    assert seen == [EntryState.DOOMED]
+    assert not storeroom.room.doomed
+
+
 def test_taking_one_sees_a_pin_of_the_last_moment() -> None:
     """The cheap way to look for a single entry comes after the barrier as well."""
     storeroom = Storeroom(64)
@@ -393,6 +406,16 @@ def test_eviction_goes_on_when_a_victim_was_pinned_meanwhile() -> None:
     storeroom.memory.at_barrier = lambda: storeroom.boards.pin(1, entries[0])
     storeroom.room.evict(64)
     assert storeroom.gone() == [1]
+    storeroom.check()
+
+
+def test_what_was_spared_goes_when_a_victim_was_pinned_meanwhile() -> None:
+    """It was to stay because the other one would have been enough."""
+    storeroom = Storeroom(4096)
+    entries = [storeroom.put(size) for size in (100, 200)]
+    storeroom.memory.at_barrier = lambda: storeroom.boards.pin(1, entries[1])
+    storeroom.room.evict(200)
+    assert storeroom.gone() == [0]
     storeroom.check()
 
 

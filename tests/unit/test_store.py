@@ -1488,7 +1488,9 @@ def test_what_was_aborted_counts_as_long_as_its_writer_holds_it(tenant: Tenant) 
     assert not objects.held_by(peer.number)
 
 
-def test_who_writes_on_and_on_keeps_nobody_waiting(talk: Conversation) -> None:
+def test_who_writes_on_and_on_keeps_nobody_waiting(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one outbox so many records are read that it may have held, before others have their turn."""
     peer = talk.client()
     posts, session = talk.store._posts, talk.store._greeter.sessions[peer.number]
@@ -1499,7 +1501,7 @@ def test_who_writes_on_and_on_keeps_nobody_waiting(talk: Conversation) -> None:
             peer.write_silently(Seal(A))
         carry_out(*arguments)
 
-    posts._carry_out = write_on  # type: ignore[method-assign]
+    monkeypatch.setattr(posts, "_carry_out", write_on)
     peer.write_silently(Seal(A))
     assert posts.heed(session, talk.now_ns) == RECORDS
 
