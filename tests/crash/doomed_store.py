@@ -67,9 +67,9 @@ def doom() -> None:
     clock.dies_at = int(os.environ[_DIES_AT])
     begin: Any = Parts.__init__
 
-    def begin_mortal(parts: Parts, layout: Any, token: bytes, *rest: Any) -> None:
+    def begin_mortal(parts: Parts, layout: Any, token: bytes, *rest: Any, **options: Any) -> None:
         words, raw, *others = rest
-        begin(parts, layout, token, Dying(words, clock), Dying(raw, clock), *others)
+        begin(parts, layout, token, Dying(words, clock), Dying(raw, clock), *others, **options)
 
     setattr(Parts, "__init__", begin_mortal)  # noqa: B010 - mypy knows no other way
     sys.exit(cli.main())
@@ -95,6 +95,7 @@ class _Stores(threading.Thread):
 
     def run(self) -> None:
         while self._process.wait() and not self._ending:
+            assert self._process.returncode == -signal.SIGKILL
             self.deaths += 1
             env = dict(os.environ)
             self._process = self._begin(PROGRAM, env)
