@@ -16,7 +16,18 @@ from typing import Self
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
-__all__ = ["INTERRUPTER", "Child", "in_forked_child", "run_python", "until", "wait_until_asleep"]
+__all__ = [
+    "INTERRUPTER",
+    "STRICT",
+    "Child",
+    "in_forked_child",
+    "run_python",
+    "until",
+    "wait_until_asleep",
+]
+
+STRICT = (sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning")
+"""Runs a program for which warnings are errors; from 3.12 on Python warns of Arrow's threads at a fork."""
 
 _POLL_SECONDS = 0.002
 _MEASURING = "COVERAGE_PROCESS_CONFIG"
@@ -123,7 +134,7 @@ def wait_until_asleep(process: psutil.Process | int) -> None:
 def run_python(code: str, *arguments: str) -> str:
     """Run a program to its end, and return what it wrote; it must end well."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", dedent(code), *arguments],
+        [*STRICT, "-c", dedent(code), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -154,7 +165,7 @@ class Child:
 
     def __init__(self, code: str, *arguments: str, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-W", "error", "-c", _CTRL_C + dedent(code), *arguments],
+            [*prefix, *STRICT, "-c", _CTRL_C + dedent(code), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
-import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from shmplasma import ObjectID, PlasmaClient, get_context, share
 from shmplasma.reading import Mode
-from tests.processes import run_python
+from tests.processes import STRICT, run_python
 
 PROJECT = Path(__file__).parents[2]
 
@@ -22,10 +21,8 @@ PROJECT = Path(__file__).parents[2]
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_all_that_multiprocessing_has(method: str) -> None:
     """Pools, pipes, queues, arguments and executors pass arrays as read-only views, and leave nothing behind."""
-    # Python 3.12 warns of Arrow's threads at a fork.
-    command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
     done = subprocess.run(
-        [*command, "-m", "tests.sharers", method],
+        [*STRICT, "-m", "tests.sharers", method],
         cwd=PROJECT,
         capture_output=True,
         text=True,
