@@ -238,8 +238,7 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
     Raises
     ------
     NotImplementedError
-        There is nothing to refer to, or no store.  `distributed.protocol.serialize` catches this one, and goes on with the next family
-        of serializers; with any other it gives the value up.
+        There is nothing to refer to, or no store.
     """
     recipient = (context or {}).get("recipient", {})
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
@@ -249,6 +248,7 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
             if apart is not None:
                 body, _, kept = apart
                 return {}, [body, _referred(kept, sharing)]
+    # No stub: by this type alone `distributed.protocol.serialize` is told that a value is not of this family, and goes on with the next one.
     raise NotImplementedError("there is no store in common, nothing large, or no room in it")
 
 

@@ -185,9 +185,8 @@ class StoreExecutor(Executor):
         return future
 
     def _count(self, task: _Whole, _: object) -> None:
-        task.content = (
-            None  # the thread that could not pickle it keeps it until there is another one
-        )
+        # The thread that could not pickle a task keeps it until there is another one.
+        task.content = None
         with self._lock:
             self._done += 1
             done, submitted = self._done, self._submitted

@@ -109,10 +109,11 @@ class Outgoing:
 
     def sealed(self, entry: int, object_id: bytes, data_size: int, metadata_size: int) -> None:
         """Tell the subscribers of an object that was sealed."""
-        data = notification(object_id, data_size, metadata_size)
-        self.effects += [Send(client, data) for client in self.subscribers]
-        for each in self._lists.values():
-            each.note_sealed(entry, object_id, data)
+        if self.to_be_told:
+            data = notification(object_id, data_size, metadata_size)
+            self.effects += [Send(client, data) for client in self.subscribers]
+            for each in self._lists.values():
+                each.note_sealed(entry, object_id, data)
 
     # -- subscribing ---------------------------------------------------------------------------
 

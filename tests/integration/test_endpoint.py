@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -471,34 +472,31 @@ def test_a_lock_that_cannot_be_had(path: str, monkeypatch: pytest.MonkeyPatch) -
         Endpoint.claim(path)
 
 
-def test_a_note_that_cannot_be_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is named, and stays as it is."""
+@pytest.mark.parametrize(
+    ("name", "use", "text"),
+    [
+        ("pread", Endpoint.read_note, r"cannot read the lock file {path}\.lock: no such luck"),
+        ("pwrite", lambda endpoint: endpoint.write_note(b"new"), "cannot write the lock file"),
+    ],
+)
+def test_a_note_that_cannot_be_read_or_replaced(
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    use: Callable[[Endpoint], object],
+    text: str,
+) -> None:
+    """The file is named, and stays as it is: what it names is not lost."""
     run(DIE, path)
 
     def refused(*_: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(errno.EIO, "no such luck")
 
     with Endpoint.claim(path) as endpoint:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pread", refused)
-            text = rf"cannot read the lock file {path}\.lock: Input/output error"
-            with pytest.raises(EndpointError, match=text):
-                endpoint.read_note()
-        assert endpoint.read_note() == b"the note"
-
-
-def test_a_note_that_cannot_be_replaced(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one before stays as it is: what it names is not lost."""
-    run(DIE, path)
-
-    def refused(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with Endpoint.claim(path) as endpoint:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", refused)
-            with pytest.raises(EndpointError, match="cannot write the lock file"):
-                endpoint.write_note(b"new")
+            patch.setattr(os, name, refused)
+            with pytest.raises(EndpointError, match=text.format(path=path)):
+                use(endpoint)
         assert endpoint.read_note() == b"the note"
 
 
