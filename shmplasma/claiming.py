@@ -16,6 +16,7 @@ import numpy.typing as npt
 from shmplasma.absence import NOWHERE, Absence
 from shmplasma.attachment import Attachment
 from shmplasma.hinting import Hints
+from shmplasma.leases import BUSY_WORD
 from shmplasma.leasing import LeaseWriter, fill
 from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
@@ -88,7 +89,7 @@ class Claimant:
         self._unread: dict[int, int] = {}
 
     def take(self, object_id: ObjectID) -> bool:
-        """Lock an id, and tell whether it is free; to be called between `enter` and `leave` of the lease.  3 us, and no message."""
+        """Lock an id, and tell whether it is free; to be called by who has entered the lease.  3 us, and no message."""
         if is_fresh(object_id.id_bytes):
             return False
         at, unread = object_id.hash32, self._unread
@@ -109,15 +110,16 @@ class Claimant:
     def unlock(self) -> None:
         """Unlock what was claimed before, as far as the store has read of it, unless another thread claims something just now."""
         if self._unread:
-            entered: list[bool] = []
+            entered: list[None] = []
             try:
                 if self._leasing.hold(entered):
                     self._unlock()
             finally:
-                self._leasing.leave(entered)
+                if entered:
+                    self._leasing.token.append(None)
 
     def _unlock(self) -> None:
-        """Do so between `hold` and `leave` of the lease."""
+        """Do so when others are kept out of the lease."""
         unread, read = self._unread, self._outbox.read
         if not unread:
             return
@@ -141,7 +143,7 @@ class Claimant:
             return None
         leasing = self._leasing
         claim, since = b"", 0
-        entered: list[bool] = []
+        entered: list[None] = []
         try:
             try:
                 offset = leasing.enter(entered, size)
@@ -161,7 +163,9 @@ class Claimant:
                 created.pin = pin
                 leasing.look_ahead(size)
             finally:
-                leasing.leave(entered)
+                if entered:
+                    leasing.board[BUSY_WORD] = 0
+                    leasing.token.append(None)
         except BaseException:
             # If it is written nobody is going to seal the object; if not, another thread may have created one under this id since.
             if claim and self._outbox.has(_CLAIM, claim, since):
@@ -182,7 +186,7 @@ class Claimant:
         leasing, hints = self._leasing, self._hints
         if data_size <= _EARLY_BYTES:
             hints.tell_early(object_id)
-        entered: list[bool] = []
+        entered: list[None] = []
         try:
             offset = leasing.enter(entered, size)
             if offset < 0 or not self.take(object_id):
@@ -194,4 +198,6 @@ class Claimant:
             leasing.look_ahead(size)
             return True
         finally:
-            leasing.leave(entered)
+            if entered:
+                leasing.board[BUSY_WORD] = 0
+                leasing.token.append(None)

@@ -40,12 +40,12 @@ from shmplasma.errors import ShmPlasmaError
 from shmplasma.exchange import Exchange
 from shmplasma.handshake import greet_again
 from shmplasma.nesting import NESTED, is_inside
-from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect, gone, not_reclaimed
 from shmplasma.posted import Abort, Detach, Gone
 from shmplasma.protocol import ONE_WAY, Frame, encode_frame
 from shmplasma.replies import Done, Reply, Welcome
 from shmplasma.requests import AnswerNow, Flush, Hold, Request, Role, SetOptions, holds_told
+from shmplasma.shared_outbox import SharedOutbox
 from shmplasma.transport import Channel
 
 __all__ = ["GIVE_UP_SECONDS", "Link"]
@@ -54,7 +54,6 @@ GIVE_UP_SECONDS: Final = 0.1
 """How long a request that was interrupted waits for its last answer, which usually takes 0.1 ms."""
 
 _CONNECTING: Final = frozenset({"reconnect"})
-_POSTING: Final = frozenset(("post", "post_soon", "publish"))
 
 _ReplyT = TypeVar("_ReplyT", bound=Reply)
 
@@ -74,7 +73,7 @@ class Link:
         The client's first board.
     token : bytes
         The segment's identity.
-    outbox : Outbox
+    outbox : SharedOutbox
         The client's.
     renew : weakref.WeakMethod
         ``renew(wake_fd, locks_fd)`` takes over what another store has given.  Weak, as its owner keeps the link.
@@ -108,7 +107,7 @@ class Link:
         name: str,
         board: int,
         token: bytes,
-        outbox: Outbox,
+        outbox: SharedOutbox,
         renew: weakref.WeakMethod[Callable[[int, int | None], None]],
         patience_seconds: float,
         when_lost: weakref.WeakMethod[Callable[[], None]],
@@ -126,7 +125,6 @@ class Link:
         self.holds: weakref.WeakMethod[Callable[[], Sequence[tuple[bytes, int]]]] | None = None
         self._lost = False
         self._connecting = threading.Lock()
-        self._posting = threading.Lock()
         self._untold: list[tuple[int, bytes]] | None = None
         self.aside = 0
 
@@ -263,19 +261,12 @@ class Link:
         RuntimeError
             A call of this thread was interrupted while it wrote a record.
         """
-        while True:
-            if self._posting.locked() and is_inside(self, _POSTING):
-                raise RuntimeError(NESTED)
-            with self._posting:
-                count = self._outbox.append(kind, body, is_urgent=is_urgent)
-                announced = self._outbox.is_to_be_announced
-            if count:
-                break
+        while not (count := self._outbox.post(kind, body, is_urgent=is_urgent)):
             self.call(Flush(), Done)
         if written is not None:
-            written(count)
-        if announced:
-            self._announce()
+            written(abs(count))
+        if count < 0:
+            self.announce()
 
     def publish(
         self,
@@ -288,52 +279,34 @@ class Link:
         written: Callable[[int], None] | None = None,
     ) -> None:
         """Tell the store of an object in the lease; as `post`, but in one piece."""
-        posting, outbox = self._posting, self._outbox
-        while True:
-            if posting.locked() and is_inside(self, _POSTING):
-                raise RuntimeError(NESTED)
-            with posting:
-                count = outbox.publish(object_id, offset, data_size, metadata_size, codec, keep)
-                announced = outbox.is_to_be_announced
-            if count:
-                break
+        outbox = self._outbox
+        while not (
+            count := outbox.publish(object_id, offset, data_size, metadata_size, codec, keep)
+        ):
             self.call(Flush(), Done)
         if written is not None:
-            written(count)
-        if announced:
-            self._announce()
+            written(abs(count))
+        if count < 0:
+            self.announce()
 
     def post_soon(self, kind: int, body: bytes) -> None:
         """Tell the store something from a finalizer, which may have come in the middle of `post`.
 
         Nobody is told that the store has gone.  What cannot be written to the outbox just now is sent, and read after it.
         """
-        announced = self._append_soon(kind, body)
-        if announced is None:
+        count = self._outbox.post_soon(kind, body)
+        if not count:
             self.aside += 1
             # In this order: whoever reconnects makes the list, then the channel, then drops the list.
             untold = self._untold
             if untold is not None:
                 untold.append((kind, body))
             self.channel.send_soon(kind, body)
-        elif announced:
+        elif count < 0:
             with suppress(ConnectionError):
                 self.channel.announce()
 
-    def _append_soon(self, kind: int, body: bytes, *, is_last: bool = False) -> bool | None:
-        """Write a record if nobody is at it, and there is room; tell whether it is to be announced, None if it was not written."""
-        acquired: list[bool] = []
-        announced: bool | None = None
-        try:
-            acquired.extend(map(self._posting.acquire, (False,)))
-            if acquired[0] and self._outbox.append(kind, body, is_last=is_last):
-                announced = self._outbox.is_to_be_announced
-        finally:
-            if acquired and acquired[0]:
-                self._posting.release()
-        return announced
-
-    def _announce(self) -> None:
+    def announce(self) -> None:
         """Tell the store, or the one that comes back, that there is a record in the outbox."""
         while True:
             channel = self.channel
@@ -351,14 +324,14 @@ class Link:
         """
         channel = self.channel
         if channel.is_entered or not _is_told(channel, Detach.KIND):
-            self._append_soon(Detach.KIND, b"", is_last=True)
+            self._outbox.post_soon(Detach.KIND, b"", is_last=True)
         channel.retire()
         if (latest := self.channel) is not channel:  # another thread has just connected again
             latest.retire()
 
     def end(self) -> None:
         """Write the last record, when nothing of this client is left: a store that has died cannot see the connection end."""
-        self._append_soon(Gone.KIND, b"", is_last=True)
+        self._outbox.post_soon(Gone.KIND, b"", is_last=True)
 
     def abandon(self) -> None:
         """Close a forked child's copy of the connection, and leave the parent's alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from struct import iter_unpack
 from typing import Final
 from zlib import crc32
 
@@ -100,11 +101,9 @@ class ObjectID:
 def _draw(pool: list[ObjectID], n_random: int, tail: bytes = b"") -> ObjectID:
     """Return an id of so many random bytes and a tail, and put more of the kind into a pool."""
     drawn = os.urandom(_DRAWN_AT_ONCE * n_random)
-    # The last one is not shared: another thread may take all that are.
-    *shared, own = object_ids(
-        drawn[at : at + n_random] + tail for at in range(0, len(drawn), n_random)
-    )
-    pool.extend(shared)
+    ids = object_ids([name + tail for (name,) in iter_unpack(f"{n_random}s", drawn)])
+    own = ids.pop()  # not shared: another thread may take all that are
+    pool.extend(ids)
     return own
 
 

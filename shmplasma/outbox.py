@@ -19,8 +19,12 @@ Why nothing is lost, and nothing done twice
     x86-64 keeps the order of stores, and what a killed process has stored stays in the segment; so a record
     whose number is there is whole.  A store that dies between 3 and 4 leaves a record that was carried out:
     its successor sees that by the record itself (see `shmplasma.recovery`).  An interrupt between a client's
-    3 and 4 leaves a record that is handled with the next one, or at the client's end; one between 3 and its
-    own counting is noticed by the next record, which finds the number there already.
+    3 and 4 leaves a record that is handled with the next one, or at the client's end; none comes between 3 and its
+    own counting, as Python looks for signals where something was called, or jumps back, and nowhere else.
+
+What is spared of step 1
+    ACKNOWLEDGED lies in a line that the store writes for each record, and only grows.  So a client that has seen how much is
+    handled need not look again before it has written so many records that, with no more of them handled, there would be something to do.
 
 A client that ends
     closes its connection, and so tells a store that lives.  Of one that has died nobody would tell its successor, which waits for
@@ -53,7 +57,6 @@ from struct import Struct
 from typing import Final
 
 from shmplasma.layout import CONTROL_BYTES, OUTBOX_BYTES, ControlWord, HeaderWord, Layout
-from shmplasma.posted import PUBLISH, PUBLISH_RECORD, Publish
 
 __all__ = [
     "ANNOUNCED_AT",
@@ -85,8 +88,6 @@ _INCARNATIONS: Final = 1 << 32
 _CONTENT: Final = Struct("@HH52s")
 _RECORD: Final = Struct("@QHH52s")
 _WORDS: Final = RECORD_BYTES // 8
-_PUBLISH: Final = Publish.KIND
-_PUBLISH_BYTES: Final = PUBLISH.size
 
 
 class Outbox:
@@ -107,23 +108,23 @@ class Outbox:
     ----------
     raw : memoryview
         The outbox as bytes.
-    is_to_be_announced : bool
-        Whether the store is to be told of the record that was written last.
+    written : int
+        How many records were written.
 
     Notes
     -----
-    Not thread-safe: the caller holds a lock.
+    Not thread-safe (see `shmplasma.shared_outbox`).
     """
 
     __slots__ = (
         "_acknowledged",
-        "_count",
         "_incarnation",
+        "_look_at",
         "_polled",
         "_store",
         "_words",
-        "is_to_be_announced",
         "raw",
+        "written",
     )
 
     def __init__(
@@ -138,8 +139,8 @@ class Outbox:
         self._acknowledged = acknowledged
         self._polled = polled
         self._incarnation = incarnation
-        self._count = int(acknowledged[0])
-        self.is_to_be_announced = False
+        self.written = int(acknowledged[0])
+        self._look_at = self.written + ANNOUNCED_AT - 1
         self.connected()
 
     def connected(self) -> None:
@@ -149,70 +150,45 @@ class Outbox:
     def append(
         self, kind: int, body: bytes, *, is_urgent: bool = True, is_last: bool = False
     ) -> int:
-        """Write a record; return how many were written, or 0 when the ring is full and the store must handle something first.
+        """Write a record.
 
-        Of one that is not urgent the store need not be told, but with the next one.
+        Parameters
+        ----------
+        kind, body
+            What.
+        is_urgent : bool, optional
+            Whether the store is to be told of it before it is told of the next one.
+        is_last : bool, optional
+            Whether it may have a place that is kept for the last ones.
+
+        Returns
+        -------
+        int
+            How many there are with this one; below 0 if the store is to be told that there is one, and 0 if it was not written: the ring is
+            full, and the store has to handle something first.
         """
-        count, words = self._count, self._words
+        count, lags = self.written, False
+        if count >= self._look_at:
+            unread = self._look()
+            if unread >= (RECORDS if is_last else PLACES):
+                return 0
+            lags = unread == ANNOUNCED_AT - 1
         at = (count & _MASK) * _WORDS
-        if words[at] == count + 1:  # an interrupt came before it was counted
-            count = self._count = count + 1
-            at = (count & _MASK) * _WORDS
-        if count - self._acknowledged[0] >= (RECORDS if is_last else PLACES):
-            return 0
         _CONTENT.pack_into(self.raw, at * 8 + 8, kind, len(body), body)
-        words[at] = count = count + 1
-        self._count = count
-        self.is_to_be_announced = (
-            is_urgent and self._polled[0] != self._store
-        ) or count - self._acknowledged[0] == ANNOUNCED_AT
-        return count
+        self._words[at] = count = count + 1
+        self.written = count
+        return -count if lags or (is_urgent and self._polled[0] != self._store) else count
 
-    def publish(
-        self,
-        object_id: bytes,
-        offset: int,
-        data_size: int,
-        metadata_size: int,
-        codec: int,
-        keep: bool,
-    ) -> int:
-        """Write a `Publish`; as `append`, whose steps it repeats: each call of a function would take 3 % of a put."""
-        count, words = self._count, self._words
-        at = (count & _MASK) * _WORDS
-        if words[at] == count + 1:
-            count = self._count = count + 1
-            at = (count & _MASK) * _WORDS
-        if count - self._acknowledged[0] >= PLACES:
-            return 0
-        PUBLISH_RECORD.pack_into(
-            self.raw,
-            at * 8 + 8,
-            _PUBLISH,
-            _PUBLISH_BYTES,
-            object_id,
-            offset,
-            data_size,
-            metadata_size,
-            codec,
-            keep,
-        )
-        words[at] = count = count + 1
-        self._count = count
-        self.is_to_be_announced = (
-            self._polled[0] != self._store or count - self._acknowledged[0] == ANNOUNCED_AT
-        )
-        return count
+    def _look(self) -> int:
+        """Return how many records wait for the store, and see when that is to be asked again: where the store is to be told, or the ring may be full."""
+        handled = self._acknowledged[0]
+        unread = self.written - handled
+        self._look_at = handled + (PLACES if unread >= ANNOUNCED_AT - 1 else ANNOUNCED_AT - 1)
+        return unread
 
     def has(self, kind: int, body: bytes, since: int) -> bool:
         """Tell whether such a record was written after so many others; not if others have been written over it."""
         return (kind, body) in (read_record(self.raw, each) for each in range(since, self.written))
-
-    @property
-    def written(self) -> int:
-        """How many records were written."""
-        count = self._count
-        return count + (self._words[(count & _MASK) * _WORDS] == count + 1)
 
     @property
     def read(self) -> int:

@@ -59,7 +59,6 @@ from shmplasma.link import Link
 from shmplasma.lock_file import LockFile
 from shmplasma.objects import ObjectID
 from shmplasma.offset_pins import OffsetPins, pin_word
-from shmplasma.outbox import Outbox
 from shmplasma.outcomes import expect
 from shmplasma.pinning import BoardPool, Lifeline, Located
 from shmplasma.posted import Abort, Seal
@@ -83,6 +82,7 @@ from shmplasma.requests import (
 )
 from shmplasma.segment_name import SegmentName
 from shmplasma.settling import Settling
+from shmplasma.shared_outbox import SharedOutbox
 from shmplasma.transport import Channel
 from shmplasma.unread import Unread
 from shmplasma.writable import POPULATE_BYTES, Pages, Writable
@@ -111,7 +111,7 @@ class Session:
         lifeline: Lifeline,
         attachment: Attachment,
         board: int,
-        outbox: Outbox,
+        outbox: SharedOutbox,
         *,
         fast: bool,
     ) -> None:
@@ -146,7 +146,7 @@ class Session:
             self.removal = Removal(link, absence, self.settling, self.reader, attachment.marks)
             self.unread = Unread(attachment, absence, self._boards, self.reader.find)
             self._hints = Hints(attachment, board, outbox, self.unread)
-            self.leasing = LeaseWriter(attachment, board, link, self._pages.populate)
+            self.leasing = LeaseWriter(attachment, board, link, outbox, self._pages.populate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
                     attachment,
@@ -212,7 +212,7 @@ class Session:
 
         # An embedded store that was killed is started again by nobody.
         returns = not Layout.scratch(attachment.words)
-        outbox = Outbox(
+        outbox = SharedOutbox(
             attachment.outbox(board),
             attachment.words[count : count + 1],
             header(HeaderWord.POLLED) if ordered else _NEVER,

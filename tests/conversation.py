@@ -190,7 +190,7 @@ class RecordedMemory:
         self.keeps_all = False
         self.barriers = 0
         self.refuse_from: int | None = None
-        self.at_barrier: Callable[[], None] | None = None
+        self.at_barrier: Callable[[], object] | None = None
         self.locked: set[int] = set()
         self.locks = 0
 
@@ -300,9 +300,11 @@ class Peer:
         self.write_silently(message)
         self.tell(Post())
 
-    def write_silently(self, message: Posted) -> None:
-        """Write a record, and be interrupted before the message that says so."""
-        assert self.outbox.append(message.KIND, message.encode())
+    def write_silently(self, message: Posted) -> bool:
+        """Write a record, and be interrupted before the message that says so; tell whether there would have been one."""
+        count = self.outbox.append(message.KIND, message.encode())
+        assert count
+        return count < 0
 
     def remove(self, object_id: bytes) -> None:
         """Delete a sealed object as clients do that need not wait, when the store sleeps on it."""

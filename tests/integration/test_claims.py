@@ -433,20 +433,20 @@ def test_a_claim_that_was_not_written_is_not_aborted(
     lease(client)
     session = session_of(client)
     assert session.leasing is not None
-    post, leave = session._link.post, session.leasing.leave
+    leasing, post = session.leasing, session._link.post
     created: list[object] = []
 
     def interrupted(*_: object, **__: object) -> None:
         monkeypatch.setattr(session._link, "post", post)
         raise KeyboardInterrupt
 
-    def meanwhile(entered: list[bool]) -> None:
-        leave(entered)
-        monkeypatch.setattr(session.leasing, "leave", leave)
-        created.append(client.create(nth_id(0), 10))
+    class Meanwhile(list[None]):
+        def append(self, _: None) -> None:
+            leasing.token = [None]
+            created.append(client.create(nth_id(0), 10))
 
     monkeypatch.setattr(session._link, "post", interrupted)
-    monkeypatch.setattr(session.leasing, "leave", meanwhile)
+    monkeypatch.setattr(leasing, "token", Meanwhile([None]))
     with pytest.raises(KeyboardInterrupt):
         client.create(nth_id(0), 10)
     assert len(created) == 1

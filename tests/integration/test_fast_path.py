@@ -323,7 +323,7 @@ def test_who_puts_is_busy_before_he_looks_whether_his_lease_was_recalled(
     client.put_raw_buffer(b"x", metadata=metadata)
     leasing = session_of(client).leasing
     assert leasing is not None
-    words, epoch, board = leasing._words, leasing._epoch_word, leasing._board
+    words, epoch, board = leasing._words, leasing._epoch_word, leasing.board
     looks: list[int] = []
 
     class Words:

@@ -47,7 +47,7 @@ UNDONE = """
     thread = Thread(target=ask, daemon=True)
     if sys.argv[1] == "full":
         stop()
-        while link._outbox.append(Abort.KIND, missing.binary()):
+        while link._outbox.post(Abort.KIND, missing.binary()):
             pass
         thread.start()
         while link.channel._given_up:
@@ -116,18 +116,22 @@ def test_interrupts_at_each_point_of_a_large_put(store: Store) -> None:
 USED_UP = """
     import gc
     import shmplasma as plasma
-    from shmplasma import leasing, link, transport
+    from shmplasma import claiming, leasing, link, shared_outbox, transport
+    from shmplasma.leases import BUSY_WORD
 
-    parts = leasing, link, transport
+    parts = claiming, leasing, link, shared_outbox, transport
     value = bytes(36_000)  # three of them fit the first lease
     with plasma.connect(sys.argv[1]) as client:
         keys = []
 
         def puts():
             for _ in range(4):
-                keys.append(client.put_raw_buffer(value))
+                chosen = plasma.ObjectID.from_random() if sys.argv[2] == "chosen" else None
+                metadata = b"m" if sys.argv[2] == "metadata" else b""
+                keys.append(client.put_raw_buffer(value, chosen, metadata))
 
         puts()
+        lease = client._session.leasing
         count, interrupted = 0, True
         while interrupted:
             count += 1
@@ -135,6 +139,8 @@ USED_UP = """
             keys.clear()
             client.flush()
             interrupted = is_interrupted(count, parts, puts)
+            assert lease.token == [None], count
+            assert not lease.board[BUSY_WORD], count
             puts()
             client.flush()
             found = client.list()
@@ -149,10 +155,11 @@ USED_UP = """
 
 
 @pytest.mark.skipif(not system.fast_path_available(), reason="nothing is put on lease")
-def test_interrupts_at_each_point_of_puts_that_use_a_lease_up() -> None:
-    """Wherever Ctrl-C meets them: what was put is there, the next put works, and no lease stays behind."""
+@pytest.mark.parametrize("how", ["fresh", "metadata", "chosen"])
+def test_interrupts_at_each_point_of_puts_that_use_a_lease_up(how: str) -> None:
+    """Wherever Ctrl-C meets them: what was put is there, the next put works, nobody is kept out of the lease, and none stays behind."""
     with Store("10MB") as store, store.connect() as other:
-        with Child(INTERRUPTER + dedent(USED_UP), store.store_socket_name) as child:
+        with Child(INTERRUPTER + dedent(USED_UP), store.store_socket_name, how) as child:
             assert int(child.hear()) > 50
             assert child.end() == 0
         until(lambda: figure(other, "leased bytes") == 0, "the lease comes back")

@@ -154,39 +154,6 @@ def test_a_record_is_there_when_its_number_is(before: int, body: bytes, n_writte
     assert page.handle() == ((9, body) if start in written else None)
 
 
-@pytest.mark.parametrize("before", [0, 5, RECORDS - 1, RECORDS, 3 * RECORDS + 7])
-@pytest.mark.parametrize("is_handled", [False, True])
-def test_a_record_that_was_not_counted_is_noticed(before: int, is_handled: bool) -> None:
-    """An interrupt between the number and the client's own counting loses no record, and writes over none."""
-    page = Page()
-    for _ in range(before):
-        assert page.outbox.append(1, b"earlier")
-        page.handle()
-    assert page.outbox.append(2, b"interrupted")
-    page.outbox._count -= 1
-    assert page.outbox.written == before + 1
-    if is_handled:
-        assert page.handle() == (2, b"interrupted")
-    assert page.outbox.append(3, b"next")
-    assert page.outbox.append(4, b"and on")
-    if not is_handled:
-        assert page.handle() == (2, b"interrupted")
-    assert [page.handle() for _ in range(3)] == [(3, b"next"), (4, b"and on"), None]
-
-
-def test_the_last_place_that_was_not_counted_is_full() -> None:
-    """A ring that such a record has filled takes no more."""
-    page = Page()
-    for number in range(PLACES):
-        assert page.outbox.append(number, b"")
-    page.outbox._count -= 1
-    assert not page.outbox.append(77, b"too much")
-    assert [page.handle() for _ in range(PLACES)] == [(number, b"") for number in range(PLACES)]
-    assert page.handle() is None
-    assert page.outbox.append(78, b"again")
-    assert page.handle() == (78, b"again")
-
-
 def test_content_that_was_interrupted_is_written_anew() -> None:
     """An interrupt before the number leaves nothing: the next record takes the place."""
     page = Page()
@@ -217,8 +184,7 @@ def test_nobody_is_silent_to_a_store_that_he_does_not_know() -> None:
     outbox = Outbox(page.words, page.counter, polled, incarnation)
 
     def is_silent() -> bool:
-        outbox.append(1, b"")
-        return not outbox.is_to_be_announced
+        return outbox.append(1, b"") > 0
 
     assert not is_silent()
     first.start()
@@ -254,14 +220,13 @@ def test_a_store_that_lags_is_woken_once() -> None:
     told = []
     for handled in (0, 2, ANNOUNCED_AT, RECORDS + ANNOUNCED_AT):
         page.counter[0] = handled
-        while outbox.append(1, b""):
-            if outbox.is_to_be_announced:
-                told.append(outbox.written)
+        while count := outbox.append(1, b""):
+            if count < 0:
+                told.append(-count)
     assert told == [ANNOUNCED_AT, RECORDS + 2 * ANNOUNCED_AT]
     page.counter[0] = outbox.written
     for _ in range(3 * RECORDS):
-        outbox.append(1, b"")
-        assert not outbox.is_to_be_announced
+        assert outbox.append(1, b"") > 0
         page.counter[0] += 1
 
 
@@ -270,13 +235,12 @@ def test_what_is_not_urgent_waits_for_what_is() -> None:
     page, zero = Page(), memoryview(bytearray(8)).cast("Q")
     outbox = Outbox(page.words, page.counter, zero, zero)
     told = []
-    while outbox.append(1, b"", is_urgent=False):
-        if outbox.is_to_be_announced:
-            told.append(outbox.written)
+    while count := outbox.append(1, b"", is_urgent=False):
+        if count < 0:
+            told.append(-count)
     assert told == [ANNOUNCED_AT]
     page.counter[0] = outbox.written
-    assert outbox.append(1, b"")
-    assert outbox.is_to_be_announced
+    assert outbox.append(1, b"") < 0
 
 
 # -- what a hostile client may write -------------------------------------------------------------

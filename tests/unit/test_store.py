@@ -1548,13 +1548,13 @@ def test_what_was_not_announced_counts_at_the_end(tenant: Tenant) -> None:
 
 def test_a_store_that_looks_is_not_told(roomy: Tenant) -> None:
     """After a message clients are silent, unless half a ring waits, until the store has looked in vain."""
-    store, outbox = roomy.talk.store, roomy.peer.outbox
+    store = roomy.talk.store
     roomy.peer.write(Publish(name(0), roomy.next, 64, 0, 3))
     assert store.polls
     told = []
     for number in range(1, PLACES):
-        roomy.peer.write_silently(Publish(name(number), roomy.next + 64 * number, 64, 0, 3))
-        told.append(outbox.is_to_be_announced)
+        message = Publish(name(number), roomy.next + 64 * number, 64, 0, 3)
+        told.append(roomy.peer.write_silently(message))
     assert [number for number, is_told in enumerate(told, 1) if is_told] == [ANNOUNCED_AT]
     roomy.talk.poll()
     assert roomy.control(ControlWord.ACKNOWLEDGED) == PLACES
@@ -1566,8 +1566,7 @@ def test_a_store_that_looks_is_not_told(roomy: Tenant) -> None:
         looks += 1
     assert looks == 3
     assert roomy.talk.memory.barriers == barriers + 1
-    roomy.peer.write_silently(Publish(name(PLACES), roomy.next + 64 * PLACES, 64, 0, 3))
-    assert outbox.is_to_be_announced
+    assert roomy.peer.write_silently(Publish(name(PLACES), roomy.next + 64 * PLACES, 64, 0, 3))
     store.check()
 
 
@@ -1594,9 +1593,9 @@ def test_who_waits_is_not_kept_waiting_by_silence(tenant: Tenant) -> None:
     tenant.talk.carry_out(tenant.talk.store.stop_polling(tenant.talk.now_ns))
     assert reader.take(request_id, Objects).found[0] != ABSENT
     tenant.talk.subscriber()
-    tenant.peer.write(Publish(C, tenant.next + 128, 64, 0, 3))
+    assert tenant.peer.write_silently(Publish(C, tenant.next + 128, 64, 0, 3))
+    tenant.peer.tell(Post())
     assert not tenant.talk.store.polls
-    assert tenant.peer.outbox.is_to_be_announced
 
 
 def test_a_glance_reads_all_outboxes_where_there_are_few(tenant: Tenant) -> None:
