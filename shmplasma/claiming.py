@@ -110,12 +110,12 @@ class Claimant:
     def unlock(self) -> None:
         """Unlock what was claimed before, as far as the store has read of it, unless another thread claims something just now."""
         if self._unread:
-            entered: list[None] = []
+            entered = [False]
             try:
                 if self._leasing.hold(entered):
                     self._unlock()
             finally:
-                if entered:
+                if entered[0]:
                     self._leasing.token.append(None)
 
     def _unlock(self) -> None:
@@ -143,7 +143,7 @@ class Claimant:
             return None
         leasing = self._leasing
         claim, since = b"", 0
-        entered: list[None] = []
+        entered = [False]
         try:
             try:
                 offset = leasing.enter(entered, size)
@@ -163,7 +163,7 @@ class Claimant:
                 created.pin = pin
                 leasing.look_ahead(size)
             finally:
-                if entered:
+                if entered[0]:
                     leasing.board[BUSY_WORD] = 0
                     leasing.token.append(None)
         except BaseException:
@@ -186,7 +186,7 @@ class Claimant:
         leasing, hints = self._leasing, self._hints
         if data_size <= _EARLY_BYTES:
             hints.tell_early(object_id)
-        entered: list[None] = []
+        entered = [False]
         try:
             offset = leasing.enter(entered, size)
             if offset < 0 or not self.take(object_id):
@@ -198,6 +198,6 @@ class Claimant:
             leasing.look_ahead(size)
             return True
         finally:
-            if entered:
+            if entered[0]:
                 leasing.board[BUSY_WORD] = 0
                 leasing.token.append(None)

@@ -5,7 +5,8 @@ a time is between the first and the last; another one that wants to put meanwhil
 whoever finds no room.  So do finalizers that put something while their own thread is at it.
 
 Who is at it has the one token out of its list.  `del` takes it or fails, at once, in a fifth of the time that a lock takes so; and no interrupt comes
-between that and the next instructions, as Python looks for signals where something was called, or jumps back, and nowhere else.
+between that and the next instructions, as Python looks for signals where something was called, or jumps back, and nowhere else.  Another item always stays,
+as a list that gets empty gives its memory back, and the token could not be put back where there is none.
 
 Most puts are of small values under fresh ids, which come to one `bytes`.  `put_bytes` does for these what `put` does for any object, in one piece: it
 repeats the steps, as each call of a function would take a tenth of the time.
@@ -72,7 +73,7 @@ class LeaseWriter:
     board : memoryview
         The client's first board; BUSY is in it.
     token : list
-        Empty while somebody is at it.
+        Has one item fewer while somebody is at it.
 
     Notes
     -----
@@ -95,7 +96,7 @@ class LeaseWriter:
         self._outbox = outbox
         self._awaited: list[Callable[[], Leased | None]] = []
         self._populate = populate
-        self.token: list[None] = [None]
+        self.token: list[None] = [None, None]
         self._memory = memoryview(attachment.write_map)
         self._data = layout.data
         self._epoch = -1
@@ -140,7 +141,7 @@ class LeaseWriter:
         An interrupt ends the put and leaves neither the token away nor BUSY behind; whether the object is put is not known.
         """
         data_size, size = payload.size_bytes, payload.size_bytes + len(metadata)
-        entered: list[None] = []
+        entered = [False]
         try:
             offset = self.enter(entered, size)
             if offset < 0:
@@ -150,14 +151,14 @@ class LeaseWriter:
             self.look_ahead(size)
             return True
         finally:
-            if entered:
+            if entered[0]:
                 self.board[BUSY_WORD] = 0
                 self.token.append(None)
 
-    def enter(self, entered: list[None], size_bytes: int) -> int:
+    def enter(self, entered: list[bool], size_bytes: int) -> int:
         """Be busy with a lease that has room for an object, and return where that begins; -1 if the object must go by the store.
 
-        `entered` gets an item if BUSY is to be 0 again, and the token to be put back, whatever comes of it, an interrupt included.
+        `entered` is ``[False]``, and True if BUSY is to be 0 again, and the token to be put back, whatever comes of it, an interrupt included.
         """
         if size_bytes > LARGE_BYTES:
             if size_bytes > self._largest:
@@ -176,13 +177,13 @@ class LeaseWriter:
             return self._cursor
         return -1
 
-    def hold(self, entered: list[None]) -> bool:
+    def hold(self, entered: list[bool]) -> bool:
         """Keep other threads out, unless one is in; tell whether that was so.  Otherwise as `enter`."""
         try:
-            del self.token[0]
+            del self.token[1]
         except IndexError:
             return False
-        entered.append(None)
+        entered[0] = True
         return True
 
     def take(self, size_bytes: int) -> memoryview:
@@ -201,7 +202,7 @@ class LeaseWriter:
         """Put up to `LARGE_BYTES` without metadata; otherwise as `put`."""
         size_bytes, board = len(data), self.board
         try:
-            del self.token[0]
+            del self.token[1]
         except IndexError:
             return False
         try:

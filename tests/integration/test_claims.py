@@ -442,11 +442,11 @@ def test_a_claim_that_was_not_written_is_not_aborted(
 
     class Meanwhile(list[None]):
         def append(self, _: None) -> None:
-            leasing.token = [None]
+            leasing.token = [None, None]
             created.append(client.create(nth_id(0), 10))
 
     monkeypatch.setattr(session._link, "post", interrupted)
-    monkeypatch.setattr(leasing, "token", Meanwhile([None]))
+    monkeypatch.setattr(leasing, "token", Meanwhile([None, None]))
     with pytest.raises(KeyboardInterrupt):
         client.create(nth_id(0), 10)
     assert len(created) == 1
