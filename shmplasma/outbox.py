@@ -175,8 +175,7 @@ class Outbox:
             lags = unread == ANNOUNCED_AT - 1
         at = (count & _MASK) * _WORDS
         _CONTENT.pack_into(self.raw, at * 8 + 8, kind, len(body), body)
-        self._words[at] = count = count + 1
-        self.written = count
+        self._words[at] = self.written = count = count + 1
         return -count if lags or (is_urgent and self._polled[0] != self._store) else count
 
     def _look(self) -> int:

@@ -95,6 +95,5 @@ class SharedOutbox(Outbox):
                 codec,
                 keep,
             )
-            self._words[at >> 3] = count = count + 1
-            self.written = count
+            self._words[at >> 3] = self.written = count = count + 1
         return -count if lags or self._polled[0] != self._store else count

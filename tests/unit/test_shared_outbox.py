@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import sys
 from threading import Event, Thread
+from types import FrameType
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmplasma import outbox, shared_outbox
 from shmplasma.layout import OUTBOX_BYTES
 from shmplasma.nesting import NESTED
 from shmplasma.outbox import PLACES, RECORDS, Outbox, read_record
@@ -130,3 +133,47 @@ def test_threads_write_one_after_the_other() -> None:
     assert soon == [0]
     kinds = [record[0] for n in range(2) if (record := read_record(shared.page, n))]
     assert kinds == [Publish.KIND, Abort.KIND]
+
+
+@pytest.mark.parametrize("way", ["post", "post_soon", "publish"])
+def test_an_exception_between_two_lines(way: str) -> None:
+    """As a debugger's user may raise it: the record is not written or it is counted, and the next one has a place of its own."""
+
+    def write(shared: Shared) -> None:
+        if way == "publish":
+            shared.outbox.publish(A, 0, 1, 0, 0, False)
+        else:
+            getattr(shared.outbox, way)(Abort.KIND, A)
+
+    def lines_until(last: int, shared: Shared) -> int:
+        """Write a record up to a line, or to the end; return how many lines that were."""
+        count = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename not in (outbox.__file__, shared_outbox.__file__):
+                return None
+            if event == "line":
+                count += 1
+                if count == last:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            write(shared)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        return count
+
+    n_lines = lines_until(0, Shared())
+    assert n_lines > 5
+    for last in range(1, n_lines + 1):
+        shared = Shared()
+        assert lines_until(last, shared) == last
+        shared.acknowledged[0] = read = sum(read_record(shared.page, n) is not None for n in (0, 1))
+        assert shared.outbox.append(Abort.KIND, B)
+        assert read_record(shared.page, read) == (Abort.KIND, B), last
