@@ -258,6 +258,11 @@ class LeaseWriter:
         self._cursor = self._end = self._mapped = self._objects = 0
         self.board[BUSY_WORD] = 0
 
+    def isolate(self) -> None:
+        """Put nothing into what was leased or asked for so far: in a forked child, where it is its parent's."""
+        self._awaited.clear()
+        self._drop()
+
     def _make_ready(self, size_bytes: int) -> None:
         """Have the next pages mapped for another object like the last one, or ask for the next lease if this one has no room."""
         if self._objects and self._cursor + size_bytes <= self._end:

@@ -68,6 +68,8 @@ class Lifeline:
         Whatever closes the connection when it is collected.
     boards : list of PinBoard
         Those that are still used.
+    isolate_lease : weakref.WeakMethod or None
+        Cuts a forked child off from its parent's lease.
     """
 
     __slots__ = (
@@ -79,6 +81,7 @@ class Lifeline:
         "_woken_by",
         "attachment",
         "connection",
+        "isolate_lease",
         "locks",
         "name",
         "path",
@@ -98,6 +101,7 @@ class Lifeline:
         self.path = path
         self.name = name
         self.connection: object = None
+        self.isolate_lease: weakref.WeakMethod[Callable[[], None]] | None = None
         self._boards: weakref.WeakSet[PinBoard] = weakref.WeakSet()
         self.wake_word = attachment.words[HeaderWord.WAKE : HeaderWord.WAKE + 1]
         self._wake_fd = wake_fd
@@ -148,6 +152,8 @@ class Lifeline:
         for board in self._boards:
             board.words = memoryview(bytearray(BOARD_BYTES)).cast("Q")
         self.attachment.isolate()
+        if self.isolate_lease is not None and (isolate := self.isolate_lease()) is not None:
+            isolate()
         if self.locks is not None:
             self.locks.close()
         fd, self._wake_fd = self._wake_fd, -1

@@ -147,6 +147,7 @@ class Session:
             self.unread = Unread(attachment, absence, self._boards, self.reader.find)
             self._hints = Hints(attachment, board, outbox, self.unread)
             self.leasing = LeaseWriter(attachment, board, link, outbox, self._pages.populate)
+            lifeline.isolate_lease = weakref.WeakMethod(self.leasing.isolate)
             if lifeline.locks is not None:
                 self.claims = Claimant(
                     attachment,

@@ -22,6 +22,7 @@ from shmplasma import (
     Store,
     connect,
     inheritance,
+    system,
 )
 from tests.command import PROGRAM, killed, running
 from tests.processes import Child, in_forked_child, run_python, until
@@ -277,6 +278,43 @@ def test_boards_that_come_late(store: Store, n_held: int) -> None:
     fork([*range(int(sys.argv[2])), *range(1022, 1060)])
 """
     run_python(BEFORE_THE_FORK + end, store.store_socket_name, str(n_held))
+
+
+IN_THE_MIDST = """
+    import os, sys
+    import shmplasma as plasma
+    from shmplasma import leasing
+
+    with plasma.connect(sys.argv[1]) as client:
+        client.put_raw_buffer(b"first")
+        (hears, tells), pids, keys = os.pipe(), [], []
+
+        def handler(frame, *_):
+            if frame.f_code is leasing.LeaseWriter.put_bytes.__code__:
+                sys.settrace(None)
+                pids.append(os.fork())
+                if pids[0]:
+                    keys.append(client.put_raw_buffer(b"by the parent"))
+                    os.write(tells, b".")
+                else:
+                    os.read(hears, 1)
+
+        sys.settrace(handler)
+        try:
+            client.put_raw_buffer(b"in both of them")
+        except plasma.NotConnectedError:
+            os._exit(3)
+        if not pids[0]:
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 3
+        assert client.get_buffers(keys)[0].to_pybytes() == b"by the parent"
+"""
+
+
+@pytest.mark.skipif(not system.fast_path_available(), reason="nothing is put on lease")
+def test_a_fork_in_the_middle_of_a_put(store: Store) -> None:
+    """When a signal handler forks, the child that goes on with the put is told of it, and writes over nothing that its parent has put."""
+    run_python(IN_THE_MIDST, store.store_socket_name)
 
 
 def test_a_fork_in_the_middle_of_another(store: Store) -> None:
