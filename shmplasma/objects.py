@@ -18,8 +18,15 @@ _MARK: Final = b"\xf5\x9a\x1c\xe7"
 """How the ids end that nobody chose: any four bytes that are unlikely in one that somebody did."""
 _random: list[ObjectID] = []
 _fresh: list[ObjectID] = []
-os.register_at_fork(after_in_child=_random.clear)
-os.register_at_fork(after_in_child=_fresh.clear)
+
+
+def _draw_anew() -> None:
+    """Draw other ids than the parent, in a forked child: also when a signal handler forks in the middle of `_draw`, which fills its parent's list then."""
+    global _random, _fresh
+    _random, _fresh = [], []
+
+
+os.register_at_fork(after_in_child=_draw_anew)
 
 
 class ObjectID:

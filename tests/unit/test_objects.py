@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -138,3 +139,32 @@ def test_a_forked_child_draws_ids_of_its_own(draw: Draw) -> None:
     theirs = {data[at : at + 20] for at in range(0, len(data), 20)}
     assert len(theirs) == 200
     assert theirs.isdisjoint(draw().binary() for _ in range(200))
+
+
+@DRAW
+def test_a_fork_in_the_middle_of_a_draw(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a signal handler forks there, what is drawn in advance is the parent's alone as well."""
+    urandom, children = os.urandom, list[int]()
+    receive, send = os.pipe()
+
+    def interrupted(size: int) -> bytes:
+        drawn = urandom(size)
+        monkeypatch.undo()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+            children.append(os.fork())
+        return drawn
+
+    monkeypatch.setattr(os, "urandom", interrupted)
+    while not children:
+        draw()
+    ids = {draw().binary() for _ in range(200)}
+    if not children[0]:
+        os.write(send, b"".join(ids))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+    data = os.read(receive, 200 * 20)
+    os.close(receive)
+    os.close(send)
+    assert len(data) == 200 * 20
+    assert ids.isdisjoint(data[at : at + 20] for at in range(0, len(data), 20))
