@@ -25,6 +25,7 @@ Why nothing is lost, and nothing done twice
 What is spared of step 1
     ACKNOWLEDGED lies in a line that the store writes for each record, and only grows.  So a client that has seen how much is
     handled need not look again before it has written so many records that, with no more of them handled, there would be something to do.
+    Where it has told the store so in step 4, or found it reading that far behind, that is when the ring may be full.
 
 A client that ends
     closes its connection, and so tells a store that lives.  Of one that has died nobody would tell its successor, which waits for

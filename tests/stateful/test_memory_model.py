@@ -577,7 +577,7 @@ class Recall:
 
 
 def put(case: Recall, client: int, number: int) -> Program:
-    """Put one object into the lease: `LeaseWriter.take` to `leave`.  BUSY says which object it is, from 1.
+    """Put one object into the lease: `LeaseWriter.put`, from BUSY = 1 to BUSY = 0.  BUSY says which object it is, from 1.
 
     The socket is a row of plain words: not even the barriers in a system call are taken for granted.
     """
