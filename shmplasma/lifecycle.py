@@ -147,7 +147,7 @@ class Lifecycle:
 
     def bytes_of(self, entries: Iterable[int]) -> int:
         """Return the sum of data and metadata sizes; what clients made up does not count."""
-        return sum(self._table.size(entry) for entry in entries if self._table.holds(entry))
+        return sum(self._table.sizes(entries).values())
 
     @property
     def unsealed_bytes(self) -> int:
@@ -312,9 +312,9 @@ class Lifecycle:
         entries |= self._doomed | self._limbo
         table = self._table
         extents = [
-            (table.location(entry)[0], table.size(entry))
-            for entry in entries
-            if table.holds(entry) and table.state(entry) != EntryState.SPILLED
+            (table.location(entry)[0], size)
+            for entry, size in table.sizes(entries).items()
+            if table.state(entry) != EntryState.SPILLED
         ]
         returning = () if self.spilling is None else self.spilling.extents()
         return [*extents, *self._leases.extents(), *returning]

@@ -250,15 +250,12 @@ class Residents:
         """Bytes of the extents of all that may go, but for what is pinned; O(pinned), however much is protected."""
         external = self.external
         if external is not None:
-            return external.clean_bytes - sum(
-                self.extent_bytes(entry) for entry in pinned if external.is_clean(entry)
-            )
-        held = pinned - self._protected
-        return (
-            self._cached_bytes
-            - self._protected_cached_bytes
-            - sum(self.extent_bytes(entry) for entry in held if entry in self._queue)
-        )
+            copies = external.copies
+            return external.clean_bytes - sum(copies[entry] for entry in pinned if entry in copies)
+        held = self._queue.queued(pinned - self._protected if self._protected else pinned)
+        sizes = self._table.sizes(held).values()
+        evictable_bytes = self._cached_bytes - self._protected_cached_bytes
+        return evictable_bytes - sum(size + _ROUND_UP & -ALIGNMENT for size in sizes)
 
     def may_make(self, size_bytes: int, pinned: AbstractSet[int]) -> bool:
         """Tell whether so many bytes are evictable; O(pinned) only where those that go next do not make them up."""

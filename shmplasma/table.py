@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from struct import Struct
 from typing import Final
 from zlib import crc32
@@ -124,11 +124,7 @@ class Table:
         self._marks_word = layout.marks // 8
         self._mask = layout.n_buckets - 1
         self._free = array("I")
-        self._used_once = 0
-        self._committed = 0
-        self._marked = 0
-        self._linked = 0
-        self._insertions = 0
+        self._used_once = self._committed = self._marked = self._linked = self._insertions = 0
         self._now_ns = self._later = 0
 
     def __len__(self) -> int:
@@ -177,6 +173,15 @@ class Table:
         """Return data plus metadata in bytes."""
         at = self._entries_word + entry * ENTRY_WORDS
         return int(self._words[at + _DATA_SIZE] + self._words[at + _METADATA_SIZE])
+
+    def sizes(self, entries: Iterable[int]) -> dict[int, int]:
+        """Return data plus metadata in bytes of those of these numbers that are entries with an object; 0.15 us each."""
+        words, first, end = self._words, self._entries_word, self._used_once
+        return {
+            entry: words[at + _DATA_SIZE] + words[at + _METADATA_SIZE]
+            for entry in entries
+            if 0 <= entry < end and words[at := first + entry * ENTRY_WORDS] & STATE_MASK != _FREE
+        }
 
     def created_ns(self, entry: int) -> int:
         """Return the time of creation, in ns since 1970: no other object under this id has the same."""
@@ -237,14 +242,9 @@ class Table:
     def sealed_between(
         self, low: int, high: int, start: int, stop: int
     ) -> Iterator[tuple[int, int, int]]:
-        """Iterate over what lies between two offsets, as offset, size in bytes, and entry; -1 for what is not SEALED.
+        """Iterate over what has a byte in ``[low, high)``, as offset, size in bytes, and entry; -1 for what is not SEALED.
 
-        Parameters
-        ----------
-        low, high : int
-            An object counts if any byte of it is in ``[low, high)``.
-        start, stop : int
-            The entries that are looked at; O(stop - start), 0.1 us each.
+        The entries from `start` to below `stop` are looked at, 0.1 us each.
         """
         words = self._words
         first = self._entries_word + start * ENTRY_WORDS

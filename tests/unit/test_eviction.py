@@ -76,6 +76,7 @@ def test_a_queue_keeps_the_order_of_insertion() -> None:
     assert list(sieve) == [7, 0, 9, 3]
     assert len(sieve) == 4
     assert [index for index in range(-2, 12) if index in sieve] == [0, 3, 7, 9]
+    assert sieve.queued(range(-2, 12)) == [0, 3, 7, 9]
     sieve.check()
 
 
@@ -263,7 +264,7 @@ def test_a_cache_evicts_what_the_paper_evicts(capacity: int) -> None:
     sieve, paper = Sieve(visited), PaperSieve()
     for _ in range(5000):
         key = min(int(rng.paretovariate(0.7)), 1000) - 1
-        assert (key in sieve) == (key in paper.queue)
+        assert (key in sieve) == (key in paper.queue) == (sieve.queued([key]) == [key])
         if key in sieve:
             visited[key] = 1
             paper.visited.add(key)

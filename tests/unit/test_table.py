@@ -86,6 +86,15 @@ def test_an_entry_says_what_was_inserted() -> None:
     assert len(table) == 1
 
 
+def test_only_entries_with_an_object_have_sizes() -> None:
+    """Whatever numbers are asked for: beyond all entries, never used, or freed."""
+    table = empty_table()
+    entries = [insert(table, name(n), n) for n in range(3)]
+    remove(table, name(1))
+    asked = [-1, *entries, 3, LAYOUT.n_entries, 1 << 62]
+    assert table.sizes(asked) == {entry: table.size(entry) for entry in (entries[0], entries[2])}
+
+
 def test_sealing_notes_how_long_the_object_took() -> None:
     """The state becomes SEALED under the same generation, and the time since creation is kept."""
     table = empty_table()
