@@ -268,7 +268,7 @@ class Creations:
         now_ns : int
             The time, in nanoseconds since 1970.
         """
-        attainable = self._room.attainable_bytes
+        attainable: int | None = None
         self._evicts = self._awaits_leases = False
         for each in self._queue:  # not all may be reached
             each.is_served = False
@@ -290,6 +290,8 @@ class Creations:
             nonlocal attainable
             request, size = creator.request, creator.request.size_bytes
             if not self._objects.exists(request.object_id):
+                if attainable is None:
+                    attainable = self._room.attainable_bytes
                 if size > attainable:
                     creator.text = ""
                     return wait(creator)
@@ -313,7 +315,7 @@ class Creations:
             else:
                 self._left(creator)
                 self._grant(creator.client, creator.request_id, entry, now_ns)
-                attainable = self._room.attainable_bytes
+                attainable = None
                 return Offer.TAKEN
             self._left(creator)
             self._outgoing.reply(creator.client, creator.request_id, failed)

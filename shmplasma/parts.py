@@ -147,7 +147,9 @@ class Parts:
         )
         self.queue = queue = RoomQueue[Creator]()
         sessions = self.greeter.sessions
-        self.refusals = Refusals(layout, self.boards, self.room, self.objects, sessions, queue)
+        self.refusals = Refusals(
+            layout, self.table, self.boards, self.room, self.objects, sessions, queue
+        )
         self.creations = Creations(
             self.table,
             self.boards,

@@ -7,7 +7,8 @@ the process when it connected; a client in another pid namespace has neither.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
+from itertools import chain
 from typing import Final
 
 from shmplasma.denials import NoRoom
@@ -19,6 +20,7 @@ from shmplasma.pins import Boards
 from shmplasma.replies import Failed, Failure
 from shmplasma.reports import printable
 from shmplasma.room import Room
+from shmplasma.table import Table
 
 __all__ = ["Refusals"]
 
@@ -34,7 +36,7 @@ class Refusals:
     ----------
     layout : Layout
         The segment's layout.
-    boards, room, objects
+    table, boards, room, objects
         The parts of the store that know.
     sessions : mapping
         All connections, by their numbers.
@@ -49,6 +51,7 @@ class Refusals:
     def __init__(
         self,
         layout: Layout,
+        table: Table,
         boards: Boards,
         room: Room,
         objects: Lifecycle,
@@ -56,6 +59,7 @@ class Refusals:
         waiting: Sized,
     ) -> None:
         self._capacity = layout.capacity
+        self._table = table
         self._boards = boards
         self._room = room
         self._objects = objects
@@ -65,20 +69,23 @@ class Refusals:
     def answer(self, no_room: NoRoom, now_ns: int) -> Failed:
         """Return the reply to a request for which there is no room."""
         objects, residents = self._objects, self._room.residents
-        pinned = self._boards.pinned()
+        held = self._boards.holdings()
+        pinned = set[int]().union(*held.values())
+        unsealed = objects.unsealed.creators.keys() - pinned
+        sizes = self._table.sizes(chain(pinned, unsealed))
         figures = {
             "requested_bytes": no_room.requested_bytes,
             "free_bytes": self._room.free_bytes,
             "largest_bytes": self._room.largest_bytes,
-            "pinned_bytes": objects.bytes_of(pinned),
+            "pinned_bytes": sum(sizes.values()) - _sum(sizes, unsealed),
             "unsealed_bytes": objects.unsealed_bytes,
             "leased_bytes": objects.leased_bytes,
             "kept_bytes": residents.kept_bytes,
-            "spillable_bytes": residents.kept_bytes - objects.bytes_of(residents.kept & pinned),
+            "spillable_bytes": residents.kept_bytes - _sum(sizes, residents.kept & pinned),
             "limit_bytes": no_room.limit_bytes,
             "held_bytes": no_room.held_bytes,
         }
-        holders = self._holders(now_ns)
+        holders = self._holders(held, sizes, now_ns)
         if no_room.limit_bytes:
             text = (
                 "this client may hold {limit_bytes} bytes, holds {held_bytes}, and asks for "
@@ -118,10 +125,13 @@ class Refusals:
             "-m"
         ).format(capacity=self._capacity, waiting=waiting, **figures)
 
-    def _holders(self, now_ns: int) -> list[Holder]:
+    def _holders(
+        self, pinned: Mapping[int, set[int]], sizes: Mapping[int, int], now_ns: int
+    ) -> list[Holder]:
         """Return who holds most, the largest first."""
+        unsealed = self._objects.unsealed
         held = {
-            client: self._objects.bytes_of(self._objects.held_by(client))
+            client: _sum(sizes, pinned.get(client, set()).union(unsealed.of(client)))
             for client in self._sessions
         }
         most = sorted((client for client in held if held[client]), key=held.__getitem__)[::-1]
@@ -135,6 +145,11 @@ class Refusals:
             )
             for client in most[:_MAX_HOLDERS]
         ]
+
+
+def _sum(sizes: Mapping[int, int], entries: Iterable[int]) -> int:
+    """Return the sum of the sizes of entries; what clients made up has none."""
+    return sum(sizes[entry] for entry in entries if entry in sizes)
 
 
 def _described(holder: Holder) -> str:

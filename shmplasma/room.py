@@ -141,7 +141,8 @@ class Room:
     @property
     def attainable_bytes(self) -> int:
         """Bytes that are free, or will be when the mover is done, or would be if all that may go were evicted; O(boards)."""
-        return self.free_bytes + self._holding.n_bytes + self._evictable_bytes()
+        evictable_bytes = self.residents.evictable_bytes(self._boards.pinned())
+        return self.free_bytes + self._holding.n_bytes + evictable_bytes
 
     # -- extents -------------------------------------------------------------------------------
 
@@ -203,11 +204,12 @@ class Room:
         if offset is None:
             missing = align_up(size_bytes, ALIGNMENT) - self.free_bytes
             if missing > 0:
-                if not self.may_make(size_bytes):
+                held = self._boards.pinned()
+                if not self.residents.may_make(missing, held):
                     return None, evicted
-                has_copies = self.residents.external is not None
-                stride = (self._end - self._start) // _STRIDES if has_copies else 0
-                evicted = self.make_room(max(missing, stride), at_most)
+                if self.residents.external is not None:
+                    missing = max(missing, (self._end - self._start) // _STRIDES)
+                evicted = self._evict(self.residents.extent_bytes, missing, 0, at_most, held)[1]
                 offset = self._place(size_bytes)
             if offset is None and self.residents.external is not None:
                 evicted += self._clear_stretch(size_bytes)
@@ -402,16 +404,19 @@ class Room:
         size_bytes: int,
         objects: int = 0,
         at_most: int | None = None,
+        held: set[int] | None = None,
     ) -> tuple[int, list[bytes], bool]:
         """Evict until the sum of what `measure` says of each entry, and the count, are reached.
 
-        None goes that the others make up for, but what has no bytes goes in its turn, as in Plasma.
+        None goes that the others make up for, but what has no bytes goes in its turn, as in Plasma.  What was found `held`, which is added to, stays.
         """
         freed, evicted = 0, list[bytes]()
         batch: dict[int, int] = {}
         batch_bytes = 0
         residents = self.residents
-        held = self._boards.pinned() | residents.busy | {self.mover.hidden}
+        held = self._boards.pinned() if held is None else held
+        held |= residents.busy
+        held.add(self.mover.hidden)
         spill = residents.external is not None
 
         def spare() -> dict[int, int]:
@@ -465,9 +470,6 @@ class Room:
             held = entries[0] in self.residents.busy or self._boards.is_pinned(entries[0])
             return set(entries) if held else set()
         return self._boards.pinned_among(entries) | self.residents.busy
-
-    def _evictable_bytes(self) -> int:
-        return self.residents.evictable_bytes(self._boards.pinned())
 
     # -- recovering ----------------------------------------------------------------------------
 

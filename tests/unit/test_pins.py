@@ -272,6 +272,7 @@ def test_all_ways_to_ask_agree(scribbles: dict[int, int], seed: int) -> None:
     assert pinboard.boards.held_by(ALICE) == {e for slot, e in lawful.items() if slot < 512}
     assert pinboard.boards.held_by(BOB) == {e for slot, e in lawful.items() if slot >= 512}
     assert pinboard.boards.pinned() == set(lawful.values())
+    assert pinboard.boards.holdings() == {c: pinboard.boards.held_by(c) for c in (ALICE, BOB)}
     others = {0, 255, 256, random.Random(seed).randrange(LAYOUT.n_entries)}
     for entry in set(lawful.values()) | others:
         assert pinboard.boards.is_pinned(entry) == (entry in lawful.values())
