@@ -252,7 +252,11 @@ class Residents:
         if external is not None:
             copies = external.copies
             return external.clean_bytes - sum(copies[entry] for entry in pinned if entry in copies)
-        held = self._queue.queued(pinned - self._protected if self._protected else pinned)
+        queue, protected = self._queue, self._protected
+        if 2 * len(queue) <= 3 * len(pinned):  # then what is not pinned is summed up faster
+            unpinned = (e for e in queue if e not in pinned and e not in protected)
+            return sum(map(self.extent_bytes, unpinned))
+        held = queue.queued(pinned - protected if protected else pinned)
         sizes = self._table.sizes(held).values()
         evictable_bytes = self._cached_bytes - self._protected_cached_bytes
         return evictable_bytes - sum(size + _ROUND_UP & -ALIGNMENT for size in sizes)

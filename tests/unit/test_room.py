@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import given
@@ -255,6 +255,24 @@ def test_what_is_pinned_is_summed_up_only_where_what_goes_next_is_too_little(
     monkeypatch.setattr("shmplasma.residents._LOOKED_AT", 3)
     assert storeroom.room.may_make(8 * 64)
     assert not storeroom.room.may_make(9 * 64)
+
+
+def test_where_most_is_pinned_the_rest_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may go is known from the smaller part of the objects: the sizes of the others are not looked at."""
+    storeroom = Storeroom(1024)
+    entries = storeroom.fill(64)
+    storeroom.room.residents.protect(entries[15], True)
+    sizes, looked_at = Table.sizes, list[int]()
+
+    def counted(self: Table, entries: Iterable[int]) -> dict[int, int]:
+        looked_at.append(len(found := sizes(self, entries)))
+        return found
+
+    monkeypatch.setattr(Table, "sizes", counted)
+    for slot, entry in enumerate(entries, 1):
+        assert storeroom.room.attainable_bytes == 64 * max(15 - entry, 0)
+        storeroom.boards.pin(slot, entry)
+    assert looked_at == list(range(11))
 
 
 def test_the_bytes_of_what_is_protected_are_known() -> None:
