@@ -352,14 +352,14 @@ class Link:
         with self._connecting:
             if self.channel is not broken:
                 return
-            reason = broken.hear_out()
-            if broken.is_final or self._lost:
-                if self.holds is not None and not self._lost:
-                    self._lose()  # whose connection is nobody's to close and open again
-                raise gone(reason) from error
-            # What `post_soon` sends from here on is sent once more.
+            # What `post_soon` sends from here on is sent once more: to hear the broken one out may undo a creation.
             untold = self._untold = []
             try:
+                reason = broken.hear_out()
+                if broken.is_final or self._lost:
+                    if self.holds is not None and not self._lost:
+                        self._lose()  # whose connection is nobody's to close and open again
+                    raise gone(reason) from error
                 channel = self._connect_again(reason, error)
                 channel.ear = broken.ear
                 self._go_on(broken, channel)

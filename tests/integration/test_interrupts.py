@@ -78,6 +78,56 @@ def test_a_creation_is_undone_later(how: str) -> None:
         assert child.end() == 0
 
 
+UNDONE_BY_THE_NEXT = """
+    import os, select, signal, subprocess, sys
+    import shmplasma as plasma
+    from shmplasma.posted import Abort
+
+    def start():
+        return subprocess.Popen([sys.executable, "-m", "shmplasma.cli", "-m", "10MB", "-s", sys.argv[1]])
+
+    def stop():
+        store.send_signal(signal.SIGSTOP)
+        os.waitpid(store.pid, os.WUNTRACED)
+
+    store = start()
+    try:
+        client = plasma.connect(sys.argv[1])
+        missing = plasma.ObjectID.from_random()
+        client.contains(missing)
+        stop()
+        print("waits", flush=True)
+        try:
+            client.create(plasma.ObjectID.from_random(), 5_000_000)
+        except KeyboardInterrupt:
+            pass
+        store.send_signal(signal.SIGCONT)
+        link = client._session._link
+        select.select([link.channel], [], [])  # the object is created, and nobody has read of it
+        stop()
+        while link._outbox.post(Abort.KIND, missing.binary()):
+            pass
+        store.kill()
+        store.wait()
+        store = start()
+        client.flush()
+        assert not client.list()
+        client.disconnect()
+    finally:
+        store.terminate()
+        store.wait()
+"""
+
+
+def test_a_creation_is_undone_by_the_next_store(tmp_path: Path) -> None:
+    """Its client reads that it was granted when the store has died, and finds no place in the outbox to undo it."""
+    with Child(UNDONE_BY_THE_NEXT, str(tmp_path / "s")) as child:
+        assert child.hear() == "waits"
+        wait_until_asleep(child.process.pid)
+        child.process.send_signal(signal.SIGINT)
+        assert child.end() == 0
+
+
 LARGE_PUTS = """
     import gc
     import shmplasma as plasma

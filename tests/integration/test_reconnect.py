@@ -120,6 +120,21 @@ def test_a_client_that_goes_on_and_ends_at_once(tmp_path: Path) -> None:
         assert process.poll() is None
 
 
+def test_an_abort_that_a_dead_store_has_carried_out(tmp_path: Path) -> None:
+    """It could not say so: the next one finds nothing to abort, and that is no error; at another abort it is one."""
+    path, unsealed = str(tmp_path / "s"), new_id()
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+        client.create(unsealed, 100_000)
+        session = client._session
+        assert session is not None
+        session.abort(unsealed.id_bytes)
+    with running("-s", path), client:
+        client.abort(unsealed)
+        with pytest.raises(plasma.PlasmaObjectNotFound):
+            client.abort(unsealed)
+
+
 def test_who_disconnects_while_its_store_is_dead(tmp_path: Path) -> None:
     """The next store waits for its last buffer alone: what it had not sealed, and what only it held, goes."""
     path = str(tmp_path / "s")
