@@ -309,7 +309,7 @@ def read_record(raw: memoryview, acknowledged: int, start: int = 0) -> tuple[int
     --------
     >>> page, zero = memoryview(bytearray(OUTBOX_BYTES)), memoryview(bytearray(8)).cast("Q")
     >>> Outbox(page.cast("Q"), zero, zero, zero).append(5, b"body")
-    1
+    -1
     >>> read_record(page, 0)
     (5, b'body')
     >>> read_record(page, 1)
