@@ -80,6 +80,7 @@ __all__ = [
     "ids_of",
     "name",
     "new_segment",
+    "outbox_in",
     "records",
 ]
 
@@ -148,6 +149,15 @@ def new_segment(layout: Layout) -> tuple[memoryview, memoryview]:
 
 POLLED = int(HeaderWord.POLLED)
 INCARNATION = int(HeaderWord.INCARNATION)
+
+
+def outbox_in(layout: Layout, words: memoryview, board: int) -> Outbox:
+    """Return the outbox that belongs to a board, as its client has it."""
+    start = (layout.outboxes + board * OUTBOX_BYTES) // 8
+    count = (layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
+    page = words[start : start + OUTBOX_BYTES // 8]
+    header = (words[at : at + 1] for at in (POLLED, INCARNATION))
+    return Outbox(page, words[count : count + 1], *header)
 
 
 class RecordedMemory:
@@ -620,11 +630,7 @@ class Conversation:
 
     def outbox(self, board: int) -> Outbox:
         """Return the outbox that belongs to a board, as its client has it."""
-        start = (self.layout.outboxes + board * OUTBOX_BYTES) // 8
-        count = (self.layout.control + board * CONTROL_BYTES) // 8 + ControlWord.ACKNOWLEDGED
-        page = self.words[start : start + OUTBOX_BYTES // 8]
-        header = (self.words[at : at + 1] for at in (POLLED, INCARNATION))
-        return Outbox(page, self.words[count : count + 1], *header)
+        return outbox_in(self.layout, self.words, board)
 
     def write_slot(self, slot: int, word: int) -> None:
         """Write a word to a board."""

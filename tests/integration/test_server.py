@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,24 +19,28 @@ import pytest
 
 from shmplasma import NotConnectedError, Store, connect, system
 from shmplasma.connections import Connection
+from shmplasma.effects import Await, Drop, Effect
 from shmplasma.ledger import Ledger
 from shmplasma.outbox import MISSED
+from shmplasma.posted import Gone
 from shmplasma.protocol import PROTOCOL_VERSION, encode_frame
-from shmplasma.requests import Hello, Role
+from shmplasma.requests import Flush, Hello, Role
 from shmplasma.segment import Segment
 from shmplasma.server import Server
 from shmplasma.store import ObjectStore
 from tests.clients import new_id
 from tests.command import running, segment_in, until_ready
+from tests.conversation import outbox_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 polls = pytest.mark.skipif(
     not system.fast_path_available(), reason="without barriers the store does not look by itself"
 )
 
 HELLO = encode_frame(Hello.KIND, 1, Hello(PROTOCOL_VERSION, Role.CLIENT, "test").encode())
+FLUSH = encode_frame(Flush.KIND, 1, b"")
 A_CENTURY_NS = 100 * 365 * 86_400 * 10**9
 FAILING = """
 import sys
@@ -85,6 +89,29 @@ def idle_server(tmp_path: Path) -> Iterator[Server]:
             server.close()
 
 
+def turns(server: Server) -> None:
+    """Handle what has come, as the loop does; a first message is read in pieces."""
+    switchboard = server._switchboard
+    for _ in range(4):
+        for key, mask in server._selector.select(0):
+            if isinstance(key.data, Connection):
+                switchboard.ready(key.data, mask)
+            else:
+                key.data()
+        switchboard.process_backlog()
+
+
+@contextmanager
+def connected(server: Server, path: Path) -> Iterator[tuple[socket.socket, Connection]]:
+    """Give a client that has introduced itself: its end, and the store's."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        client.connect(str(path / "s"))
+        client.sendall(HELLO)
+        turns(server)
+        yield client, next(reversed(server._switchboard._connections.values()))
+
+
 @pytest.mark.parametrize(("asked", "due"), [(Ledger, "wait_ns"), (ObjectStore, "deadline_ns")])
 def test_sleeps_however_far_off_the_next_thing_to_do_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: type, due: str
@@ -130,33 +157,141 @@ def test_who_has_introduced_himself_is_not_waited_for(tmp_path: Path) -> None:
     """Nor who has read what has waited for him: with nobody to wait for the loop has less to do in each turn."""
     with idle_server(tmp_path) as server, socket.socket(socket.AF_UNIX) as client:
         awaited = server._switchboard.awaited
-
-        def turns() -> None:
-            for _ in range(4):  # a first message is read in pieces
-                for key, mask in server._selector.select(0):
-                    if isinstance(key.data, Connection):
-                        server._switchboard.ready(key.data, mask)
-                    else:
-                        key.data()
-
         client.settimeout(5)
         client.connect(str(tmp_path / "s"))
-        turns()
+        turns(server)
         (connection,) = awaited
         client.sendall(HELLO[:-1])
-        turns()
+        turns(server)
         assert awaited
         client.sendall(HELLO[-1:])
-        turns()
+        turns(server)
         assert not awaited
 
         connection.send(bytes(1 << 20))
         server._switchboard._pause(connection)
-        turns()
+        turns(server)
         assert awaited
         while awaited:
             client.recv(1 << 20)
-            turns()
+            turns(server)
+
+
+def test_who_leaves_is_not_waited_for(tmp_path: Path) -> None:
+    """Neither one who has not introduced himself, nor one who does not read."""
+    with idle_server(tmp_path) as server:
+        awaited = server._switchboard.awaited
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "s"))
+            turns(server)
+            assert awaited
+        turns(server)
+        assert not awaited
+        with connected(server, tmp_path) as (_, connection):
+            connection.send(bytes(1 << 20))
+            server._switchboard._pause(connection)
+            assert awaited
+        turns(server)
+        assert not awaited
+        assert not server._switchboard._connections
+
+
+def test_what_was_sent_by_one_who_has_not_read(tmp_path: Path) -> None:
+    """It is handled when he has gone, though he was waited for to read when it came, and so is his end."""
+    with idle_server(tmp_path) as server:
+        switchboard = server._switchboard
+        with connected(server, tmp_path) as (client, connection):
+            connection.send(bytes(1 << 20))
+            client.sendall(3 * FLUSH)
+            turns(server)
+            assert len(connection.frames) == 2
+            assert connection in switchboard.awaited
+        turns(server)
+        assert not connection.frames
+        assert not switchboard._connections
+
+
+def test_nothing_is_left_to_do_for_who_was_dropped(tmp_path: Path) -> None:
+    """The loop does not go on looking for his messages."""
+    with idle_server(tmp_path) as server, connected(server, tmp_path) as (client, connection):
+        client.sendall(70 * FLUSH + encode_frame(999, 1, b"") + FLUSH)
+        turns(server)
+        assert connection.client not in server._switchboard._connections
+        assert not server._switchboard.backlog
+
+
+def test_who_cannot_be_told_that_another_one_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He is dropped while the store ends, and that once."""
+    with ExitStack() as stack:
+        server = stack.enter_context(idle_server(tmp_path))
+        numbers = [stack.enter_context(connected(server, tmp_path))[1].client for _ in range(3)]
+        disconnect = ObjectStore.disconnect
+
+        def tell(store: ObjectStore, client: int, now_ns: int) -> list[Effect]:
+            return [
+                *disconnect(store, client, now_ns),
+                *(Drop(each, "it is deaf") for each in numbers),
+            ]
+
+        monkeypatch.setattr(ObjectStore, "disconnect", tell)
+        server._switchboard.close(keep=False)
+        assert not server._switchboard._connections
+
+
+def test_who_is_dropped_and_has_gone_is_forgotten_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the store reads of his end what he has written after that for which he is dropped."""
+
+    def has_ended(_: int) -> None:
+        raise ProcessLookupError
+
+    with idle_server(tmp_path) as server, connected(server, tmp_path) as (_, connection):
+        segment, session = server._segment, server._store._greeter.sessions[connection.client]
+        outbox = outbox_in(segment.layout, segment.words, session.board)
+        outbox.append(99, b"no record")
+        outbox.append(Gone.KIND, b"", is_last=True)
+        monkeypatch.setattr(system, "watch_exit", has_ended)
+        server._carry_out(server._store.poll(time.time_ns()))
+        assert not server._store.knows(connection.client)
+
+
+def test_a_process_is_not_taken_for_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose number it has by now: the one that has sent references has ended then."""
+    with idle_server(tmp_path) as server:
+        ended: list[int] = []
+        monkeypatch.setattr(server._store.ledger, "end_process", ended.append)
+        started = system.start_time(os.getpid())
+        assert started is not None
+        server._carry_out([Await(1, os.getpid(), started), Await(2, os.getpid(), started + 1)])
+        assert ended == [2]
+
+
+@polls
+def test_ids_stay_locked_until_what_their_client_has_left_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or another one could claim an id that is taken."""
+    with idle_server(tmp_path) as server, connected(server, tmp_path) as (client, connection):
+        _, (wake_fd, locks_fd), _, _ = socket.recv_fds(client, 1 << 16, 2)
+        os.close(wake_fd)
+        assert system.try_lock(locks_fd, 7)
+        os.close(locks_fd)
+        disconnect = ObjectStore.disconnect
+        locked: list[bool] = []
+
+        def look(store: ObjectStore, client: int, now_ns: int) -> Sequence[Effect]:
+            locked.append(not system.try_lock(server._segment.fd, 7))
+            return disconnect(store, client, now_ns)
+
+        monkeypatch.setattr(ObjectStore, "disconnect", look)
+        server._switchboard._close(connection.client)
+        assert locked == [True]
+        assert system.try_lock(server._segment.fd, 7)
 
 
 @polls
