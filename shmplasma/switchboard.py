@@ -237,16 +237,11 @@ class Switchboard:
             if self.awaited and connection.owes_nothing:
                 self.awaited.discard(connection)
             if goes_on:
-                self._process(connection, _FRAMES_A_TURN)
-            else:
-                self._end(connection)
-
-    def _end(self, connection: Connection) -> None:
-        """Handle what a client has sent before it ended its connection."""
-        if connection.is_incomplete:
-            _LOG.info("client %d left in the middle of a message", connection.client)
-        self._process(connection, None)
-        if connection.client in self._connections:
+                self._process(connection)
+                return
+            # What it has sent before is handled by now: as long as there is some, nothing is read.
+            if connection.is_incomplete:
+                _LOG.info("client %d left in the middle of a message", connection.client)
             self._close(connection.client)
 
     def process_backlog(self) -> None:
@@ -254,14 +249,14 @@ class Switchboard:
         for client in tuple(self.backlog):
             connection = self._connections.get(client)
             if connection is not None:
-                self._process(connection, _FRAMES_A_TURN)
+                self._process(connection)
 
-    def _process(self, connection: Connection, limit: int | None) -> None:
-        """Handle at most `limit` messages of a connection; remember whether there are more."""
+    def _process(self, connection: Connection) -> None:
+        """Handle messages of a connection, and remember whether there are more."""
         frames, client = connection.frames, connection.client
         store, now_ns = self._store, time.time_ns()
         handle, deleting = store.handle, store.deleting
-        for _ in range(len(frames) if limit is None else min(limit, len(frames))):
+        for _ in range(min(_FRAMES_A_TURN, len(frames))):
             if connection.paused_at is not None:
                 break
             n_long = store.n_long
@@ -286,7 +281,6 @@ class Switchboard:
     def _pause(self, connection: Connection) -> None:
         """Take nothing more from a client until it reads."""
         self.awaited.add(connection)
-        self.backlog.discard(connection.client)
         connection.pause()
 
     def drop_the_slow(self) -> None:

@@ -18,6 +18,8 @@ import pytest
 import shmplasma
 from shmplasma.embedded import Store, start_plasma_store
 from shmplasma.errors import ShmPlasmaError, StoreNotStartedError
+from shmplasma.requests import Role
+from tests.attacker import Attacker
 from tests.command import silent_bucket
 from tests.processes import unmeasured
 
@@ -50,6 +52,15 @@ def test_a_store_in_a_block() -> None:
     assert store.process.returncode == 0
     assert not socket_path.parent.exists()
     store.close()
+
+
+def test_an_embedded_store_is_not_replaced() -> None:
+    """It is its owner's: who wants to is dropped, and the store serves on."""
+    with Store("10MB") as store, store.connect() as client:
+        with Attacker(store.store_socket_name) as usurper:
+            usurper.post(usurper.hello(Role.SUCCESSOR))
+            assert not usurper.sock.recv(100)
+        assert client.get(client.put(1)) == 1
 
 
 def test_a_store_without_a_block() -> None:

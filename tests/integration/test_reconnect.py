@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -16,8 +17,11 @@ import pytest
 
 import shmplasma as plasma
 from shmplasma import exchange, handshake
+from shmplasma.outbox import Outbox
 from shmplasma.owned_socket import OwnedSocket
+from shmplasma.posted import Abort
 from shmplasma.session import Session
+from shmplasma.transport import Channel
 from tests.clients import figure, new_id
 from tests.command import killed, running
 from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
@@ -46,6 +50,14 @@ INTERRUPTED = """
         print(count, flush=True)
         count += 1
 """
+
+
+def fill_outbox(client: plasma.PlasmaClient) -> None:
+    """Leave no place in an outbox, but for the last words."""
+    session = client._session
+    assert session is not None
+    while session._link._outbox.post(Abort.KIND, bytes(20)):
+        pass
 
 
 def test_interrupts_while_connecting_again(tmp_path: Path) -> None:
@@ -135,7 +147,8 @@ def test_an_abort_that_a_dead_store_has_carried_out(tmp_path: Path) -> None:
             client.abort(unsealed)
 
 
-def test_who_disconnects_while_its_store_is_dead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_full", [False, True])
+def test_who_disconnects_while_its_store_is_dead(tmp_path: Path, is_full: bool) -> None:
     """The next store waits for its last buffer alone: what it had not sealed, and what only it held, goes."""
     path = str(tmp_path / "s")
     unsealed, kept = new_id(), new_id()
@@ -144,11 +157,61 @@ def test_who_disconnects_while_its_store_is_dead(tmp_path: Path) -> None:
         leaver.put_raw_buffer(b"kept" * 1000, kept)
         (held,) = leaver.get_buffers([kept])
         leaver.create(unsealed, 100_000)
+    if is_full:
+        fill_outbox(leaver)
     leaver.disconnect()
     with running("-s", path), plasma.connect(path) as client:
         client.create(unsealed, 900_000)
         client.seal(unsealed)
         assert held.to_pybytes() == b"kept" * 1000
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_who_has_gone_while_its_store_is_dead(tmp_path: Path, is_full: bool) -> None:
+    """The next store does not wait for its process."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        leaver = plasma.connect(path)
+    if is_full:
+        fill_outbox(leaver)
+    leaver.disconnect()
+    del leaver
+    gc.collect()
+    with running("-s", path) as (_, said):
+        assert "0 living clients" in said
+
+
+GONE = """
+    import gc, sys
+    import shmplasma as plasma
+
+    client = plasma.connect(sys.argv[1])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    client.disconnect()
+    del client
+    gc.collect()
+    print("gone", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_who_has_gone_before_he_has_come_back(tmp_path: Path) -> None:
+    """The next store forgets him when he says so, and his process, which ends later, as well."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        child = Child(GONE, path)
+        assert child.hear() == "ready"
+    with child, running("-s", path) as (process, said), plasma.connect(path) as other:
+        assert "1 living clients" in said
+        child.say()
+        assert child.hear() == "gone"
+        gone = f"(pid {child.process.pid})"
+        until(lambda: gone not in other.debug_string(), "the client has gone")
+        child.kill()
+        for _ in range(2):
+            other.flush()
+        assert process.poll() is None
 
 
 def test_who_disconnects_while_another_thread_waits_for_the_next_store(tmp_path: Path) -> None:
@@ -174,6 +237,35 @@ def test_who_disconnects_while_another_thread_waits_for_the_next_store(tmp_path:
         thread.join()
         assert client.contains(held)
     assert len(said) == 1
+
+
+def test_who_disconnects_while_another_thread_keeps_a_new_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two is first, that connection ends requests as well: nobody waits for an answer that will not come."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        clients = [plasma.connect(path) for _ in range(2)]
+    links = [client._session._link for client in clients if client._session]
+    connected, retire = Outbox.connected, Channel.retire
+
+    def leave(outbox: Outbox) -> None:
+        monkeypatch.setattr(Outbox, "connected", connected)
+        connected(outbox)
+        clients[0].disconnect()
+
+    def keep(channel: Channel) -> None:
+        monkeypatch.setattr(Channel, "retire", retire)
+        links[1].reconnect(channel, ConnectionResetError())
+        retire(channel)
+
+    with running("-s", path):
+        monkeypatch.setattr(Outbox, "connected", leave)
+        with pytest.raises(plasma.NotConnectedError):
+            clients[0].flush()
+        monkeypatch.setattr(Channel, "retire", keep)
+        clients[1].disconnect()
+        assert all(link.channel.is_final for link in links)
 
 
 def test_who_disconnects_while_another_thread_connects_anew(

@@ -19,7 +19,7 @@ import pytest
 
 from shmplasma import NotConnectedError, Store, connect, system
 from shmplasma.connections import Connection
-from shmplasma.effects import Await, Drop, Effect
+from shmplasma.effects import Await, Drop, Effect, Send
 from shmplasma.ledger import Ledger
 from shmplasma.outbox import MISSED
 from shmplasma.posted import Gone
@@ -206,6 +206,7 @@ def test_what_was_sent_by_one_who_has_not_read(tmp_path: Path) -> None:
             turns(server)
             assert len(connection.frames) == 2
             assert connection in switchboard.awaited
+            assert not switchboard.backlog, "the loop sleeps until he reads"
         turns(server)
         assert not connection.frames
         assert not switchboard._connections
@@ -218,6 +219,77 @@ def test_nothing_is_left_to_do_for_who_was_dropped(tmp_path: Path) -> None:
         turns(server)
         assert connection.client not in server._switchboard._connections
         assert not server._switchboard.backlog
+
+
+def test_who_cannot_be_written_to_is_dropped_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What he has sent at the same time is not read any more."""
+
+    def refused(_: Connection) -> None:
+        raise OSError(errno.ENOBUFS, "no buffers are left")
+
+    with idle_server(tmp_path) as server, connected(server, tmp_path) as (client, connection):
+        monkeypatch.setattr(Connection, "flush", refused)
+        connection.replay(b"what waits for him")
+        client.sendall(FLUSH)
+        turns(server)
+        assert connection.client not in server._switchboard._connections
+
+
+def test_who_does_not_read_is_waited_for_since_then(tmp_path: Path) -> None:
+    """However much he is sent meanwhile."""
+    with idle_server(tmp_path) as server, connected(server, tmp_path) as (_, connection):
+        server._carry_out([Send(connection.client, bytes(1 << 20))])
+        since = connection.paused_at
+        assert since is not None
+        server._carry_out([Send(connection.client, bytes(100))])
+        assert connection.paused_at == since
+
+
+def test_who_is_dropped_for_what_another_one_does_is_not_served_in_this_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for what he has just sent, nor for what is left of what he sent before, nor is he waited for."""
+
+    def drop_others(_: ObjectStore, client: int, *__: object) -> list[Effect]:
+        return [Drop(each, "another one is served") for each in numbers if each != client]
+
+    for case in ("sent", "left", "awaited"):
+        with ExitStack() as stack:
+            server = stack.enter_context(idle_server(tmp_path))
+            patch = stack.enter_context(monkeypatch.context())
+            switchboard = server._switchboard
+            pairs = [stack.enter_context(connected(server, tmp_path)) for _ in range(2)]
+            numbers = [connection.client for _, connection in pairs]
+            for client, connection in pairs:
+                if case == "awaited":
+                    switchboard._pause(connection)
+                else:
+                    client.sendall(FLUSH)
+                    connection.replay(b"what waits for him")
+                if case == "left":
+                    connection.read()
+                    switchboard.backlog.add(connection.client)
+            patch.setattr(ObjectStore, "handle", drop_others)
+            if case == "awaited":
+                disconnect = ObjectStore.disconnect
+                patch.setattr(ObjectStore, "expel", lambda *_: False)
+                patch.setattr(
+                    ObjectStore,
+                    "disconnect",
+                    lambda store, client, now_ns: [
+                        *disconnect(store, client, now_ns),
+                        *drop_others(store, client),
+                    ],
+                )
+                for _, connection in pairs:
+                    connection.paused_at = time.monotonic() - 60
+                switchboard.drop_the_slow()
+            else:
+                turns(server)
+            assert len(switchboard._connections) == (case != "awaited")
+        os.unlink(tmp_path / "s")
 
 
 def test_who_cannot_be_told_that_another_one_has_gone(

@@ -34,6 +34,23 @@ STRANGER = """
 """
 
 
+USURPER = """
+    import os, sys
+    from shmplasma.exchange import Exchange  # while it can still read them
+    from shmplasma.protocol import PROTOCOL_VERSION
+    from shmplasma.requests import Hello, Role
+    os.chdir(os.path.dirname(sys.argv[1]))
+    os.setgroups([])
+    os.setuid(12345)
+    exchange = Exchange.connect("s", 0, 60)
+    hello = Hello(PROTOCOL_VERSION, Role.SUCCESSOR, "usurper")
+    try:
+        print(exchange.call(hello.KIND, hello.encode()), flush=True)
+    except ConnectionError:
+        print("refused", flush=True)
+"""
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[str]:
     """Give a path for a socket, in a directory that all may enter who are beside it."""
@@ -93,3 +110,12 @@ def test_another_user_who_is_admitted_shares_all(path: str, by: str) -> None:
             outsider = stack.enter_context(Child(STRANGER, path, "12345"))
             assert "another user's" in outsider.hear()
             assert outsider.end() == 0
+
+
+def test_another_user_who_is_admitted_does_not_replace_the_store(path: str) -> None:
+    """He is dropped for it, and the store serves on."""
+    with running("-m", "1MB", "-s", path, "--mode", "0666"), connect(path) as client:
+        with Child(USURPER, path) as usurper:
+            assert usurper.hear() == "refused"
+            assert usurper.end() == 0
+        assert client.get(client.put(1)) == 1
