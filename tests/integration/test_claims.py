@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from secrets import token_bytes
@@ -33,7 +34,7 @@ from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
     session_of,
     stopped,
 )
-from tests.processes import INTERRUPTER, Child, in_forked_child
+from tests.processes import INTERRUPTER, Child, in_forked_child, until
 
 pytestmark = needs_fast_path
 
@@ -407,20 +408,100 @@ def test_claims_outlast_the_store(tmp_path: Path) -> None:
         other.disconnect()
 
 
-def test_locks_are_given_back_at_a_seal(client: PlasmaClient) -> None:
-    """Those of objects that the store has read of by then; who only creates gives them back from time to time."""
-    claims = session_of(client).claims
+def locks_of(client: PlasmaClient) -> LockFile:
+    """Return that by which a client locks ids."""
+    locks = session_of(client)._lifeline.locks
+    assert locks is not None
+    return locks
+
+
+def test_locks_are_given_back_at_a_seal(client: PlasmaClient, client2: PlasmaClient) -> None:
+    """Those of objects that the store has read of by then; who only creates, or puts, gives them back from time to time."""
+    claims, of_other = session_of(client).claims, locks_of(client2)
     assert claims is not None
-    keys = [new_id() for _ in range(25)]
+    keys = [new_id() for _ in range(50)]
     for key in keys[:5]:
         client.create(key, 10)
         client.seal(key)
         client.flush()
     assert len(claims._unread) <= 1
-    for key in keys[5:]:
+    for key in keys[5:25]:
         client.create(key, 10)
         client.flush()
     assert len(claims._unread) <= 9
+    for key in keys[25:]:
+        client.put(1, key)
+        client.flush()
+    assert len(claims._unread) <= 2
+    assert sum(not of_other.lock(key.hash32) for key in keys) <= 3
+    of_other.unlock_all()
+
+
+def test_an_id_whose_record_is_read_is_claimed_again(
+    client: PlasmaClient,
+    client2: PlasmaClient,
+    sent: list[Frame],  # noqa: F811
+) -> None:
+    """Without a message, and all that was locked for nothing is unlocked."""
+    lease(client)
+    key = new_id()
+    client.put(1, key)
+    client.delete([key])
+    client.flush()
+    assert locks_of(client).lock(7)  # as one leaves it that is interrupted
+    assert not locks_of(client2).lock(7)
+    sent.clear()
+    client.put(2, key)
+    assert Create.KIND not in kinds(sent)
+    assert locks_of(client2).lock(7)
+    locks_of(client2).unlock_all()
+
+
+def test_nothing_is_unlocked_while_another_thread_claims(
+    client: PlasmaClient, client2: PlasmaClient
+) -> None:
+    """It may have locked its id already, and not have written its record."""
+    lease(client)
+    session = session_of(client)
+    claims, leasing = session.claims, session.leasing
+    assert claims is not None
+    assert leasing is not None
+    for number in range(2):
+        client.create(nth_id(number), 10)
+    client.flush()
+    del leasing.token[0]
+    assert locks_of(client).lock(7)
+    claims.unlock()
+    assert not locks_of(client2).lock(7)
+    leasing.token.append(None)
+    claims.unlock()
+    assert locks_of(client2).lock(7)
+    locks_of(client2).unlock_all()
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_what_a_client_has_locked_is_free_when_it_has_gone(
+    tmp_path: Path, comes_back: bool
+) -> None:
+    """Though a child that it has forked has the description still, and also where it has gone on with another store."""
+    path = str(tmp_path / "s")
+    with ExitStack() as stack:
+        if comes_back:
+            with killed("-m", "10MB", "-s", path):
+                one = plasma.connect(path)
+        stack.enter_context(running("-s", path, *([] if comes_back else ["-m", "10MB"])))
+        if not comes_back:
+            one = plasma.connect(path)
+        one.flush()
+        other = stack.enter_context(plasma.connect(path))
+        assert locks_of(one).lock(7)
+        inherited = os.dup(locks_of(one)._fd)
+        stack.callback(os.close, inherited)
+        assert not locks_of(other).lock(7)
+        one.disconnect()
+        del one
+        gc.collect()
+        until(lambda: locks_of(other).lock(7), "it is free")
 
 
 # -- interrupts ----------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shmplasma import __version__, connect, system
+from shmplasma import __version__, connect, succession, system
+from shmplasma.errors import EndpointError
 from shmplasma.layout import LAYOUT_VERSION, HeaderWord
 from shmplasma.options import parse
+from shmplasma.protocol import PROTOCOL_VERSION
 from shmplasma.segment_name import SegmentName
 from tests.command import (
     PROGRAM,
@@ -517,10 +519,36 @@ def test_a_store_is_replaced(path: str) -> None:
 
 
 def test_nobody_to_replace(path: str) -> None:
-    """A store that is to replace another one starts where there is none."""
-    with running("-m", "10MB", "-s", path, "--replace") as (process, said):
+    """A store that is to replace another one starts where there is none, and recovers what one has left that has died."""
+    with killed("-m", "10MB", "-s", path, "--replace") as said:
         assert "ready" in said
+    with running("-s", path, "--replace") as (process, said):
+        assert "recovered" in said
     assert process.returncode == 0
+
+
+def test_what_is_no_store_is_not_replaced(path: str) -> None:
+    """Whatever listens there is left alone, and the message says why."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        refused = run("-m", "10MB", "-s", path, "--replace")
+        assert refused.returncode == 1
+        assert f"what listens at {path} is no store that could be replaced" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    os.unlink(path)
+
+
+def test_a_store_of_another_protocol_is_not_replaced(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so itself, and serves on."""
+    with running("-m", "10MB", "-s", path), connect(path) as client:
+        monkeypatch.setattr(succession, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+        text = f"^the store at {path} cannot be replaced: the store speaks protocol version"
+        with pytest.raises(EndpointError, match=text):
+            succession.replace(path, lambda _: None, lambda: False)
+        assert client.get(client.put(1)) == 1
 
 
 def test_only_segments_are_swept_up(tmp_path: Path, path: str) -> None:

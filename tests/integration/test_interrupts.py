@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import select
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from shmplasma import ObjectID, PlasmaClient, Store, system
+from shmplasma.protocol import Frame
+from shmplasma.transport import Channel
 from tests.clients import figure
 from tests.processes import INTERRUPTER, Child, run_python, until, wait_until_asleep
 
@@ -126,6 +130,50 @@ def test_a_creation_is_undone_by_the_next_store(tmp_path: Path) -> None:
         wait_until_asleep(child.process.pid)
         child.process.send_signal(signal.SIGINT)
         assert child.end() == 0
+
+
+@pytest.mark.parametrize("heard", ["once", "twice", "later"])
+def test_a_creation_is_undone_once(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch, heard: str
+) -> None:
+    """However often, and whenever, its reply is heard: another thread may have created an object under its id since."""
+    session, key = client._session, ObjectID.from_random()
+    assert session is not None
+    link = session._link
+    aborted: list[bytes] = []
+    give_up = Channel.give_up
+
+    def post_soon(kind: int, body: bytes) -> None:
+        aborted.append(body)
+        link.post_soon(kind, body)
+        if heard == "later":
+            raise KeyboardInterrupt
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def give_up_twice(channel: Channel, request_id: int, dispose: Callable[[Frame], None]) -> None:
+        def give(frame: Frame) -> None:
+            dispose(frame)
+            dispose(frame)
+
+        give_up(channel, request_id, give)
+
+    def leave_unread(channel: Channel, *_: object) -> None:
+        select.select([channel], [], [])
+
+    monkeypatch.setattr(session, "post_soon", post_soon)
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "wait", interrupted)
+        if heard == "twice":
+            patch.setattr(Channel, "give_up", give_up_twice)
+        if heard == "later":
+            patch.setattr(Channel, "read_until", leave_unread)
+        with pytest.raises(KeyboardInterrupt):
+            client.create(key, 20 << 20)
+    client.flush()
+    assert aborted == [key.id_bytes]
+    assert key not in client.list()
 
 
 LARGE_PUTS = """

@@ -206,8 +206,10 @@ def test_who_has_gone_before_he_has_come_back(tmp_path: Path) -> None:
         assert "1 living clients" in said
         child.say()
         assert child.hear() == "gone"
-        gone = f"(pid {child.process.pid})"
-        until(lambda: gone not in other.debug_string(), "the client has gone")
+        other.debug_string()  # for which the store reads what everybody has said
+        with plasma.connect(path) as next_one:
+            assert next_one._session is not None
+            assert next_one._session._link._board == 0, "the board is free"
         child.kill()
         for _ in range(2):
             other.flush()
@@ -266,6 +268,43 @@ def test_who_disconnects_while_another_thread_keeps_a_new_connection(
         monkeypatch.setattr(Channel, "retire", keep)
         clients[1].disconnect()
         assert all(link.channel.is_final for link in links)
+
+
+def test_what_a_finalizer_says_while_another_thread_keeps_a_new_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches the next store, though it is sent by the broken connection when the new one is kept."""
+    path, unsealed = str(tmp_path / "s"), new_id()
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+        client.create(unsealed, 100)
+    session = client._session
+    assert session is not None
+    link, connected, sends = session._link, Outbox.connected, Channel.send_soon
+    has_list, is_said = threading.Event(), threading.Event()
+
+    def wait(outbox: Outbox) -> None:
+        monkeypatch.setattr(Outbox, "connected", connected)
+        has_list.set()
+        assert is_said.wait(20)
+        connected(outbox)
+
+    def send_slowly(channel: Channel, kind: int, body: bytes) -> None:
+        monkeypatch.setattr(Channel, "send_soon", sends)
+        is_said.set()
+        thread.join()
+        sends(channel, kind, body)
+
+    monkeypatch.setattr(Outbox, "connected", wait)
+    monkeypatch.setattr(Channel, "send_soon", send_slowly)
+    with running("-s", path), client:
+        thread = threading.Thread(target=client.flush)
+        thread.start()
+        assert has_list.wait(20)
+        with link._outbox._lock:  # as in the middle of a record
+            link.post_soon(Abort.KIND, unsealed.id_bytes)
+        client.flush()
+        assert not client.list()
 
 
 def test_who_disconnects_while_another_thread_connects_anew(
