@@ -36,6 +36,7 @@ from shmplasma.layout import HeaderWord
 from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
 from shmplasma.outbox import ANNOUNCED_AT, PLACES
 from shmplasma.pins import slots_of
+from shmplasma.posted import Abort
 from shmplasma.protocol import MAX_REQUEST_BYTES, Frame, FrameDecoder
 from shmplasma.requests import (
     AnswerNow,
@@ -937,3 +938,20 @@ def test_a_negative_answer_comes_last(count: int) -> None:
     """What one process has put before it tells another one is found by that one, every time."""
     nothing = hammer_order.Misses(contains=0, get=0, listed=0, deleted=0)
     assert hammer_order.run(count, n_writers=1) == nothing
+
+
+@needs_fast_path
+def test_what_was_told_past_the_outbox_is_heard_before_a_list(
+    store: Store, client: PlasmaClient
+) -> None:
+    """As a finalizer tells it that comes in the middle of a record: whoever lists objects asks, as the segment says nothing of it."""
+    object_id = ObjectID.from_random()
+    client.create(object_id, 100)
+    client.flush()
+    session = session_of(client)
+    assert session.settling is not None
+    with stopped(store):
+        with session._link._outbox._lock:
+            session.post_soon(Abort.KIND, object_id.id_bytes)
+        assert not session.settling.all_is_read()
+    assert object_id not in client.list()

@@ -14,7 +14,11 @@ import pytest
 
 import shmplasma as plasma
 from shmplasma import ObjectID, PlasmaClient, PlasmaStoreFull, Store
+from shmplasma.protocol import Frame
+from shmplasma.requests import Create, decode_request
 from tests.clients import figure, new_id
+from tests.command import killed, running
+from tests.integration.test_fast_path import sent  # noqa: F401 - a fixture
 from tests.processes import Child, until
 
 MB = 1_000_000
@@ -155,6 +159,34 @@ def test_a_waiter_goes_on_with_the_next_store(tmp_path: Path) -> None:
             assert child.end() == 0
             client.disconnect()
     first.close()
+
+
+def test_a_waiter_goes_on_for_what_is_left_of_its_time(
+    tmp_path: Path,
+    sent: list[Frame],  # noqa: F811
+) -> None:
+    """The next store is not asked to let it wait for all of it once more."""
+    path, key = str(tmp_path / "s"), new_id()
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+        held = client.get_buffers([client.put_raw_buffer(bytes(900_000))])
+        thread = threading.Thread(
+            target=client.put_raw_buffer, args=(bytes(500_000), key), kwargs={"timeout_ms": 60_000}
+        )
+        thread.start()
+        wait_for_waiters(client, 1)
+    with running("-s", path), client:
+        wait_for_waiters(client, 1)
+        held.clear()
+        thread.join()
+        assert client.contains(key)
+    asked = [decode_request(frame) for frame in sent if frame.kind == Create.KIND]
+    first, second = (
+        each.timeout_ns
+        for each in asked
+        if isinstance(each, Create) and each.object_id == key.id_bytes
+    )
+    assert 0 < second < first
 
 
 def test_waiting_without_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:

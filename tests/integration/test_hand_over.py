@@ -28,7 +28,7 @@ from shmplasma.protocol import Frame
 from shmplasma.requests import Contains, Get, Post
 from shmplasma.spin import Spin
 from tests.clients import figure
-from tests.command import running
+from tests.command import killed, running
 from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
     kinds,
     needs_fast_path,
@@ -675,6 +675,27 @@ def handed_over(path: str, pid: int) -> Iterator[tuple[Child, Child]]:
         assert putter.hear() == "put"
         assert getter.hear() == "has it"
         yield getter, putter
+
+
+def test_hints_are_heard_when_a_store_has_come_back(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """By whoever has heard some before."""
+    path, before, after = str(tmp_path / "s"), new_id(), new_id()
+    with killed("-m", "100MB", "-s", path):
+        client, client2 = plasma.connect(path), plasma.connect(path)
+        waits = wait_in(pool, client, before)
+        client2.put_raw_buffer(b"x", before)
+        assert bytes(waits.result(10)) == b"x"
+    with running("-s", path) as (process, _), client, client2:
+        lease(client2)
+        waits = wait_in(pool, client, after)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            client2.put_raw_buffer(b"x", after)
+            assert bytes(waits.result(10)) == b"x"
+        finally:
+            process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize("putter_dies", [False, True])
