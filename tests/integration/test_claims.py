@@ -486,12 +486,12 @@ def test_what_a_client_has_locked_is_free_when_it_has_gone(
     """Though a child that it has forked has the description still, and also where it has gone on with another store."""
     path = str(tmp_path / "s")
     with ExitStack() as stack:
+        process, _ = stack.enter_context(running("-m", "10MB", "-s", path))
+        one = plasma.connect(path)
         if comes_back:
-            with killed("-m", "10MB", "-s", path):
-                one = plasma.connect(path)
-        stack.enter_context(running("-s", path, *([] if comes_back else ["-m", "10MB"])))
-        if not comes_back:
-            one = plasma.connect(path)
+            process.kill()
+            process.wait()
+            stack.enter_context(running("-s", path))
         one.flush()
         other = stack.enter_context(plasma.connect(path))
         assert locks_of(one).lock(7)

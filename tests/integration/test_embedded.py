@@ -63,6 +63,16 @@ def test_an_embedded_store_is_not_replaced() -> None:
         assert client.get(client.put(1)) == 1
 
 
+def test_nobody_waits_for_an_embedded_store_that_was_killed() -> None:
+    """It is started again by nobody."""
+    with Store("10MB") as store, store.connect() as client:
+        assert client._session is not None
+        assert client._session.patience_seconds == 0
+        store.process.kill()
+        with pytest.raises(shmplasma.NotConnectedError):
+            client.flush()
+
+
 def test_a_store_without_a_block() -> None:
     """A store runs from its making until `close`."""
     store = shmplasma.Store(10**7)

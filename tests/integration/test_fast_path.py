@@ -955,3 +955,21 @@ def test_what_was_told_past_the_outbox_is_heard_before_a_list(
             session.post_soon(Abort.KIND, object_id.id_bytes)
         assert not session.settling.all_is_read()
     assert object_id not in client.list()
+
+
+@needs_fast_path
+def test_the_end_of_a_reference_is_told_at_once(
+    store: Store,
+    client: PlasmaClient,
+    sent: list[Frame],
+) -> None:
+    """A store that does not look by itself is told that there is a record, though nobody asks it anything."""
+    with store.connect() as subscriber:
+        subscriber.subscribe()
+        ref = client.put_ref("owned")
+        words = session_of(client).attachment.words
+        until(lambda: not words[HeaderWord.POLLED], "the store does not look by itself")
+        sent.clear()
+        del ref
+        gc.collect()
+        assert kinds(sent) == [Post.KIND]

@@ -176,6 +176,25 @@ def test_a_creation_is_undone_once(
     assert key not in client.list()
 
 
+def test_a_creation_that_was_refused_undoes_nothing(
+    client: PlasmaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object that there is under its id is another thread's, which writes to it."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    key = ObjectID.from_random()
+    client.create(key, 20 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.create(key, 20 << 20)
+    client.flush()
+    client.seal(key)
+    assert client.contains(key)
+
+
 LARGE_PUTS = """
     import gc
     import shmplasma as plasma

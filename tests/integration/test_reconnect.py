@@ -216,6 +216,44 @@ def test_who_has_gone_before_he_has_come_back(tmp_path: Path) -> None:
         assert process.poll() is None
 
 
+def test_threads_that_wait_for_the_next_store(tmp_path: Path) -> None:
+    """One of them connects again, and all go on."""
+    path, key = str(tmp_path / "s"), new_id()
+    found: list[object] = []
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+        session = client._session
+        assert session is not None
+        threads = [threading.Thread(target=lambda: found.append(client.get(key))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(session._link.channel._waiters) == 2, "one reads for all")
+    with running("-s", path), plasma.connect(path) as other:
+        other.put("there", key)
+        for thread in threads:
+            thread.join()
+        client.disconnect()
+    assert found == ["there"] * 3
+
+
+def test_what_is_lost_is_lost_once(tmp_path: Path) -> None:
+    """A thread that learns late that its store was started anew takes nothing from a client that goes on with the new one."""
+    path = str(tmp_path / "s")
+    with killed("-m", "1MB", "-s", path):
+        client = plasma.connect(path)
+    session = client._session
+    assert session is not None
+    link = session._link
+    with running("-m", "1MB", "-s", path, "--fresh"), client:
+        with pytest.raises(plasma.NotConnectedError, match="started anew"):
+            client.flush()
+        client.flush()
+        anew = client._session
+        with pytest.raises(plasma.NotConnectedError):
+            link.reconnect(link.channel, ConnectionResetError())
+        assert client._session is anew
+
+
 def test_who_disconnects_while_another_thread_waits_for_the_next_store(tmp_path: Path) -> None:
     """The other thread's call ends when there is one, and says why."""
     path = str(tmp_path / "s")

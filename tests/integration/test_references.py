@@ -28,22 +28,14 @@ from shmplasma import (
     connect,
     system,
 )
-from shmplasma.layout import HeaderWord
 from shmplasma.nesting import NESTED
-from shmplasma.protocol import Frame
 from shmplasma.replies import Done
-from shmplasma.requests import MAX_HOLDS, Bequeath, Flush, Hold, Post
+from shmplasma.requests import MAX_HOLDS, Bequeath, Flush, Hold
 from shmplasma.serialization import serialize
 from shmplasma.session import Session
 from shmplasma.store_ref import StoreRef, _registry, home_of
 from tests.clients import figure
 from tests.command import PROGRAM
-from tests.integration.test_fast_path import (  # noqa: F401 - a fixture
-    kinds,
-    needs_fast_path,
-    sent,
-    session_of,
-)
 from tests.processes import Child, in_forked_child, until
 
 RECEIVER = """
@@ -217,24 +209,6 @@ def test_garbage(client: PlasmaClient) -> None:
         del cycle
     gc.collect()
     until(lambda: not client.list(), "all have gone")
-
-
-@needs_fast_path
-def test_the_end_of_a_reference_is_told_at_once(
-    store: Store,
-    client: PlasmaClient,
-    sent: list[Frame],  # noqa: F811
-) -> None:
-    """A store that does not look by itself is told that there is a record, though nobody asks it anything."""
-    with store.connect() as subscriber:
-        subscriber.subscribe()
-        ref = client.put_ref("owned")
-        words = session_of(client).attachment.words
-        until(lambda: not words[HeaderWord.POLLED], "the store does not look by itself")
-        sent.clear()
-        del ref
-        gc.collect()
-        assert kinds(sent) == [Post.KIND]
 
 
 def test_threads(client: PlasmaClient) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from shmplasma import NotConnectedError, Store, connect, system
-from shmplasma.connections import Connection
+from shmplasma.connections import Connection, StalledError
 from shmplasma.effects import Await, Drop, Effect, Send
 from shmplasma.ledger import Ledger
 from shmplasma.outbox import MISSED
@@ -212,6 +212,16 @@ def test_what_was_sent_by_one_who_has_not_read(tmp_path: Path) -> None:
         assert not switchboard._connections
 
 
+def test_who_has_left_a_reply_unread(tmp_path: Path) -> None:
+    """He has ended his connection himself, so what he had goes, though his process lives on."""
+    with idle_server(tmp_path) as server:
+        with connected(server, tmp_path) as (_, connection):
+            pass
+        assert server._store.knows(connection.client)
+        turns(server)
+        assert not server._store.knows(connection.client)
+
+
 def test_nothing_is_left_to_do_for_who_was_dropped(tmp_path: Path) -> None:
     """The loop does not go on looking for his messages."""
     with idle_server(tmp_path) as server, connected(server, tmp_path) as (client, connection):
@@ -247,49 +257,54 @@ def test_who_does_not_read_is_waited_for_since_then(tmp_path: Path) -> None:
         assert connection.paused_at == since
 
 
+@pytest.mark.parametrize("is_read", [False, True])
 def test_who_is_dropped_for_what_another_one_does_is_not_served_in_this_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
 ) -> None:
-    """Neither for what he has just sent, nor for what is left of what he sent before, nor is he waited for."""
+    """Neither for what he has just sent, nor for what is left of what he sent before."""
 
     def drop_others(_: ObjectStore, client: int, *__: object) -> list[Effect]:
         return [Drop(each, "another one is served") for each in numbers if each != client]
 
-    for case in ("sent", "left", "awaited"):
-        with ExitStack() as stack:
-            server = stack.enter_context(idle_server(tmp_path))
-            patch = stack.enter_context(monkeypatch.context())
-            switchboard = server._switchboard
-            pairs = [stack.enter_context(connected(server, tmp_path)) for _ in range(2)]
-            numbers = [connection.client for _, connection in pairs]
-            for client, connection in pairs:
-                if case == "awaited":
-                    switchboard._pause(connection)
-                else:
-                    client.sendall(FLUSH)
-                    connection.replay(b"what waits for him")
-                if case == "left":
-                    connection.read()
-                    switchboard.backlog.add(connection.client)
-            patch.setattr(ObjectStore, "handle", drop_others)
-            if case == "awaited":
-                disconnect = ObjectStore.disconnect
-                patch.setattr(ObjectStore, "expel", lambda *_: False)
-                patch.setattr(
-                    ObjectStore,
-                    "disconnect",
-                    lambda store, client, now_ns: [
-                        *disconnect(store, client, now_ns),
-                        *drop_others(store, client),
-                    ],
-                )
-                for _, connection in pairs:
-                    connection.paused_at = time.monotonic() - 60
-                switchboard.drop_the_slow()
-            else:
-                turns(server)
-            assert len(switchboard._connections) == (case != "awaited")
-        os.unlink(tmp_path / "s")
+    with ExitStack() as stack:
+        server = stack.enter_context(idle_server(tmp_path))
+        pairs = [stack.enter_context(connected(server, tmp_path)) for _ in range(2)]
+        numbers = [connection.client for _, connection in pairs]
+        for client, connection in pairs:
+            client.sendall(FLUSH)
+            connection.replay(b"what waits for him")
+            if is_read:
+                connection.read()
+                server._switchboard.backlog.add(connection.client)
+        monkeypatch.setattr(ObjectStore, "handle", drop_others)
+        turns(server)
+        assert len(server._switchboard._connections) == 1
+
+
+def test_who_is_dropped_with_another_one_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though both were found to have kept the store waiting for too long."""
+    disconnect = ObjectStore.disconnect
+
+    def drop_all(store: ObjectStore, client: int, now_ns: int) -> list[Effect]:
+        return [*disconnect(store, client, now_ns), *(Drop(each, "deaf") for each in numbers)]
+
+    def is_stalled(_: Connection, __: float) -> bool:
+        raise StalledError
+
+    with idle_server(tmp_path) as server, ExitStack() as stack:
+        for _ in range(2):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(tmp_path / "s"))
+        turns(server)
+        switchboard = server._switchboard
+        numbers = [connection.client for connection in switchboard.awaited]
+        assert len(numbers) == 2
+        monkeypatch.setattr(ObjectStore, "disconnect", drop_all)
+        monkeypatch.setattr(Connection, "is_awaited", is_stalled)
+        switchboard.drop_the_slow()
+        assert not switchboard._connections
 
 
 def test_who_cannot_be_told_that_another_one_has_gone(
