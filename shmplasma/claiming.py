@@ -193,7 +193,7 @@ class Claimant:
                 return False
             fill(leasing.take(size), payload, metadata, threads)
             fields = object_id.id_bytes, offset, data_size, len(metadata), codec, False
-            self._link.publish(*fields, partial(hints.tell, object_id))
+            self._link.publish(fields, partial(hints.tell, object_id))
             self._unlock()  # whoever waits for the object need not wait for this
             leasing.look_ahead(size)
             return True

@@ -6,7 +6,8 @@ whoever finds no room.  So do finalizers that put something while their own thre
 
 Who is at it has the one token out of its list.  `del` takes it or fails, at once, in a fifth of the time that a lock takes so; and no interrupt comes
 between that and the next instructions, as Python looks for signals where something was called, or jumps back, and nowhere else.  Another item always stays,
-as a list that gets empty gives its memory back, and the token could not be put back where there is none.
+as a list that gets empty gives its memory back, and the token could not be put back where there is none.  Whoever has it puts it back in a ``finally`` of his
+own, not by a function, before the first line of which an interrupt may come.
 
 Most puts are of small values under fresh ids, which come to one `bytes`.  `put_bytes` does for these what `put` does for any object, in one piece: it
 repeats the steps, as each call of a function would take a tenth of the time.
@@ -147,7 +148,7 @@ class LeaseWriter:
             if offset < 0:
                 return False
             fill(self.take(size), payload, metadata, threads)
-            self._link.publish(object_id, offset, data_size, len(metadata), codec, keep)
+            self._link.publish((object_id, offset, data_size, len(metadata), codec, keep))
             self.look_ahead(size)
             return True
         finally:
@@ -223,11 +224,10 @@ class LeaseWriter:
             start = self._data
             self._memory[offset - start : end - start] = data
             count = self._outbox.publish(object_id, offset, size_bytes, 0, codec, keep)
-            if count <= 0:
-                if count:
-                    self._link.announce()
-                else:  # the store is asked to read some
-                    self._link.publish(object_id, offset, size_bytes, 0, codec, keep)
+            if count < 0:
+                self._link.announce()
+            elif not count:  # the store is asked to read some
+                self._link.publish((object_id, offset, size_bytes, 0, codec, keep))
             if cursor + size_bytes > self._mapped or not self._objects:
                 self._make_ready(size_bytes)
             return True

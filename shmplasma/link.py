@@ -270,19 +270,11 @@ class Link:
 
     def publish(
         self,
-        object_id: bytes,
-        offset: int,
-        data_size: int,
-        metadata_size: int,
-        codec: int,
-        keep: bool,
+        fields: tuple[bytes, int, int, int, int, bool],
         written: Callable[[int], None] | None = None,
     ) -> None:
-        """Tell the store of an object in the lease; as `post`, but in one piece."""
-        outbox = self._outbox
-        while not (
-            count := outbox.publish(object_id, offset, data_size, metadata_size, codec, keep)
-        ):
+        """Tell the store of an object in the lease, by the fields of a `Publish`; as `post`, but in one piece."""
+        while not (count := self._outbox.publish(*fields)):
             self.call(Flush(), Done)
         if written is not None:
             written(abs(count))

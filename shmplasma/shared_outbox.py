@@ -21,6 +21,11 @@ _BODY_BYTES: Final = PUBLISH.size
 class SharedOutbox(Outbox):
     """An outbox to which one thread writes at a time.
 
+    Parameters
+    ----------
+    *words : memoryview
+        As for `Outbox`.
+
     Notes
     -----
     Thread-safe, but for `append`.  Each way to write a record returns what `append` does.
@@ -28,14 +33,8 @@ class SharedOutbox(Outbox):
 
     __slots__ = ("_lock",)
 
-    def __init__(
-        self,
-        page: memoryview,
-        acknowledged: memoryview,
-        polled: memoryview,
-        incarnation: memoryview,
-    ) -> None:
-        super().__init__(page, acknowledged, polled, incarnation)
+    def __init__(self, *words: memoryview) -> None:
+        super().__init__(*words)
         self._lock = threading.Lock()
 
     def post(self, kind: int, body: bytes, *, is_urgent: bool = True) -> int:
