@@ -54,7 +54,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 from shmplasma import system
 from shmplasma.arrow_errors import NotConnectedError, PlasmaStoreFull
@@ -164,14 +164,21 @@ class Inheritance:
             self._outbox.append(Gone.KIND, b"", is_last=True)
 
 
+class _Dead(NamedTuple):
+    """What a pin had whose release was put off."""
+
+    board: PinBoard
+    word: int
+
+
 class _Releases:
     """What pins do that die: usually it is done at once, but while a thread forks it is put off."""
 
     def __init__(self) -> None:
-        self._at_once = Pin.__del__
+        self._at_once: Callable[[Pin | _Dead], None] = Pin.__del__  # type: ignore[assignment]  # it reads these two alone
         self._forking: list[int] = []
         self._changing = threading.RLock()
-        self._late: list[tuple[PinBoard, int]] = []
+        self._late: list[_Dead] = []
 
     def put_off(self) -> None:
         """Note the pins that die from now on; this thread forks."""
@@ -199,16 +206,14 @@ class _Releases:
         Pin.__del__ = finalizer  # type: ignore[method-assign]  # it is what is to be changed
 
     def _note(self, board: PinBoard, word: int) -> None:
-        self._late.append((board, word))
+        self._late.append(_Dead(board, word))
         self._catch_up()  # it may have been called just before the fork ended
 
     def _catch_up(self) -> None:
         while self._late and not self._forking:
             with suppress(IndexError):  # another thread may be faster
-                board, word = self._late.pop()
-                pin = Pin()
-                pin.board, pin.word = board, word
-                del pin  # and dies at once
+                # No pin is made to die: as long as the finalizer is not put back, that would be noted, and end here again.
+                self._at_once(self._late.pop())
 
 
 _releases: Final = _Releases()

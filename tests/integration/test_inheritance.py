@@ -409,6 +409,43 @@ def test_hooks_that_let_go(store: Store) -> None:
     run_python(program, store.store_socket_name)
 
 
+AT_EACH_STEP = """
+    import os, sys
+    import shmplasma as plasma
+    from shmplasma import inheritance
+
+    client, other = plasma.connect(sys.argv[1]), plasma.connect(sys.argv[1])
+    buffers = client.get_buffers([other.put_raw_buffer(bytes(100)) for _ in range(2000)])
+    (lifeline,) = (each for each in inheritance._lifelines if any(map(inheritance._holds, each.boards)))
+
+    def drop(frame, *_):
+        if frame.f_code.co_filename == inheritance.__file__:
+            if frame.f_code.co_name != "_move":  # its steps are those of each slot
+                buffers.pop()
+            return drop
+
+    def check():
+        for board in lifeline.boards:
+            assert len(set(board.free)) == len(board.free), "a slot was given back twice"
+            assert not any(board.words[slot] for slot in board.free)
+        assert sum(511 - len(board.free) for board in lifeline.boards) == len(buffers)
+
+    sys.settrace(drop)
+    pid = os.fork()
+    sys.settrace(None)
+    check()
+    if not pid:
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sum(each["ref_count"] for each in other.list().values()) == len(buffers) < 1970
+"""
+
+
+def test_buffers_that_die_at_each_step_of_a_fork(store: Store) -> None:
+    """Wherever the collector takes a buffer, in parent and child, its slot is given back, once."""
+    run_python(AT_EACH_STEP, store.store_socket_name)
+
+
 def test_a_store_without_boards(store: Store) -> None:
     """A child that gets none of its own uses what it has inherited; of what came late, and has no board, a warning tells."""
     end = """
