@@ -156,7 +156,8 @@ class Dispatch:
                     self._publishing.end(client)
                     lease = Leased(0, 0, 0, 0)
                 else:
-                    self._heed_all(now_ns)  # as above
+                    if not self.goes_first(session, request):
+                        self._heed_all(now_ns)  # as above
                     lease = self._publishing.lease(client, session.board, request)
                 self._outgoing.reply(client, request_id, lease)
             case Flush():
@@ -277,6 +278,21 @@ class Dispatch:
                 return True
         self._failures.pop(key, None)
         return False
+
+    def goes_first(self, session: Session, request: Request) -> bool:
+        """Tell whether a request is granted before deletions end that have begun (see `shmplasma.deletions`): nothing has to go for it."""
+        if (
+            not (isinstance(request, AskLease) and request.ahead)
+            or session.limit_bytes
+            or self._creations.await_room
+            or self._publishing.are_awaited
+            or self._objects.spilling is not None
+        ):
+            return False
+        leases = self._publishing.leases
+        size = leases.size_for(session.client, request.needed_bytes)
+        n_entries = leases.objects_left + leases.objects_for(size)
+        return size <= self._room.largest_bytes and n_entries <= self._table.free_entries
 
     def _lacks_room(self, request: Create) -> bool:
         """Tell whether something may have to go for an object."""

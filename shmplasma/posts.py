@@ -179,13 +179,21 @@ class Posts:
     def glance(self, latest: int, now_ns: int) -> int:
         """Read all outboxes where there are few, else that of the client that was handled last, which most likely goes on.
 
-        `Deletions.end` is to follow before anything else is done, but for another glance.
+        Deletions are only begun, as by `begin`.
         """
         self._glances = True
         try:
             if len(self._sessions) <= _FEW:
                 return self.heed_all(now_ns)
             return self.heed_or_drop(self._sessions.get(latest), now_ns)
+        finally:
+            self._glances = False
+
+    def begin(self, session: Session, now_ns: int) -> int:
+        """Carry out what a client has posted, and only begin the last deletions: `Deletions.end` is to follow (see `shmplasma.deletions`)."""
+        self._glances = True
+        try:
+            return self.heed(session, now_ns)
         finally:
             self._glances = False
 

@@ -272,6 +272,7 @@ class Server:
                     if isinstance(key.data, Connection):
                         switchboard.ready(key.data, mask)
                     else:
+                        self._settle()
                         key.data()
                 if switchboard.backlog:
                     switchboard.process_backlog()
@@ -288,6 +289,11 @@ class Server:
             finally:
                 if not self.is_handed_over:
                     self.close()
+
+    def _settle(self) -> None:
+        """End deletions, for which nobody waits, before anything but a request."""
+        if self._store.deleting:
+            self._carry_out(self._store.settled())
 
     def _hear(self, spiller: Spiller) -> None:
         """See what the external store has done."""
@@ -312,6 +318,7 @@ class Server:
     def _finish_turn(self, *, idle: bool) -> None:
         """Do what messages, time, or the want of both have made due."""
         store = self._store
+        self._settle()
         if store.ledger.wait_ns is not None:
             store.expire(time.time_ns())
         if self._spiller is not None:
@@ -359,22 +366,20 @@ class Server:
         """
         select, store, switchboard = self._selector.select, self._store, self._switchboard
         goes_on = True
-        try:
-            while goes_on:
-                goes_on = False
-                for _ in self._spin.looks():
-                    if events := select(0):
+        while goes_on:
+            goes_on = False
+            for _ in self._spin.looks():
+                if events := select(0):
+                    return events
+                count, effects = store.glance(time.time_ns())
+                if effects:
+                    self._carry_out([*effects, *store.settled()])
+                if count:
+                    if switchboard.backlog or switchboard.awaited or not store.is_quiet:
                         return events
-                    count, effects = store.glance(time.time_ns())
-                    if effects:
-                        self._carry_out([*effects, *store.settled()])
-                    if count:
-                        if switchboard.backlog or switchboard.awaited or not store.is_quiet:
-                            return events
-                        goes_on = True
-                        break
-        finally:
-            self._carry_out(store.settled())
+                    goes_on = True
+                    break
+        self._settle()
         return None
 
     def _sleep(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -393,7 +398,8 @@ class Server:
         events = self._selector.select(_POLL_SECONDS)
         if events:  # most likely of what is in an outbox
             _, effects = store.glance(time.time_ns())
-            self._carry_out([*effects, *store.settled()])
+            if effects:
+                self._carry_out([*effects, *store.settled()])
         else:
             self._carry_out(store.poll(time.time_ns()))
         return events

@@ -133,6 +133,7 @@ class ObjectStore:
 
     def disconnect(self, client: int, now_ns: int) -> Sequence[Effect]:
         """Forget a connection: what it has posted counts, its pins and its unsealed objects go."""
+        self._deletions.end()
         self._now_ns = now_ns
         session = self._greeter.sessions[client]
         session.left = True
@@ -163,6 +164,7 @@ class ObjectStore:
         bool
             Whether it was given anything that it may still use.
         """
+        self._deletions.end()
         session = self._greeter.sessions[client]
         session.detached = True
         self._outgoing.unsubscribe(client)
@@ -171,7 +173,7 @@ class ObjectStore:
         return session.role is Role.CLIENT
 
     def handle(self, client: int, frame: Frame, now_ns: int) -> Sequence[Effect]:
-        """Carry out one request and return what is to be done."""
+        """Carry out one request and return what is to be done; then `settled` is to follow, before anything but the next request or a glance."""
         session = self._greeter.sessions[client]
         self._latest, self._now_ns = client, now_ns
         try:
@@ -180,6 +182,7 @@ class ObjectStore:
                 # Another thread of the client may not have noticed yet that it has left.
                 return NOTHING
             if type(request) is Hello:
+                self._deletions.end()
                 if request.role is Role.SUBSCRIBER:
                     self._posts.heed_all(now_ns)  # it is told of nothing that is deleted
                 self._greeter.hello(session, frame.request_id, request)
@@ -191,10 +194,12 @@ class ObjectStore:
             elif session.role is not Role.CLIENT:
                 raise ProtocolError(f"{type(request).__name__} on a connection of no client")
             elif type(request) is Post:
-                if self._posts.heed(session, now_ns) and not (self.polls or self._has_listeners):
+                if self._posts.begin(session, now_ns) and not (self.polls or self._has_listeners):
                     self._polling.start()
             else:
-                self._posts.heed(session, now_ns)
+                self._posts.begin(session, now_ns)
+                if self.deleting and not self._dispatch.goes_first(session, request):
+                    self._deletions.end()
                 self._dispatch.request(session, frame.request_id, request, now_ns)
         except (Refused, NoRoom, ProtocolError) as error:
             self._turn_down(client, frame.request_id, error, now_ns)
@@ -317,7 +322,7 @@ class ObjectStore:
     def glance(self, now_ns: int) -> tuple[int, Sequence[Effect]]:
         """Read outboxes, at least that of the client that was handled last; return how much was in them as well.
 
-        `settled` is to follow before anything else is done, but for another glance.
+        `settled` is to follow before anything else is done, but for another glance, or a request.
         """
         return self._posts.glance(self._latest, now_ns), self._outgoing.take()
 

@@ -263,9 +263,8 @@ class Switchboard:
             effects = handle(client, frames.popleft(), now_ns)
             if effects:
                 self.carry_out(effects)
-            if deleting:
-                self.carry_out(store.settled())
-            if effects:
+                if deleting:
+                    self.carry_out(store.settled())
                 client = connection.client  # it may have turned out to be one that was waited for
                 if client not in self._connections:
                     return

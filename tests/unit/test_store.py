@@ -20,7 +20,7 @@ from shmplasma.layout import (
     EntryWord,
     HeaderWord,
 )
-from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES
+from shmplasma.leases import BUSY_WORD, MIN_LEASE_BYTES, largest_object
 from shmplasma.offset_pins import pin_word
 from shmplasma.outbox import ANNOUNCED_AT, PLACES, RECORDS
 from shmplasma.pins import slots_of
@@ -36,6 +36,7 @@ from shmplasma.replies import (
     Listing,
     Number,
     Objects,
+    Reply,
     Text,
     Welcome,
 )
@@ -1649,6 +1650,97 @@ def test_what_is_removed_by_records_goes_at_once(talk: Conversation) -> None:
     assert talk.ids() == {C}
     gone = [object_id for object_id, *sizes in subscriber.notifications if sizes == [-1, -1]]
     assert gone == [A, B]
+    talk.store.check()
+
+
+def begin_to_remove(talk: Conversation, peer: Peer, object_id: bytes) -> int:
+    """Remove an object by a record which the store reads by a glance; return how many barriers there were until then."""
+    peer.write_silently(talk.removal(object_id))
+    barriers = talk.memory.barriers
+    assert talk.store.glance(talk.now_ns)[0] == 1
+    assert talk.store.deleting
+    return barriers
+
+
+def hand_over(talk: Conversation, peer: Peer, request: Request) -> None:
+    """Hand a request to the store, and do nothing that may follow."""
+    peer.last_id += 1
+    frame = Frame(request.KIND, peer.last_id, request.encode())
+    talk.carry_out(talk.store.handle(peer.number, frame, talk.now_ns))
+
+
+def test_a_lease_that_is_asked_for_ahead_comes_before_the_barrier(tenant: Tenant) -> None:
+    """Who puts, deletes and puts again waits for no deletion: neither for one that has begun, nor for one that nobody has read."""
+    talk, peer, other = tenant.talk, tenant.peer, tenant.talk.client()
+    for object_id in (A, B, C):
+        tenant.publish(object_id)
+    barriers = begin_to_remove(talk, peer, A)
+    peer.write_silently(talk.removal(B))
+    other.write_silently(talk.removal(C))
+    hand_over(talk, peer, AskLease(100, ahead=True))
+    assert peer.take(peer.last_id, Leased).size_bytes
+    assert (talk.memory.barriers, len(talk.store.deleting)) == (barriers, 2)
+    talk.carry_out(talk.store.settled())
+    assert talk.memory.barriers == barriers + 1
+    assert talk.ids() == {C}
+    talk.glance()
+    talk.store.check()
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (AskLease(100), Leased),
+        (Contains(A), Number),
+        (Create(A, 64, 0, 0, -1), Created),
+        (Flush(), Done),
+        (Evict(1), Number),
+        (List(0), Listing),
+        (Hello(PROTOCOL_VERSION, Role.CLIENT, ""), Welcome),
+    ],
+    ids=str,
+)
+def test_any_other_request_comes_after_the_barrier(
+    tenant: Tenant, request_: Request, expected: type[Reply]
+) -> None:
+    """Deletions that have begun end first, so that it finds room and ids as if there had been no such objects."""
+    talk = tenant.talk
+    other = talk.connect() if isinstance(request_, Hello) else talk.client()
+    tenant.publish(A)
+    if isinstance(request_, Create):
+        request_ = other.new(A)
+    barriers = begin_to_remove(talk, tenant.peer, A)
+    hand_over(talk, other, request_)
+    assert talk.memory.barriers > barriers
+    assert not talk.store.deleting
+    talk.turn()
+    assert other.take(other.last_id, expected) not in (Number(1), Number(64))
+
+
+def test_a_lease_that_is_asked_for_ahead_has_the_room_of_what_is_deleted() -> None:
+    """Where no other is free; it is not refused for want of what was about to go."""
+    talk = Conversation(1 << 20)
+    peer = talk.client()
+    size = largest_object(1 << 20)
+    ids = [number.to_bytes(20, "big") for number in range((1 << 20) // size)]
+    for object_id in ids:
+        peer.put(object_id, size)
+    begin_to_remove(talk, peer, ids[5])
+    assert peer.ask(AskLease(size, ahead=True), Leased).size_bytes == size
+
+
+def test_nothing_is_half_deleted_when_a_client_goes(tenant: Tenant) -> None:
+    """It is forgotten, or dropped, when what has begun has ended."""
+    talk = tenant.talk
+    tenant.publish(A)
+    tenant.publish(B)
+    begin_to_remove(talk, tenant.peer, A)
+    talk.store.expel(tenant.peer.number)
+    assert not talk.store.deleting
+    other = talk.client()
+    begin_to_remove(talk, other, B)
+    talk.disconnect(other)
+    assert talk.ids() == set()
     talk.store.check()
 
 
