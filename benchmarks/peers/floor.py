@@ -3,7 +3,8 @@
 No store, and nothing to build one on: it keeps no objects apart, checks nothing, and survives nothing.  What is left
 is what no store in Python can do without:
 
-* a get finds an entry by its hash, compares, pins and looks again, and makes a buffer that unpins (`shmplasma.pins`);
+* a get finds an entry by its hash, compares, pins and looks again, and makes a buffer that unpins (`shmplasma.pins`); that of an array reads
+  its shape and dtype as well, which are known from the last get of one like it;
 * a put draws an id, copies, and leaves a record in shared memory;
 * a create locks an id, looks for it, makes a buffer that unpins, copies, leaves two records in shared memory, and unlocks;
 * a hand-over locks an id, looks for it, copies, leaves a record and sends a message; whoever gets that looks at the record, pins what
@@ -45,6 +46,8 @@ _ENTRY_BYTES: Final = 64
 _SLOTS: Final = 1 << 20
 _RECORD: Final = struct.Struct("20sQQQII")
 _TABLE_BYTES: Final = _SLOTS * _ENTRY_BYTES
+_HEAD: Final = struct.Struct("64s")
+"""What stands before the elements of an array, as text: its length and its dtype."""
 _PINS: Final = 2048
 _THREADS: Final = 2
 _BIND_SECONDS: Final = 1e-3
@@ -88,6 +91,7 @@ class FloorClient(Client[bytes]):
         self._address = pa.py_buffer(self._map).address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._waits_at = f"{directory}/waits"
+        self._layouts: dict[bytes, tuple[tuple[int, ...], np.dtype[Any]]] = {}
 
     def key(self, name: bytes) -> bytes:
         return name
@@ -104,7 +108,8 @@ class FloorClient(Client[bytes]):
         self.store_raw(key, pickle.dumps(value, protocol=5))
 
     def store_array(self, key: bytes, array: Array) -> None:
-        self.store_raw(key, array.tobytes())
+        head = f"{array.size} {array.dtype.str} "
+        self.store_raw(key, _HEAD.pack(head.encode()) + array.tobytes())
 
     def _get(self, key: bytes) -> Any:
         at = _at(key)
@@ -128,7 +133,17 @@ class FloorClient(Client[bytes]):
         return lambda: pickle.loads(self._get(key))
 
     def get_array(self, key: bytes) -> Operation:
-        return lambda: use(np.frombuffer(self._get(key)))
+        def get() -> float:
+            buffer = self._get(key)
+            (head,) = _HEAD.unpack_from(buffer)
+            try:
+                shape, dtype = self._layouts[head]
+            except KeyError:
+                length, text, _ = head.decode().split(" ")
+                shape, dtype = self._layouts[head] = (int(length),), np.dtype(text)
+            return use(np.ndarray(shape, dtype, buffer, _HEAD.size))
+
+        return get
 
     def contains(self, key: bytes) -> Operation:
         def contains() -> bool:
