@@ -18,7 +18,7 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -268,12 +268,8 @@ class Server:
         try:
             while not self._stopping:
                 events = self._wait()
-                for key, mask in events or ():
-                    if isinstance(key.data, Connection):
-                        switchboard.ready(key.data, mask)
-                    else:
-                        self._settle()
-                        key.data()
+                if events:
+                    self._handle(events)
                 if switchboard.backlog:
                     switchboard.process_backlog()
                 idle = events is None or self._is_to_look_again
@@ -289,6 +285,15 @@ class Server:
             finally:
                 if not self.is_handed_over:
                     self.close()
+
+    def _handle(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
+        """Handle what the selector has found."""
+        for key, mask in events:
+            if isinstance(key.data, Connection):
+                self._switchboard.ready(key.data, mask)
+            else:
+                self._settle()
+                key.data()
 
     def _settle(self) -> None:
         """End deletions, for which nobody waits, before anything but a request."""

@@ -19,6 +19,7 @@ import pytest
 
 from shmplasma import NotConnectedError, Store, connect, system
 from shmplasma.connections import Connection, StalledError
+from shmplasma.deletions import Deletions
 from shmplasma.effects import Await, Drop, Effect, Send
 from shmplasma.ledger import Ledger
 from shmplasma.outbox import MISSED
@@ -93,11 +94,7 @@ def turns(server: Server) -> None:
     """Handle what has come, as the loop does; a first message is read in pieces."""
     switchboard = server._switchboard
     for _ in range(4):
-        for key, mask in server._selector.select(0):
-            if isinstance(key.data, Connection):
-                switchboard.ready(key.data, mask)
-            else:
-                key.data()
+        server._handle(server._selector.select(0))
         switchboard.process_backlog()
 
 
@@ -121,6 +118,34 @@ def test_sleeps_however_far_off_the_next_thing_to_do_is(
         monkeypatch.setattr(asked, due, time.time_ns() + A_CENTURY_NS)
         server.stop()  # so that it wakes up at once
         assert server._sleep()
+
+
+@pytest.mark.parametrize("step", ["sleeps", "is woken", "does what is due"])
+def test_deletions_end_before_the_loop_does_anything_but_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Those that have only begun are put off for requests that go first, and for nothing else."""
+    seen: list[set[int]] = []
+
+    def note(*_: object) -> tuple[()]:
+        seen.append(set(server._store.deleting))
+        return ()
+
+    monkeypatch.setattr(Deletions, "end", lambda deletions: deletions.begun.clear())
+    with idle_server(tmp_path) as server:
+        server._commit_ahead = False
+        server._store.deleting.add(7)
+        if step == "sleeps":
+            monkeypatch.setattr(Server, "_sleep", note)
+            server._wait()
+        else:
+            monkeypatch.setattr(ObjectStore, "wake", note)
+            if step == "is woken":
+                os.write(server._wake_writer, b"r")
+                server._handle(server._selector.select(0))
+            else:
+                server._finish_turn(idle=True)
+    assert seen[:1] == [set()]
 
 
 def test_who_cannot_be_looked_at_connects_again(
