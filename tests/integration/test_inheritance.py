@@ -411,7 +411,12 @@ def test_hooks_that_let_go(store: Store) -> None:
 
 AT_EACH_STEP = """
     import os, signal, sys
-    signal.alarm(60)  # a release that is noted again and again would never end
+
+    def end_at_last():
+        signal.alarm(60)  # a release that is noted again and again would never end
+
+    end_at_last()
+    os.register_at_fork(after_in_child=end_at_last)
     import shmplasma as plasma
     from shmplasma import inheritance
 
