@@ -171,15 +171,16 @@ def _encode_ndarray(array: npt.NDArray[Any]) -> Payload | None:
 
 
 def _decode_ndarray(buffer: pa.Buffer) -> npt.NDArray[Any]:
-    (line,) = _LINE.unpack_from(buffer)  # a slice of a buffer takes 0.25 us
+    # NumPy wants to write first, and a view's refusal takes 0.2 us less than Arrow's; the array's base is the buffer all the same.
+    view = memoryview(buffer)
+    (line,) = _LINE.unpack_from(view)  # a slice of a buffer takes 0.25 us
     try:
         layout = _LAYOUTS[line]
     except KeyError:  # not met before, or longer
         layout = _read_head(buffer)
     shape, dtype, start, order = layout
-    data: Any = buffer  # what may be one, NumPy's types say only from 2.5 on
     # NumPy checks that there are the bytes for all elements.
-    return np.ndarray(shape, dtype, data, start, None, order)
+    return np.ndarray(shape, dtype, view, start, None, order)
 
 
 def _read_head(buffer: pa.Buffer) -> _Layout:
@@ -373,13 +374,13 @@ ENCODERS: Final[dict[type, Callable[[Any], Payload | None]]] = {
 """Encoders by type.  None in place of a payload leaves the value to pickle."""
 
 DECODERS: Final[dict[int, Callable[[pa.Buffer], object]]] = {
-    Codec.RAW: lambda buffer: buffer,
-    Codec.NDARRAY: _decode_ndarray,
-    Codec.TABLE: _decode_table,
-    Codec.RECORD_BATCH: _decode_batch,
-    Codec.ARRAY: _decode_array,
-    Codec.CHUNKED_ARRAY: _decode_chunked,
-    Codec.TENSOR: _decode_tensor,
-    Codec.BYTES: pa.Buffer.to_pybytes,
+    Codec.RAW.value: lambda buffer: buffer,
+    Codec.NDARRAY.value: _decode_ndarray,
+    Codec.TABLE.value: _decode_table,
+    Codec.RECORD_BATCH.value: _decode_batch,
+    Codec.ARRAY.value: _decode_array,
+    Codec.CHUNKED_ARRAY.value: _decode_chunked,
+    Codec.TENSOR.value: _decode_tensor,
+    Codec.BYTES.value: pa.Buffer.to_pybytes,
 }
-"""Decoders by codec, of all that needs no pickle."""
+"""Decoders by the number of a codec, which is faster to look up than the codec; of all that needs no pickle."""

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeAlias, overloa
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import foreign_buffer
 
 from shmplasma.arrow_errors import PlasmaObjectNotFound
 from shmplasma.connected import Connected, checked, wait_seconds
@@ -231,7 +232,12 @@ class Reading(Connected):
             got = None if session.reader is None else session.reader.locate(object_ids)
             if got is None:
                 got = self._find_new(session, (object_ids,), timeout_ms)
-            return value(session, got, serialization_context)
+            if value is not _value or got is None:
+                return value(session, got, serialization_context)
+            # As `_value`, whose call takes 0.1 us.
+            offset, data_size, _, codec, pin = got
+            buffer = foreign_buffer(session.address + offset, data_size, pin)
+            return deserialize(buffer, codec, serialization_context)
         return [
             value(session, got, serialization_context)
             for got in self._locate(session, _sequence(object_ids), timeout_ms)
@@ -449,7 +455,7 @@ def _value(session: Session, got: Located | None, context: SerializationContext 
         return ObjectNotAvailable
     offset, data_size, _, codec, pin = got
     # As `Session.data`, whose call would take as long as making the buffer.
-    buffer = pa.foreign_buffer(session.address + offset, data_size, pin)
+    buffer = foreign_buffer(session.address + offset, data_size, pin)
     return deserialize(buffer, codec, context)
 
 

@@ -134,14 +134,14 @@ class FloorClient(Client[bytes]):
 
     def get_array(self, key: bytes) -> Operation:
         def get() -> float:
-            buffer = self._get(key)
-            (head,) = _HEAD.unpack_from(buffer)
+            view = memoryview(self._get(key))
+            (head,) = _HEAD.unpack_from(view)
             try:
                 shape, dtype = self._layouts[head]
             except KeyError:
                 length, text, _ = head.decode().split(" ")
                 shape, dtype = self._layouts[head] = (int(length),), np.dtype(text)
-            return use(np.ndarray(shape, dtype, buffer, _HEAD.size))
+            return use(np.ndarray(shape, dtype, view, _HEAD.size))
 
         return get
 
