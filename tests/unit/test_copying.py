@@ -54,27 +54,36 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> GROUPS:
     return found
 
 
-@given(sizes=sizes_of_parts, threads=st.integers(1, 5), held=st.booleans())
-def test_all_is_copied(sizes: list[int], threads: int, held: bool) -> None:
+@given(
+    sizes=sizes_of_parts,
+    threads=st.integers(1, 5),
+    held=st.booleans(),
+    lead=st.integers(0, 2 * PAGE),
+)
+def test_all_is_copied(sizes: list[int], threads: int, held: bool, lead: int) -> None:
     """Exactly, and nothing beside it."""
     memory, pieces, wanted = parts_of(sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copying, "_PARALLEL_BYTES", 2 * PAGE)
+        patch.setattr(copying, "_LEAD_BYTES", lead)
         patch.setattr(copying, "are_late", lambda: held)
         patch.setattr(pa, "cpu_count", lambda: 8)
         copy_all(pieces, threads)
     assert (memory == wanted).all()
 
 
-@given(sizes=sizes_of_parts, threads=st.integers(2, 5))
-def test_each_thread_copies_about_as_much(sizes: list[int], threads: int) -> None:
-    """Up to a page for each thread; what two of them copy of one part is divided at a page."""
+@given(sizes=sizes_of_parts, threads=st.integers(2, 5), lead=st.integers(0, 2 * PAGE))
+def test_each_thread_copies_about_as_much(sizes: list[int], threads: int, lead: int) -> None:
+    """Up to a page for each thread, and the last of them what is more; what two copy of one part is divided at a page."""
     _, pieces, _ = parts_of(sizes)
-    most = -(-sum(sizes) // threads)
-    groups = list(copying._divided(pieces, most))
+    lead = min(lead, sum(sizes))
+    most = -(-(sum(sizes) - lead) // threads)
+    groups = list(copying._divided(pieces, threads, most))
     copied = [target for group in groups for target, _ in group]
     assert b"".join(map(bytes, copied)) == b"".join(bytes(target) for target, _ in pieces)
-    assert all(sum(target.size for target, _ in group) < most + PAGE for group in groups)
+    shares = [sum(target.size for target, _ in group) for group in groups]
+    assert all(share < most + PAGE for share in shares[:-1])
+    assert shares[-1] < most + lead + PAGE
     assert len(groups) <= threads
     starts = [target.ctypes.data for target, _ in pieces]
     for target in copied:
@@ -158,10 +167,28 @@ def test_threads_share_the_parts_of_a_value(value: Any, groups: GROUPS) -> None:
     payload = serialize(value)
     room: Any = np.empty(payload.size_bytes, np.uint8)
     payload.write(room, 2)
-    one, other = (sum(group) for group in groups)
-    assert abs(one - other) <= 2 * PAGE
-    assert one + other > 0.99 * payload.size_bytes
+    other, caller = (sum(group) for group in groups)
+    assert abs(caller - other - copying._LEAD_BYTES) <= 3 * PAGE
+    assert other + caller > 0.99 * payload.size_bytes
     assert serialize(deserialize(pa.py_buffer(room), payload.codec)).size_bytes == room.size
+
+
+@pytest.mark.parametrize("source", [bytes(8 * MIB), np.zeros((8, MIB), np.uint8)])
+def test_the_caller_copies_more_than_who_helps(source: Any, groups: GROUPS) -> None:
+    """He has begun by the time they are awake, and does not wait for them at the end."""
+    copy_into(np.empty(8 * MIB, np.uint8), source, 4)
+    *others, (caller,) = groups
+    assert len(others) == 3
+    assert all(group == others[0] for group in others)
+    assert 0 <= others[0][0] + copying._LEAD_BYTES - caller <= 4 * PAGE
+
+
+def test_who_gathers_has_no_lead(groups: GROUPS) -> None:
+    """Each byte takes several times as long, and nobody waits long for what the last one has left."""
+    source = np.zeros((2 * MIB, 16), np.uint8)[:, ::2]
+    copy_into(np.empty(source.size, np.uint8), source, 2)
+    (other,), (caller,) = groups
+    assert abs(other - caller) <= 2 * PAGE
 
 
 @pytest.mark.parametrize(
@@ -187,6 +214,7 @@ def test_who_has_waited_for_the_lock_keeps_it(
         time.sleep(2e-9 * LATE_NS)
 
     monkeypatch.setattr(np, "copyto", wait)
+    monkeypatch.setattr(copying, "_LEAD_BYTES", 0)
     memory, pieces, wanted = parts_of(4 * [MIB] + [4 * MIB, MIB, MIB])
     copy_all(pieces, 2)
     assert (memory == wanted).all()
