@@ -41,7 +41,7 @@ Fork
 
 Deaths
     The holds of a client end with its connection, after its outbox was read; many of them by and by.  What a store that dies knew is gone.
-    Its clients tell its successor what they hold when they come back; and all referenced objects begin with one
+    Its clients tell its successor what they hold when they come back; and each referenced object begins with a
     ticket for whatever was on its way, which lasts until the last client that held something and lives has come back
     (`shmplasma.holders`), and `ticket_ns` longer.
     Outboxes that the dead store has not read are read by the successor: the tickets and holds in them are known, also those of

@@ -25,8 +25,9 @@ A Lend that comes again after its ticket was used up is of no harm: its ticket e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from shmplasma.deadlines import Deadlines
@@ -38,7 +39,9 @@ TICKET_NS: Final = 600 * 10**9
 LINGER_NS: Final = 5 * 10**9
 """For processes that are sent the same bytes at the same time, on a busy machine."""
 _RECOVERED: Final = -1
-"""The ticket of a recovery: no client can name it."""
+"""The first ticket of a recovery, and the others are below it: no client can name them."""
+_OBJECTS_OF_A_RECOVERED: Final = 1 << 12
+"""A ticket ends for all its objects at once, some us for each."""
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ class Tickets:
         self._minted_by: dict[int, set[int]] = {}
         self._early: Counter[int] = Counter()
         self._due = Deadlines()  # what has none waits for its sender to go
-        self._recovered: _Ticket | None = None
+        self._recovered: set[int] = set()
 
     def __len__(self) -> int:
         """Return the number of tickets."""
@@ -216,16 +219,20 @@ class Tickets:
 
     # -- recovering ----------------------------------------------------------------------------
 
-    def recover(self, object_ids: set[bytes]) -> None:
-        """Make a ticket for what was on its way when a store died; it has no end before `all_came_back`."""
-        self._recovered = _Ticket(object_ids, 1, None)
-        self._add(_RECOVERED, self._recovered)
+    def recover(self, object_ids: Iterable[bytes]) -> None:
+        """Make tickets for what was on its way when a store died; they have no end before `all_came_back`."""
+        rest = iter(object_ids)
+        number = _RECOVERED
+        while part := set(islice(rest, _OBJECTS_OF_A_RECOVERED)):
+            self._recovered.add(number)
+            self._add(number, _Ticket(part, 1, None))
+            number -= 1
 
     def all_came_back(self, now_ns: int) -> None:
-        """Let the time of that ticket begin: nobody is waited for any more."""
-        ticket, self._recovered = self._recovered, None
-        if ticket is not None and self._tickets.get(_RECOVERED) is ticket:
-            self._due.set(_RECOVERED, now_ns + self._ticket_ns)
+        """Let the time of these tickets begin: nobody is waited for any more."""
+        for number in self._recovered & self._tickets.keys():
+            self._due.set(number, now_ns + self._ticket_ns)
+        self._recovered.clear()
 
     # -- proof ---------------------------------------------------------------------------------
 
@@ -246,7 +253,7 @@ class Tickets:
         assert all(
             (ticket.sender is not None and not ticket.is_brief)
             or number in due
-            or ticket is self._recovered
+            or number in self._recovered
             for number, ticket in self._tickets.items()
         ), "a ticket has no end"
         for client, own in self._minted_by.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from shmplasma import tickets
 from shmplasma.layout import BOARD_WORDS, REFERENCED
 from shmplasma.outbox import PLACES
 from shmplasma.posted import Detach, Gone, Lend, Publish, Redeem, Release, Seal
@@ -157,6 +158,27 @@ def test_tickets_that_are_used_up_leave_nothing_behind() -> None:
     assert len(references.tickets) == 101
     references.tickets.expire(10_001 + TICKET_NS, at_most=1000)
     assert len(references.tickets) == 0
+    references.check()
+
+
+def test_what_was_on_its_way_when_a_store_died_ends_by_and_by() -> None:
+    """Not all in one turn, as many as there may be; what has gone before is no part of it."""
+    n_objects = 3 * tickets._OBJECTS_OF_A_RECOVERED
+    object_ids = [number.to_bytes(20, "big") for number in range(n_objects)]
+    references = References(ignore, ignore)
+    references.recover(object_ids, holders=[1], now_ns=0)
+    assert not references.tickets.have_times, "a client that may come back is waited for"
+    references.check()
+    references.forget_object(object_ids[-1])
+    references.forget_client(1, now_ns=0)
+    references.check()
+    left: list[int] = []
+    for _ in range(3):
+        references.tickets.expire(TICKET_NS, at_most=1)
+        left.append(len(references.tickets))
+    assert left == [2, 1, 0]
+    assert references.tickets.next_due_ns is None
+    assert sorted(read(references)) == object_ids[:-1]
     references.check()
 
 
