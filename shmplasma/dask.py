@@ -238,7 +238,7 @@ def _dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str,
     Raises
     ------
     NotImplementedError
-        There is nothing to refer to, or no store.
+        There is nothing to refer to, or no store: Dask's word for "not of this family", at which it goes on with the next one.
     """
     recipient = (context or {}).get("recipient", {})
     sharing = _sharings.get(recipient.get(_FAMILY, ""))
